@@ -1,0 +1,38 @@
+# One word a task. Each makes and reuses .venv by itself; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench crosscheck clean
+
+demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
+	$(BIN)/robustmoe demo
+
+test: $(VENV)/.dev  ## the whole test suite, two processes of one thread
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev  ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
+	$(BIN)/python benchmarks/sparse_dispatch.py
+
+crosscheck: $(VENV)/.dev  ## our models under pyautoattack, foolbox and torchattacks
+	$(INSTALL) -e '.[crosscheck]'
+	$(INSTALL) --no-deps torchattacks==3.5.1
+	$(BIN)/python -m pytest -m crosscheck tests/test_crosscheck.py
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Mixture-of-Experts vision models that hold under attack."""

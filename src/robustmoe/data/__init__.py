@@ -1,0 +1,40 @@
+"""Images and labels: batches of x in [0, 1], data sets read from their own formats, augmentation that belongs to the image.
+
+Normalisation lives in the model, never here: an attack's ball is measured in pixels. `DATASETS` is the table of names.
+"""
+
+from robustmoe.data.augment import augment
+from robustmoe.data.base import Batch, Data, ImageSet, InMemory, batches, from_arrays, mean_std
+from robustmoe.data.sets import (
+    DATASETS,
+    cifar10,
+    cifar100,
+    digits,
+    fashion_mnist,
+    folder,
+    imagenet,
+    tiny_imagenet,
+)
+from robustmoe.data.split import hold_out
+from robustmoe.data.stream import Streamed
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "Data",
+    "ImageSet",
+    "InMemory",
+    "Streamed",
+    "augment",
+    "batches",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "fashion_mnist",
+    "folder",
+    "from_arrays",
+    "hold_out",
+    "imagenet",
+    "mean_std",
+    "tiny_imagenet",
+]

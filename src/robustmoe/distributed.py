@@ -1,0 +1,131 @@
+"""Several processes, one run: the few collectives the project uses, over torch.distributed (gloo on CPU, nccl on CUDA).
+
+There is no DistributedDataParallel here: a method moves different parameters in different phases, attacks differentiate with respect to images, and
+an expert may get no image at all; averaging a phase's own gradients after its backward pass (`average_gradients`) is correct in all these cases and is a few
+lines. Run under ``torchrun``; one process needs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from robustmoe.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+def active() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's own device: ``cuda`` becomes ``cuda:LOCAL_RANK`` under torchrun."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+@contextlib.contextmanager
+def session(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started, for the length of a ``with`` block; alone, do nothing.
+
+    A peer that dies ends the others with one line (`UserError`) instead of a traceback: nothing of the last checkpoint is lost.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    clean = False
+    try:
+        yield
+        clean = True
+    except RuntimeError as error:
+        if _peer_lost(error):
+            # torchrun may be sending SIGTERM to us at this moment; the line below already says what happened.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise UserError(
+                f"process {dist.get_rank()} of {dist.get_world_size()} stopped: another process of this run died; start the same "
+                "command with --resume to go on from the last checkpoint"
+            ) from error
+        raise
+    finally:
+        if clean:  # after a failure a collective shutdown could wait for the dead
+            dist.destroy_process_group()
+
+
+def _peer_lost(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    words = ("connection closed by peer", "connection reset by peer", "gloo", "broken pipe", "timed out waiting")
+    return any(word in str(error).lower() for word in words)
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """The sum of ``value`` over processes, in place; the same tensor alone."""
+    if active():
+        dist.all_reduce(value)
+    return value
+
+
+def average_gradients(gradients: Sequence[Tensor]) -> None:
+    """Replace each gradient by its mean over processes, in place, in one collective a dtype."""
+    if not active():
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for group in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in group])
+        dist.all_reduce(flat)
+        flat /= world()
+        for gradient, part in zip(group, flat.split([gradient.numel() for gradient in group])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Make every process hold the first one's values, in place."""
+    if active():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def agree(value: Any) -> Any:
+    """The first process's ``value`` (any picklable object made by this program) on every process."""
+    if not active():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_true(flag: bool) -> bool:
+    """Whether the flag is set on every process (an error anywhere then stops all)."""
+    if not active():
+        return flag
+    value = torch.tensor(int(flag), device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return bool(value.item())
+
+
+def barrier() -> None:
+    if active():
+        dist.barrier()

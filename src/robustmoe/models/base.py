@@ -1,0 +1,111 @@
+"""`RoutedModel`: a classifier that says which experts it used; `ModelSpec`: its description, from which it is built anywhere."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from robustmoe.models.norm import Normalise
+from robustmoe.routing import Routing, Tape, Trace
+
+
+class Output(NamedTuple):
+    """What one pass gives: ``logits`` (n, c) in float32 or wider, and the ``trace``, one `Routing` a router."""
+
+    logits: Tensor
+    trace: Trace
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Float32 at least: under autocast a network's outputs are in half precision, decisions and losses are not."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+class RoutedModel(nn.Module, ABC):
+    """A classifier of images x (n, ch, h, w) in [0, 1]; write `body`, get `run` and `forward`.
+
+    ``model(x)`` is one plain logits tensor (n, c), so AutoAttack, foolbox, torchattacks and ART take it unwrapped. ``model.run(x)`` tells
+    the routes too, and ``model.run(x, forced=trace)`` replays given ones. A model without routers has the trace ``{}``.
+    In `body`, hand every decision to the tape: ``routing = tape("router", top_k(logits, k))``, named by the router's module path.
+    """
+
+    @abstractmethod
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        """Logits of the images; each routing decision goes through ``tape``."""
+
+    def run(self, x: Float[Tensor, "n ch h w"], forced: Mapping[str, Routing] | None = None) -> Output:
+        """One pass. Routers named in ``forced`` replay that decision; the others decide freely.
+
+        Raises ValueError where ``forced`` names a router that this model does not have, or is of another batch or number of experts.
+        """
+        tape = Tape(forced)
+        logits = wide(self.body(x, tape))
+        unknown = set(tape.forced) - set(tape.trace)
+        if unknown:
+            raise ValueError(f"forced routing for {sorted(unknown)}, but this model's routers are {sorted(tape.trace)}")
+        return Output(logits, tape.trace)
+
+    def forward(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n c"]:
+        """Logits alone."""
+        return self.run(x).logits
+
+
+class Dense(RoutedModel):
+    """One network, no router: ``network`` on normalised images."""
+
+    def __init__(self, network: nn.Module, normalise: nn.Module) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.network = network
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        return self.network(compact(self.normalise(x)))
+
+
+class Plain(RoutedModel):
+    """Any callable x -> logits as a `RoutedModel` with an empty trace (a user's own dense model)."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        return self.function(x)
+
+
+def as_routed(model: Callable[[Tensor], Tensor]) -> RoutedModel:
+    """The model itself where it is a `RoutedModel`; any other callable x -> logits becomes one with an empty trace."""
+    return model if isinstance(model, RoutedModel) else Plain(model)
+
+
+def compact(x: Tensor) -> Tensor:
+    """Channels-last memory, which convolutions prefer on CPU and CUDA alike; values unchanged."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+ImageShape = tuple[int, int, int]
+"""(channels, height, width)."""
+
+
+class ModelSpec(ABC):
+    """A model's description. Every subclass is a frozen dataclass that stands in `robustmoe.models.MODELS` under the name users write."""
+
+    @abstractmethod
+    def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
+        """The model, freshly initialised from torch's global generator (see `robustmoe.models.build_model` for a seeded one)."""
+
+
+class NetworkSpec(ModelSpec):
+    """A plain network: usable alone, as an expert, and as a router (with one "class" an expert)."""
+
+    @abstractmethod
+    def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
+        """An nn.Module from normalised images (n, ch, h, w) to (n, num_classes)."""
+
+    def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
+        return Dense(self.network(num_classes, image_shape), normalise)

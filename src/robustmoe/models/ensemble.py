@@ -1,0 +1,97 @@
+"""Whole networks as experts, and an image router that mixes or picks them (the MoE of Zhang et al., ICML 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact, wide
+from robustmoe.models.mixing import mix_sparse
+from robustmoe.models.norm import Normalise
+from robustmoe.models.small import SmallCNN
+from robustmoe.routing import Routing, Tape, soft, straight_through, top_k
+
+Gate = Literal["straight_through", "renormalised", "vmoe", "hard", "soft"]
+
+
+def select(logits: Float[Tensor, "n t e"], gate: Gate, k: int) -> Routing:
+    """The selection rule of that name (see `robustmoe.routing`)."""
+    if gate == "soft":
+        return soft(logits)
+    if gate == "straight_through":
+        return straight_through(logits, k)
+    return top_k(logits, k, gate)
+
+
+class EnsembleModel(RoutedModel):
+    """sum over the chosen experts of weight times output; the outputs are logits or probabilities.
+
+    With ``mix="probabilities"`` the result is the logarithm of the mixed probabilities, which is a valid logits tensor.
+    """
+
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: list[nn.Module],
+        gate: Gate,
+        k: int,
+        mix: Literal["logits", "probabilities"],
+        normalise: Normalise,
+    ) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.router = router
+        self.experts = nn.ModuleList(experts)
+        self.rule = partial(select, gate=gate, k=k)
+        self.mix = mix
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        x = compact(self.normalise(x))
+        routing = tape("router", self.rule(wide(self.router(x))[:, None]))
+        index, weight = routing.index[:, 0], routing.weight[:, 0]
+        if self.mix == "logits":
+            return mix_sparse(list(self.experts), x, index, weight)
+        experts = [Probabilities(expert) for expert in self.experts]
+        return torch.log(mix_sparse(experts, x, index, weight).clamp(min=torch.finfo(torch.float32).tiny))
+
+
+class Probabilities(nn.Module):
+    """softmax of a network's logits, in float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(wide(self.network(x)), dim=-1)
+
+
+@dataclass(frozen=True)
+class Ensemble(ModelSpec):
+    """``experts`` whole networks of kind ``network`` and one image ``router``.
+
+    ``gate``: "straight_through" (top-k, 1/k each, with a straight-through gradient for the router), "renormalised" or "vmoe" (top-k softmax), "hard" (the router
+    gets no gradient at all: the released code's), "soft" (all experts). Only chosen experts run.
+    """
+
+    network: NetworkSpec
+    experts: int = 4
+    k: int = 1
+    gate: Gate = "straight_through"
+    router: NetworkSpec = SmallCNN()  # noqa: RUF009 (a frozen value)
+    mix: Literal["logits", "probabilities"] = "logits"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.experts:
+            raise ValueError(f"k must be between 1 and the number of experts, {self.experts}; got {self.k}")
+
+    def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
+        router = self.router.network(self.experts, image_shape)
+        experts = [self.network.network(num_classes, image_shape) for _ in range(self.experts)]
+        return EnsembleModel(router, experts, self.gate, self.k, self.mix, normalise)

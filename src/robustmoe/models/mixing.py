@@ -1,0 +1,60 @@
+"""From a `Routing` and experts to outputs: the reference mix (every expert sees every item) and the sparse dispatch (only the chosen run).
+
+Both compute sum_j weight[:, j] * expert[index[:, j]](x). They are equal in value and in every gradient as long as an expert treats items apart
+(BatchNorm in eval mode, or none); a BatchNorm in train mode normalises an expert by the items that expert got, which differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from robustmoe.models.norm import enters_empty
+
+Expert = Callable[[Tensor], Tensor]
+
+
+def mix_reference(
+    experts: Sequence[Expert],
+    x: Float[Tensor, "m ..."],
+    index: Int[Tensor, "m k"],
+    weight: Float[Tensor, "m k"],
+) -> Float[Tensor, "m ..."]:
+    """The definition: all experts on all m items, then the chosen ones' weighted sum. E times the cost; the yardstick of `mix_sparse`."""
+    every = torch.stack([expert(x) for expert in experts], dim=1)
+    spread = (slice(None), slice(None), *([None] * (every.ndim - 2)))
+    chosen = every[torch.arange(len(x), device=x.device)[:, None], index]
+    return (chosen * weight[spread].to(chosen.dtype)).sum(1)
+
+
+def mix_sparse(
+    experts: Sequence[Expert],
+    x: Float[Tensor, "m ..."],
+    index: Int[Tensor, "m k"],
+    weight: Float[Tensor, "m k"],
+) -> Float[Tensor, "m ..."]:
+    """The same sum, each expert run once, on just the items routed to it.
+
+    The m*k pairs are sorted by expert (stably, so the result is deterministic), each expert gets one contiguous slice, and the outputs are
+    sorted back and summed over k in rank order. An expert without items is not run, except while training on several processes, where
+    a BatchNorm inside it counts over all of them.
+    """
+    k = index.shape[1]
+    pairs = index.reshape(-1)
+    order = torch.argsort(pairs, stable=True)
+    sizes = torch.bincount(pairs, minlength=len(experts)).tolist()
+    parts = x[order // k].split(sizes)
+    outputs = [
+        expert(part)
+        for expert, part in zip(experts, parts)
+        if len(part) or (isinstance(expert, nn.Module) and enters_empty(expert))
+    ]
+    if not outputs:  # no items at all: one expert still says what shape and dtype an answer has
+        outputs = [experts[0](x)]
+    back = torch.cat(outputs)[torch.argsort(order)]
+    back = back.reshape(len(x), k, *back.shape[1:])
+    spread = (slice(None), slice(None), *([None] * (back.ndim - 2)))
+    return (back * weight[spread].to(back.dtype)).sum(1)

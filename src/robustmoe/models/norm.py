@@ -1,0 +1,105 @@
+"""BatchNorm that is right for experts (any number of images, none included) and over several processes; input normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from robustmoe import distributed
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std per channel, inside the model, so that every radius and every attack is in pixels of [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise ValueError(f"mean and std need one value a channel, std above 0; got mean {mean}, std {std}")
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n ch h w"]:
+        return (x - self.mean) / self.std
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, with three differences while training.
+
+    An empty batch passes through and leaves the statistics alone. A single value a channel is allowed (its variance is 0, and the
+    running variance is left alone): an expert that got one image must not stop a run. Under several processes the statistics are those of the
+    global batch (torch's SyncBatchNorm exists for CUDA only), and every process has to enter, with an empty batch if need be.
+    """
+
+    def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n d h w"]:
+        if not self.training:
+            return super().forward(x)
+        values = x.numel() // x.shape[1]
+        if not distributed.active() and values != 1:
+            return super().forward(x) if values else x
+        out, mean, var, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        self._update(mean, var, float(count))
+        return out
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, count: float) -> None:
+        """Running statistics, as torch's own layer keeps them (unbiased variance)."""
+        if count == 0 or self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        if count > 1:
+            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), momentum)
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """Batch normalisation by the statistics of all processes' images together (Ioffe and Szegedy 2015, with sums over processes).
+
+    Mean first, then variance about it: two small collectives, no cancellation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        total = torch.cat([wide.sum((0, 2, 3)), wide.new_tensor([wide.numel() // wide.shape[1]])])
+        distributed.all_reduce_sum(total)
+        count = total[-1].clamp(min=1)
+        mean = total[:-1] / count
+        centred = wide - mean[:, None, None]
+        var = distributed.all_reduce_sum(centred.square().sum((0, 2, 3))) / count
+        inverse = torch.rsqrt(var + eps)
+        unit = centred * inverse[:, None, None]
+        ctx.save_for_backward(unit, weight, inverse, count)
+        out = (unit * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
+        values = total[-1].clone()
+        ctx.mark_non_differentiable(mean, var, values)
+        return out, mean, var, values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        unit, weight, inverse, count = ctx.saved_tensors
+        wide = grad.to(unit.dtype)
+        grad_bias = wide.sum((0, 2, 3))
+        grad_weight = (wide * unit).sum((0, 2, 3))
+        sums = distributed.all_reduce_sum(torch.stack([grad_bias, grad_weight])) / count
+        centred = wide - sums[0][:, None, None] - unit * sums[1][:, None, None]
+        return (
+            (centred * (weight * inverse)[:, None, None]).to(grad.dtype),
+            grad_weight,
+            grad_bias,
+            None,
+        )
+
+
+def enters_empty(module: nn.Module) -> bool:
+    """Whether the module must be called even without images: its BatchNorm counts over processes, and all of them have to enter."""
+    return module.training and distributed.active()
+

@@ -1,0 +1,79 @@
+"""Random numbers that belong to an image, not to a process: a counter-based generator over (key, image, position).
+
+Every random draw of this project (attack starts, augmentation, data order) comes from here, so a result does not depend on batch
+size, order, number of processes or resume: the draw for image 17 in epoch 3 is the same wherever it is made. The mixer is
+splitmix64 (Steele, Lea and Flood, OOPSLA 2014), written with wrapping int64 arithmetic: equal bits on CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift (torch's is arithmetic)."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = z + _GOLDEN
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A stream of random numbers for each of n images.
+
+    ``state`` (n,) int64 holds one stream an image. `fold` derives an independent stream; `uniform` and `normal` draw. Drawing twice
+    from the same `Noise` gives the same numbers: fold first.
+    """
+
+    state: Int[Tensor, " n"]
+
+    @classmethod
+    def of(cls, index: Int[Tensor, " n"], *key: int) -> Noise:
+        """Streams of the images ``index`` (n,), any stable integers, under ``key`` (seed, epoch, ...)."""
+        return cls(_mix(index.to(torch.int64))).fold(*key)
+
+    def fold(self, *key: int) -> Noise:
+        """The streams derived from these by each integer of ``key`` in turn."""
+        state = self.state
+        for part in key:
+            state = _mix(state ^ _mix(torch.tensor(part, dtype=torch.int64, device=state.device)))
+        return Noise(state)
+
+    def __getitem__(self, select: Tensor | slice) -> Noise:
+        return Noise(self.state[select])
+
+    def __len__(self) -> int:
+        return self.state.shape[0]
+
+    def bits(self, *shape: int) -> Int[Tensor, "n ..."]:
+        """64 random bits for each of (n, *shape) places."""
+        places = torch.arange(math.prod(shape), dtype=torch.int64, device=self.state.device)
+        return _mix(self.state[:, None] ^ _mix(places)[None]).reshape(len(self), *shape)
+
+    def uniform(self, *shape: int) -> Float[Tensor, "n ..."]:
+        """Uniform in [0, 1), float32, (n, *shape): the top 24 of 64 bits, so every value is exact."""
+        return _shift(self.bits(*shape), 40).to(torch.float32) * 2.0**-24
+
+    def normal(self, *shape: int) -> Float[Tensor, "n ..."]:
+        """Standard normal, float32, (n, *shape), by Box and Muller from two independent uniforms."""
+        radius = torch.sqrt(-2.0 * torch.log1p(-self.fold(1).uniform(*shape)))
+        return radius * torch.cos(2.0 * math.pi * self.fold(2).uniform(*shape))
+
+
+def permutation(n: int, *key: int) -> Int[Tensor, " n"]:
+    """A random order of 0..n-1 that depends on ``key`` alone (the data order of an epoch, a held-out split)."""
+    return torch.argsort(Noise.of(torch.arange(n), *key).state, stable=True)

@@ -1,0 +1,380 @@
+"""The result file: one header, then one row an image, then the checks. Read, write, resume, validate, merge.
+
+JSON lines, append-only, flushed to the disk per batch, so that a killed evaluation loses at most the batch it was
+working on. Numbers that are not finite are written as Python's ``json`` writes them (``NaN``, ``Infinity``).
+Bad content and failed writes raise :class:`~robustmoe.errors.UserError`, one line each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from robustmoe.errors import UserError
+
+VERSION = 1
+OBJECTIVES = ("joint", "experts_only", "router_only")
+NORMS = ("linf", "l2", "l1")
+ROLES = ("main", "curve")
+STATUSES = ("pass", "not run", "warn", "fail")  # best first
+
+# Two files describe the same work when these agree; the rest of a header tells where and when it was done.
+WORK = (
+    "model", "model_hash", "data", "data_hash", "split", "index_hash", "n", "attack", "objective", "norm", "eps",
+    "role", "seed", "precision",
+)  # fmt: skip
+
+T = TypeVar("T")
+
+
+# Types -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RouterInfo:
+    """One router: ``experts`` to choose from, ``k`` chosen an item, ``items`` an image (1, or tokens)."""
+
+    experts: int
+    k: int
+    items: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What was evaluated, against what, where and how. ``eps`` is in pixels of [0, 1]; ``n`` is the number of images
+    planned; ``started`` is ISO 8601; ``attack`` is None for a clean evaluation, ``routers`` is {} for a dense model."""
+
+    run: str
+    model: str
+    data: str
+    split: str
+    attack: str | None
+    objective: str | None
+    norm: str
+    eps: float
+    role: str
+    method: str | None
+    n: int
+    seed: int
+    data_hash: str
+    index_hash: str
+    model_hash: str
+    versions: dict[str, str]
+    commit: str | None
+    device: str
+    threads: int
+    precision: str
+    command: str
+    classes: list[str]
+    routers: dict[str, RouterInfo]
+    parameters: int
+    started: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the file's first line."""
+        routers = {name: dict(vars(info)) for name, info in self.routers.items()}
+        return {"kind": "header", "version": VERSION, **vars(self), "routers": routers}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Header:
+        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        if data.get("kind") != "header":
+            raise UserError('not a rows file: its first line must be {"kind":"header",...}')
+        if data.get("version") != VERSION:
+            raise UserError(
+                f"rows file of version {data.get('version')!r}, this robustmoe reads version {VERSION}: "
+                "install the robustmoe that wrote it, or evaluate again"
+            )
+        header = _build(Header, {name: value for name, value in data.items() if name != "version"})
+        _choice("header", "norm", header.norm, NORMS)
+        _choice("header", "role", header.role, ROLES)
+        if header.objective is not None or header.attack is not None:
+            _choice("header", "objective", header.objective, OBJECTIVES)
+        return header
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: its index in the data set, its label, the exact model's predictions on the clean and the attacked
+    image, the perturbation's size in each norm (pixels of [0, 1]), the share of its items that changed expert, and how
+    many items each expert got. ``router_exposed``: the attacked route on the clean image; ``experts_exposed``: the
+    clean route on the attacked image; both None for a dense model."""
+
+    index: int
+    label: int
+    clean: int
+    adversarial: int
+    size: dict[str, float]
+    rerouted: dict[str, float]
+    router_exposed: int | None
+    experts_exposed: int | None
+    route_clean: dict[str, list[int]]
+    route_adversarial: dict[str, list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of one line."""
+        return {"kind": "row", **vars(self)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Row:
+        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        return _build(Row, data)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One answer to "can this number be believed?": ``status`` is pass, warn, fail or not run."""
+
+    id: str
+    name: str
+    status: str
+    value: Any
+    sentence: str
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Check:
+        """A check from its JSON object; UserError names the field that is wrong."""
+        check = _build(Check, data)
+        _choice("check", "status", check.status, STATUSES)
+        return check
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The last line of a finished file: the checks, and the wall time of the evaluation in seconds."""
+
+    checks: list[Check]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the file's last line."""
+        return {"kind": "checks", "checks": [dict(vars(check)) for check in self.checks], "seconds": self.seconds}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Checks:
+        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        return _build(Checks, data)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image to show: ``before`` and ``after`` are base64 text of PNG files."""
+
+    index: int
+    label: int
+    clean: int
+    adversarial: int
+    route_clean: dict[str, list[int]]
+    route_adversarial: dict[str, list[int]]
+    before: str
+    after: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of one line."""
+        return dict(vars(self))
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Example:
+        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        return _build(Example, data)
+
+
+class Result(NamedTuple):
+    """A whole rows file: unpacks as ``header, rows, checks``. ``checks`` is None while the evaluation is unfinished."""
+
+    header: Header
+    rows: list[Row]
+    checks: Checks | None
+
+
+# Validation: one reader a type, chosen by the text of a field's annotation ----------------------------------------
+
+
+def _exactly(kind: type, words: str) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(words)
+        return value
+
+    return read
+
+
+def _float(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError("a number")
+    return float(value)
+
+
+def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else read(value)
+
+
+def _list(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    def whole(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise TypeError("a list")
+        return [read(item) for item in value]
+
+    return whole
+
+
+def _dict(read: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    def whole(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise TypeError("an object")
+        return {name: read(item) for name, item in value.items()}
+
+    return whole
+
+
+_int, _str = _exactly(int, "a whole number"), _exactly(str, "a text")
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "Any": lambda value: value,
+    "int": _int,
+    "int | None": _optional(_int),
+    "float": _float,
+    "str": _str,
+    "str | None": _optional(_str),
+    "list[str]": _list(_str),
+    "dict[str, str]": _dict(_str),
+    "dict[str, float]": _dict(_float),
+    "dict[str, list[int]]": _dict(_list(_int)),
+    "dict[str, RouterInfo]": _dict(lambda value: _build(RouterInfo, value)),
+    "list[Check]": _list(Check.from_dict),
+}
+
+
+def _build(cls: Callable[..., T], data: dict[str, Any]) -> T:
+    """An instance of a dataclass from a JSON object: every field there, of its type, and no other."""
+    kind = getattr(cls, "__name__", "object").lower()
+    if not isinstance(data, dict):
+        raise UserError(f"{kind}: expected an object, got {data!r}")
+    data = {name: value for name, value in data.items() if name != "kind"}
+    values = {}
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.name not in data:
+            raise UserError(f"{kind}: field {field.name!r} is missing")
+        value = data.pop(field.name)
+        try:
+            values[field.name] = _READERS[str(field.type)](value)
+        except TypeError as error:
+            raise UserError(f"{kind}: field {field.name!r} must be {error}, got {value!r:.80}") from None
+    if data:
+        raise UserError(f"{kind}: unknown field {next(iter(data))!r}")
+    return cls(**values)
+
+
+def _choice(kind: str, field: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{kind}: field {field!r} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+# Files -----------------------------------------------------------------------------------------------------------
+
+_HINTS = {
+    errno.ENOSPC: "free some space or choose another --out",
+    errno.EDQUOT: "free some space or choose another --out",
+    errno.EFBIG: "free some space or choose another --out",
+    errno.EACCES: "choose an --out you may write to",
+    errno.EPERM: "choose an --out you may write to",
+    errno.EROFS: "choose an --out you may write to",
+    errno.ENOTDIR: "a part of that path is a file; choose another --out",
+    errno.EEXIST: "a part of that path is a file; choose another --out",
+    errno.EISDIR: "that path is a folder; name a file",
+}
+
+
+@contextlib.contextmanager
+def _explained(verb: str, path: Path) -> Iterator[None]:
+    """Turn an OSError into a one-line UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "check the path and its permissions")
+        raise UserError(f"cannot {verb} {path}: {error.strerror or error}; {hint}") from error
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a whole file or nothing: temporary file beside it, fsync, rename. UserError if it cannot be written, and
+    then the old file is as it was. Missing folders are made."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with _explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines that end with a newline, without it; what a killed writer left after the last newline is dropped."""
+    with _explained("read", path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file; name a .jsonl file")
+        return path.read_bytes().split(b"\n")[:-1]
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {number}: not a JSON object; delete that line or the file")
+    return value
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, without a half-written last line. UserError on any other bad line."""
+    path = Path(path)
+    return [_parse(line, path, number) for number, line in enumerate(_whole_lines(path), 1)]
+
+
+def append_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
+    """Append one object as a line and flush it to the disk; a half-written last line left by a kill is cut first.
+    UserError if it cannot be written."""
+    path = Path(path)
+    with _explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            data = path.read_bytes()
+            if not data.endswith(b"\n"):
+                os.truncate(path, data.rfind(b"\n") + 1)
+        with open(path, "ab") as file:
+            file.write(_dump(value))
+            file.flush()
+            with contextlib.suppress(OSError):  # a pipe or a device has nothing to synchronise
+                os.fsync(file.fileno())
+
+
+def examples_path(rows: str | os.PathLike[str]) -> Path:
+    """``RUN/rows/<slug>.examples.jsonl`` for ``RUN/rows/<slug>.jsonl``."""
+    return Path(rows).with_suffix(".examples.jsonl")
+
+
+def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
+    """Write the examples file, atomically."""
+    write_atomic(path, b"".join(_dump(example.to_dict()) for example in examples))
+
+
+def read_examples(path: str | os.PathLike[str]) -> list[Example]:
+    """The examples of a file; UserError on a bad line."""
+    return [Example.from_dict(value) for value in read_jsonl(path)]

@@ -1,0 +1,197 @@
+"""What a router decided, as a value: `Routing`, `Trace`, `Tape`, and the rules that turn router logits into a decision.
+
+Letters for shapes, here and everywhere in the project:
+n images, t items an image (1 for an image router, tokens for a ViT), e experts, k chosen, c classes, ch h w an image, d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Gating = Literal["renormalised", "vmoe", "hard"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision of one router for a batch.
+
+    ``logits`` (n, t, e): the router's scores, in float32 or wider. ``index`` (n, t, k): the experts chosen, best first.
+    ``weight`` (n, t, k): what each chosen expert's output is multiplied by.
+    """
+
+    logits: Float[Tensor, "n t e"]
+    index: Int[Tensor, "n t k"]
+    weight: Float[Tensor, "n t k"]
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def k(self) -> int:
+        return self.index.shape[-1]
+
+    def detach(self) -> Routing:
+        return Routing(self.logits.detach(), self.index, self.weight.detach())
+
+    def __getitem__(self, select: Tensor | slice) -> Routing:
+        """The decisions for some of the images."""
+        return Routing(self.logits[select], self.index[select], self.weight[select])
+
+    def chosen(self) -> Tensor:
+        """(n, t, e) bool: which experts each item goes to."""
+        return torch.zeros_like(self.logits, dtype=torch.bool).scatter_(-1, self.index, True)
+
+
+Trace = dict[str, Routing]
+"""One entry a router, keyed by its module path; empty for a dense model."""
+
+
+class Tape:
+    """Carried down one forward pass. ``tape(name, fresh)`` records a decision, or replays a forced one, and returns what to use.
+
+    A replayed decision keeps the forced ``index`` and ``weight`` and records the fresh ``logits`` beside them (what this router would
+    have said of this input). Routers that ``forced`` does not name decide freely.
+    """
+
+    def __init__(self, forced: Mapping[str, Routing] | None = None) -> None:
+        self.forced: Mapping[str, Routing] = forced or {}
+        self.trace: Trace = {}
+        self._prefix = ""
+
+    def under(self, prefix: str) -> Tape:
+        """The same tape, with ``prefix.`` before every name."""
+        inner = Tape.__new__(Tape)
+        inner.forced, inner.trace, inner._prefix = self.forced, self.trace, f"{self._prefix}{prefix}."
+        return inner
+
+    def __call__(self, name: str, fresh: Routing) -> Routing:
+        name = self._prefix + name
+        if name in self.trace:
+            raise ValueError(f"two routers are named {name!r} in one pass; give each its own name, or use tape.under(prefix)")
+        used = fresh
+        if name in self.forced:
+            forced = self.forced[name]
+            if forced.index.shape[:2] != fresh.index.shape[:2]:
+                raise ValueError(
+                    f"the forced routing of {name!r} is for (images, items) = {tuple(forced.index.shape[:2])}, "
+                    f"this batch has {tuple(fresh.index.shape[:2])}"
+                )
+            if forced.num_experts != fresh.num_experts:
+                raise ValueError(
+                    f"the forced routing of {name!r} has {forced.num_experts} experts, the model {fresh.num_experts}"
+                )
+            used = Routing(fresh.logits, forced.index, forced.weight)
+        self.trace[name] = used
+        return used
+
+
+def _ranked(logits: Float[Tensor, "n t e"]) -> Int[Tensor, "n t e"]:
+    """Experts from best to worst; ties go to the lower index, on every device."""
+    return torch.argsort(logits, dim=-1, descending=True, stable=True)
+
+
+def _check_k(logits: Tensor, k: int) -> None:
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"k must be between 1 and the number of experts, {logits.shape[-1]}; got {k}")
+
+
+def top_k(logits: Float[Tensor, "n t e"], k: int = 1, gating: Gating = "renormalised") -> Routing:
+    """The k best experts.
+
+    ``gating`` says what their outputs are weighted by. "renormalised": softmax over the chosen (at k = 1 this is the constant 1: the
+    router then gets no gradient from the output). "vmoe": softmax over all experts, the chosen entries (V-MoE, Riquelme et al.
+    2021). "hard": 1/k each, a pure decision.
+    """
+    _check_k(logits, k)
+    index = _ranked(logits)[..., :k]
+    if gating == "hard":
+        weight = torch.full_like(logits[..., :k], 1.0 / k)
+    elif gating == "vmoe":
+        weight = torch.softmax(logits, dim=-1).gather(-1, index)
+    elif gating == "renormalised":
+        weight = torch.softmax(logits.gather(-1, index), dim=-1)
+    else:
+        raise ValueError(f"gating must be 'renormalised', 'vmoe' or 'hard'; got {gating!r}")
+    return Routing(logits, index, weight)
+
+
+def straight_through(
+    logits: Float[Tensor, "n t e"], k: int = 1, surrogate: Literal["identity", "softmax"] = "identity"
+) -> Routing:
+    """The k best experts, weighted 1/k forward, with a gradient to the router that the exact function does not have.
+
+    Backward, the weight of a chosen expert moves as its logit ("identity": AdvMoE's released code copies the gradient of the
+    one-hot to the scores) or as its softmax probability ("softmax"). The exact output is piecewise constant in the logits, so this
+    gradient is biased by construction; it is declared here and nowhere else.
+    """
+    _check_k(logits, k)
+    index = _ranked(logits)[..., :k]
+    score = logits if surrogate == "identity" else torch.softmax(logits, dim=-1)
+    score = score.gather(-1, index)
+    moving = score - score.detach()  # zero in value, NaN only where the logits are not finite
+    return Routing(logits, index, moving + 1.0 / k)
+
+
+def noisy_top_k(
+    logits: Float[Tensor, "n t e"], noise: Float[Tensor, "n t e"], k: int = 1, gating: Gating = "renormalised"
+) -> Routing:
+    """`top_k` of ``logits + noise`` (V-MoE, Riquelme et al. 2021, uses normal noise of deviation 1/e while training).
+
+    The noise is an argument: draw it with `robustmoe.noise.Noise`, so that it belongs to the image. The recorded logits are the clean ones.
+    """
+    noisy = top_k(logits + noise, k, gating)
+    return Routing(logits, noisy.index, noisy.weight)
+
+
+def soft(logits: Float[Tensor, "n t e"], temperature: float = 1.0) -> Routing:
+    """All experts, weighted by softmax(logits / temperature), best first."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0; got {temperature}")
+    index = _ranked(logits)
+    return Routing(logits, index, torch.softmax(logits / temperature, dim=-1).gather(-1, index))
+
+
+def to_rank(trace: Trace, rank: int) -> Trace:
+    """Every item to its expert of the given rank alone: 0 is the best, 1 the second (RT-ER's "second expert")."""
+    out: Trace = {}
+    for name, routing in trace.items():
+        if not 0 <= rank < routing.num_experts:
+            raise ValueError(f"rank {rank} does not exist at {name!r}: it has {routing.num_experts} experts")
+        index = _ranked(routing.logits)[..., rank : rank + 1]
+        out[name] = Routing(routing.logits, index, torch.ones_like(routing.logits[..., :1]))
+    return out
+
+
+def to_expert(trace: Trace, expert: int) -> Trace:
+    """Every item to the one given expert, with weight 1, at every router."""
+    out: Trace = {}
+    for name, routing in trace.items():
+        if not 0 <= expert < routing.num_experts:
+            raise ValueError(f"expert {expert} does not exist at {name!r}: it has experts 0 to {routing.num_experts - 1}")
+        ones = torch.ones_like(routing.logits[..., :1])
+        out[name] = Routing(routing.logits, torch.full_like(ones, expert, dtype=torch.long), ones)
+    return out
+
+
+def detach(trace: Trace) -> Trace:
+    """The same decisions, cut from the graph."""
+    return {name: routing.detach() for name, routing in trace.items()}
+
+
+def rerouted(before: Trace, after: Trace) -> dict[str, Float[Tensor, " n"]]:
+    """For each router, per image, the share of items whose chosen set changed: 1 - IoU of the chosen sets, averaged over items.
+
+    For top-1 this is the fraction of items sent elsewhere.
+    """
+    out = {}
+    for name, routing in before.items():
+        a, b = routing.chosen(), after[name].chosen()
+        out[name] = 1.0 - ((a & b).sum(-1) / (a | b).sum(-1)).mean(-1)
+    return out
