@@ -139,7 +139,7 @@ class Check:
     sentence: str
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Check:
+    def from_dict(data: Any) -> Check:
         """A check from its JSON object; UserError names the field that is wrong."""
         check = _build(Check, data)
         _choice("check", "status", check.status, STATUSES)
@@ -251,7 +251,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _build(cls: Callable[..., T], data: dict[str, Any]) -> T:
+def _build(cls: Callable[..., T], data: Any) -> T:
     """An instance of a dataclass from a JSON object: every field there, of its type, and no other."""
     kind = getattr(cls, "__name__", "object").lower()
     if not isinstance(data, dict):
@@ -378,3 +378,187 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
 def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     """The examples of a file; UserError on a bad line."""
     return [Example.from_dict(value) for value in read_jsonl(path)]
+
+
+# Rows files --------------------------------------------------------------------------------------------------------
+
+
+def difference(old: Header, new: Header) -> str | None:
+    """The first field of :data:`WORK` in which two headers differ; None if they describe the same work."""
+    return next((name for name in WORK if getattr(old, name) != getattr(new, name)), None)
+
+
+def read(path: str | os.PathLike[str]) -> Result:
+    """A whole rows file, rows sorted by index. A half-written last line is ignored; any other bad line, and two
+    different rows of one image, are a UserError that names the line."""
+    path = Path(path)
+    lines = _whole_lines(path) if path.exists() else []
+    if not lines:
+        raise UserError(f"no rows in {path}; `robustmoe evaluate RUN` makes them")
+    header, rows, checks = _contents(path, lines)
+    return Result(header, [rows[index] for index in sorted(rows)], checks)
+
+
+def _contents(path: Path, lines: list[bytes]) -> tuple[Header, dict[int, Row], Checks | None]:
+    rows: dict[int, Row] = {}
+    checks: Checks | None = None
+    header: Header | None = None
+    for number, line in enumerate(lines, 1):
+        data = _parse(line, path, number)
+        kind = data.get("kind")
+        try:
+            if header is None:
+                header = Header.from_dict(data)
+            elif checks is not None:
+                raise UserError("lines after the checks, which end a file")
+            elif kind == "row":
+                _put(rows, Row.from_dict(data))
+            elif kind == "checks":
+                checks = Checks.from_dict(data)
+            else:
+                raise UserError(f"unknown kind {kind!r}; known: header, row, checks")
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    assert header is not None  # `lines` is not empty, and its first line is read as a header
+    return header, rows, checks
+
+
+def _put(rows: dict[int, Row], row: Row) -> None:
+    if rows.setdefault(row.index, row) != row:
+        raise UserError(f"image {row.index} has two different rows; delete one of them")
+
+
+def merge(paths: Sequence[str | os.PathLike[str]]) -> Result:
+    """Shards of one evaluation as one result: the same work in every header, rows disjoint or identical, otherwise a
+    UserError. The checks are None until every shard has them; a check's status is the worst over the shards, seconds
+    are summed."""
+    if not paths:
+        raise UserError("nothing to merge: give at least one rows file")
+    results = [read(path) for path in paths]
+    rows: dict[int, Row] = {}
+    for path, result in zip(paths, results, strict=True):
+        field = difference(results[0].header, result.header)
+        if field is not None:
+            raise UserError(f"{path} is not a shard of {paths[0]}: their headers differ in {field!r}")
+        try:
+            for row in result.rows:
+                _put(rows, row)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    checks = _merged_checks([result.checks for result in results])
+    return Result(results[0].header, [rows[index] for index in sorted(rows)], checks)
+
+
+def _merged_checks(parts: list[Checks | None]) -> Checks | None:
+    worst: dict[str, Check] = {}
+    seconds = 0.0
+    for part in parts:
+        if part is None:
+            return None
+        seconds += part.seconds
+        for check in part.checks:
+            known = worst.setdefault(check.id, check)
+            if STATUSES.index(check.status) > STATUSES.index(known.status):
+                worst[check.id] = check
+    return Checks(list(worst.values()), seconds)
+
+
+class Writer:
+    """Creates a rows file, or resumes the one that is there.
+
+    ``done`` holds the indices of the images that have a row, ``checks`` the checks of a finished file (else None).
+    A half-written last line is cut. UserError if the file holds other work, or cannot be read or written."""
+
+    def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
+        self.path = Path(path)
+        self.header = header
+        self.done: set[int] = set()
+        self.checks: Checks | None = None
+        lines = self._resume() if self.path.exists() else []
+        with _explained("write", self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        # Rows are kept, finishing lines are rewritten: `_end` is where the next row goes.
+        kept = lines[:-1] if self.checks is not None else lines
+        self._end = sum(len(line) + 1 for line in kept)
+        try:
+            if not lines:
+                first = _dump(header.to_dict())
+                self._append(first)
+                self._end = len(first)
+            elif self.checks is None:
+                self._cut()
+        except UserError:
+            self.close()
+            raise
+
+    def _resume(self) -> list[bytes]:
+        lines = _whole_lines(self.path)
+        if not lines:
+            start = self.path.read_bytes()
+            expected = _dump(self.header.to_dict())[: len(b'{"kind":"header"')]
+            if not expected.startswith(start[: len(expected)]):
+                raise UserError(f"{self.path} is not a rows file and was left alone; choose another --out")
+            return []
+        old, rows, self.checks = _contents(self.path, lines)
+        field = difference(old, self.header)
+        if field is not None:
+            was, now = getattr(old, field), getattr(self.header, field)
+            raise UserError(
+                f"{self.path} holds other work: its {field} is {was!r}, this one's is {now!r}; "
+                "choose another --out or delete the file"
+            )
+        self.header = old
+        self.done = set(rows)
+        return lines
+
+    def _cut(self) -> None:
+        with _explained("write", self.path):
+            os.ftruncate(self._descriptor, self._end)
+
+    def _append(self, data: bytes) -> None:
+        """Put lines at the end, flushed to the disk. If that fails, the file is cut back to what it was."""
+        with _explained("write", self.path):
+            os.ftruncate(self._descriptor, self._end)
+            os.lseek(self._descriptor, self._end, os.SEEK_SET)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(self._descriptor, view) :]
+                os.fsync(self._descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._descriptor, self._end)
+                raise
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Append one batch and flush it to the disk. Rows of images that are done already are skipped."""
+        batch: dict[int, Row] = {}
+        for row in rows:
+            if row.index not in self.done:
+                _put(batch, row)
+        if not batch:
+            return
+        data = b"".join(_dump(row.to_dict()) for row in batch.values())
+        self._append(data)
+        self._end += len(data)
+        self.done |= set(batch)
+        self.checks = None
+
+    def finish(self, checks: Sequence[Check], seconds: float) -> None:
+        """Write the last line (again, if the file had one)."""
+        last = Checks(list(checks), seconds)
+        self._append(_dump(last.to_dict()))
+        self.checks = last
+
+    def close(self) -> None:
+        """Close the file; a closed writer cannot be used again. Closing twice is harmless."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,9 +1,9 @@
-"""Images and labels: batches of x in [0, 1], data sets read from their own formats, augmentation that belongs to the image.
+"""Images and labels: batches of x in [0, 1], data sets read from their own formats, augmentation keyed by image.
 
 Normalisation lives in the model, never here: an attack's ball is measured in pixels. `DATASETS` is the table of names.
 """
 
-from robustmoe.data.augment import augment
+from robustmoe.data.augment import AUGMENTS, CropFlip, augment
 from robustmoe.data.base import Batch, Data, ImageSet, InMemory, batches, from_arrays, mean_std
 from robustmoe.data.sets import (
     DATASETS,
@@ -19,8 +19,10 @@ from robustmoe.data.split import hold_out
 from robustmoe.data.stream import Streamed
 
 __all__ = [
+    "AUGMENTS",
     "DATASETS",
     "Batch",
+    "CropFlip",
     "Data",
     "ImageSet",
     "InMemory",

@@ -1,4 +1,4 @@
-"""What a data set is: `Batch`, `ImageSet` (one split), `InMemory`, `Data` (three splits), and `batches` to walk through a split."""
+"""What a data set is: `Batch`, `ImageSet` (one split), `InMemory`, `Data` (three splits), and `batches` over one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from robustmoe.errors import UserError
@@ -20,7 +20,7 @@ from robustmoe.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """n images: ``x`` (n, ch, h, w) in [0, 1], ``y`` (n,) labels, ``index`` (n,) one stable integer an image (see `ImageSet`)."""
+    """n images: ``x`` (n, ch, h, w) in [0, 1], ``y`` (n,) labels, ``index`` (n,) stable integers (see `ImageSet`)."""
 
     x: Float32[Tensor, "n ch h w"]
     y: Int64[Tensor, " n"]
@@ -36,9 +36,9 @@ class Batch:
 class ImageSet(ABC):
     """One split of a data set: N images that can be asked for by position.
 
-    ``labels`` (N,) and ``index`` (N,) stay on the CPU. ``index`` is an image's place in the official order of the files of its split;
-    a validation image, taken out of the training split, keeps its training index. So (split file, index) names an image for ever,
-    whatever subset, order or batch it is seen in, and random draws are keyed by it.
+    ``labels`` (N,) and ``index`` (N,) stay on the CPU. ``index`` is an image's place in the official order of the
+    files of its split; a validation image, taken out of the training split, keeps its training index. So (split file,
+    index) names an image for ever, whatever subset, order or batch it is seen in, and random draws are keyed by it.
     """
 
     def __init__(self, labels: Int64[Tensor, " N"], index: Int64[Tensor, " N"] | None = None) -> None:
@@ -70,15 +70,17 @@ class ImageSet(ABC):
         if limit is None or limit >= len(self):
             return self
         if limit < 1:
-            raise UserError(f"the limit on images is {limit}, expected at least 1; leave it out to take all {len(self)}")
+            raise UserError(
+                f"the limit on images is {limit}, expected at least 1; leave it out to take all {len(self)}"
+            )
         return self.subset(torch.arange(limit))
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the images (streamed: relative paths and sizes), labels and indices, in order."""
         digest = hashlib.sha256(repr((type(self).__name__, self.image_shape, len(self))).encode())
-        digest.update(self.labels.contiguous().numpy())
-        digest.update(self.index.contiguous().numpy())
+        digest.update(self.labels.numpy().tobytes())
+        digest.update(self.index.numpy().tobytes())
         for part in self._contents():
             digest.update(part)
         return digest.hexdigest()
@@ -92,7 +94,8 @@ def as_positions(positions: Tensor | list[int]) -> Int64[Tensor, " n"]:
 class InMemory(ImageSet):
     """Images held as they were stored, and turned into float32 in [0, 1] a batch at a time.
 
-    ``images`` (N, ch, h, w): uint8 levels from 0 to ``white`` (x = level / white), or float32 already in [0, 1] (``white`` unused).
+    ``images`` (N, ch, h, w): uint8 levels from 0 to ``white`` (x = level / white), or float32 already in [0, 1]
+    (``white`` unused).
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class InMemory(ImageSet):
         ch, h, w = self.images.shape[1:]
         return ch, h, w
 
-    def scaled(self, images: Tensor) -> Float32[Tensor, "n ch h w"]:
+    def _scaled(self, images: Tensor) -> Float32[Tensor, "n ch h w"]:
         """Stored images as float32 in [0, 1]."""
         return images.to(torch.float32).div_(self.white) if images.dtype == torch.uint8 else images
 
@@ -119,7 +122,7 @@ class InMemory(ImageSet):
         """The images at ``positions`` (n,), on the device that holds the set."""
         where = as_positions(positions)
         device = self.images.device
-        x = self.scaled(self.images[where.to(device)])
+        x = self._scaled(self.images[where.to(device)])
         return Batch(x, self.labels[where].to(device), self.index[where].to(device))
 
     def subset(self, positions: Int64[Tensor, " n"] | list[int]) -> InMemory:
@@ -139,9 +142,9 @@ class InMemory(ImageSet):
 class Data:
     """A data set: three disjoint splits and what a model has to know of them.
 
-    ``val`` is held out of the official training split and serves every choice made while training; ``test`` is for the final number
-    alone. ``mean`` and ``std`` (one a channel, std above 0) are for the model's own normalisation: of the training split where it is in
-    memory, else the customary ImageNet constants.
+    ``val`` is held out of the official training split and serves every choice made while training; ``test`` is for
+    the final number alone. ``mean`` and ``std`` (one a channel, std above 0) are for the model's own normalisation:
+    of the training split where it is in memory, else the customary ImageNet constants.
     """
 
     name: str
@@ -163,7 +166,7 @@ class Data:
 
 
 def mean_std(images: InMemory) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels, in float64. A constant channel gets 1 for its deviation."""
+    """Mean and standard deviation of each channel over all pixels, in float64. A constant channel gets deviation 1."""
     total = torch.zeros(images.image_shape[0], dtype=torch.float64)
     squares = torch.zeros_like(total)
     for chunk in images.images.split(2048):
@@ -187,24 +190,34 @@ def _check_images(x: Tensor) -> None:
     if x.numel() == 0:
         raise UserError(f"there are no images: the shape is {tuple(x.shape)}; pass at least one")
     if not x.is_floating_point():
-        raise UserError(f"the images are {x.dtype}, expected floating point in [0, 1]; pass x / 255 if the levels are 0 to 255")
+        raise UserError(
+            f"the images are {x.dtype}, expected floating point in [0, 1]; pass x / 255 if the levels are 0 to 255"
+        )
     low, high = float(x.min()), float(x.max())
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
-        raise UserError(f"image {bad} holds a value that is not finite, expected every pixel in [0, 1]; remove or repair it")
+        raise UserError(
+            f"image {bad} holds a value that is not finite, expected every pixel in [0, 1]; remove or repair it"
+        )
     if low < 0 or high > 1:
         raise UserError(
-            f"the images range from {low:.6g} to {high:.6g}, expected [0, 1]; pass raw pixels (divide by 255 if they are 0 to 255): "
-            "normalisation belongs inside the model"
+            f"the images range from {low:.6g} to {high:.6g}, expected [0, 1]; pass raw pixels, "
+            "divided by 255 if they are 0 to 255: normalisation belongs inside the model"
         )
 
 
 def check_labels(y: Tensor, num_images: int, num_classes: int | None, source: str) -> None:
     """`UserError` unless ``y`` is (num_images,) integers in 0..num_classes-1; ``source`` says whose labels they are."""
+    if num_images == 0:
+        raise UserError(f"{source} holds no images, expected at least one; give another file or folder")
     if y.ndim != 1 or len(y) != num_images:
-        raise UserError(f"{source} has {num_images} images and labels of shape {tuple(y.shape)}, expected ({num_images},)")
+        raise UserError(
+            f"{source} has {num_images} images and labels of shape {tuple(y.shape)}, expected ({num_images},)"
+        )
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise UserError(f"the labels of {source} are {y.dtype}, expected integers; convert them, for example with y.long()")
+        raise UserError(
+            f"the labels of {source} are {y.dtype}, expected integers; convert them, for example with y.long()"
+        )
     low, high = int(y.min()), int(y.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
         top = "0 or above" if num_classes is None else f"0 to {num_classes - 1} ({num_classes} classes)"
@@ -219,8 +232,9 @@ def from_arrays(
 ) -> InMemory:
     """A user's own images as a split: ``x`` (N, ch, h, w) floating point in [0, 1], ``y`` (N,) integers from 0.
 
-    The values are kept as float32, not quantised. ``index`` (N,) are stable names of the images, by default 0..N-1. `UserError` on
-    images of another rank, outside [0, 1] or not finite, on labels outside 0..num_classes-1, on lengths that differ.
+    The values are kept as float32, not quantised. ``index`` (N,) are stable names of the images, by default 0..N-1.
+    `UserError` on images of another rank, outside [0, 1] or not finite, on labels outside 0..num_classes-1, on
+    lengths that differ.
     """
     x, y = torch.as_tensor(x).detach(), torch.as_tensor(y)
     _check_images(x)
@@ -228,7 +242,9 @@ def from_arrays(
     if index is not None:
         index = torch.as_tensor(index)
         if index.shape != y.shape or index.is_floating_point():
-            raise UserError(f"index is {index.dtype} of shape {tuple(index.shape)}, expected integers of shape {tuple(y.shape)}")
+            raise UserError(
+                f"index is {index.dtype} of shape {tuple(index.shape)}, expected integers of shape {tuple(y.shape)}"
+            )
         index = index.to(torch.int64)
     return InMemory(x.to(torch.float32), y.to(torch.int64), index)
 
@@ -242,7 +258,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The images at positions ``order`` (n,), by default all in order, ``batch_size`` at a time, on ``device``.
 
-    The last batch may be short; ``drop_last`` leaves it out. Sets that are not in memory are read one batch ahead, in a thread.
+    The last batch may be short; ``drop_last`` leaves it out. Sets that are not in memory are read one batch ahead, in
+    a thread.
     """
     if batch_size < 1:
         raise UserError(f"the batch size is {batch_size}, expected at least 1")

@@ -18,11 +18,14 @@ def hold_out(
 ) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " held"]]:
     """Positions kept and positions held out, both ascending, drawn by ``labels`` and ``key`` alone.
 
-    Of each class, ``share`` of its images are held out (rounded to the nearest whole number, at least 1 and never all; a class of a
-    single image keeps it). `UserError` on a share outside (0, 1), or where nothing could be held out.
+    Of each class, ``share`` of its images are held out (rounded to the nearest whole number, at least 1 and never
+    all; a class of a single image keeps it). `UserError` on a share outside (0, 1), or where nothing could be held
+    out.
     """
     if not 0 < share < 1:
-        raise UserError(f"the share to hold out is {share}, expected a number between 0 and 1, both excluded, such as 0.1")
+        raise UserError(
+            f"the share to hold out is {share}, expected a number between 0 and 1, both excluded, such as 0.1"
+        )
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact, wide
 from robustmoe.models.mixing import mix_sparse
-from robustmoe.models.norm import Normalise
+from robustmoe.models.norm import Normalise, Standardise
 from robustmoe.models.small import SmallCNN
 from robustmoe.routing import Routing, Tape, soft, straight_through, top_k
 
@@ -78,6 +78,7 @@ class Ensemble(ModelSpec):
 
     ``gate``: "straight_through" (top-k, 1/k each, with a straight-through gradient for the router), "renormalised" or "vmoe" (top-k softmax), "hard" (the router
     gets no gradient at all: the released code's), "soft" (all experts). Only chosen experts run.
+    ``standardise``: the router's logits have mean 0 and variance 1 over the training batches, so that no expert is dead at the start.
     """
 
     network: NetworkSpec
@@ -86,6 +87,7 @@ class Ensemble(ModelSpec):
     gate: Gate = "straight_through"
     router: NetworkSpec = SmallCNN()  # noqa: RUF009 (a frozen value)
     mix: Literal["logits", "probabilities"] = "logits"
+    standardise: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.experts:
@@ -93,5 +95,7 @@ class Ensemble(ModelSpec):
 
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
         router = self.router.network(self.experts, image_shape)
+        if self.standardise:
+            router = Standardise(router, self.experts)
         experts = [self.network.network(num_classes, image_shape) for _ in range(self.experts)]
         return EnsembleModel(router, experts, self.gate, self.k, self.mix, normalise)

@@ -42,7 +42,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         values = x.numel() // x.shape[1]
         if not distributed.active() and values != 1:
             return super().forward(x) if values else x
-        out, mean, var, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        weight = x.new_ones(x.shape[1]) if self.weight is None else self.weight
+        bias = x.new_zeros(x.shape[1]) if self.bias is None else self.bias
+        out, mean, var, count = _GlobalBatchNorm.apply(x, weight, bias, self.eps)
         self._update(mean, var, float(count))
         return out
 
@@ -103,3 +105,20 @@ def enters_empty(module: nn.Module) -> bool:
     """Whether the module must be called even without images: its BatchNorm counts over processes, and all of them have to enter."""
     return module.training and distributed.active()
 
+
+
+class Standardise(nn.Module):
+    """Router logits (n, e) with mean 0 and variance 1 an expert: over the (global) batch in train mode, by running statistics in eval mode.
+
+    A fresh router sends nearly every image to one expert, because its logits hardly depend on the image; standardised, each expert gets a
+    share from the first step. In eval mode this is a fixed affine map, so decisions do not depend on the batch. Not part of AdvMoE.
+    """
+
+    def __init__(self, network: nn.Module, experts: int) -> None:
+        super().__init__()
+        self.network = network
+        self.norm = BatchNorm2d(experts, affine=False)
+
+    def forward(self, x: Tensor) -> Float[Tensor, "n e"]:
+        logits = self.network(x)
+        return self.norm(logits.float()[:, :, None, None])[:, :, 0, 0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact, wide
 from robustmoe.models.convolution import RoutedConv, Segments
-from robustmoe.models.norm import Normalise
+from robustmoe.models.norm import Normalise, Standardise
 from robustmoe.models.resnet import ResNet, resnet20
 from robustmoe.routing import Tape, straight_through
 
@@ -49,13 +49,15 @@ class Pathway(ModelSpec):
     """A MoE-CNN: each convolution of ``backbone`` has ``experts`` filter banks of ``ratio`` times its width.
 
     One forward pass costs about ratio^2 of the dense backbone, plus the router, whatever the number of experts.
-    ``router``: any network; the default is the paper's ResNet-20. The decision is top-1 with a straight-through gradient.
+    ``router``: any network; the default is the paper's ResNet-20. ``standardise``: its logits have mean 0 and variance 1 over the training
+    batches, so that no expert is dead at the start. The decision is top-1 with a straight-through gradient.
     """
 
     backbone: ResNet
     experts: int = 2
     ratio: float = 0.5
     router: NetworkSpec = resnet20()  # noqa: RUF009 (a frozen value)
+    standardise: bool = False
 
     def __post_init__(self) -> None:
         if self.experts < 1:
@@ -66,4 +68,6 @@ class Pathway(ModelSpec):
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
         network = self.backbone.routed_network(num_classes, image_shape, partial(RoutedConv, self.experts), self.ratio)
         router = self.router.network(self.experts, image_shape)
+        if self.standardise:
+            router = Standardise(router, self.experts)
         return PathwayModel(router, network, self.experts, normalise)

@@ -1,0 +1,66 @@
+"""What every attack is: a frozen value, called as attack(model, x, y) -> x_adv, that leaves the model as it found it."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from robustmoe.attacks.objectives import Objective
+from robustmoe.attacks.threat import Threat
+from robustmoe.models.base import RoutedModel, as_routed
+from robustmoe.noise import Noise
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode inside, each in its own former mode after; gradients enabled. Buffers cannot move meanwhile."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Attack(ABC):
+    """attack(model, x, y) -> x_adv, inside the threat's ball and the box, same shape, dtype and device as x; nothing else changes.
+
+    Every attack has a ``threat``, the ``objective`` it climbs and a ``seed``. Subclasses are frozen dataclasses that write `perturb`. An
+    attack is never trusted: `robustmoe.evaluation` measures the ball and asks the exact model again.
+    """
+
+    threat: Threat
+    objective: Objective
+    seed: int
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Float[Tensor, "n ch h w"],
+        y: Int[Tensor, " n"],
+        noise: Noise | None = None,
+    ) -> Float[Tensor, "n ch h w"]:
+        """The attacked images. ``model``: a `RoutedModel` or any callable from images to logits (n, c).
+
+        ``noise``: one random stream an image (default: by position in the batch and ``seed``). A stream an image of its own makes the result independent
+        of the batch it stands in.
+        """
+        if noise is None:
+            noise = Noise.of(torch.arange(len(x), device=x.device), self.seed)
+        if len(x) == 0:
+            return x.clone()
+        routed = as_routed(model)
+        x = x.detach()
+        with evaluating(routed):
+            return self.perturb(routed, x, y, noise).detach()
+
+    @abstractmethod
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        """The attacked images; the model is in eval mode."""

@@ -1,0 +1,125 @@
+"""FGSM and projected gradient ascent (Goodfellow et al. 2015; Madry et al. 2018), over any objective and threat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustmoe.attacks.base import Attack
+from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
+from robustmoe.attacks.threat import Threat
+from robustmoe.models.base import RoutedModel
+from robustmoe.noise import Noise
+
+
+class NotFiniteError(RuntimeError):
+    """An attack met a loss or gradient that is not finite: its outcome would be a robust accuracy that means nothing."""
+
+
+def ascend(inner: Inner, x_adv: Tensor) -> tuple[Score, Tensor]:
+    """The score at x_adv and the gradient of its loss, image by image, in the dtype of x_adv."""
+    x_adv = x_adv.detach().requires_grad_(True)
+    score = inner(x_adv)
+    if not score.loss.requires_grad:
+        raise NotFiniteError("the objective has no gradient to the image: no path from the image to the loss is differentiable")
+    (gradient,) = torch.autograd.grad(score.loss.sum(), x_adv)
+    if not bool((torch.isfinite(score.loss).all() & torch.isfinite(gradient).all()).item()):
+        raise NotFiniteError(
+            "the attack's loss or gradient is not finite; the model's outputs are broken (NaN or infinite logits), and no robust "
+            "accuracy can be measured"
+        )
+    return Score(score.loss.detach(), score.fooled), gradient
+
+
+@dataclass
+class _Best:
+    """The best iterate so far, image by image: fooled before not fooled, then the higher loss."""
+
+    x_adv: Tensor
+    score: Score
+
+    def offer(self, x_adv: Tensor, score: Score) -> None:
+        old = self.score
+        better = (score.fooled & ~old.fooled) | ((score.fooled == old.fooled) & (score.loss > old.loss))
+        self.x_adv = torch.where(better[:, None, None, None], x_adv, self.x_adv)
+        self.score = Score(torch.where(better, score.loss, old.loss), old.fooled | score.fooled)
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """Projected gradient ascent with random start.
+
+    ``step_size`` in pixels; by default eps / 4 (the field's 2/255 at 8/255), or eps for a single step. ``restarts``: later ones attack
+    only the images not yet fooled. ``keep``: "best" returns the best iterate (one forward pass more), "last" the final one, as adversarial training
+    usually does. ``start``: "random" in the ball, or "clean".
+    """
+
+    threat: Threat
+    steps: int = 10
+    step_size: float | None = None
+    restarts: int = 1
+    objective: Objective = Joint()  # noqa: RUF009 (a frozen value)
+    keep: Literal["best", "last"] = "best"
+    start: Literal["random", "clean"] = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError(f"steps and restarts must be at least 1; got {self.steps} and {self.restarts}")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size must be above 0, in pixels of [0, 1]; got {self.step_size}")
+
+    def _step_size(self) -> float:
+        if self.step_size is not None:
+            return self.step_size
+        return self.threat.eps if self.steps == 1 else self.threat.eps / 4
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        best = self._climb(model, x, y, noise.fold(0))
+        for restart in range(1, self.restarts):
+            rest = torch.nonzero(~best.score.fooled)[:, 0]
+            if len(rest) == 0:
+                break
+            again = self._climb(model, x[rest], y[rest], noise[rest].fold(restart))
+            x_adv, loss, fooled = best.x_adv.clone(), best.score.loss.clone(), best.score.fooled.clone()
+            x_adv[rest], loss[rest], fooled[rest] = again.x_adv, again.score.loss, again.score.fooled
+            best.offer(x_adv, Score(loss, fooled))
+        return best.x_adv
+
+    def _climb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> _Best:
+        inner = self.objective(model, x, y)
+        x_adv = self.threat.start(x, noise) if self.start == "random" else x
+        best: _Best | None = None
+        for _ in range(self.steps):
+            score, gradient = ascend(inner, x_adv)
+            if best is None:
+                best = _Best(x_adv, score)
+            elif self.keep == "best":
+                best.offer(x_adv, score)
+            x_adv = self.threat.project(x_adv + self._step_size() * self.threat.direction(gradient, x_adv), x)
+        assert best is not None
+        if self.keep == "last" and self.restarts == 1:
+            best.x_adv = x_adv
+            return best
+        with torch.no_grad():
+            final = inner(x_adv)
+        if self.keep == "best":
+            best.offer(x_adv, final)
+            return best
+        return _Best(x_adv, final)
+
+
+@dataclass(frozen=True)
+class FGSM(Attack):
+    """One step of size eps from the clean image, no random start (Goodfellow et al. 2015)."""
+
+    threat: Threat
+    objective: Objective = Joint()  # noqa: RUF009 (a frozen value)
+    seed: int = 0
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        _, gradient = ascend(self.objective(model, x, y), x)
+        return self.threat.project(x + self.threat.eps * self.threat.direction(gradient, x), x)

@@ -1,0 +1,370 @@
+"""The command line: a verb is a plain function below, its flags are its arguments, and it returns what is printed.
+
+Nothing heavy is imported before a verb runs, so ``--help`` is instant. A user's mistake is one line on stderr and
+exit code 2; any other exception is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import inspect
+import os
+import re
+import signal
+import sys
+import threading
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from robustmoe import recipe as recipes
+from robustmoe import spec
+from robustmoe.errors import UserError, nearest
+from robustmoe.progress import first_process
+
+# ------------------------------------------------------------------------------------------------ verbs
+
+
+def train(
+    recipe: Annotated[str, "a recipe file, or the name of one in recipes/"],
+    out: Annotated[str | None, "the run folder (default: runs/ and the recipe's name)"] = None,
+    resume: Annotated[bool, "go on from the last checkpoint in the run folder"] = False,
+    **fields: Any,
+) -> str:
+    """Train a model as a recipe says; every field of the recipe is also a flag."""
+    settings = recipes.load(recipe, **fields)
+    folder = Path(out) if out is not None else Path("runs") / recipes.resolve(recipe).stem
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file, not a run folder; choose another --out")
+    if first_process() and not resume and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{str(folder)!r} is not empty: add --resume to go on, or choose another --out")
+    from robustmoe import training
+
+    training.train(settings, folder, resume)
+    return f"run folder: {folder}\nnext: robustmoe evaluate {folder}"
+
+
+def evaluate(
+    run: Annotated[str, "a run folder"],
+    attack: Annotated[
+        tuple[str, ...], "an attack, such as pgd(linf(8/255), steps=50); repeat for more (default: the recipe's)"
+    ] = (),
+    data: Annotated[str | None, "another data set than the run's"] = None,
+    split: Annotated[Literal["test", "val"], "which images"] = "test",
+    limit: Annotated[int | None, "at most this many images"] = None,
+    batch_size: Annotated[int, "images at a time"] = 128,
+    curve: Annotated[
+        str, "radii of the accuracy curve, such as 0,2/255,4/255; auto = around the attack's; none = no curve"
+    ] = "auto",
+    seed: Annotated[int, "decides every random draw of the attacks"] = 0,
+    precision: Annotated[Literal["fp32"], "verdicts come from the exact fp32 model"] = "fp32",
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
+    out: Annotated[str | None, "folder of the rows (default: RUN/rows)"] = None,
+) -> str:
+    """Attack a trained model and measure what survives; images that are done are not done again."""
+    folder = _run_folder(run)
+    for text in attack:
+        spec.canonical(text)
+    radii = {"auto": None, "none": ()}[curve] if curve in ("auto", "none") else spec.numbers(curve)
+    from robustmoe.evaluation import evaluate_run
+
+    table: str = evaluate_run(
+        folder,
+        attacks=attack,
+        data=data,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        curve=radii,
+        seed=seed,
+        device=device,
+        out=None if out is None else Path(out),
+    )
+    return table
+
+
+def analyze(run: Annotated[str, "a run folder that was evaluated"]) -> str:
+    """Print the tables of an evaluated run."""
+    folder = _run_folder(run)
+    from robustmoe import records
+    from robustmoe.report import summary_table
+
+    files = sorted(f for f in (folder / "rows").glob("*.jsonl") if not f.name.endswith(".examples.jsonl"))
+    if not files:
+        raise UserError(f"{run!r} has no rows yet; robustmoe evaluate {run} makes them")
+    return summary_table([records.read(f) for f in files])
+
+
+def report(
+    runs: Annotated[tuple[str, ...], "run folders that were evaluated"],
+    out: Annotated[str, "the file to write"] = "report.html",
+) -> str:
+    """Write one self-contained HTML report about one or more evaluated runs."""
+    folders = [_run_folder(run) for run in runs]
+    from robustmoe.report import report as write
+
+    return str(write(folders, Path(out)))
+
+
+def list_names(kind: Annotated[str | None, "model, attack, data, ... (default: all)"] = None) -> str:
+    """List what can be named: models, attacks, data sets, methods, with their arguments."""
+    if kind is None:
+        kinds = list(spec.TABLES)
+    else:
+        kinds = [k for k in spec.TABLES if kind in (k, _plural(k))]
+        if not kinds:
+            raise UserError(f"unknown kind {kind!r}; {nearest(kind, spec.TABLES)}")
+    blocks = []
+    for k in kinds:
+        rows = [f"  {signature}\n      {line}" if line else f"  {signature}" for _, signature, line in spec.describe(k)]
+        blocks.append("\n".join([_plural(k), *rows]))
+    return "\n\n".join(blocks)
+
+
+def demo(out: Annotated[str, "folder of the demo"] = "runs/demo") -> str:
+    """Train, attack and report on real digits that need no download."""
+    from robustmoe import demo as demonstration
+
+    return f"report: {demonstration.demo(Path(out))}"
+
+
+VERBS: dict[str, Callable[..., str]] = {
+    "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
+    "analyze": analyze,
+    "report": report,
+    "list": list_names,
+}
+
+_STOPPED = {
+    "train": "stopped; go on with --resume",
+    "evaluate": "stopped; the same command goes on where it was",
+}
+
+
+def _plural(kind: str) -> str:
+    return kind if kind == "data" else f"{kind}s"
+
+
+def _run_folder(run: str) -> Path:
+    folder = Path(run)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{run!r} is a file, not a run folder")
+    near = {str(f.parent) for place in (folder.parent, Path("runs")) for f in place.glob("*/config.json")}
+    raise UserError(f"there is no run folder {run!r}" + (f"; {nearest(run, near)}" if near else ""))
+
+
+# ------------------------------------------------------------------------------------------------ flags
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """One argument of a verb: its name, annotation, help text, whether it stands without a flag, and its default."""
+
+    name: str
+    hint: Any
+    help: str
+    positional: bool = False
+    required: bool = False
+    default: Any = argparse.SUPPRESS
+
+    @property
+    def repeated(self) -> bool:
+        return typing.get_origin(self.hint) is tuple
+
+    @property
+    def may_be_none(self) -> bool:
+        return types.NoneType in typing.get_args(self.hint)
+
+
+def _flags(verb: Callable[..., str]) -> list[_Flag]:
+    """The flags of a verb: its parameters, and the fields of the recipe where it takes any."""
+    hints = typing.get_type_hints(verb, include_extras=True)
+    flags = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            flags += _recipe_flags()
+            continue
+        hint, words = typing.get_args(hints[name])
+        required = parameter.default is parameter.empty
+        flags.append(_Flag(name, hint, words, required or name == "kind", required, parameter.default))
+    return flags
+
+
+def _recipe_flags() -> list[_Flag]:
+    flags = []
+    for field, annotated in zip(dataclasses.fields(recipes.Recipe), recipes.field_types().values(), strict=True):
+        hint, words = typing.get_args(annotated)
+        default = "set by the recipe" if field.default is dataclasses.MISSING else f"recipe default: {field.default}"
+        flags.append(_Flag(field.name, hint, f"{words} ({default})"))
+    return flags
+
+
+def _parser(name: str, flags: Sequence[_Flag]) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"robustmoe {name}", description=_summary(VERBS[name]), exit_on_error=False)
+    for flag in flags:
+        options: dict[str, Any] = {"help": flag.help}
+        if flag.positional:
+            options |= {"metavar": _metavar(flag.name), "type": str if flag.repeated else flag.hint}
+            options |= {"nargs": "+"} if flag.repeated else {} if flag.required else {"nargs": "?", "default": None}
+            parser.add_argument(flag.name, **options)
+        elif flag.hint is bool:
+            parser.add_argument(f"--{flag.name}", action="store_true", **options)
+        elif flag.repeated:
+            parser.add_argument(f"--{flag.name}", type=str, action="append", default=argparse.SUPPRESS, **options)
+        else:
+            parser.add_argument(f"--{flag.name}", type=flag.hint, default=flag.default, **options)
+    return parser
+
+
+def _metavar(name: str) -> str:
+    return name.upper().removesuffix("S")
+
+
+def _summary(verb: Callable[..., str]) -> str:
+    return (inspect.getdoc(verb) or "").partition("\n")[0]
+
+
+def _normal(argv: Sequence[str], flags: Sequence[_Flag]) -> list[str]:
+    """``argv`` with ``--batch-size`` as ``--batch_size``, "none" as jsonargparse's null; refuses unknown flags."""
+    known = {flag.name: flag for flag in flags}
+    out: list[str] = []
+    waiting: _Flag | None = None  # the flag whose value comes next
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            if key not in known and key != "help":
+                names = [f"--{f.name}" for f in flags if not f.positional]
+                raise UserError(f"unknown option '--{key}'; {nearest(f'--{key}', names)}")
+            waiting = known.get(key) if not equals else None
+            out.append(f"--{key}{equals}{_null(value, known.get(key))}")
+        else:
+            out.append(_null(word, waiting))
+            waiting = None
+    return out
+
+
+def _null(value: str, flag: _Flag | None) -> str:
+    return "null" if flag is not None and flag.may_be_none and value.lower() == "none" else value
+
+
+def _parse(name: str, argv: Sequence[str]) -> dict[str, Any]:
+    flags = _flags(VERBS[name])
+    known = {flag.name: flag for flag in flags}
+    try:
+        found = _parser(name, flags).parse_args(_normal(argv, flags))
+    except argparse.ArgumentError as e:
+        raise UserError(_one_line(str(e), name, known)) from None
+    return {key: tuple(value) if known[key].repeated else value for key, value in vars(found).items()}
+
+
+def _one_line(message: str, name: str, known: dict[str, _Flag]) -> str:
+    """What jsonargparse says, in our words."""
+    wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)\Z', message, re.DOTALL)
+    if wrong and wrong[1] in known:
+        flag = known[wrong[1]]
+        hint = spec.hint_text(flag.hint)
+        return f"{'' if flag.positional else '--'}{flag.name} must be {hint}; got {wrong[2]!r}"
+    missing = re.match(r"the following arguments are required: (.*)", message)
+    if missing:
+        return f"{name} needs {_metavar(missing[1])}; see robustmoe {name} --help"
+    return f"{message[:1].lower()}{message[1:]}; see robustmoe {name} --help"
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: unwind, say how to resume, leave."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM unwinds the stack, so that what is being written is finished or dropped."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 and 143 for a stop."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    stopped = _STOPPED.get(argv[0], "stopped") if argv else "stopped"
+    try:
+        with _terminable() if argv[:1] == ["train"] else contextlib.nullcontext():
+            text = _run(argv)
+        if first_process():
+            print(text, flush=True)
+        return 0
+    except SystemExit as e:  # --help
+        return e.code if isinstance(e.code, int) else 0
+    except UserError as e:
+        return _fail(str(e), 2)
+    except (KeyboardInterrupt, _Terminated) as e:
+        code = 143 if isinstance(e, _Terminated) else 130
+        return _fail(stopped, code) if first_process() else code
+    except BrokenPipeError:  # the reader has seen enough; point stdout elsewhere, so that the exit is quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        if e.errno not in _NO_PLACE:
+            raise
+        return _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror), 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"robustmoe: {message}", file=sys.stderr)
+    return code
+
+
+def _run(argv: Sequence[str]) -> str:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        return _help()
+    if argv[0] == "--version":
+        return f"robustmoe {_version()}"
+    if argv[0] not in VERBS:
+        raise UserError(f"unknown verb {argv[0]!r}; {nearest(argv[0], VERBS)}")
+    return VERBS[argv[0]](**_parse(argv[0], argv[1:]))
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("robustmoe")
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:10}{_summary(verb)}" for name, verb in VERBS.items())
+    return (
+        "usage: robustmoe VERB ...\n\n"
+        "Adversarially robust Mixture-of-Experts vision models: train, attack, evaluate, report, router included.\n\n"
+        f"{verbs}\n\n"
+        "robustmoe VERB --help lists the arguments of a verb; robustmoe --version."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

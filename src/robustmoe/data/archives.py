@@ -1,0 +1,240 @@
+"""Readers of the published file formats: IDX, CIFAR's python archives, Hugging Face's parquet.
+
+Each gives images (n, ch, h, w) uint8, labels (n,) int64. Whatever is wrong with a file is a `UserError` that names it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import importlib
+import io
+import math
+import pickle
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustmoe.data.base import check_labels
+from robustmoe.data.stream import decode_all
+from robustmoe.errors import UserError
+
+Arrays = tuple[Tensor, Tensor]
+
+# Published MD5 sums: of the archives at cs.toronto.edu/~kriz/cifar.html, of the files in torchvision/datasets/cifar.py.
+MD5 = {
+    "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+    "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
+    "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
+    "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
+    "cifar-100-python/train": "16019d7e3df5f24257cddd939b257f8d",
+    "cifar-100-python/test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
+
+
+def existing(root: str | Path) -> Path:
+    """``root`` as a path, with ~ expanded; `UserError` where nothing is there."""
+    path = Path(root).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no file or folder {path}; give the path of the data set with root=")
+    return path
+
+
+def _read(path: Path, published: str | None = None) -> bytes:
+    """The bytes of a file, checked against `MD5` where its published name is given."""
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(
+            f"cannot read {path} ({e.strerror}); it is one of the files of the data set, so restore it"
+        ) from e
+    if published is not None:
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != MD5[published]:
+            raise UserError(
+                f"{path} has MD5 {found}, expected {MD5[published]}: it is damaged, truncated or another file; "
+                "download it again"
+            )
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------- IDX
+
+
+def read_idx(folder: Path, name: str, axes: int) -> Tensor:
+    """The unsigned bytes of the IDX file ``folder/name.gz`` or ``folder/name``: a magic number, ``axes`` sizes, values.
+
+    Format: yann.lecun.com/exdb/mnist. The magic number, the sizes and the length are checked; there is no checksum in
+    use.
+    """
+    path = folder / f"{name}.gz"
+    if not path.exists():
+        path = folder / name
+    if not path.exists():
+        raise UserError(
+            f"{folder} holds neither {name}.gz nor {name}; give the folder of the four IDX files with root="
+        )
+    content = _read(path)
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as e:
+            raise UserError(f"{path} is not a whole gzip file ({e}); download it again") from e
+    start, magic = 4 + 4 * axes, bytes([0, 0, 8, axes])
+    if len(content) < start or content[:4] != magic:
+        raise UserError(
+            f"{path} starts with bytes {content[:4].hex()}, expected {magic.hex()} (IDX, unsigned bytes, {axes} axes); "
+            "download it again"
+        )
+    sizes = [int(size) for size in np.frombuffer(content, ">u4", count=axes, offset=4)]
+    want = start + math.prod(sizes)
+    if len(content) != want:
+        raise UserError(
+            f"{path} holds {len(content)} bytes, expected {want} for the sizes {sizes} it declares; download it again"
+        )
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy())
+
+
+# -------------------------------------------------------------------------------------------------------------- CIFAR
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds numpy arrays of plain values and nothing else: a pickle that names any other function is refused."""
+
+    ALLOWED = {  # noqa: RUF012
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): codecs.encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
+        return self.ALLOWED[module, name]
+
+
+def _cifar_batch(content: bytes, source: str, label_key: str, num_classes: int) -> Arrays:
+    try:
+        entry = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+    except Exception as e:  # a damaged pickle can raise anything
+        raise UserError(f"{source} is not a CIFAR batch ({e}); download it again") from e
+    if not isinstance(entry, dict) or not {"data", label_key} <= entry.keys():
+        raise UserError(
+            f"{source} is not a CIFAR batch, expected a dict with 'data' and {label_key!r}; download it again"
+        )
+    data = entry["data"]
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        have = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise UserError(f"the images of {source} are {have}, expected uint8 (n, 3072); download it again")
+    labels = torch.as_tensor(entry[label_key])
+    check_labels(labels, len(data), num_classes, source)
+    return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels.to(torch.int64)
+
+
+def read_cifar(
+    path: Path, folder: str, splits: dict[str, list[str]], label_key: str, num_classes: int
+) -> dict[str, Arrays]:
+    """The splits of CIFAR in its python version, from the .tar.gz or from the folder it unpacks to.
+
+    ``splits`` maps a split to its batch files in order. MD5 sums are checked: of the archive, or of each unpacked
+    file. Pickles are read by an unpickler that builds numpy arrays and refuses the rest.
+    """
+    if path.is_dir():
+        content = {name: _read(path / name, f"{folder}/{name}") for names in splits.values() for name in names}
+    else:
+        content = _members(path, folder, [name for names in splits.values() for name in names])
+    out = {}
+    for split, names in splits.items():
+        parts = [_cifar_batch(content[name], f"{path}/{name}", label_key, num_classes) for name in names]
+        out[split] = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+    return out
+
+
+def _members(path: Path, folder: str, names: list[str]) -> dict[str, bytes]:
+    """The named files of the archive, read in memory: nothing is unpacked to disk."""
+    archive = _read(path, "cifar-10-python.tar.gz" if folder == "cifar-10-batches-py" else "cifar-100-python.tar.gz")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+            found = {}
+            for name in names:
+                member = tar.extractfile(f"{folder}/{name}")
+                if member is None:
+                    raise KeyError(f"{folder}/{name} is not a file")
+                found[name] = member.read()
+            return found
+    except (tarfile.TarError, OSError, EOFError, zlib.error, KeyError) as e:
+        raise UserError(f"{path} is not a whole archive of {folder} ({e}); download it again") from e
+
+
+# ------------------------------------------------------------------------------------------------------------ parquet
+
+
+def _column(table: Any, names: tuple[str, ...], path: Path) -> Any:
+    for name in names:
+        if name in table.column_names:
+            return table.column(name)
+    raise UserError(f"{path} has columns {table.column_names}, expected one named {' or '.join(names)}")
+
+
+def _parquet(path: Path, label: str, num_classes: int, shape: tuple[int, int, int]) -> Arrays:
+    try:
+        pq = importlib.import_module("pyarrow.parquet")
+    except ImportError as e:
+        raise UserError(
+            f"reading {path} needs pyarrow, which is not installed; run: pip install 'robustmoe[parquet]'"
+        ) from e
+    try:
+        table = pq.read_table(path)
+    except Exception as e:  # pyarrow's errors share no base of their own
+        raise UserError(f"{path} is not a whole parquet file ({e}); download it again") from e
+    images = _column(table, ("img", "image"), path).to_pylist()
+    labels = _column(table, (label,), path).to_numpy()
+    if any(not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) for image in images):
+        raise UserError(f"the images of {path} are not encoded files, expected a struct with 'bytes' in each row")
+    y = torch.tensor(labels)
+    check_labels(y, len(images), num_classes, str(path))
+    x = decode_all(len(images), lambda i: (images[i]["bytes"], f"image {i} of {path}"), shape)
+    return x, y.to(torch.int64)
+
+
+def read_parquet(folder: Path, label: str, num_classes: int, shape: tuple[int, int, int]) -> dict[str, Arrays]:
+    """The splits train and test in Hugging Face's layout: train-*.parquet and test-*.parquet anywhere under ``folder``.
+
+    Columns ``img`` or ``image`` (struct of ``bytes``, an encoded image of ``shape``) and ``label``. Only the
+    structure is checked, for no checksum is published: the copy may be a recompressed one.
+    """
+    out = {}
+    for split in ("train", "test"):
+        files = sorted(folder.rglob(f"{split}-*.parquet"))
+        if not files:
+            raise UserError(f"{folder} holds no {split}-*.parquet, expected both train-*.parquet and test-*.parquet")
+        parts = [_parquet(file, label, num_classes, shape) for file in files]
+        out[split] = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+    return out
+
+
+def hub_folder(repo: str) -> Path:
+    """The parquet files of a Hugging Face data set, downloaded once into its cache."""
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as e:
+        raise UserError(
+            f"downloading {repo} needs huggingface_hub, which is not installed; run: pip install 'robustmoe[hub]', "
+            "or give a folder or archive with root="
+        ) from e
+    try:
+        return Path(hub.snapshot_download(repo, repo_type="dataset", allow_patterns=["*.parquet"]))
+    except Exception as e:  # no network, refused, not found: each library below raises its own
+        raise UserError(f"cannot download {repo} ({type(e).__name__}: {e}); give a folder or archive with root=") from e

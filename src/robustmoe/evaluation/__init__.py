@@ -1,0 +1,7 @@
+"""Evaluation: attack a data set, write one row an image, and check whether the number can be believed."""
+
+from __future__ import annotations
+
+from robustmoe.evaluation.evaluate import evaluate, evaluate_run, measure, slug
+
+__all__ = ["evaluate", "evaluate_run", "measure", "slug"]

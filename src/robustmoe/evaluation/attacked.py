@@ -1,0 +1,114 @@
+"""Attack a set of images and write one row an image: what the exact model says, before and after, and through which routes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robustmoe.attacks import Attack, size
+from robustmoe.data import Batch
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.noise import Noise
+from robustmoe.records import Example, Row
+from robustmoe.routing import Routing, Trace, rerouted
+
+
+class Attacked(NamedTuple):
+    """A batch, the attacked images, and the exact model's passes on both."""
+
+    batch: Batch
+    x_adv: Tensor
+    clean: Output
+    after: Output
+
+
+def attack_batch(model: RoutedModel, attack: Attack, batch: Batch) -> Attacked:
+    """Run the attack, then ask the exact model again. Each image draws its noise by its own index and the attack's seed."""
+    x_adv = attack(model, batch.x, batch.y, Noise.of(batch.index, attack.seed))
+    with torch.no_grad():
+        return Attacked(batch, x_adv, model.run(batch.x), model.run(x_adv))
+
+
+@torch.no_grad()
+def rows_of(model: RoutedModel, done: Attacked) -> list[Row]:
+    """One `Row` an image; perturbations are measured anew, in float32.
+
+    ``size`` has the three norms, and "box": how far the attacked image leaves [0, 1]. The exposures are two more passes, for routed models:
+    the clean image on the attacked route (the router's part) and the attacked image on the clean route (the experts' part).
+    """
+    batch, clean, after = done.batch, done.clean, done.after
+    x, x_adv = batch.x.float(), done.x_adv.float()
+    sizes = {norm: size(norm, x_adv - x).tolist() for norm in ("linf", "l2", "l1")}
+    sizes["box"] = torch.maximum(-x_adv, x_adv - 1).flatten(1).amax(1).clamp(min=0).tolist()
+    router_exposed: list[int | None] = [None] * len(batch)
+    experts_exposed: list[int | None] = [None] * len(batch)
+    if clean.trace:
+        router_exposed = list(predictions(model.run(batch.x, forced=after.trace)))
+        experts_exposed = list(predictions(model.run(done.x_adv, forced=clean.trace)))
+    moved = {name: share.tolist() for name, share in rerouted(clean.trace, after.trace).items()}
+    routes_clean, routes_after = routes(clean.trace), routes(after.trace)
+    columns = zip(batch.index.tolist(), batch.y.tolist(), predictions(clean), predictions(after))
+    return [
+        Row(
+            index=index,
+            label=label,
+            clean=before,
+            adversarial=attacked,
+            size={norm: values[i] for norm, values in sizes.items()},
+            rerouted={name: shares[i] for name, shares in moved.items()},
+            router_exposed=router_exposed[i],
+            experts_exposed=experts_exposed[i],
+            route_clean={name: counts[i] for name, counts in routes_clean.items()},
+            route_adversarial={name: counts[i] for name, counts in routes_after.items()},
+        )
+        for i, (index, label, before, attacked) in enumerate(columns)
+    ]
+
+
+def predictions(output: Output) -> list[int]:
+    found: list[int] = output.logits.argmax(1).tolist()
+    return found
+
+
+def routes(trace: Trace) -> dict[str, list[list[int]]]:
+    """For each router, per image, how many items went to each expert."""
+    return {name: _counts(routing) for name, routing in trace.items()}
+
+
+def _counts(routing: Routing) -> list[list[int]]:
+    counts: list[list[int]] = routing.chosen().sum(1).tolist()
+    return counts
+
+
+def examples_of(done: Attacked, rows: Iterable[Row], limit: int) -> list[Example]:
+    """Images to look at: those that the attack broke first, then the other right ones."""
+    right = [(i, row) for i, row in enumerate(rows) if row.clean == row.label]
+    right.sort(key=lambda pair: pair[1].adversarial == pair[1].label)
+    return [
+        Example(
+            index=row.index,
+            label=row.label,
+            clean=row.clean,
+            adversarial=row.adversarial,
+            route_clean=row.route_clean,
+            route_adversarial=row.route_adversarial,
+            before=png(done.batch.x[i]),
+            after=png(done.x_adv[i]),
+        )
+        for i, row in right[:limit]
+    ]
+
+
+def png(image: Tensor) -> str:
+    """An image (ch, h, w) in [0, 1] as base64 text of a PNG (8 bits, for the eye only)."""
+    levels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    array = levels[0].numpy() if len(levels) == 1 else levels[:3].permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

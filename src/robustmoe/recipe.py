@@ -1,0 +1,143 @@
+"""A recipe: everything that decides a training run, in one flat TOML file; its fields are flags of ``train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from robustmoe import spec
+from robustmoe.errors import UserError, nearest
+
+_SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run. Things are written as calls (see `robustmoe.spec`)."""
+
+    model: Annotated[str, "the model, such as pathway(resnet18, experts=2)"]
+    data: Annotated[str, "the data set, such as cifar10"]
+    method: Annotated[str, "the training method, such as at(pgd(linf(8/255), steps=10))"]
+    optimizer: Annotated[str, "the optimiser of each phase"] = "sgd(lr=0.1, momentum=0.9, weight_decay=5e-4)"
+    schedule: Annotated[str, "how the learning rate moves over the run"] = "cosine"
+    epochs: Annotated[int, "passes over the training images"]
+    batch_size: Annotated[int, "images a step, over all processes together"] = 128
+    augment: Annotated[str | None, "what is done to training images, such as crop_flip(padding=4)"] = None
+    precision: Annotated[
+        Literal["fp32", "bf16"], "number format of the network in training; attacked pixels stay fp32"
+    ] = "fp32"
+    ema: Annotated[float, "decay of the averaged weights; 0 = off"] = 0.0
+    clip: Annotated[float, "largest norm of the gradient; 0 = off"] = 0.0
+    seed: Annotated[int, "decides every random draw"] = 0
+    val_attack: Annotated[
+        str | None, "attack on the validation images after each epoch; none = clean accuracy only"
+    ] = None
+    val_limit: Annotated[int | None, "validate on this many images at most"] = None
+    checkpoint_every: Annotated[int, "steps between checkpoints; 0 = one at the end of each epoch"] = 0
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto"
+    threads: Annotated[int | None, "CPU threads; none = what torch takes"] = None
+    attacks: Annotated[
+        tuple[str, ...], "what `robustmoe evaluate` runs by default (on the command line: repeat it)"
+    ] = ()
+    max_steps: Annotated[int | None, "stop after this many steps (for a smoke run)"] = None
+
+    def __post_init__(self) -> None:
+        for name in _SPECS:
+            _check_spec(name, getattr(self, name))
+        for attack in self.attacks:
+            _check_spec("attacks", attack)
+        for name in ("epochs", "batch_size", "val_limit", "threads", "max_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        for name in ("checkpoint_every", "clip", "seed"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(0 <= self.ema < 1, "ema", "at least 0 and below 1", self.ema)
+
+
+def _require(holds: bool, name: str, wanted: str, value: object) -> None:
+    if not holds:
+        raise UserError(f"{name} must be {wanted}; got {value}")
+
+
+def _check_spec(name: str, text: str | None) -> None:
+    if text is not None:
+        try:
+            spec.canonical(text)
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from None
+
+
+def field_types() -> dict[str, Any]:
+    """The type of each field of `Recipe`, annotated with its help text."""
+    return typing.get_type_hints(Recipe, include_extras=True)
+
+
+def load(path: str | Path, **overrides: Any) -> Recipe:
+    """The recipe in the TOML file ``path`` (or the bare name of one in ``recipes/``).
+
+    ``overrides`` win over what the file says. Where a field may be None, the text "none" says so.
+    """
+    file = resolve(path)
+    try:
+        fields = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{file} is not a TOML file: {e}") from None
+    try:
+        return Recipe(**_typed({**fields, **overrides}))
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from None
+
+
+def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    hints = field_types()
+    out = {}
+    for name, value in fields.items():
+        if name not in hints:
+            raise UserError(f"unknown field {name!r}; {nearest(name, hints)}")
+        if isinstance(value, str) and value.lower() == "none" and types.NoneType in typing.get_args(_bare(hints[name])):
+            value = None
+        try:
+            out[name] = spec.conform(value, hints[name])
+        except TypeError as e:
+            raise UserError(f"{name}: {e}, got {value!r} ({type(value).__name__})") from None
+    missing = [f.name for f in dataclasses.fields(Recipe) if f.default is dataclasses.MISSING and f.name not in out]
+    if missing:
+        raise UserError(f"the recipe does not say {', '.join(missing)}")
+    return out
+
+
+def _bare(hint: Any) -> Any:
+    return typing.get_args(hint)[0]
+
+
+def folders() -> list[Path]:
+    """Where a bare recipe name is looked for: ``./recipes``, then those that came with the package."""
+    package = Path(__file__).parent
+    return [f for f in (Path("recipes"), package / "recipes", package.parents[1] / "recipes") if f.is_dir()]
+
+
+def resolve(name: str | Path) -> Path:
+    """The file of a recipe given by path, or by bare name (``digits`` for ``recipes/digits.toml``)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder, not a recipe file")
+    bare = path.name == str(path)
+    file_name = path.name if path.suffix == ".toml" else f"{path.name}.toml"
+    for folder in folders() if bare else [path.parent]:
+        if (folder / file_name).is_file():
+            return folder / file_name
+    near = {
+        f.stem if bare else str(f)
+        for folder in ([*folders()] if bare else [path.parent])
+        for f in folder.glob("*.toml")
+    }
+    known = nearest(str(path), near) if near else "there are no recipes beside it; give the path of a .toml file"
+    raise UserError(f"there is no recipe {str(name)!r}; {known}")

@@ -1,0 +1,206 @@
+"""Plots as inline SVG, drawn by hand: colours come from the page's CSS variables, so that one drawing serves light,
+dark and print. Every figure carries its numbers as alternative text and as tooltips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+Size = tuple[int, int]
+NORMAL, SMALL, LARGE = (420, 236), (320, 216), (540, 290)  # drawing units; text is 12 of them
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40
+COLOURS = 8
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points (x, y) with x rising, an optional band (x, low, high), a colour number, dashed or not."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    colour: int
+    band: tuple[tuple[float, float, float], ...] = ()
+    dashed: bool = False
+
+
+def colour(position: int) -> int:
+    """The number of a colour class, 1 to 8, in turn."""
+    return position % COLOURS + 1
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round values that cover [low, high], about as many as wanted."""
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return [low]
+    raw = span / max(wanted - 1, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _text(value: float) -> str:
+    if value != 0 and (abs(value) < 0.01 or abs(value) >= 100_000):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:g}"
+
+
+def _scale(low: float, high: float, start: float, end: float) -> tuple[float, float]:
+    """Slope and offset of the straight line that takes [low, high] to [start, end]."""
+    slope = (end - start) / (high - low) if high > low else 0.0
+    return slope, (start - slope * low) if high > low else (start + end) / 2
+
+
+class _Frame:
+    """Axes: data to drawing coordinates, and the grid as SVG."""
+
+    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], size: Size) -> None:
+        self.width, self.height = size
+        self._x = _scale(*xs, float(LEFT), float(self.width - RIGHT))
+        self._y = _scale(*ys, float(self.height - BOTTOM), float(TOP))
+
+    def x(self, value: float) -> float:
+        return round(self._x[0] * value + self._x[1], 1)
+
+    def y(self, value: float) -> float:
+        return round(self._y[0] * value + self._y[1], 1)
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+
+    def grid(self, x_label: str, unit: str, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> str:
+        bottom, right = self.height - BOTTOM, self.width - RIGHT
+        parts = [
+            f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{self.y(y)}" y2="{self.y(y)}"/>'
+            f'<text class="tick" x="{LEFT - 8}" y="{self.y(y) + 4}" text-anchor="end">{_text(y)}{unit}</text>'
+            for y in y_ticks
+        ]
+        parts += [
+            f'<text class="tick" x="{self.x(x)}" y="{bottom + 17}" text-anchor="middle">{_text(x)}</text>'
+            for x in x_ticks
+        ]
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+        middle = (LEFT + right) / 2
+        parts.append(
+            f'<text class="label" x="{middle}" y="{self.height - 5}" text-anchor="middle">{escape(x_label)}</text>'
+        )
+        return "".join(parts)
+
+
+def svg(body: str, alt: str, size: Size) -> str:
+    """A drawing with its alternative text."""
+    width, height = size
+    kind = "large" if size == LARGE else "plot"
+    return f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">{body}</svg>'
+
+
+def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
+    """Names with their colours; (name, colour, dashed)."""
+    items = "".join(
+        f'<li><i class="key b{number}{" dashed" if dashed else ""}"></i>{escape(name)}</li>'
+        for name, number, dashed in entries
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def figure(title: str, drawing: str, entries: Sequence[tuple[str, int, bool]] = (), note: str = "") -> str:
+    """A titled figure with its legend above and a note below."""
+    keys = legend(entries) if entries else ""
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<figure><figcaption>{escape(title)}</figcaption>{keys}{drawing}{below}</figure>"
+
+
+def lines(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    *,
+    unit: str = "",
+    y_range: tuple[float, float] | None = None,
+    whole_x: bool = False,
+    note: str = "",
+    size: Size = NORMAL,
+) -> str:
+    """A line chart; y from 0 (or its least value) to a little above its greatest, unless ``y_range`` says otherwise."""
+    series = [one for one in series if one.points]
+    xs = [x for one in series for x, _ in one.points]
+    y_all = [y for one in series for _, y in one.points]
+    low, high = y_range or (min(0.0, *y_all), max(y_all) * 1.06 or 1.0)
+    frame = _Frame((min(xs), max(xs)), (low, high), size)
+    x_ticks = ticks(min(xs), max(xs), 6)
+    if whole_x:
+        x_ticks = [value for value in x_ticks if value == int(value)] or [xs[0]]
+    body = frame.grid(x_label, unit, x_ticks, ticks(low, high))
+    for one in series:
+        body += _line(frame, one, unit)
+    alt = f"{title}. " + "; ".join(
+        f"{one.name}: {_text(round(one.points[0][1], 3))}{unit} at {_text(one.points[0][0])}"
+        + (f", {_text(round(one.points[-1][1], 3))}{unit} at {_text(one.points[-1][0])}" if len(one.points) > 1 else "")
+        for one in series
+    )
+    entries = [(one.name, one.colour, one.dashed) for one in series]
+    return figure(title, svg(body, alt, size), entries, note)
+
+
+def _line(frame: _Frame, one: Series, unit: str) -> str:
+    parts = []
+    if one.band:
+        edge = [(x, high) for x, _, high in one.band] + [(x, low) for x, low, _ in reversed(one.band)]
+        parts.append(f'<path class="band f{one.colour}" d="{frame.path(edge)}Z"/>')
+    dashed = " dashed" if one.dashed else ""
+    if len(one.points) > 1:
+        parts.append(f'<path class="line s{one.colour}{dashed}" d="{frame.path(one.points)}"/>')
+    radius = 3.2 if len(one.points) <= 24 else 1.6
+    parts += [
+        f'<circle class="dot f{one.colour}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">'
+        f"<title>{escape(one.name)}: {_text(round(y, 4))}{unit} at {_text(round(x, 4))}</title></circle>"
+        for x, y in one.points
+        if not one.dashed and len(one.points) <= 120
+    ]
+    return "".join(parts)
+
+
+def shares(title: str, epochs: Sequence[float], loads: Sequence[Sequence[float]], note: str = "") -> str:
+    """Who gets the items, over the epochs: one layer an expert, stacked to 100 %."""
+    experts = max(len(load) for load in loads)
+    if len(epochs) == 1:  # one epoch still fills the frame
+        epochs, loads = [epochs[0], epochs[0] + 1], [loads[0], loads[0]]
+    frame = _Frame((epochs[0], epochs[-1]), (0.0, 100.0), NORMAL)
+    base = [0.0] * len(epochs)
+    body = ""
+    for expert in range(experts):
+        top = [b + 100 * (load[expert] if expert < len(load) else 0.0) for b, load in zip(base, loads, strict=True)]
+        edge = list(zip(epochs, top, strict=True)) + list(zip(epochs, base, strict=True))[::-1]
+        name = f"expert {expert}: {top[-1] - base[-1]:.1f}% in the last epoch"
+        body += f'<path class="layer f{colour(expert)}" d="{frame.path(edge)}Z"><title>{name}</title></path>'
+        base = top
+    whole = [value for value in ticks(epochs[0], epochs[-1], 6) if value == int(value)]
+    body += frame.grid("epoch", "%", whole or [epochs[0]], [0.0, 25.0, 50.0, 75.0, 100.0])
+    last = ", ".join(f"expert {at} {100 * share:.1f}%" for at, share in enumerate(loads[-1]))
+    entries = [(f"expert {at}", colour(at), False) for at in range(min(experts, COLOURS))]
+    return figure(title, svg(body, f"{title}. In the last epoch: {last}", NORMAL), entries, note)
+
+
+def heat(caption: str, rows: Sequence[str], table: Sequence[Sequence[float]], marks: Sequence[int] = ()) -> str:
+    """A heat map as a real table of per cents: one row a class, one column an expert; ``marks``: dead experts."""
+    experts = len(table[0]) if table else 0
+    head = "".join(
+        f'<th scope="col" class="dead" title="gets nothing">{at}†</th>' if at in marks else f'<th scope="col">{at}</th>'
+        for at in range(experts)
+    )
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(
+            f'<td class="{"strong" if share >= 0.55 else ""}" style="--v:{share:.3f}">{100 * share:.0f}</td>'
+            for share in line
+        )
+        + "</tr>"
+        for name, line in zip(rows, table, strict=True)
+    )
+    return (
+        f'<table class="heat"><caption>{escape(caption)}</caption>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )

@@ -1,0 +1,76 @@
+"""The report as Markdown: verdict, tables, checks and provenance, for a README or an issue."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+from robustmoe.report.collect import Group, View, comparable
+from robustmoe.report.provenance import commands, facts, merged
+from robustmoe.report.verdict import story
+from robustmoe.report.words import GLOSSARY, eps_text, interval, percent, plain, threat
+
+
+def markdown(views: Sequence[View]) -> str:
+    """The whole report as text."""
+    parts = ["# Robustness report: " + " and ".join(_safe(view.name) for view in views)]
+    if len(views) > 1:
+        parts += [f"> Compare with care: {_safe(reason)}." for reason in comparable(views)]
+    for view in views:
+        parts += _run(view)
+    parts.append("## Words")
+    parts.append("\n".join(f"- **{term}**: {words}" for term, words in GLOSSARY))
+    return "\n\n".join(parts) + "\n"
+
+
+def _safe(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, no table cell breaks, one line."""
+    return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", escape(" ".join(text.split()), quote=False))
+
+
+def _run(view: View) -> list[str]:
+    parts = [f"## {_safe(view.name)}", _safe(story(view))]
+    for group in view.groups:
+        parts.append(f"### Attacks, {_safe(threat(group.worst.norm, group.worst.eps))}")
+        parts.append(_attacks(group, view.routed))
+        parts += [f"> **†** {_safe(sentence)}" for sentence in (*group.verdict.failed, *group.verdict.incomplete)]
+        if group.verdict.router_attacked is not None:
+            answer = "yes" if group.verdict.router_attacked else "**no** †"
+            parts.append(f"Router attacked: {answer} ({_safe(group.verdict.reason)}).")
+        else:
+            parts.append("No router.")
+    parts += [f"> {_safe(note)}" for note in view.notes]
+    for curve in view.curves:
+        points = [[eps_text(curve.norm, eps), f"{percent(rate)} ({interval(rate)})"] for eps, rate in curve.points]
+        parts += [f"### Accuracy against eps, {_safe(curve.name)}", _table(["eps", f"accuracy, n = {curve.n}"], points)]
+    checks = [[check.id, check.name, check.status, check.sentence, plain(check.value)] for check, _ in merged(view)]
+    if checks:
+        parts += ["### Checks", _table(["id", "check", "answer", "what it found", "value"], checks)]
+    parts.append("### How it was made")
+    parts += ["\n".join(f"    {line}" for line in command.splitlines()) for command in commands(view)]
+    parts.append(_table(["what", "value"], [list(pair) for pair in facts(view)]))
+    return parts
+
+
+def _attacks(group: Group, routed: bool) -> str:
+    head = ["attack", "clean", "robust (95 %)"]
+    head += ["router’s part", "experts’ part", "rerouted"] if routed else []
+    rows = []
+    for name, one, adds in zip(group.names, group.summaries, group.worst.adds, strict=True):
+        cells = [name, percent(one.clean), f"{percent(one.robust)} ({interval(one.robust)})"]
+        if routed:
+            cells += [percent(one.router_exposed), percent(one.experts_exposed), percent(one.rerouted_mean)]
+        images = str(one.n) if one.complete else f"{one.n} of {one.planned}, incomplete"
+        rows.append([*cells, str(adds.alone), images])
+    worst = group.worst
+    mark = "" if group.verdict.trusted else " †"
+    cells = ["worst case", percent(worst.clean), f"{percent(worst.robust)}{mark} ({interval(worst.robust)})"]
+    rows.append([*cells, *([""] * 3 if routed else []), "", str(worst.robust.n)])
+    return _table([*head, "only it breaks", "images"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head)]
+    text = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join(text + ["| " + " | ".join(_safe(cell) for cell in row) + " |" for row in rows])

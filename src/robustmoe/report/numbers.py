@@ -1,0 +1,119 @@
+"""Views to the JSON beside the page: every number that the page shows, with counts, so that nothing is read off a
+plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from robustmoe import analysis
+from robustmoe.report.collect import Group, View, comparable
+
+
+def numbers(views: Sequence[View]) -> dict[str, Any]:
+    """The whole report as JSON values; numbers that are not finite become null."""
+    return finite(
+        {
+            "kind": "robustmoe report",
+            "version": 1,
+            "not_comparable": comparable(views) if len(views) > 1 else [],
+            "runs": [_run(view) for view in views],
+        }
+    )
+
+
+def _run(view: View) -> dict[str, Any]:
+    header = view.header
+    headline = None
+    if view.groups:
+        group = view.groups[0]
+        headline = {
+            "clean": _rate(group.worst.clean),
+            "robust": _rate(group.worst.robust),
+            "norm": header.norm,
+            "eps": header.eps,
+            "n": group.worst.robust.n,
+            "attacks": group.names,
+            "router_attacked": group.verdict.router_attacked,
+            "trusted": group.verdict.trusted,
+            "reason": group.verdict.reason,
+            "failed": list(group.verdict.failed),
+            "incomplete": list(group.verdict.incomplete),
+        }
+    return {
+        "run": view.name,
+        "model": header.model,
+        "method": header.method,
+        "data": header.data,
+        "split": header.split,
+        "routers": {name: dict(vars(info)) for name, info in header.routers.items()},
+        "parameters": header.parameters,
+        "clean": _rate(view.clean),
+        "headline": headline,
+        "threats": [_group(group) for group in view.groups],
+        "curves": [
+            {
+                "attack": curve.name,
+                "norm": curve.norm,
+                "n": curve.n,
+                "points": [{"eps": eps, "accuracy": _rate(rate)} for eps, rate in curve.points],
+                "warnings": list(curve.warnings),
+            }
+            for curve in view.curves
+        ],
+        "load": [dict(vars(load)) for load in view.loads],
+        "checks": [{"attack": name, **vars(check)} for name, check in view.checks],
+        "notes": view.notes,
+        "training": view.metrics,
+        "config": view.config,
+        "header": header.to_dict(),
+        "evaluation_seconds": view.seconds,
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    return {
+        "norm": group.worst.norm,
+        "eps": group.worst.eps,
+        "worst_case": {"clean": _rate(group.worst.clean), "robust": _rate(group.worst.robust)},
+        "attacks": [
+            {
+                "name": name,
+                "objective": summary.objective,
+                "n": summary.n,
+                "planned": summary.planned,
+                "complete": summary.complete,
+                "clean": _rate(summary.clean),
+                "robust": _rate(summary.robust),
+                "router_exposed": _rate(summary.router_exposed),
+                "experts_exposed": _rate(summary.experts_exposed),
+                "rerouted": summary.rerouted,
+                "rerouted_broken": _rate(summary.rerouted_broken),
+                "max_size": summary.max_size,
+                "broken": adds.broken,
+                "broken_alone": adds.alone,
+                "failed": list(summary.failed),
+                "incomplete": list(summary.incomplete),
+            }
+            for name, summary, adds in zip(group.names, group.summaries, group.worst.adds, strict=True)
+        ],
+    }
+
+
+def _rate(rate: analysis.Rate | None) -> dict[str, Any] | None:
+    if rate is None:
+        return None
+    low, high = rate.interval
+    return {"value": rate.value, "low": low, "high": high, "count": rate.count, "n": rate.n}
+
+
+def finite(value: Any) -> Any:
+    """The value with nan and infinities as None, tuples as lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

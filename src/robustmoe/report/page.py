@@ -1,0 +1,49 @@
+"""The HTML page, put together from its sections. One file, no script, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from robustmoe.report import experts, provenance, tables, training, verdict
+from robustmoe.report.collect import View
+from robustmoe.report.style import css
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def page(views: Sequence[View]) -> str:
+    """The whole page as text."""
+    parts = [
+        ("verdict", "Verdict", verdict.section(views)),
+        ("attacks", "Attacks", tables.section(views)),
+        ("eps", "Accuracy against eps", training.eps_section(views)),
+        ("training", "Training", training.section(views)),
+        ("routers", "Router health", training.health_section(views)),
+        ("experts", "Experts", experts.load_section(views)),
+        ("images", "Images", experts.image_section(views)),
+        ("checks", "Checks", provenance.check_section(views)),
+        ("made", "How it was made", provenance.made_section(views)),
+    ]
+    there = [(anchor, name, body) for anchor, name, body in parts if body]
+    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in there)
+    title = " and ".join(view.name for view in views) if len(views) < 4 else f"{len(views)} runs"
+    sections = "".join(f'<section id="{anchor}">{body}</section>' for anchor, _, body in there)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)} – robustness report</title><style>{css()}</style></head><body>"
+        f'<header class="top"><p class="eyebrow">Robustness report</p><h1>{escape(title)}</h1>'
+        f"<nav>{links}</nav></header>"
+        f"<main>{sections}</main>"
+        f"<footer>Made by robustmoe from the rows of {_files(views)}. "
+        "The same numbers are in the .md and .json files beside this page.</footer></body></html>\n"
+    )
+
+
+def _files(views: Sequence[View]) -> str:
+    files = sum(len(view.results) for view in views)
+    rows = sum(len(result.rows) for view in views for result in view.results)
+    return escape(f"{files} evaluation{'' if files == 1 else 's'} ({rows:,} rows)")

@@ -1,0 +1,186 @@
+"""The table of attacks, and the comparison of several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+
+from robustmoe import analysis
+from robustmoe.report.collect import Group, View, strongest
+from robustmoe.report.figures import colour
+from robustmoe.report.words import GLOSSARY, count, duration, interval, percent, plural, threat
+
+_OBJECTIVES = {
+    "joint": "aims at router and experts",
+    "experts_only": "aims at the experts only",
+    "router_only": "aims at the router only",
+}
+
+
+def section(views: Sequence[View]) -> str:
+    """Comparison first (several runs), then one table a threat and a run, then the words explained."""
+    parts = ["<h2>What each attack leaves</h2>"]
+    if len(views) > 1:
+        parts.append('<p class="lead">The runs side by side; every attack on its own is listed below.</p>')
+        parts.append(_comparison(views))
+    routed = any(view.routed for view in views)
+    for position, view in enumerate(views):
+        if len(views) > 1:
+            key = f'<i class="dotkey b{colour(position)}"></i>'
+            parts.append(f"<h3>{key} {escape(view.name)}{'' if view.routed else ' (no router)'}</h3>")
+        for group in view.groups:
+            if len(view.groups) > 1:
+                parts.append(f"<h3>{escape(threat(group.worst.norm, group.worst.eps))}</h3>")
+            parts.append(_attacks(group, view.routed))
+        if not view.groups:
+            parts.append('<p class="lead">No attack was run.</p>')
+    parts.append(_terms(routed))
+    return "".join(parts)
+
+
+def _terms(routed: bool) -> str:
+    skip = () if routed else ("router’s part", "experts’ part", "rerouted")
+    items = "".join(
+        f"<div><dt>{escape(term)}:</dt> <dd>{escape(words)}</dd></div>" for term, words in GLOSSARY if term not in skip
+    )
+    return f'<dl class="terms">{items}</dl>'
+
+
+# One run ---------------------------------------------------------------------------------------------------------
+
+
+def _cell(label: str, value: str, note: str = "", kind: str = "") -> str:
+    small = f"<small>{escape(note)}</small>" if note else ""
+    cls = f' class="{kind}"' if kind else ""
+    return f'<td{cls} data-label="{escape(label)}"><span>{escape(value)}{small}</span></td>'
+
+
+def _attacks(group: Group, routed: bool) -> str:
+    columns = ["Attack", "Clean", "Robust"]
+    columns += ["Router’s part", "Experts’ part", "Rerouted"] if routed else []
+    columns += ["Broken by it alone", "Images"]
+    notes = {"Router’s part": "attacked route,<br>clean image", "Experts’ part": "clean route,<br>attacked image"}
+    head = "".join(
+        f'<th scope="col">{escape(name)}{f"<small>{notes[name]}</small>" if name in notes else ""}</th>'
+        for name in columns
+    )
+    body = "".join(
+        _attack_row(name, one, adds, routed)
+        for name, one, adds in zip(group.names, group.summaries, group.worst.adds, strict=True)
+    )
+    return (
+        f'<div class="scroll"><table class="data stack attacks"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}{_worst_row(group, routed)}</tbody></table></div>"
+    )
+
+
+def _attack_row(name: str, one: analysis.Summary, adds: analysis.Adds, routed: bool) -> str:
+    note = _OBJECTIVES.get(one.objective or "", "") if routed else ""
+    state = "" if one.complete else ' <span class="chip warn">incomplete</span>'
+    state += ' <span class="chip fail">check failed</span>' if one.failed else ""
+    first = f'<th scope="row"><code>{escape(name)}</code>{state}<small>{escape(note)}</small></th>'
+    cells = [_cell("Clean", percent(one.clean), interval(one.clean))]
+    cells.append(_cell("Robust", percent(one.robust), interval(one.robust)))
+    if routed:
+        cells.append(_cell("Router’s part", percent(one.router_exposed), interval(one.router_exposed)))
+        cells.append(_cell("Experts’ part", percent(one.experts_exposed), interval(one.experts_exposed)))
+        broken = f"{percent(one.rerouted_broken)} broken" if one.rerouted_broken else ""
+        cells.append(_cell("Rerouted", percent(one.rerouted_mean), broken))
+    cells.append(_cell("Broken by it alone", count(adds.alone), f"of {count(adds.broken)} broken"))
+    cells.append(_cell("Images", count(one.n), "" if one.n >= one.planned else f"of {count(one.planned)}"))
+    return f"<tr>{first}{''.join(cells)}</tr>"
+
+
+def _worst_row(group: Group, routed: bool) -> str:
+    worst = group.worst
+    trusted = group.verdict.trusted
+    title = "Worst case over all of them" if len(group.results) > 1 else "Worst case (one attack)"
+    why = "" if trusted else "† doubtful, see the verdict"
+    cells = [_cell("Clean", percent(worst.clean), interval(worst.clean))]
+    cells.append(_cell("Robust", percent(worst.robust) + ("" if trusted else "†"), interval(worst.robust)))
+    cells += [_cell("", "", kind="none")] * (3 if routed else 0)
+    cells.append(_cell("", "", kind="none"))
+    cells.append(_cell("Images", count(worst.robust.n)))
+    return f'<tr class="worst"><th scope="row">{title}<small>{why}</small></th>{"".join(cells)}</tr>'
+
+
+# Several runs ----------------------------------------------------------------------------------------------------
+
+Entry = tuple[str, str]  # a value and its small print
+
+
+def _comparison(views: Sequence[View]) -> str:
+    rows: list[tuple[str, Callable[[View], Entry], bool]] = [
+        ("Clean accuracy", lambda view: (percent(view.clean), interval(view.clean)), False),
+        ("Robust accuracy, worst case", _worst_entry, True),
+    ]
+    labels = list(dict.fromkeys(name for view in views for name in (view.groups[0].names if view.groups else [])))
+    rows += [(f"under {name}", _under(name), False) for name in labels]
+    rows += [
+        ("Router’s part, strongest attack", lambda view: _part(view, "router_exposed"), False),
+        ("Experts’ part, strongest attack", lambda view: _part(view, "experts_exposed"), False),
+        ("Rerouted, strongest attack", _moved, False),
+        ("Router attacked", _attacked, False),
+        ("Threat", lambda view: (threat(view.header.norm, view.header.eps), ""), False),
+        ("Images", lambda view: (count(view.clean.n), ""), False),
+        ("Parameters", lambda view: (count(view.header.parameters), ""), False),
+        ("Time of the evaluations", lambda view: (duration(view.seconds) if view.seconds else "–", ""), False),
+    ]
+    if not any(view.routed for view in views):
+        rows = [row for row in rows if "part" not in row[0] and "oute" not in row[0]]
+    head = "".join(
+        f'<th scope="col"><i class="dotkey b{colour(at)}"></i> {escape(view.name)}</th>'
+        for at, view in enumerate(views)
+    )
+    body = "".join(
+        f'<tr class="{"worst" if strong else "plain"}"><th scope="row">{escape(title)}</th>'
+        + "".join(_cell(view.name, *entry(view)) for view in views)
+        + "</tr>"
+        for title, entry, strong in rows
+    )
+    return (
+        f'<div class="scroll"><table class="data stack"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _worst_entry(view: View) -> Entry:
+    if not view.groups:
+        return "not measured", ""
+    group = view.groups[0]
+    note = f"{interval(group.worst.robust)}, over {plural(len(group.results), 'attack')}"
+    return percent(group.worst.robust) + ("" if group.verdict.trusted else "†"), note
+
+
+def _under(name: str) -> Callable[[View], Entry]:
+    def entry(view: View) -> Entry:
+        if not view.groups or name not in view.groups[0].names:
+            return "–", ""
+        group = view.groups[0]
+        one = group.summaries[group.names.index(name)]
+        return percent(one.robust), interval(one.robust) + ("" if one.complete else ", incomplete")
+
+    return entry
+
+
+def _part(view: View, field: str) -> Entry:
+    if not view.routed:
+        return "no router", ""
+    if not view.groups:
+        return "–", ""
+    rate = getattr(view.groups[0].summaries[strongest(view.groups[0])], field)
+    return percent(rate), interval(rate)
+
+
+def _moved(view: View) -> Entry:
+    if not view.routed:
+        return "no router", ""
+    return (
+        (percent(view.groups[0].summaries[strongest(view.groups[0])].rerouted_mean), "") if view.groups else ("–", "")
+    )
+
+
+def _attacked(view: View) -> Entry:
+    if not view.routed:
+        return "no router", ""
+    return ("yes" if view.groups and view.groups[0].verdict.router_attacked else "no", "")

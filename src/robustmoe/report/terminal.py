@@ -1,0 +1,70 @@
+"""The summary as a plain text table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robustmoe import analysis
+from robustmoe.records import Result
+from robustmoe.report.words import interval, percent, plural, threat
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """The attacks of each threat, their worst case and what is wrong with it, as lines of text. Files without rows
+    are named, not shown."""
+    lines: list[str] = []
+    for group in analysis.groups(results):
+        lines += [*_block(group), ""]
+    for result in results:
+        name = analysis.attack_name(result.header)
+        if not result.rows:
+            lines.append(f"{name}: no rows yet")
+        elif result.header.attack is None:
+            rate = analysis.summary(*result).clean
+            lines.append(f"clean accuracy {percent(rate)} ({interval(rate)}), {plural(rate.n, 'image')}, no attack")
+    for curve in analysis.eps_curve([(result.header, result.rows) for result in results]):
+        lines.append(f"{curve.name}, accuracy at eps (n = {curve.n}):")
+        lines.append("  " + "   ".join(f"{eps:.4g}: {percent(rate)}" for eps, rate in curve.points))
+    lines += [f"note: {sentence}" for sentence in analysis.warnings(results)]
+    return "\n".join(lines).rstrip()
+
+
+def _block(group: list[Result]) -> list[str]:
+    worst = analysis.worst_case([(result.header, result.rows) for result in group])
+    verdict = analysis.judge(group)
+    routed = bool(group[0].header.routers)
+    head = ["attack", "clean", "robust", "95 %"]
+    head += ["router's", "experts'", "rerouted"] if routed else []
+    table = [[*head, "only it", "images"]]
+    for name, result, adds in zip(analysis.names([r.header for r in group]), group, worst.adds, strict=True):
+        one = analysis.summary(*result)
+        cells = [name, percent(one.clean), percent(one.robust), interval(one.robust)]
+        if routed:
+            cells += [percent(one.router_exposed), percent(one.experts_exposed), percent(one.rerouted_mean)]
+        images = f"{one.n}" if one.n >= one.planned else f"{one.n} of {one.planned}"
+        table.append([*cells, str(adds.alone), images])
+    mark = "" if verdict.trusted else " !"
+    cells = [f"worst of {len(group)}", percent(worst.clean), percent(worst.robust) + mark, interval(worst.robust)]
+    table.append([*cells, *([""] * 3 if routed else []), "", str(worst.robust.n)])
+    lines = [f"threat {threat(worst.norm, worst.eps)}", *_aligned(table)]
+    if verdict.router_attacked is None:
+        lines.append("no router: the model is dense")
+    else:
+        lines.append(f"router attacked: {'yes' if verdict.router_attacked else 'NO'} ({verdict.reason})")
+    lines += [f"! fail  {sentence}" for sentence in verdict.failed]
+    lines += [f"! incomplete  {sentence}" for sentence in verdict.incomplete]
+    lines += [f"  warn  {sentence}" for sentence in verdict.warned]
+    return lines
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    rule = "-" * sum([*widths, 2 * (len(widths) - 1)])
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]

@@ -1,0 +1,199 @@
+"""Curves: accuracy against eps, training, and the routers' health over the epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from robustmoe.analysis import Curve
+from robustmoe.report.collect import View
+from robustmoe.report.figures import LARGE, SMALL, Series, colour, lines, shares
+from robustmoe.report.words import eps_text, interval, number, percent, plural
+
+ROUTERS_SHOWN = 12
+
+
+def eps_section(views: Sequence[View]) -> str:
+    """Accuracy against eps, one chart a norm, with its table beside it; "" without a curve."""
+    curves = [(view, curve) for view in views for curve in view.curves]
+    if not curves:
+        return ""
+    parts = [
+        "<h2>Accuracy against eps</h2>",
+        '<p class="lead">A larger eps lets the attack change the image more, so an honest curve only falls, and it '
+        "reaches zero in the end. At eps 0 nothing is changed. Bands are 95 % intervals.</p>",
+    ]
+    for norm in dict.fromkeys(curve.norm for _, curve in curves):
+        chosen = [(view, curve) for view, curve in curves if curve.norm == norm]
+        labels = [f"{view.name}: {curve.name}" if len(views) > 1 else curve.name for view, curve in chosen]
+        parts.append(_eps_pair(norm, labels, [curve for _, curve in chosen]))
+    return "".join(parts)
+
+
+def _eps_pair(norm: str, labels: list[str], curves: list[Curve]) -> str:
+    unit = 255 if norm == "linf" else 1
+    series = [
+        Series(
+            name=label,
+            points=tuple((unit * eps, 100 * rate.value) for eps, rate in curve.points),
+            colour=colour(at),
+            band=tuple((unit * eps, 100 * rate.interval[0], 100 * rate.interval[1]) for eps, rate in curve.points),
+        )
+        for at, (label, curve) in enumerate(zip(labels, curves, strict=True))
+    ]
+    label = "eps, in grey levels of 255" if norm == "linf" else f"eps ({norm})"
+    sizes = sorted({curve.n for curve in curves})
+    chart = lines(
+        f"Accuracy against eps ({norm})",
+        series,
+        label,
+        unit="%",
+        y_range=(0.0, 100.0),
+        size=LARGE,
+        note=f"Measured on {' / '.join(plural(size, 'image') for size in sizes)}.",
+    )
+    return f'<div class="plots pair">{chart}{_eps_table(norm, labels, curves)}</div>'
+
+
+def _eps_table(norm: str, labels: list[str], curves: list[Curve]) -> str:
+    every = sorted({eps for curve in curves for eps, _ in curve.points})
+    head = "".join(f'<th scope="col"><i class="dotkey b{colour(at)}" title="{escape(label)}"></i></th>'
+                   for at, label in enumerate(labels))  # fmt: skip
+    if len(curves) == 1:
+        head = '<th scope="col">accuracy</th>'
+    body = ""
+    for eps in every:
+        cells = ""
+        for curve in curves:
+            rate = dict(curve.points).get(eps)
+            cells += f"<td>{percent(rate)}<small>{interval(rate)}</small></td>"
+        body += f'<tr><th scope="row">{escape(eps_text(norm, eps))}</th>{cells}</tr>'
+    return (
+        f'<div class="scroll"><table class="data{" tight" if len(curves) == 1 else ""}"><thead>'
+        f'<tr><th scope="col">eps</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+# Training --------------------------------------------------------------------------------------------------------
+
+
+def _over_epochs(metrics: list[dict[str, Any]], *keys: str, scale: float = 1.0) -> tuple[tuple[float, float], ...]:
+    """(epoch, value) of the epochs that have a finite number at that place."""
+    points: dict[float, float] = {}
+    for line in metrics:
+        value: Any = line
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        epoch, found = number(line.get("epoch")), number(value)
+        if epoch is not None and found is not None:
+            points[epoch] = scale * found
+    return tuple(sorted(points.items()))
+
+
+def _inner(metrics: list[dict[str, Any]], key: str) -> list[str]:
+    """The names under a key, in order of appearance: phases or routers."""
+    found = (line.get(key) for line in metrics)
+    return list(dict.fromkeys(name for value in found if isinstance(value, dict) for name in value))
+
+
+def _drawn(title: str, series: list[Series], **options: Any) -> str:
+    kept = [one for one in series if one.points]
+    return lines(title, kept, "epoch", whole_x=True, **options) if kept else ""
+
+
+def section(views: Sequence[View]) -> str:
+    """Loss, accuracy and learning rate over the epochs, one row of charts a run; "" without metrics."""
+    body = ""
+    for view in views:
+        charts = _charts(view.metrics)
+        if charts:
+            title = f"<h3>{escape(view.name)}</h3>" if len(views) > 1 else ""
+            body += f'{title}<div class="plots">{charts}</div>'
+    if not body:
+        return ""
+    lead = "Validation images are not the test images; robust validation uses the (weaker) attack named in the recipe."
+    return f'<h2>Training</h2><p class="lead">{lead}</p>{body}'
+
+
+def _charts(metrics: list[dict[str, Any]]) -> str:
+    accuracy = [
+        Series("training", _over_epochs(metrics, "train_accuracy", scale=100.0), 3),
+        Series("validation, clean", _over_epochs(metrics, "val_clean", scale=100.0), 1),
+        Series("validation, robust", _over_epochs(metrics, "val_robust", scale=100.0), 2),
+    ]
+    best = [line["epoch"] for line in metrics if line.get("best") is True and number(line.get("epoch")) is not None]
+    note = f"Kept: epoch {best[-1]:g}." if best else ""
+    loss = [
+        Series(name, _over_epochs(metrics, "loss", name), colour(at)) for at, name in enumerate(_inner(metrics, "loss"))
+    ]
+    rate = [
+        Series(name, _over_epochs(metrics, "lr", name), colour(at)) for at, name in enumerate(_inner(metrics, "lr"))
+    ]
+    return (
+        _drawn("Accuracy", accuracy, unit="%", y_range=(0.0, 100.0), note=note, size=SMALL)
+        + _drawn("Loss by phase", loss, size=SMALL)
+        + _drawn("Learning rate by phase", rate, size=SMALL)
+    )
+
+
+# Routers ---------------------------------------------------------------------------------------------------------
+
+
+def health_section(views: Sequence[View]) -> str:
+    """Load and entropy of each router over the epochs; "" without a router in the metrics."""
+    body = "".join(_health(view, len(views) > 1) for view in views)
+    if not body:
+        return ""
+    return (
+        "<h2>Router health</h2>"
+        '<p class="lead">An expert that is left out shows as a vanishing layer. Entropy is that of the router’s '
+        "scores, in nats: at the dotted line it spreads evenly over the experts, at zero it is certain.</p>" + body
+    )
+
+
+def _health(view: View, several: bool) -> str:
+    routers = _inner(view.metrics, "routers")
+    if not routers:
+        return ""
+    title = f"<h3>{escape(view.name)}</h3>" if several else ""
+    charts = "".join(_router(view.metrics, name) for name in routers[:ROUTERS_SHOWN])
+    more = len(routers) - ROUTERS_SHOWN
+    rest = f'<p class="note">{plural(more, "more router")} in the JSON beside this page.</p>' if more > 0 else ""
+    return f'{title}<div class="plots wide">{charts}</div>{rest}'
+
+
+def _router(metrics: list[dict[str, Any]], name: str) -> str:
+    seen = [
+        (number(line.get("epoch")), line["routers"][name])
+        for line in metrics
+        if isinstance(line.get("routers"), dict) and isinstance(line["routers"].get(name), dict)
+    ]
+    loads = [(epoch, [number(share) or 0.0 for share in state["load"]]) for epoch, state in seen
+             if epoch is not None and state.get("load")]  # fmt: skip
+    note = _state(seen[-1][1]) if seen else ""
+    area = shares(f"{name}: load", [epoch for epoch, _ in loads], [load for _, load in loads], note) if loads else ""
+    entropy = _over_epochs(metrics, "routers", name, "entropy")
+    if not entropy:
+        return area
+    series = [Series("entropy", entropy, 4)]
+    top = max(value for _, value in entropy)
+    if loads:
+        even = math.log(len(loads[-1][1]))
+        series.append(Series("even", ((entropy[0][0], even), (entropy[-1][0], even)), 5, dashed=True))
+        top = max(top, even)
+    return area + _drawn(f"{name}: entropy (nats)", series, y_range=(0.0, 1.08 * top or 1.0))
+
+
+def _state(state: dict[str, Any]) -> str:
+    """What the last epoch says of a router, in words."""
+    words = []
+    if state.get("dead"):
+        words.append("dead experts: " + ", ".join(str(expert) for expert in state["dead"]))
+    if state.get("declared_fixed") is True:
+        words.append("fixed by declaration")
+    elif state.get("moved") is False:
+        words.append("did not move: it is not being trained")
+    return "; ".join(words).capitalize() + ("." if words else "")

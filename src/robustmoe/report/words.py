@@ -1,0 +1,120 @@
+"""Numbers as words: percentages, eps, times. Used by the page, the Markdown and the terminal alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from robustmoe.analysis import Rate
+
+NORM_NAMES = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+GLOSSARY = (
+    ("clean accuracy", "the share of untouched test images that the model gets right."),
+    (
+        "robust accuracy",
+        "the share it gets right both untouched and after the attack changed the image as much as the threat allows.",
+    ),
+    (
+        "worst case",
+        "an image counts only if it survives every attack listed. This is the number to quote; a stronger attack may "
+        "still lower it.",
+    ),
+    (
+        "router’s part",
+        "accuracy on the clean image when it is sent through the experts that the attacked image was sent to. If it "
+        "falls, the attack gains by choosing the wrong experts.",
+    ),
+    (
+        "experts’ part",
+        "accuracy on the attacked image when it is sent through the experts of the clean image. If it falls, the "
+        "experts themselves are fooled.",
+    ),
+    (
+        "rerouted",
+        "the share of an image’s items (the image, or its tokens) that the attack sent to another expert; below it, "
+        "the share of images that were both rerouted and broken.",
+    ),
+    ("interval", "95 % Wilson score interval: how far the number could move with another draw of as many images."),
+)
+
+
+def percent(rate: Rate | float | None, digits: int = 1) -> str:
+    """ "47.4%" from a rate or a share in [0, 1]; "–" for None or nan."""
+    value = rate.value if isinstance(rate, Rate) else rate
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
+
+
+def interval(rate: Rate | None) -> str:
+    """ "44.3–50.5" (per cent), Wilson; "" for None."""
+    if rate is None:
+        return ""
+    low, high = rate.interval
+    return f"{100 * low:.1f}–{100 * high:.1f}"
+
+
+def eps_text(norm: str, eps: float) -> str:
+    """ "8/255" for an eps of the sup-norm that is (a hundredth of) a whole number of grey levels, else the number."""
+    levels = eps * 255
+    if norm == "linf" and eps > 0 and abs(levels - round(levels, 2)) < 1e-6:
+        return f"{round(levels, 2):g}/255"
+    return f"{eps:g}"
+
+
+def threat(norm: str, eps: float) -> str:
+    """ "L∞ ≤ 8/255"."""
+    return f"{NORM_NAMES.get(norm, norm)} ≤ {eps_text(norm, eps)}"
+
+
+def duration(seconds: float) -> str:
+    """ "1 h 02 min", "3 min 20 s" or "4.2 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(number: int) -> str:
+    """ "11,173,962" """
+    return f"{number:,}"
+
+
+def plural(number: int, word: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{count(number)} {word}{'' if number == 1 else 's'}"
+
+
+def route_text(route: dict[str, list[int]]) -> str:
+    """Where an image went: "expert 1" for one item, "e0 ×12, e3 ×4" for several; several routers are named."""
+    parts = []
+    for name, counts in route.items():
+        used = [(expert, items) for expert, items in enumerate(counts) if items]
+        if all(items == 1 for _, items in used):
+            text = "expert " + "+".join(str(expert) for expert, _ in used) if used else "–"
+        else:
+            text = ", ".join(f"e{expert} ×{items}" for expert, items in used)
+        parts.append(f"{name}: {text}" if len(route) > 1 else text)
+    return "; ".join(parts)
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None for anything else (JSON's null, nan, a text)."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def plain(value: Any) -> str:
+    """A setting or a check's value as one short text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(item) for item in value)
+    return str(value)

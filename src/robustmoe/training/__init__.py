@@ -1,0 +1,42 @@
+"""Training: phases, methods, optimisers, the loop from a recipe to a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from robustmoe import spec as specs
+from robustmoe.training.checkpoint import load_model
+from robustmoe.training.loop import train
+from robustmoe.training.methods import at, standard, trades
+from robustmoe.training.optimisation import OPTIMIZERS, SCHEDULES, SGD, AdamW, OptimizerSpec
+from robustmoe.training.phases import Loss, Method, Phase, StepResult, TrainingStopped, train_step
+
+METHODS: dict[str, Callable[..., Method]] = {"standard": standard, "at": at, "trades": trades}
+
+
+def build_method(spec: str | Method) -> Method:
+    """The method written as ``spec``: ``build_method("trades(pgd(linf(8/255)), beta=6)")``."""
+    method: Method = specs.build(spec, "method") if isinstance(spec, str) else spec
+    return method
+
+
+__all__ = [
+    "METHODS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SGD",
+    "AdamW",
+    "Loss",
+    "Method",
+    "OptimizerSpec",
+    "Phase",
+    "StepResult",
+    "TrainingStopped",
+    "build_method",
+    "load_model",
+    "standard",
+    "train",
+    "train_step",
+    "trades",
+    "at",
+]

@@ -1,0 +1,113 @@
+"""What a run folder keeps of a model: ``config.json`` and ``model.safetensors`` (to load anywhere), ``state.pt`` (to go on training).
+
+Every write is atomic: a run killed in the middle of one still has the file before it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from robustmoe.errors import UserError
+from robustmoe.models import RoutedModel, build_model
+from robustmoe.records import write_atomic
+
+
+def save_weights(path: Path, state: dict[str, Tensor], spec: str) -> None:
+    """The weights as safetensors, with the model's spec in the file's metadata."""
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    write_atomic(path, safetensors.torch.save(plain, metadata={"model": spec, "format": "pt"}))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises UserError where it is missing, a pickle, or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the weights of a run (model.safetensors)")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        raise UserError(
+            f"{path}: this is a pickle (a file of torch.save), which could run code when loaded; expected safetensors. Convert it with "
+            "safetensors.torch.save_file(state_dict, path)"
+        )
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: the file is damaged ({error}); expected the safetensors file that training wrote. Copy it again, or train with --resume"
+        ) from error
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Every tensor into its place, exactly. Raises UserError naming the first that is missing, unknown or of another shape."""
+    own = model.state_dict()
+    problems = [f"{name!r} is missing" for name in own if name not in weights]
+    problems += [f"{name!r} is not part of the model" for name in weights if name not in own]
+    problems += [
+        f"{name!r} has shape {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        raise UserError(
+            f"{source}: these are the weights of another architecture: {problems[0]} ({len(problems)} differences); check the run's config.json"
+        )
+    model.load_state_dict(weights)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """A run's ``config.json``. Raises UserError where the folder is not a run."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run folder (it has no config.json); expected the folder that robustmoe train made")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: the file is damaged ({error}); expected the JSON that training wrote") from error
+    missing = {"model", "num_classes", "image_shape", "mean", "std"} - set(config)
+    if missing:
+        raise UserError(f"{path}: the fields {sorted(missing)} are missing; expected the config.json that training wrote")
+    return config
+
+
+def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedModel:
+    """The model of a run folder, in eval mode: the weights that were best on validation. Needs no model flags."""
+    run = Path(run)
+    config = read_config(run)
+    shape = config["image_shape"]
+    model = build_model(
+        config["model"],
+        config["num_classes"],
+        (shape[0], shape[1], shape[2]),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+    )
+    path = run / "model.safetensors"
+    load_weights(model, read_weights(path), path)
+    return model.to(device)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """The state of a training run: tensors, numbers, strings and containers of them only."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A state as `save_state` wrote it, loaded without running code. Raises UserError where it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint to resume from; start the run without --resume")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged files; all mean the same to the user
+        raise UserError(
+            f"{path}: the checkpoint is damaged ({type(error).__name__}); expected the file that training wrote. Start the run anew in another --out"
+        ) from error

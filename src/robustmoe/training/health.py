@@ -1,0 +1,114 @@
+"""Validation after an epoch, and the health of the routers: who gets the images, and who is dead."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustmoe import distributed
+from robustmoe.attacks import Attack
+from robustmoe.data import ImageSet, batches
+from robustmoe.models.base import RoutedModel
+from robustmoe.noise import Noise
+
+
+class Validation(NamedTuple):
+    """Accuracies on ``n`` images (``robust`` None without an attack), and each router's load: the share of its decisions that went to each expert."""
+
+    clean: float
+    robust: float | None
+    n: int
+    load: dict[str, list[float]]
+
+
+def validate(
+    model: RoutedModel,
+    images: ImageSet,
+    attack: Attack | None,
+    batch_size: int,
+    device: torch.device,
+    seed: int,
+    autocast: torch.dtype | None = None,
+) -> Validation:
+    """Clean accuracy and accuracy under ``attack``, each process on its share of the images. Leaves the model in eval mode.
+
+    An image counts as robust where it is right both before and after the attack.
+    """
+    model.eval()
+    mine = torch.arange(distributed.rank(), len(images), distributed.world())
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    load: dict[str, Tensor] = {}
+    with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        for batch in batches(images, batch_size, mine, device):
+            with torch.no_grad():
+                clean = model.run(batch.x)
+            right = clean.logits.argmax(1) == batch.y
+            for name, routing in clean.trace.items():
+                chosen = torch.bincount(routing.index.flatten(), minlength=routing.num_experts).double()
+                load[name] = load.get(name, torch.zeros_like(chosen)) + chosen
+            held = right
+            if attack is not None:
+                x_adv = attack(model, batch.x, batch.y, Noise.of(batch.index, seed, VALIDATION))
+                with torch.no_grad():
+                    held = right & (model(x_adv).argmax(1) == batch.y)
+            counts += torch.stack([right.sum(), held.sum()])
+    if not load:
+        load = _empty_load(model, images, device)
+    distributed.all_reduce_sum(counts)
+    shares = {name: _share(distributed.all_reduce_sum(load[name])) for name in sorted(load)}
+    clean_share, robust_share = (counts / len(images)).tolist()
+    return Validation(clean_share, robust_share if attack is not None else None, len(images), shares)
+
+
+VALIDATION = 4
+"""The key under which validation draws its noise: the same in every epoch, so that epochs can be compared."""
+
+
+def _empty_load(model: RoutedModel, images: ImageSet, device: torch.device) -> dict[str, Tensor]:
+    """Zeros for each router: a process without an image still has to take part in the sums."""
+    with torch.no_grad():
+        trace = model.run(images.batch([0]).to(device).x).trace
+    return {name: torch.zeros(r.num_experts, dtype=torch.float64, device=device) for name, r in trace.items()}
+
+
+def _share(counts: Tensor) -> list[float]:
+    return (counts / counts.sum().clamp(min=1)).tolist()
+
+
+def trainable_routers(model: RoutedModel, x: Tensor) -> dict[str, bool]:
+    """For each router, whether its decision is declared to pass a gradient to it (a "hard" gate does not)."""
+    with torch.enable_grad():
+        trace = model.eval().run(x).trace
+    return {name: routing.weight.requires_grad for name, routing in trace.items()}
+
+
+def router_health(load: dict[str, list[float]], grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]) -> dict[str, Any]:
+    """The routers' part of a metrics line: load, its entropy in nats, dead experts, gradient norm, and whether the router learned."""
+    return {
+        name: {
+            "load": shares,
+            "entropy": -sum(s * math.log(s) for s in shares if s > 0),
+            "dead": [expert for expert, share in enumerate(shares) if share == 0],
+            "grad_norm": grad.get(name, 0.0),
+            "moved": moved[name] and grad.get(name, 0.0) > 0,
+            "declared_fixed": not trainable[name],
+        }
+        for name, shares in load.items()
+    }
+
+
+def complaints(health: dict[str, Any]) -> list[str]:
+    """What a person should know of the routers at once, one line each."""
+    lines = []
+    for name, router in health.items():
+        if not router["moved"] and not router["declared_fixed"]:
+            lines.append(
+                f"warning: router {name!r} got no gradient in this epoch, so it does not learn; use a gate that passes one (straight_through, "
+                "vmoe, soft), or a phase that moves it"
+            )
+        if router["dead"]:
+            lines.append(f"warning: router {name!r} sends no validation image to expert(s) {router['dead']}")
+    return lines

@@ -1,0 +1,355 @@
+"""A recipe becomes a run folder: epochs, validation, the best weights kept, and a checkpoint to go on from, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustmoe import distributed, provenance
+from robustmoe import spec as specs
+from robustmoe.attacks import Attack
+from robustmoe.data import Batch, Data, ImageSet, batches
+from robustmoe.errors import UserError
+from robustmoe.models import RoutedModel, build_model
+from robustmoe.noise import Noise, permutation
+from robustmoe.progress import Bar, note, progress
+from robustmoe.recipe import Recipe
+from robustmoe.records import append_json, read_jsonl, write_atomic
+from robustmoe.training import checkpoint, health
+from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
+from robustmoe.training.phases import Method, StepResult, TrainingStopped, train_step
+
+ORDER, AUGMENT, TRAIN = 1, 2, 3
+"""Keys under which a run draws its random numbers, beside its seed and the epoch (see `robustmoe.noise`)."""
+
+FREE = {"device", "threads", "checkpoint_every", "attacks", "max_steps", "data"}
+"""Recipe fields that may differ between a run and its continuation; the data are compared by their contents."""
+
+
+@dataclass
+class State:
+    """Where a run is: ``step`` batches of epoch ``epoch`` (both from 0) are done."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    sums: dict[str, dict[str, float]] = field(default_factory=dict)
+    correct: float = 0.0
+    seen: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe builds."""
+
+    recipe: Recipe
+    data: Data
+    model: RoutedModel
+    method: Method
+    optimisers: list[torch.optim.Optimizer]
+    base_lr: float
+    schedule: Schedule
+    augment: Any
+    val: ImageSet
+    val_attack: Attack | None
+    average: Average | None
+    device: torch.device
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.recipe.precision == "bf16" else None
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.recipe.batch_size, len(self.data.train))
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch; the last, short one is left out."""
+        return len(self.data.train) // self.batch_size
+
+
+def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
+    """Train as ``recipe`` says, into the run folder ``out``; returns it.
+
+    With ``resume`` it goes on from the last checkpoint: on CPU the final weights are equal, bit for bit, to those of a run that was never
+    stopped. Under ``torchrun`` the processes share each batch. Raises UserError for what cannot be built, written or resumed, and
+    `TrainingStopped` (a UserError) where a loss or gradient is not finite.
+    """
+    out = Path(out)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    device = distributed.local_device(provenance.pick_device(recipe.device))
+    _check_folder(out, resume)
+    with distributed.session(device):
+        parts = _build(recipe, device)
+        state = _prepare(parts, out, resume)
+        while state.epoch < recipe.epochs:
+            if not _epoch(parts, state, out):
+                break
+    return out
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder for the run: choose another --out")
+    if resume and not (out / "state.pt").is_file():
+        raise UserError(f"{out}: no checkpoint to resume from (state.pt); start the run without --resume")
+    if not resume and (out / "config.json").exists():
+        raise UserError(f"{out} already holds a run; add --resume to go on, or choose another --out")
+
+
+def _build(recipe: Recipe, device: torch.device) -> Parts:
+    described = {
+        kind: specs.build(text, kind)
+        for kind, text in (("method", recipe.method), ("optimizer", recipe.optimizer), ("schedule", recipe.schedule))
+    }
+    method: Method = described["method"]
+    optimizer: OptimizerSpec = described["optimizer"]
+    augment = specs.build(recipe.augment, "augment") if recipe.augment else None
+    val_attack = specs.build(recipe.val_attack, "attack") if recipe.val_attack else None
+    specs.build(recipe.model, "model")  # a misspelt model should not wait for the data
+    data: Data = specs.build(recipe.data, "data")
+    model = build_model(recipe.model, data.num_classes, data.image_shape, data.mean, data.std, recipe.seed).to(device)
+    parts = Parts(
+        recipe=recipe,
+        data=data,
+        model=model,
+        method=method,
+        optimisers=[optimizer.make(phase.parameters(model).values()) for phase in method.phases],
+        base_lr=optimizer.lr,
+        schedule=described["schedule"],
+        augment=augment,
+        val=data.val.head(recipe.val_limit),
+        val_attack=val_attack,
+        average=Average(model, recipe.ema) if recipe.ema else None,
+        device=device,
+    )
+    if parts.batch_size % distributed.world():
+        raise UserError(
+            f"batch_size {parts.batch_size} cannot be shared by {distributed.world()} processes; expected a multiple of that number"
+        )
+    return parts
+
+
+def _config(parts: Parts) -> dict[str, Any]:
+    data, recipe = parts.data, parts.recipe
+    score = f"accuracy under {recipe.val_attack}" if recipe.val_attack else "clean accuracy"
+    return {
+        **dataclasses.asdict(recipe),
+        "num_classes": data.num_classes,
+        "classes": list(data.classes),
+        "image_shape": list(data.image_shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "parameters": sum(p.numel() for p in parts.model.parameters()),
+        "selection": f"best {score} on {len(parts.val)} validation images held out of train; the test set is never seen",
+        "images": {"train": len(data.train), "val": len(parts.val), "test": len(data.test)},
+        "data_hash": data.train.fingerprint,
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "hardware": provenance.hardware(parts.device),
+        "processes": distributed.world(),
+        "command": provenance.command(),
+    }
+
+
+def _prepare(parts: Parts, out: Path, resume: bool) -> State:
+    """A fresh folder, or the state to go on from."""
+    config = _config(parts)
+    state = State()
+    if resume:
+        old = checkpoint.read_config(out)
+        _check_same_run(out, old, config)
+        state = _restore(parts, checkpoint.read_state(out / "state.pt"))
+        if distributed.rank() == 0:
+            kept = [line for line in read_jsonl(out / "metrics.jsonl") if line["epoch"] <= state.epoch] if (out / "metrics.jsonl").exists() else []
+            write_atomic(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        note(f"going on from epoch {state.epoch + 1}, step {state.step}")
+    elif distributed.rank() == 0:
+        write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
+    distributed.broadcast([value for value in parts.model.state_dict().values()])
+    return state
+
+
+def _check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    names = {item.name for item in dataclasses.fields(Recipe)} - FREE | {"data_hash"}
+    for name in sorted(names):
+        before, now = old.get(name), new[name]
+        if before != now:
+            raise UserError(
+                f"{out} was trained with {name} = {before!r}, this command says {now!r}; resume with the same recipe, or choose another --out"
+            )
+
+
+def _restore(parts: Parts, saved: dict[str, Any]) -> State:
+    parts.model.load_state_dict(saved["model"])
+    for optimiser, own in zip(parts.optimisers, saved["optimisers"]):
+        optimiser.load_state_dict(own)
+    if parts.average is not None:
+        parts.average.load_state_dict(saved["average"])
+    torch.set_rng_state(saved["rng"])
+    return State(**saved["progress"])
+
+
+def _save(parts: Parts, state: State, out: Path) -> None:
+    if distributed.rank() == 0:
+        checkpoint.save_state(
+            out / "state.pt",
+            {
+                "model": parts.model.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in parts.optimisers],
+                "average": parts.average.state_dict() if parts.average is not None else None,
+                "rng": torch.get_rng_state(),
+                "progress": dataclasses.asdict(state),
+            },
+        )
+
+
+def _training_batches(parts: Parts, state: State) -> Iterator[Batch]:
+    """This process's share of the epoch's remaining batches: rank r has the r-th part of each."""
+    order = permutation(len(parts.data.train), parts.recipe.seed, ORDER, state.epoch)
+    shared = order[: parts.steps * parts.batch_size].view(parts.steps, distributed.world(), -1)
+    mine = shared[state.step :, distributed.rank()]
+    for batch in batches(parts.data.train, mine.shape[1], mine.reshape(-1), parts.device):
+        x = batch.x
+        if parts.augment is not None:
+            x = parts.augment(x, Noise.of(batch.index, parts.recipe.seed, AUGMENT, state.epoch))
+        yield Batch(x, batch.y, batch.index)
+
+
+def _epoch(parts: Parts, state: State, out: Path) -> bool:
+    """The rest of an epoch and what follows it; False where the run is to stop (``max_steps``)."""
+    recipe = parts.recipe
+    routers = health.trainable_routers(parts.model, parts.val.batch([0]).to(parts.device).x)
+    before = {name: _router_weights(parts.model, name) for name in routers}
+    grad = dict.fromkeys(routers, 0.0)
+    with progress(parts.steps, f"epoch {state.epoch + 1}/{recipe.epochs}", unit="steps") as bar:
+        bar.advance(state.step)
+        stop = False
+        started = time.monotonic()
+        for batch in _training_batches(parts, state):
+            result = _step(parts, state, batch, list(routers))
+            for name, norm in result.router_grad.items():
+                grad[name] = max(grad[name], float(norm))
+            _show(bar, state)
+            now = time.monotonic()
+            state.seconds, started = state.seconds + now - started, now
+            stop = recipe.max_steps is not None and state.epoch * parts.steps + state.step >= recipe.max_steps
+            if stop or (recipe.checkpoint_every and state.step % recipe.checkpoint_every == 0):
+                _save(parts, state, out)
+            if stop:
+                break
+    moved = {name: not torch.equal(before[name], _router_weights(parts.model, name)) for name in routers}
+    _finish_epoch(parts, state, out, grad, moved, routers)
+    if state.step == parts.steps:
+        state.epoch, state.step = state.epoch + 1, 0
+        state.sums, state.correct, state.seen = {}, 0.0, 0.0
+        _save(parts, state, out)
+    return not stop
+
+
+def _step(parts: Parts, state: State, batch: Batch, routers: list[str]) -> StepResult:
+    done = state.epoch * parts.steps + state.step
+    lr = parts.base_lr * parts.schedule(done / (parts.recipe.epochs * parts.steps))
+    for optimiser in parts.optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+    noise = Noise.of(batch.index, parts.recipe.seed, TRAIN, state.epoch)
+    try:
+        result = train_step(
+            parts.model,
+            parts.method,
+            parts.optimisers,
+            batch.x,
+            batch.y,
+            noise,
+            autocast=parts.autocast,
+            clip=parts.recipe.clip,
+            routers=routers,
+        )
+    except TrainingStopped as error:
+        raise TrainingStopped(f"stopped in epoch {state.epoch + 1}, step {state.step + 1}: {error}") from None
+    if parts.average is not None:
+        parts.average.update(parts.model)
+    for name in result.loss:
+        sums = state.sums.setdefault(name, {"loss": 0.0, "grad_norm": 0.0})
+        sums["loss"] += float(result.loss[name])
+        sums["grad_norm"] += float(result.grad_norm[name])
+    state.correct += float(result.correct)
+    state.seen += result.seen
+    state.step += 1
+    return result
+
+
+def _show(bar: Bar[Any], state: State) -> None:
+    bar.advance()
+    losses = "  ".join(f"{name} {sums['loss'] / state.step:.3f}" for name, sums in state.sums.items())
+    bar.say(f"loss {losses}")
+
+
+def _router_weights(model: RoutedModel, name: str) -> Tensor:
+    parts = [p.detach().flatten().clone() for key, p in model.named_parameters() if key.startswith(f"{name}.")]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def _finish_epoch(
+    parts: Parts, state: State, out: Path, grad: dict[str, float], moved: dict[str, bool], routers: dict[str, bool]
+) -> None:
+    """Validate, keep the weights if they are the best so far, and write the epoch's line."""
+    judged = _judged(parts)
+    result = health.validate(
+        judged, parts.val, parts.val_attack, parts.batch_size, parts.device, parts.recipe.seed, parts.autocast
+    )
+    score = result.clean if result.robust is None else result.robust
+    best = score > state.best
+    totals = torch.tensor([state.correct, state.seen, *(s["loss"] for s in state.sums.values())], dtype=torch.float64)
+    totals = distributed.all_reduce_sum(totals.to(parts.device) if parts.device.type == "cuda" else totals)
+    losses = (totals[2:] / state.step / distributed.world()).tolist()
+    router_lines = health.router_health(result.load, grad, moved, routers)
+    line = {
+        "epoch": state.epoch + 1,
+        "step": state.epoch * parts.steps + state.step,
+        "seconds": state.seconds,
+        "lr": {phase.name: o.param_groups[0]["lr"] for phase, o in zip(parts.method.phases, parts.optimisers)},
+        "loss": dict(zip(state.sums, losses)),
+        "grad_norm": {name: sums["grad_norm"] / state.step for name, sums in state.sums.items()},
+        "train_accuracy": float(totals[0] / totals[1]),
+        "val_clean": result.clean,
+        "val_robust": result.robust,
+        "val_n": result.n,
+        "routers": router_lines,
+        "best": best,
+    }
+    if best:
+        state.best = score
+    if distributed.rank() == 0:
+        if best:
+            checkpoint.save_weights(out / "model.safetensors", judged.state_dict(), parts.recipe.model)
+        append_json(out / "metrics.jsonl", line)
+    robust = "" if result.robust is None else f"  val robust {100 * result.robust:5.1f} %"
+    note(
+        f"epoch {state.epoch + 1}/{parts.recipe.epochs}  loss {' '.join(f'{loss:.3f}' for loss in losses)}  train {100 * line['train_accuracy']:5.1f} %  "
+        f"val clean {100 * result.clean:5.1f} %{robust}  {state.seconds:.0f} s{'  best' if best else ''}"
+    )
+    for complaint in health.complaints(router_lines):
+        note(complaint)
+
+
+def _judged(parts: Parts) -> RoutedModel:
+    """The model that is validated and kept: the averaged weights where there are any."""
+    if parts.average is None:
+        return parts.model
+    model = copy.deepcopy(parts.model)
+    model.load_state_dict(parts.average.state)
+    return model

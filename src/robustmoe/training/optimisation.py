@@ -1,0 +1,136 @@
+"""Optimisers and schedules as values: what a recipe writes down, and what it becomes for a phase's parameters."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class OptimizerSpec(ABC):
+    """A frozen description; ``lr`` is the largest learning rate, which a schedule scales."""
+
+    lr: float
+
+    @abstractmethod
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimiser over ``parameters``."""
+
+
+def _check_lr(lr: float, weight_decay: float) -> None:
+    if not lr > 0 or not weight_decay >= 0:
+        raise ValueError(f"lr must be above 0 and weight_decay 0 or more; got {lr} and {weight_decay}")
+
+
+@dataclass(frozen=True)
+class SGD(OptimizerSpec):
+    """Stochastic gradient descent with momentum; weight decay on every parameter."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr, self.weight_decay)
+
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
+
+
+@dataclass(frozen=True)
+class AdamW(OptimizerSpec):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr, self.weight_decay)
+
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
+
+
+Schedule = Callable[[float], float]
+"""Progress of the run in [0, 1] -> multiplier of the learning rate."""
+
+
+def constant() -> Schedule:
+    """1 throughout."""
+    return lambda progress: 1.0
+
+
+def cosine(warmup: float = 0.0) -> Schedule:
+    """Linear from 0 during the first ``warmup`` share of the run, then half a cosine to 0."""
+    _check_share("warmup", warmup)
+
+    def multiplier(progress: float) -> float:
+        if progress < warmup:
+            return progress / warmup
+        return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+    return multiplier
+
+
+def one_cycle(rise: float = 0.4) -> Schedule:
+    """Linear from 0 to 1 during the first ``rise`` share, then linear to 0 (Smith and Topin 2018, as fast adversarial training uses it)."""
+    _check_share("rise", rise)
+
+    def multiplier(progress: float) -> float:
+        return progress / rise if progress < rise else (1 - progress) / (1 - rise)
+
+    return multiplier
+
+
+def step(milestones: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> Schedule:
+    """Times ``factor`` at each milestone, given as shares of the run."""
+    for milestone in milestones:
+        _check_share("milestones", milestone)
+    return lambda progress: factor ** sum(progress >= milestone for milestone in milestones)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), a share of the run; got {value}")
+
+
+OPTIMIZERS: dict[str, Callable[..., OptimizerSpec]] = {"sgd": SGD, "adamw": AdamW}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "one_cycle": one_cycle,
+    "step": step,
+}
+
+
+class Average:
+    """Exponential moving average of a model's parameters and floating buffers; ``decay`` is warmed up as min(decay, (1 + t) / (10 + t))."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.steps += 1
+        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, weight)
+            else:
+                self.state[name].copy_(value)
+
+    def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
+        return {"steps": self.steps, "state": self.state}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.steps = saved["steps"]
+        self.state = {name: value.clone() for name, value in saved["state"].items()}

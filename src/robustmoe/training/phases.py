@@ -1,0 +1,123 @@
+"""A training method is a list of phases: who moves, on which loss. `train_step` runs them on one batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from robustmoe import distributed
+from robustmoe.attacks.base import Attack
+from robustmoe.errors import UserError
+from robustmoe.models.base import RoutedModel
+from robustmoe.noise import Noise
+
+
+class Loss(NamedTuple):
+    """What a phase's loss gives: ``value``, the scalar to be minimised (a mean over the batch), and ``correct``, how many images of the
+    batch the model got right on the input it was trained on."""
+
+    value: Tensor
+    correct: Tensor
+
+
+LossFunction = Callable[[RoutedModel, Tensor, Tensor, Noise], Loss]
+"""(model, x (n ch h w) in [0,1], y (n), one random stream an image) -> Loss. The model is in train mode."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``params``: a regular expression; the parameters whose name it matches from the start (re.match) move, on ``loss``, and no others."""
+
+    name: str
+    params: str
+    loss: LossFunction
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that move, by name. Raises UserError where there are none."""
+        found = {name: p for name, p in model.named_parameters() if p.requires_grad and re.match(self.params, name)}
+        if not found:
+            raise UserError(f"phase {self.name!r} moves the parameters that match {self.params!r}; this model has none")
+        return found
+
+
+@dataclass(frozen=True)
+class Method:
+    """Phases, run in this order on each batch, with one optimiser each. ``attack``: what the method trains against, if anything."""
+
+    phases: tuple[Phase, ...]
+    attack: Attack | None = None
+
+
+class StepResult(NamedTuple):
+    """Of one batch, by phase name: the loss and the gradient norm before clipping; images right and seen in the last phase, on this
+    process; gradient norm by router."""
+
+    loss: dict[str, Tensor]
+    grad_norm: dict[str, Tensor]
+    correct: Tensor
+    seen: int
+    router_grad: dict[str, Tensor]
+
+
+class TrainingStopped(UserError):
+    """A loss or gradient that is not finite; the message says in which phase, step and parameter."""
+
+
+def train_step(
+    model: RoutedModel,
+    method: Method,
+    optimisers: Sequence[torch.optim.Optimizer],
+    x: Tensor,
+    y: Tensor,
+    noise: Noise,
+    *,
+    autocast: torch.dtype | None = None,
+    clip: float = 0.0,
+    routers: Sequence[str] = (),
+) -> StepResult:
+    """Every phase of ``method`` once, on images x (n, ch, h, w) in [0, 1] and labels y (n).
+
+    ``autocast``: the network's compute dtype; images, perturbations and parameters stay float32. ``clip``: largest gradient norm of a phase (0: none).
+    On several processes each holds its share of the batch, and a phase's gradients are averaged. A parameter that got no gradient counts as having gradient zero.
+    """
+    model.train()
+    losses, norms, router_grad = {}, {}, {}
+    correct = torch.zeros((), device=x.device)
+    for position, (phase, optimiser) in enumerate(zip(method.phases, optimisers)):
+        named = phase.parameters(model)
+        with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = phase.loss(model, x, y, noise.fold(position))
+        raw = torch.autograd.grad(loss.value, list(named.values()), allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), raw)]
+        distributed.average_gradients(gradients)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        if not bool(torch.isfinite(norm + loss.value.detach()).item()):
+            raise TrainingStopped(_not_finite(phase, loss.value, dict(zip(named, gradients))))
+        if clip > 0:
+            torch._foreach_mul_(gradients, (clip / norm.clamp(min=1e-12)).clamp(max=1.0))
+        for parameter, gradient in zip(named.values(), gradients):
+            parameter.grad = gradient
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses[phase.name], norms[phase.name] = loss.value.detach(), norm
+        correct = loss.correct
+        for router in routers:
+            own = [g for name, g in zip(named, gradients) if name.startswith(f"{router}.")]
+            if own:
+                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in own]))
+                router_grad[router] = router_grad.get(router, 0.0) + norm
+    return StepResult(losses, norms, correct, len(x), router_grad)
+
+
+def _not_finite(phase: Phase, loss: Tensor, gradients: dict[str, Tensor]) -> str:
+    bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+    where = f"the gradient of {bad[0]!r} ({len(bad)} of {len(gradients)} parameters)" if bad else "the loss"
+    return (
+        f"in phase {phase.name!r} {where} is not finite (loss {loss.item():g}); expected finite numbers. Try a smaller learning "
+        "rate, clip=1, or precision=fp32, and go on from the last checkpoint with --resume"
+    )

@@ -1,0 +1,337 @@
+"""The result file: round trips, resuming after a kill at any byte, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustmoe.errors import UserError
+from robustmoe.records import (
+    WORK,
+    Check,
+    Checks,
+    Example,
+    Header,
+    RouterInfo,
+    Row,
+    Writer,
+    append_json,
+    examples_path,
+    merge,
+    read,
+    read_examples,
+    read_jsonl,
+    write_atomic,
+    write_examples,
+)
+
+CHECK = Check("H2", "inside the ball", "pass", 0.031, "Largest size 0.031.")
+
+
+def make_header(**changes: Any) -> Header:
+    values: dict[str, Any] = {
+        "run": "a run", "model": "pathway(resnet18)", "data": "digits", "split": "test", "attack": "pgd(linf(8/255))",
+        "objective": "joint", "norm": "linf", "eps": 8 / 255, "role": "main", "method": None, "n": 3, "seed": 0,
+        "data_hash": "d", "index_hash": "i", "model_hash": "m", "versions": {"torch": "2.13.0"}, "commit": None,
+        "device": "cpu", "threads": 1, "precision": "fp32", "command": "robustmoe evaluate", "classes": ["a", "b"],
+        "routers": {"router": RouterInfo(2, 1, 1)}, "parameters": 10, "started": "2026-11-21T10:00:00",
+    }  # fmt: skip
+    return Header(**{**values, **changes})
+
+
+def make_row(index: int, **changes: Any) -> Row:
+    values: dict[str, Any] = {
+        "index": index, "label": 1, "clean": 1, "adversarial": 0, "size": {"linf": 0.03, "l2": 0.5, "l1": 9.0},
+        "rerouted": {"router": 1.0}, "router_exposed": 1, "experts_exposed": 0, "route_clean": {"router": [1, 0]},
+        "route_adversarial": {"router": [0, 1]},
+    }  # fmt: skip
+    return Row(**{**values, **changes})
+
+
+def finished(path: Path, indices: list[int], **changes: Any) -> Path:
+    with Writer(path, make_header(**changes)) as writer:
+        writer.write([make_row(index) for index in indices])
+        writer.finish([CHECK], 1.5)
+    return path
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow past ``size`` bytes: a real failed write, also as root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    rows = [
+        make_row(2),
+        make_row(0, router_exposed=None, experts_exposed=None, rerouted={}, route_clean={}),
+        make_row(1),
+    ]
+    with Writer(tmp_path / "new" / "rows.jsonl", make_header()) as writer:
+        writer.write(rows[:2])
+        writer.write(rows[2:])
+        writer.write(rows)  # already there: skipped
+        assert writer.done == {0, 1, 2}
+        writer.finish([CHECK], 1.5)
+    header, back, checks = read(tmp_path / "new" / "rows.jsonl")
+    assert header == make_header()
+    assert back == sorted(rows, key=lambda row: row.index)
+    assert checks == Checks([CHECK], 1.5)
+    first = json.loads((tmp_path / "new" / "rows.jsonl").read_text().splitlines()[0])
+    assert (first["kind"], first["version"], first["routers"]) == (
+        "header", 1, {"router": {"experts": 2, "k": 1, "items": 1}},
+    )  # fmt: skip
+
+
+def test_resume_after_a_kill_at_every_byte_of_the_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with Writer(path, make_header()) as writer:
+        writer.write([make_row(0), make_row(1)])
+    whole = path.read_bytes()
+    start = whole[:-1].rindex(b"\n") + 1
+    for end in range(start, len(whole) + 1):
+        path.write_bytes(whole[:end])
+        assert [row.index for row in read(path).rows] == ([0, 1] if end == len(whole) else [0])
+        with Writer(path, make_header()) as writer:
+            assert writer.done == ({0, 1} if end == len(whole) else {0})
+            writer.write([make_row(1)])
+        assert path.read_bytes() == whole
+
+
+def test_resume_after_a_kill_inside_the_header(tmp_path: Path) -> None:
+    path = finished(tmp_path / "rows.jsonl", [0])
+    whole = path.read_bytes()
+    for end in (0, 1, 10, 40, whole.index(b"\n")):
+        path.write_bytes(whole[:end])
+        finished(path, [0])
+        assert path.read_bytes() == whole
+
+
+def test_resume_after_a_kill_inside_the_checks(tmp_path: Path) -> None:
+    path = finished(tmp_path / "rows.jsonl", [0, 1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert read(path).checks is None
+    with Writer(path, make_header()) as writer:
+        assert writer.checks is None
+        writer.finish([CHECK], 1.5)
+    assert path.read_bytes() == whole
+
+
+def test_a_finished_file_can_be_continued(tmp_path: Path) -> None:
+    path = finished(tmp_path / "rows.jsonl", [0])
+    with Writer(path, make_header()) as writer:
+        assert writer.checks == Checks([CHECK], 1.5)
+        writer.finish([CHECK], 2.5)
+        writer.write([make_row(1)])
+        assert writer.checks is None
+    assert [row.index for row in read(path).rows] == [0, 1]
+    assert read(path).checks is None
+
+
+def test_where_and_when_may_differ_on_resume(tmp_path: Path) -> None:
+    path = finished(tmp_path / "rows.jsonl", [0])
+    with Writer(path, make_header(device="cuda", started="later", command="other", threads=9, run="moved")) as writer:
+        assert writer.done == {0}
+        assert writer.header == make_header()
+
+
+@pytest.mark.parametrize("field", WORK)
+def test_resume_of_other_work_names_the_field(tmp_path: Path, field: str) -> None:
+    path = finished(tmp_path / "rows.jsonl", [0])
+    before = path.read_bytes()
+    other = {"n": 4, "seed": 4, "eps": 0.5, "norm": "l2", "objective": "router_only", "role": "curve"}.get(
+        field, "else"
+    )
+    match = rf"holds other work: its {field} is .*, this one's is {other!r}; choose another --out or delete the file"
+    with pytest.raises(UserError, match=match):
+        Writer(path, make_header(**{field: other}))
+    assert path.read_bytes() == before
+
+
+def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "thesis.txt"
+    path.write_text("no newline")
+    with pytest.raises(UserError, match="is not a rows file and was left alone"):
+        Writer(path, make_header())
+    path.write_text("line\n")
+    with pytest.raises(UserError, match=r"thesis\.txt, line 1: not a JSON object; delete that line or the file"):
+        Writer(path, make_header())
+    assert path.read_text() == "line\n"
+
+
+@pytest.mark.parametrize(
+    "line, match",
+    [
+        ("{", r"line 2: not a JSON object"),
+        ("[1]", r"line 2: not a JSON object"),
+        ('{"kind":"rho"}', r"line 2: unknown kind 'rho'; known: header, row, checks"),
+        ('{"kind":"row","index":0}', r"line 2: row: field 'label' is missing"),
+        (json.dumps({**make_row(0).to_dict(), "clean": "1"}), r"row: field 'clean' must be a whole number, got '1'"),
+        (json.dumps({**make_row(0).to_dict(), "clean": True}), r"row: field 'clean' must be a whole number, got True"),
+        (json.dumps({**make_row(0).to_dict(), "size": [1]}), r"row: field 'size' must be an object, got \[1\]"),
+        (json.dumps({**make_row(0).to_dict(), "size": {"l2": "x"}}), r"field 'size' must be a number"),
+        (json.dumps({**make_row(0).to_dict(), "route_clean": {"r": 1}}), r"field 'route_clean' must be a list"),
+        (json.dumps({**make_row(0).to_dict(), "more": 1}), r"row: unknown field 'more'"),
+        ('{"kind":"checks","seconds":1,"checks":[1]}', r"check: expected an object, got 1"),
+        (
+            json.dumps({"kind": "checks", "seconds": 1, "checks": [{**vars(CHECK), "status": "ok"}]}),
+            r"check: field 'status' must be one of pass, not run, warn, fail, got 'ok'",
+        ),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(make_header().to_dict()) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=match):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"version": 2}, "rows file of version 2, this robustmoe reads version 1"),
+        ({"version": None}, "rows file of version None"),
+        ({"kind": "row"}, "its first line must be"),
+        ({"norm": "l7"}, "'norm' must be one of linf, l2, l1, got 'l7'"),
+        ({"role": ""}, "'role' must be one of main, curve"),
+        ({"objective": None}, "'objective' must be one of joint, experts_only, router_only, got None"),
+        ({"routers": {"r": {"experts": 2}}}, "routerinfo: field 'k' is missing"),
+    ],
+)
+def test_bad_headers_are_named(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        Header.from_dict({**make_header().to_dict(), **changes})
+
+
+def test_a_clean_evaluation_has_no_objective() -> None:
+    header = make_header(attack=None, objective=None)
+    assert Header.from_dict(json.loads(json.dumps(header.to_dict()))) == header
+
+
+def test_two_rows_of_one_image(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [make_header().to_dict(), make_row(0).to_dict(), make_row(0).to_dict()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read(path).rows == [make_row(0)]
+    append_json(path, make_row(0, clean=0).to_dict())
+    with pytest.raises(UserError, match="line 4: image 0 has two different rows"):
+        read(path)
+    finished(tmp_path / "b.jsonl", [0])
+    append_json(tmp_path / "b.jsonl", make_row(1).to_dict())
+    with pytest.raises(UserError, match="line 4: lines after the checks"):
+        read(tmp_path / "b.jsonl")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no rows in .*none\.jsonl; `robustmoe evaluate RUN` makes them"):
+        read(tmp_path / "none.jsonl")
+
+
+def test_merge_shards(tmp_path: Path) -> None:
+    first = finished(tmp_path / "0.jsonl", [0, 2])
+    second = finished(tmp_path / "1.jsonl", [1, 2], device="cuda")
+    header, rows, checks = merge([first, second])
+    assert header == make_header()
+    assert [row.index for row in rows] == [0, 1, 2]
+    assert checks == Checks([CHECK], 3.0)
+    with Writer(tmp_path / "2.jsonl", make_header()) as writer:
+        writer.write([make_row(1)])
+        assert merge([first, writer.path]).checks is None
+        writer.finish([Check("H2", "inside", "fail", 1, "Outside.")], 1.0)
+    merged = merge([first, writer.path]).checks
+    assert merged is not None
+    assert [check.status for check in merged.checks] == ["fail"]
+    with pytest.raises(UserError, match=r"seed\.jsonl is not a shard of .*0\.jsonl: their headers differ in 'seed'"):
+        merge([first, finished(tmp_path / "seed.jsonl", [0], seed=1)])
+    with Writer(tmp_path / "3.jsonl", make_header()) as writer:
+        writer.write([make_row(2, clean=0)])
+    with pytest.raises(UserError, match="image 2 has two different rows"):
+        merge([first, writer.path])
+    with pytest.raises(UserError, match="nothing to merge"):
+        merge([])
+
+
+def test_append_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    append_json(path, {"epoch": 1})
+    with open(path, "a") as file:
+        file.write('{"epoch":')
+    assert read_jsonl(path) == [{"epoch": 1}]
+    append_json(path, {"epoch": 2})
+    assert read_jsonl(path) == [{"epoch": 1}, {"epoch": 2}]
+
+
+def test_examples(tmp_path: Path) -> None:
+    path = examples_path(tmp_path / "rows" / "pgd-v1.2.jsonl")
+    assert path == tmp_path / "rows" / "pgd-v1.2.examples.jsonl"
+    examples = [Example(4, 1, 1, 0, {"r": [1, 0]}, {"r": [0, 1]}, "AAAA", "BBBB")]
+    write_examples(path, examples)
+    assert read_examples(path) == examples
+
+
+def test_write_atomic(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "config.json"
+    write_atomic(path, "é")
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    with (
+        no_file_larger_than(1000),
+        pytest.raises(UserError, match=r"cannot write .*config\.json: File too large; free"),
+    ):
+        write_atomic(path, b"x" * 2000)
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["config.json"]  # no temporary file is left
+    with pytest.raises(UserError, match="a part of that path is a file"):
+        write_atomic(path / "below", "x")
+    with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
+        write_atomic(tmp_path / "deep", "x")
+
+
+def test_no_space(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device; free some space or choose"):
+        append_json("/dev/full", {"epoch": 1})
+    with pytest.raises(UserError, match="is not a regular file"):
+        Writer("/dev/full", make_header())
+    path = finished(tmp_path / "rows.jsonl", [0])
+    before = path.read_bytes()
+    with Writer(path, make_header()) as writer:
+        with no_file_larger_than(len(before) + 50), pytest.raises(UserError, match=r"rows\.jsonl: File too large"):
+            writer.write([make_row(1), make_row(2)])
+        assert writer.done == {0}
+        assert [row.index for row in read(path).rows] == [0]
+        writer.write([make_row(1), make_row(2)])  # there is room again
+    assert [row.index for row in read(path).rows] == [0, 1, 2]
+
+
+def test_a_path_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a part of that path is a file; choose another --out"):
+        Writer(tmp_path / "file" / "rows.jsonl", make_header())
+    with pytest.raises(UserError, match="is not a regular file"):
+        Writer(tmp_path, make_header())
+
+
+def test_readers_do_not_import_torch() -> None:
+    code = "import sys, robustmoe.records, robustmoe.analysis, robustmoe.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_imports_point_one_way() -> None:
+    source = Path(__file__).parents[1] / "src" / "robustmoe"
+    assert "robustmoe.analysis" not in (source / "records.py").read_text()
+    assert "robustmoe.report" not in (source / "records.py").read_text()
+    assert "robustmoe.report" not in (source / "analysis.py").read_text()

@@ -1,0 +1,533 @@
+"""The report on synthetic run folders: its numbers, its honesty, its HTML."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from robustmoe.errors import UserError
+from robustmoe.records import Check, Example, Header, Result, RouterInfo, Row, Writer, append_json, read, write_examples
+from robustmoe.report import report, summary_table
+from robustmoe.report.figures import ticks
+from robustmoe.report.words import duration, eps_text, percent, route_text
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+EPS = 8 / 255
+PASSED = [
+    Check(
+        "H2",
+        "inside the ball",
+        "pass",
+        0.0313725,
+        "The largest perturbation, measured again in fp32, is inside the threat.",
+    ),
+    Check("H4", "same answer alone", "pass", 0, "256 images asked again in batches of one: no answer changed."),
+    Check(
+        "G5", "attack converged", "warn", 0.07, "7.0% of the images still gained loss in the last tenth of the steps."
+    ),
+    Check("G13", "planted adversary", "not run", None, "Not run: give --planted to run it."),
+]
+R1 = Check("R1", "router reached", "pass", 0.31, "31% of the input gradient's norm flows through the router.")
+R1_FAILED = Check("R1", "router reached", "fail", 0.0, "No gradient reaches the image through the router.")
+
+
+def make_header(**changes: Any) -> Header:
+    """A header of a routed model; any field can be changed."""
+    values: dict[str, Any] = {
+        "run": "pathway", "model": "pathway(resnet18, experts=4, ratio=0.5)", "data": "cifar10", "split": "test",
+        "attack": "pgd(linf(8/255), steps=50)", "objective": "joint", "norm": "linf", "eps": EPS, "role": "main",
+        "method": "advmoe(pgd(linf(8/255), steps=10))", "n": 80, "seed": 0, "data_hash": "d0d0cafe",
+        "index_hash": "1dx0beef", "model_hash": "m0de1234", "commit": "0123abc", "device": "cpu", "threads": 2,
+        "versions": {"robustmoe": "0.1.0", "torch": "2.13.0", "numpy": "2.1.0", "python": "3.11.7"},
+        "precision": "fp32", "command": "robustmoe evaluate runs/pathway", "classes": CLASSES,
+        "routers": {"router": RouterInfo(4, 1, 1)}, "parameters": 11_173_962, "started": "2026-11-21T10:00:00",
+    }  # fmt: skip
+    return Header(**{**values, **changes})
+
+
+def make_rows(header: Header, strength: float, seed: int = 1, n: int | None = None) -> list[Row]:
+    """Rows of a made-up model that is right on about 80 % and keeps ``1 - strength`` of them; the routers prefer
+    experts by class."""
+    noise = random.Random(7)
+    luck = random.Random(seed)
+    rows = []
+    for index in range(header.n if n is None else n):
+        label = index % len(header.classes)
+        clean = label if noise.random() < 0.8 else (label + 1) % len(header.classes)
+        broken = luck.random() < strength
+        adversarial = (label + 3) % len(header.classes) if broken else clean
+        route_clean, route_adversarial, rerouted = {}, {}, {}
+        for name, info in header.routers.items():
+            home = (label * info.experts // len(header.classes) + (noise.random() < 0.25)) % info.experts
+            away = (home + 1) % info.experts if broken and luck.random() < 0.6 else home
+            total = info.items * info.k
+            route_clean[name] = [total if expert == home else 0 for expert in range(info.experts)]
+            route_adversarial[name] = [total if expert == away else 0 for expert in range(info.experts)]
+            rerouted[name] = float(away != home)
+        exposed = (clean if luck.random() < 0.8 else label + 1, clean if luck.random() < 0.6 else label + 1)
+        size = {"linf": header.eps, "l2": 1.2, "l1": 55.0}
+        rows.append(Row(index, label, clean, adversarial, size, rerouted,
+                        exposed[0] if header.routers else None, exposed[1] if header.routers else None,
+                        route_clean, route_adversarial))  # fmt: skip
+    return rows
+
+
+def picture(seed: int, change: int = 0, side: int = 32) -> str:
+    """A base64 PNG: a smooth blob, with grains of ``change`` grey levels."""
+    noise = np.random.default_rng(seed)
+    y, x = np.mgrid[0:side, 0:side] / side
+    base = np.stack([np.sin(6 * x + seed), np.cos(5 * y - seed), np.sin(4 * (x + y) + 2 * seed)], -1) * 80 + 128
+    grains = np.random.default_rng(seed + 99).choice([-change, change], size=base.shape) if change else 0
+    array = np.clip(base + noise.normal(0, 6, base.shape) + grains, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def make_examples(header: Header, rows: list[Row], number: int = 6) -> list[Example]:
+    """Examples of the images that the attack broke."""
+    broken = [row for row in rows if row.clean == row.label != row.adversarial][:number]
+    return [
+        Example(row.index, row.label, row.clean, row.adversarial, row.route_clean, row.route_adversarial,
+                picture(row.index), picture(row.index, 8))
+        for row in broken
+    ]  # fmt: skip
+
+
+def write_rows(run: Path, slug: str, header: Header, rows: list[Row], checks: list[Check] | None) -> Path:
+    """One rows file; unfinished if ``checks`` is None."""
+    path = run / "rows" / f"{slug}.jsonl"
+    with Writer(path, header) as writer:
+        writer.write(rows)
+        if checks is not None:
+            writer.finish(checks, 75.0)
+    return path
+
+
+def make_run(
+    tmp_path: Path,
+    *,
+    name: str = "pathway",
+    routed: bool = True,
+    items: int = 1,
+    routers: int = 1,
+    attacks: tuple[tuple[str, str, float], ...] = (
+        ("pgd(linf(8/255), steps=50)", "joint", 0.40),
+        ("apgd(linf(8/255), steps=100, loss='dlr')", "joint", 0.43),
+        ("pgd(linf(8/255), steps=50)", "experts_only", 0.30),
+        ("route_flip(linf(8/255))", "router_only", 0.12),
+    ),
+    r1: Check = R1,
+    stop_after: int | None = None,
+    curve: bool = True,
+    training: bool = True,
+    examples: bool = True,
+    n: int = 80,
+    **changes: Any,
+) -> Path:
+    """A synthetic run folder. ``stop_after``: rows of the first attack, which is then unfinished."""
+    run = tmp_path / name
+    infos = {f"router{at if routers > 1 else ''}": RouterInfo(4, 1, items) for at in range(routers)} if routed else {}
+    common = {"run": name, "n": n, "routers": infos, **changes}
+    checks = [*PASSED, r1] if routed else list(PASSED)
+    for at, (attack, objective, strength) in enumerate(attacks):
+        header = make_header(attack=attack, objective=objective, **common)
+        stop = stop_after if at == 0 else None
+        rows = make_rows(header, strength, seed=at, n=stop)
+        path = write_rows(run, f"attack{at}", header, rows, None if stop is not None else checks)
+        if examples and stop is None:
+            write_examples(path.with_suffix(".examples.jsonl"), make_examples(header, rows))
+    for eps in (2, 4, 6, 12, 16) if curve else ():
+        header = make_header(attack=f"pgd(linf({eps}/255), steps=50)", eps=eps / 255, role="curve",
+                             **{**common, "n": n // 2})  # fmt: skip
+        write_rows(run, f"curve{eps}", header, make_rows(header, min(1, 0.055 * eps), seed=0), checks)
+    if training:
+        make_training(run, routed, list(infos))
+    return run
+
+
+def make_training(run: Path, routed: bool, routers: list[str], epochs: int = 6) -> None:
+    """config.json and metrics.jsonl of a run that learns."""
+    config = {
+        "model": "pathway(resnet18, experts=4)", "data": "cifar10", "method": "advmoe(pgd(linf(8/255), steps=10))",
+        "optimizer": "sgd(momentum=0.9)", "schedule": "one_cycle(0.1)", "epochs": epochs, "batch_size": 128,
+        "augment": "crop+flip", "precision": "bf16", "ema": None, "clip": 1.0, "seed": 3,
+        "val_attack": "pgd(linf(8/255), steps=10)",
+        "num_classes": 10, "image_shape": [3, 32, 32], "classes": CLASSES, "parameters": 11_173_962,
+        "versions": {"torch": "2.13.0"}, "commit": "0123abc", "data_hash": "d0d0cafe",
+        "selection": "The epoch with the highest robust accuracy on 1,000 held-out training images.",
+        "command": "robustmoe train recipes/advmoe_cifar10.toml --out runs/pathway", "hardware": "2 cores, 8 GB",
+    }  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(config))
+    for epoch in range(1, epochs + 1):
+        t = epoch / epochs
+        phases = ("experts", "router") if routed else ("all",)
+        tilt = 0.25 + 0.14 * math.sin(4 * t)
+        load = [tilt, 0.5 - tilt, 0.3 - 0.1 * t, 0.2 + 0.1 * t]
+        state = {
+            "load": load,
+            "entropy": 1.386 - 0.7 * t,
+            "dead": [],
+            "grad_norm": 0.3,
+            "moved": True,
+            "declared_fixed": False,
+        }
+        append_json(run / "metrics.jsonl", {
+            "epoch": epoch, "step": 352 * epoch, "seconds": 110.0,
+            "lr": {phase: 0.1 * (1 - t) / (1 + at * 3) for at, phase in enumerate(phases)},
+            "loss": {phase: (2.3 - at * 0.9) * math.exp(-1.1 * t) for at, phase in enumerate(phases)},
+            "grad_norm": dict.fromkeys(phases, 1.0),
+            "train_accuracy": 0.2 + 0.5 * t, "val_clean": 0.25 + 0.55 * t ** 0.7,
+            "val_robust": 0.2 + 0.28 * t ** 0.8 if epoch % 2 == 0 else None, "val_n": 1000,
+            "routers": dict.fromkeys(routers, state), "best": epoch == epochs - 1,
+        })  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects text, ids, tags and what is loaded."""
+
+    VOID = ("meta", "link", "img", "br", "i/", "line", "path", "circle")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.missing_alt = 0
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.loads += [found[key] or "" for key in ("src", "href", "srcset", "data") if key in found]
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.missing_alt += (tag == "img" and not found.get("alt")) or (tag == "svg" and not found.get("aria-label"))
+        assert not any(key.startswith("on") for key in found)
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"closes nothing: {tag}"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def made(run: Path | list[Path], tmp_path: Path) -> tuple[Page, dict[str, Any], str, str]:
+    """Report it; the page parsed, the JSON, the Markdown and the page's source."""
+    out = report(run if isinstance(run, list) else [run], tmp_path / "out" / "report.html")
+    source = out.read_text()
+    return Page(source), json.loads(out.with_suffix(".json").read_text()), out.with_suffix(".md").read_text(), source
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any], str, str, Path]:
+    folder = tmp_path_factory.mktemp("routed")
+    run = make_run(folder)
+    return *made(run, folder), run
+
+
+def test_page_is_one_quiet_file(routed: tuple[Page, dict[str, Any], str, str, Path]) -> None:
+    page, _, _, source, _ = routed
+    assert all(link.startswith(("data:", "#")) for link in page.loads)
+    assert "://" not in source
+    assert "script" not in page.tags
+    assert page.missing_alt == 0
+    assert len(source) < 1_000_000
+    assert {link[1:] for link in page.loads if link.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_headline_is_the_hand_counted_worst_case(routed: tuple[Page, dict[str, Any], str, str, Path]) -> None:
+    page, numbers, text, source, run = routed
+    files = [read(run / "rows" / f"attack{at}.jsonl") for at in range(4)]
+    right = sum(row.clean == row.label for row in files[0].rows)
+    alive = sum(all(f.rows[i].clean == f.rows[i].label == f.rows[i].adversarial for f in files) for i in range(80))
+    headline = numbers["runs"][0]["headline"]
+    assert (headline["clean"]["count"], headline["robust"]["count"], headline["n"]) == (right, alive, 80)
+    assert headline["router_attacked"] is True
+    assert headline["trusted"] is True
+    shown = f"{100 * alive / 80:.1f}%"
+    assert f'<dd class="big">{shown}' in source
+    assert f"keeps {shown} under the worst of 4 attacks, with L∞ ≤ 8/255." in page.text
+    assert shown in text
+    assert "†" not in page.text.replace("marked †", "")
+
+
+def test_all_sections_are_there(routed: tuple[Page, dict[str, Any], str, str, Path]) -> None:
+    page, numbers, text, _, _ = routed
+    assert page.ids == ["verdict", "attacks", "eps", "training", "routers", "experts", "images", "checks", "made"]
+    assert page.tags.count("img") == 3 * 6
+    for words in (
+        "Router’s part",
+        "31% of the input gradient",
+        "robustmoe train recipes/advmoe_cifar10.toml",
+        "0123abc",
+    ):
+        assert words in page.text
+    assert [round(point["eps"] * 255) for point in numbers["runs"][0]["curves"][0]["points"]] == [0, 2, 4, 6, 8, 12, 16]
+    assert "router’s part" in text
+    assert numbers["runs"][0]["evaluation_seconds"] == 9 * 75.0
+
+
+def test_missing_pieces_drop_their_section(tmp_path: Path) -> None:
+    page, numbers, _, _ = made(make_run(tmp_path, training=False, curve=False, examples=False), tmp_path)
+    assert page.ids == ["verdict", "attacks", "experts", "checks", "made"]
+    assert numbers["runs"][0]["training"] == []
+
+
+def test_dense_model_has_no_router_columns(tmp_path: Path) -> None:
+    attacks = (("pgd(linf(8/255), steps=50)", "joint", 0.4),)
+    page, numbers, text, _ = made(make_run(tmp_path, routed=False, attacks=attacks, model="resnet18"), tmp_path)
+    assert "Router’s part" not in page.text
+    assert "no router" in page.text
+    assert "experts" not in page.ids
+    assert "routers" not in page.ids
+    assert numbers["runs"][0]["headline"]["router_attacked"] is None
+    assert numbers["runs"][0]["headline"]["trusted"] is True
+    assert "router’s part |" not in text
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"attacks": (("pgd(linf(8/255), steps=50)", "experts_only", 0.3),)}, "no attack has the objective joint"),
+        ({"r1": R1_FAILED}, "check R1 failed: No gradient reaches"),
+    ],
+)
+def test_an_unattacked_router_marks_the_number(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    page, numbers, text, source = made(make_run(tmp_path, **changes), tmp_path)
+    headline = numbers["runs"][0]["headline"]
+    assert headline["router_attacked"] is False
+    assert headline["trusted"] is False
+    assert reason in page.text
+    assert "Do not quote this number" in page.text
+    assert re.search(r'<dd class="big marked">[\d.]+%†', source)
+    assert "router not attacked" in page.text
+    assert "**no** †" in text
+
+
+def test_a_failed_check_marks_the_number(tmp_path: Path) -> None:
+    run = make_run(tmp_path, curve=False)
+    failed = Check("H4", "same answer alone", "fail", 8, "8 of 256 images change their answer in a batch of one.")
+    header = make_header(attack="square(linf(8/255))")
+    write_rows(run, "square", header, make_rows(header, 0.1, seed=9), [failed, R1])
+    page, numbers, text, source = made(run, tmp_path)
+    assert numbers["runs"][0]["headline"]["failed"] == [
+        "H4 same answer alone: 8 of 256 images change their answer in a batch of one."
+    ]
+    assert "8 of 256 images change" in page.text
+    assert 'class="big marked"' in source
+    assert " †" in text
+
+
+def test_an_unfinished_evaluation_says_so(tmp_path: Path) -> None:
+    page, numbers, text, source = made(make_run(tmp_path, stop_after=37), tmp_path)
+    headline = numbers["runs"][0]["headline"]
+    assert headline["incomplete"] == ["pgd(linf(8/255), steps=50): 37 of 80 images"]
+    assert headline["n"] == 80  # the finished attacks' images
+    assert "37 of 80 images" in page.text
+    assert "of 80" in page.text
+    assert "incomplete" in text
+    assert 'class="big marked"' in source
+
+
+def test_an_evaluation_without_checks_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "bare"
+    header = make_header(n=20)
+    write_rows(run, "pgd", header, make_rows(header, 0.4), None)
+    page, numbers, _, _ = made(run, tmp_path)
+    assert numbers["runs"][0]["headline"]["trusted"] is False
+    assert "not finished, its checks were not run" in page.text
+    assert "no checks were run" in page.text
+
+
+def test_clean_only_run(tmp_path: Path) -> None:
+    run = tmp_path / "clean"
+    header = make_header(attack=None, objective=None, n=20)
+    write_rows(run, "clean", header, make_rows(header, 0.0), [])
+    page, numbers, text, _ = made(run, tmp_path)
+    assert numbers["runs"][0]["headline"] is None
+    assert "It was not attacked, so nothing is known about its robustness." in page.text
+    assert "not measured" in page.text
+    assert "not attacked" in text
+
+
+def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
+    attacks = (
+        ("pgd(linf(8/255), steps=50)", "joint", 0.5),
+        ("apgd(linf(8/255), steps=100, loss='dlr')", "joint", 0.55),
+    )
+    first = make_run(tmp_path)
+    second = make_run(tmp_path, name="dense-twin", routed=False, attacks=attacks, model="resnet18", model_hash="dense")
+    page, numbers, text, _ = made([first, second], tmp_path)
+    assert [run["run"] for run in numbers["runs"]] == ["pathway", "dense-twin"]
+    assert "Robust accuracy, worst case" in page.text
+    assert "dense-twin (no router)" in page.text
+    assert numbers["not_comparable"] == []
+    assert text.count("\n## ") == 3  # two runs and the words
+    for run in numbers["runs"]:
+        assert f"{100 * run['headline']['robust']['value']:.1f}%" in page.text
+
+
+def test_runs_on_other_images_are_not_compared_silently(tmp_path: Path) -> None:
+    first = make_run(tmp_path, curve=False)
+    second = make_run(tmp_path, name="other", index_hash="elsewhere", eps=4 / 255, curve=False)
+    page, numbers, _, _ = made([first, second], tmp_path)
+    expected = ["these runs were evaluated on different images", "these runs were evaluated on different eps"]
+    assert numbers["not_comparable"] == expected
+    assert "Compare with care" in page.text
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / side, curve=False, training=False) for side in ("a", "b")]
+    page, _, _, _ = made(runs, tmp_path)
+    assert str(runs[0]) in page.text
+
+
+HOSTILE = '<script>alert("x")</script>&\'"><img src=x onerror=1>'
+
+
+def test_hostile_names_are_only_text(tmp_path: Path) -> None:
+    classes = [f"{HOSTILE}{label}" for label in range(10)]
+    run = make_run(
+        tmp_path, model=HOSTILE, data=HOSTILE, method=HOSTILE, command=HOSTILE, commit=HOSTILE, classes=classes
+    )
+    header = make_header(attack=HOSTILE, routers={HOSTILE: RouterInfo(4, 1, 1)}, classes=classes)
+    bad = Check("X1", HOSTILE, "fail", HOSTILE, HOSTILE)
+    path = write_rows(run, "hostile", header, make_rows(header, 1.0), [bad])
+    examples = make_examples(header, make_rows(header, 1.0), 2)
+    write_examples(path.with_suffix(".examples.jsonl"), [*examples, Example(0, 0, 0, 99, {}, {}, HOSTILE, HOSTILE)])
+    (run / "config.json").write_text(
+        json.dumps({"method": HOSTILE, "command": HOSTILE, "optimizer": {HOSTILE: HOSTILE}})
+    )
+    append_json(run / "metrics.jsonl", {"epoch": 21, "loss": {HOSTILE: 1.0}, "lr": {HOSTILE: 0.1},
+                "routers": {HOSTILE: {"load": [0.5, 0.5, 0, 0], "entropy": 0.1, "dead": [2, 3]}}})  # fmt: skip
+    page, numbers, text, source = made(run, tmp_path)
+    assert HOSTILE in page.text
+    assert "<script" not in source
+    assert "script" not in page.tags
+    assert "onerror=1>" not in source
+    assert "<script" not in re.sub(r"^    .*$", "", text, flags=re.M)  # commands are indented code
+    assert numbers["runs"][0]["model"] == HOSTILE
+
+
+def test_odd_metrics_do_not_break_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path, training=False, curve=False)
+    append_json(
+        run / "metrics.jsonl",
+        {"epoch": 1, "loss": {"all": math.nan}, "val_clean": 0.1, "routers": {"r": {"load": [1.0]}}},
+    )
+    page, numbers, _, _ = made(run, tmp_path)
+    assert "training" in page.ids
+    assert numbers["runs"][0]["training"][0]["loss"]["all"] is None
+
+
+def test_many_routers_of_many_tokens(tmp_path: Path) -> None:
+    page, _, _, source = made(make_run(tmp_path, routers=16, items=64, n=60, training=True), tmp_path)
+    assert "8 more routers in the JSON" in page.text
+    assert "4 more routers" in page.text
+    assert len(source) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "prepare, match",
+    [
+        (lambda run: None, r"is not a run folder: expected config\.json and rows/.*`robustmoe evaluate RUN`"),
+        (lambda run: (run / "rows").mkdir(parents=True), r"has no rows yet; `robustmoe evaluate .*run` makes them"),
+        (lambda run: write_rows(run, "a", make_header(), [], None), "has no rows yet"),
+        (
+            lambda run: (make_run(run.parent, name="run", n=10) / "config.json").write_text("[1]"),
+            "is not a JSON object",
+        ),
+    ],
+)
+def test_what_is_no_run(tmp_path: Path, prepare: Any, match: str) -> None:
+    prepare(tmp_path / "run")
+    with pytest.raises(UserError, match=match):
+        report([tmp_path / "run"], tmp_path / "out.html")
+    with pytest.raises(UserError, match="nothing to report"):
+        report([], tmp_path / "out.html")
+
+
+def test_where_the_files_go(tmp_path: Path) -> None:
+    run = make_run(tmp_path, n=20, curve=False, training=False, examples=False)
+    assert report([run], run) == run / "report.html"
+    assert report([run], tmp_path / "v1.2") == tmp_path / "v1.2.html"
+    assert sorted(path.name for path in tmp_path.glob("v1*")) == ["v1.2.html", "v1.2.json", "v1.2.md"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a part of that path is a file"):
+        report([run], tmp_path / "file" / "x.html")
+
+
+def test_terminal_table(tmp_path: Path) -> None:
+    rows = [
+        Row(
+            i,
+            0,
+            0,
+            0 if i < 6 else 1,
+            {"linf": EPS},
+            {"router": 0.5},
+            0,
+            0 if i < 7 else 1,
+            {"router": [1]},
+            {"router": [1]},
+        )
+        for i in range(10)
+    ]
+    header = make_header(n=10, classes=["a", "b"], routers={"router": RouterInfo(1, 1, 1)})
+    from robustmoe.records import Checks
+
+    text = summary_table([Result(header, rows, Checks([R1], 1.0))])
+    # 6 of 10 survive; Wilson's interval of 6/10 is 31.3 to 83.2 %.
+    assert text.splitlines() == [
+        "threat L∞ ≤ 8/255",
+        "attack                       clean  robust       95 %  router's  experts'  rerouted  only it  images",
+        "----------------------------------------------------------------------------------------------------",
+        "pgd(linf(8/255), steps=50)  100.0%   60.0%  31.3–83.2    100.0%     70.0%     50.0%        4      10",
+        "----------------------------------------------------------------------------------------------------",
+        "worst of 1                  100.0%   60.0%  31.3–83.2                                             10",
+        "router attacked: yes (1 of 1 attacks aim at the router; check R1 passed)",
+    ]
+    doubtful = summary_table([Result(header, rows[:4], None), Result(make_header(seed=5), [], None)])
+    assert "100.0% !" in doubtful
+    assert "router attacked: NO (no attack on the router has seen all its images)" in doubtful
+    assert "! incomplete  pgd(linf(8/255), steps=50): 4 of 10 images" in doubtful
+    assert "no rows yet" in doubtful
+
+
+def test_words() -> None:
+    assert [eps_text("linf", value) for value in (8 / 255, 0.5 / 255, 0.1)] == ["8/255", "0.5/255", "25.5/255"]
+    assert [eps_text("linf", 0.0), eps_text("l2", 0.5)] == ["0", "0.5"]
+    assert [percent(None), percent(math.nan), percent(0.4736)] == ["–", "–", "47.4%"]
+    assert [duration(4.24), duration(200.0), duration(3720.0)] == ["4.2 s", "3 min 20 s", "1 h 02 min"]
+    assert route_text({"router": [0, 1, 0]}) == "expert 1"
+    assert route_text({"a": [12, 0, 0, 4], "b": [1, 1]}) == "a: e0 ×12, e3 ×4; b: expert 0+1"
+    assert ticks(0.0, 100.0) == [0, 25, 50, 75, 100]
+    assert ticks(3.0, 3.0) == [3]
