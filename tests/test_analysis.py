@@ -221,6 +221,9 @@ def test_eps_curve_by_hand() -> None:
     assert curve.warnings == (
         "accuracy rises from 25.0% at eps 0.01569 to 50.0% at eps 0.03137: the attack is too weak at the larger eps",
     )
+    # An unfinished file does not take images from the finished ones.
+    (curve,) = eps_curve([point(4, "1110"), point(8, "1100"), point(16, "0---")])
+    assert [rate for _, rate in curve.points] == [Rate(4, 4), Rate(3, 4), Rate(2, 4)]
     assert eps_curve([main]) == []
     assert eps_curve([point(4, "11--"), point(8, "--11")]) == []
 

@@ -343,7 +343,8 @@ def family(header: Header) -> str:
 def eps_curve(files: Sequence[tuple[Header, Sequence[Row]]]) -> list[Curve]:
     """Accuracy against eps, one curve an attack family; files of one eps only give none.
 
-    All points are taken on the images that every file of the family has, and eps = 0 is the clean accuracy on them.
+    All points are taken on the images that every finished file of the family has (an unfinished one joins if it has
+    them too), and eps = 0 is the clean accuracy on them.
     Two files of one eps count with the worse outcome for each image."""
     families: dict[tuple[object, ...], list[tuple[Header, Sequence[Row]]]] = {}
     for header, rows in files:
@@ -357,7 +358,11 @@ def eps_curve(files: Sequence[tuple[Header, Sequence[Row]]]) -> list[Curve]:
 def _curve(name: str, members: list[tuple[Header, Sequence[Row]]]) -> Curve | None:
     if len({header.eps for header, _ in members}) < 2:
         return None
-    images = set.intersection(*({row.index for row in rows} for _, rows in members))
+    whole = [(header, rows) for header, rows in members if len(rows) >= header.n]
+    if len({header.eps for header, _ in whole}) < 2:
+        whole = members
+    images = set.intersection(*({row.index for row in rows} for _, rows in whole))
+    members = [(header, rows) for header, rows in members if images <= {row.index for row in rows}]
     if not images:
         return None
     clean = {row.index for row in members[0][1] if row.index in images and right(row)}

@@ -84,7 +84,7 @@ font-size:14px;color:var(--soft)}
 figure{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:14px;padding:16px 18px 12px;
 min-width:0}
 figcaption{font-weight:600;font-size:15px;margin-bottom:4px;overflow-wrap:anywhere}
-figure svg{display:block;width:100%;height:auto;margin-top:6px}
+figure svg{display:block;overflow:visible;width:100%;height:auto;margin-top:6px}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 14px;margin:0;padding:0;font-size:13px;color:var(--soft)}
 .legend li{display:flex;align-items:center;gap:6px;overflow-wrap:anywhere}
 .key{width:16px;height:4px;border-radius:2px;flex:none}.key.dashed{opacity:.5}

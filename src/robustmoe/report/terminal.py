@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from robustmoe import analysis
 from robustmoe.records import Result
-from robustmoe.report.words import interval, percent, plural, threat
+from robustmoe.report.words import eps_text, interval, percent, plural, threat
 
 
 def summary_table(results: Sequence[Result]) -> str:
@@ -24,7 +24,7 @@ def summary_table(results: Sequence[Result]) -> str:
             lines.append(f"clean accuracy {percent(rate)} ({interval(rate)}), {plural(rate.n, 'image')}, no attack")
     for curve in analysis.eps_curve([(result.header, result.rows) for result in results]):
         lines.append(f"{curve.name}, accuracy at eps (n = {curve.n}):")
-        lines.append("  " + "   ".join(f"{eps:.4g}: {percent(rate)}" for eps, rate in curve.points))
+        lines.append("  " + "   ".join(f"{eps_text(curve.norm, eps)}: {percent(rate)}" for eps, rate in curve.points))
     lines += [f"note: {sentence}" for sentence in analysis.warnings(results)]
     return "\n".join(lines).rstrip()
 
@@ -54,7 +54,9 @@ def _block(group: list[Result]) -> list[str]:
     lines += [f"! fail  {sentence}" for sentence in verdict.failed]
     lines += [f"! incomplete  {sentence}" for sentence in verdict.incomplete]
     lines += [f"  warn  {sentence}" for sentence in verdict.warned]
-    return lines
+    checks = [check for result in group if result.checks is not None for check in result.checks.checks]
+    skipped = sorted({check.id for check in checks if check.status == "not run"})
+    return [*lines, f"  not run  {', '.join(skipped)}"] if skipped else lines
 
 
 def _aligned(table: list[list[str]]) -> list[str]:

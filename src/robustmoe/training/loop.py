@@ -37,7 +37,7 @@ FREE = {"device", "threads", "checkpoint_every", "attacks", "max_steps", "data"}
 
 @dataclass
 class State:
-    """Where a run is: ``step`` batches of epoch ``epoch`` (both from 0) are done."""
+    """Where a run is: ``step`` batches of epoch ``epoch`` (both from 0) are done; the sums and ``seconds`` are of this epoch."""
 
     epoch: int = 0
     step: int = 0
@@ -254,7 +254,7 @@ def _epoch(parts: Parts, state: State, out: Path) -> bool:
     _finish_epoch(parts, state, out, grad, moved, routers)
     if state.step == parts.steps:
         state.epoch, state.step = state.epoch + 1, 0
-        state.sums, state.correct, state.seen = {}, 0.0, 0.0
+        state.sums, state.correct, state.seen, state.seconds = {}, 0.0, 0.0, 0.0
         _save(parts, state, out)
     return not stop
 
@@ -307,6 +307,7 @@ def _finish_epoch(
     parts: Parts, state: State, out: Path, grad: dict[str, float], moved: dict[str, bool], routers: dict[str, bool]
 ) -> None:
     """Validate, keep the weights if they are the best so far, and write the epoch's line."""
+    started = time.monotonic()
     judged = _judged(parts)
     result = health.validate(
         judged, parts.val, parts.val_attack, parts.batch_size, parts.device, parts.recipe.seed, parts.autocast
@@ -317,10 +318,11 @@ def _finish_epoch(
     totals = distributed.all_reduce_sum(totals.to(parts.device) if parts.device.type == "cuda" else totals)
     losses = (totals[2:] / state.step / distributed.world()).tolist()
     router_lines = health.router_health(result.load, grad, moved, routers)
+    seconds = state.seconds + time.monotonic() - started
     line = {
         "epoch": state.epoch + 1,
         "step": state.epoch * parts.steps + state.step,
-        "seconds": state.seconds,
+        "seconds": seconds,
         "lr": {phase.name: o.param_groups[0]["lr"] for phase, o in zip(parts.method.phases, parts.optimisers)},
         "loss": dict(zip(state.sums, losses)),
         "grad_norm": {name: sums["grad_norm"] / state.step for name, sums in state.sums.items()},
@@ -340,7 +342,7 @@ def _finish_epoch(
     robust = "" if result.robust is None else f"  val robust {100 * result.robust:5.1f} %"
     note(
         f"epoch {state.epoch + 1}/{parts.recipe.epochs}  loss {' '.join(f'{loss:.3f}' for loss in losses)}  train {100 * line['train_accuracy']:5.1f} %  "
-        f"val clean {100 * result.clean:5.1f} %{robust}  {state.seconds:.0f} s{'  best' if best else ''}"
+        f"val clean {100 * result.clean:5.1f} %{robust}  {seconds:.0f} s{'  best' if best else ''}"
     )
     for complaint in health.complaints(router_lines):
         note(complaint)
