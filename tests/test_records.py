@@ -153,9 +153,15 @@ def test_where_and_when_may_differ_on_resume(tmp_path: Path) -> None:
 def test_resume_of_other_work_names_the_field(tmp_path: Path, field: str) -> None:
     path = finished(tmp_path / "rows.jsonl", [0])
     before = path.read_bytes()
-    other = {"n": 4, "seed": 4, "eps": 0.5, "norm": "l2", "objective": "router_only", "role": "curve"}.get(
-        field, "else"
-    )
+    other = {
+        "n": 4,
+        "seed": 4,
+        "eps": 0.5,
+        "norm": "l2",
+        "objective": "router_only",
+        "role": "curve",
+        "routers": {},
+    }.get(field, "else")
     match = rf"holds other work: its {field} is .*, this one's is {other!r}; choose another --out or delete the file"
     with pytest.raises(UserError, match=match):
         Writer(path, make_header(**{field: other}))

@@ -1,1 +1,56 @@
-"""Mixture-of-Experts vision models that hold under attack."""
+"""Mixture-of-Experts vision models that hold under attack: train, attack, evaluate and report, the router included.
+
+The names below are the public ones; each is imported when it is first used, so that ``robustmoe --help`` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustmoe.attacks import build_attack as build_attack
+    from robustmoe.errors import UserError as UserError
+    from robustmoe.evaluation import evaluate as evaluate
+    from robustmoe.evaluation import evaluate_run as evaluate_run
+    from robustmoe.models import Output as Output
+    from robustmoe.models import RoutedModel as RoutedModel
+    from robustmoe.models import build_model as build_model
+    from robustmoe.recipe import Recipe as Recipe
+    from robustmoe.report import report as report
+    from robustmoe.routing import Routing as Routing
+    from robustmoe.routing import Tape as Tape
+    from robustmoe.routing import Trace as Trace
+    from robustmoe.training import build_method as build_method
+    from robustmoe.training import load_model as load_model
+    from robustmoe.training import train as train
+
+_HOMES = {
+    "Output": "models",
+    "Recipe": "recipe",
+    "RoutedModel": "models",
+    "Routing": "routing",
+    "Tape": "routing",
+    "Trace": "routing",
+    "UserError": "errors",
+    "build_attack": "attacks",
+    "build_method": "training",
+    "build_model": "models",
+    "evaluate": "evaluation",
+    "evaluate_run": "evaluation",
+    "load_model": "training",
+    "report": "report",
+    "train": "training",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'robustmoe' has no attribute {name!r}")
+    return getattr(import_module(f"robustmoe.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from robustmoe.errors import UserError
-from robustmoe.records import Check, Checks, Header, Result, Row
+from robustmoe.records import Checks, Header, Result, Row
 
-BALL_TOLERANCE = 1e-5  # relative: a perturbation up to eps * (1 + 1e-5) is inside, as in check H2
+BALL_TOLERANCE = 1e-5  # relative, and 1e-7 beside it: the rounding of float32 pixels
 MONOTONE_TOLERANCE = 0.005  # accuracy may rise by half a point between neighbouring eps before we say so
 ROUTER_OBJECTIVES = ("joint", "router_only")
 SAME_IMAGES = ("model_hash", "data_hash", "split", "index_hash")
@@ -173,6 +173,17 @@ def robust(row: Row) -> bool:
     return row.clean == row.label and row.adversarial == row.label
 
 
+def largest(sizes: Iterable[float]) -> float:
+    """The maximum, nan if any is nan (the built-in ``max`` may lose one)."""
+    sizes = list(sizes)
+    return math.nan if any(math.isnan(size) for size in sizes) else max(sizes)
+
+
+def inside(size: float, eps: float) -> bool:
+    """Whether a perturbation of that size is in the ball, up to the rounding of float32; False for nan."""
+    return size <= eps * (1 + BALL_TOLERANCE) + 1e-7
+
+
 def _rate(hits: Sequence[bool]) -> Rate:
     return Rate(sum(hits), len(hits))
 
@@ -198,7 +209,7 @@ def summary(header: Header, rows: Sequence[Row], checks: Checks | None) -> Summa
         experts_exposed=_rate([row.experts_exposed == row.label for row in rows]) if routed else None,
         rerouted={name: _mean([row.rerouted.get(name, 0.0) for row in rows]) for name in header.routers if routed},
         rerouted_broken=_rate([_rerouted_and_broken(row) for row in rows]) if routed else None,
-        max_size=max(row.size.get(header.norm, math.nan) for row in rows),
+        max_size=largest(row.size.get(header.norm, math.nan) for row in rows),
         router_attacked=verdict.router_attacked,
         failed=verdict.failed,
         incomplete=verdict.incomplete,
@@ -241,7 +252,9 @@ def judge(results: Sequence[Result]) -> Verdict:
     """Whether the numbers of these files, taken together, can be quoted.
 
     The router counts as attacked only if some file with all its rows has an attack whose objective is ``joint`` or
-    ``router_only``, and check R1 (some gradient reaches the image through the router) fails in none of them."""
+    ``router_only`` and whose own check R1 (some gradient reaches the image through the router) does not fail. If one
+    is there, a failure of R1 in another file is a warning: that attack does not see the router, and the first does."""
+    attacked, reason = _router_attacked(results)
     failed: dict[str, None] = {}
     warned: dict[str, None] = {}
     incomplete: list[str] = []
@@ -252,38 +265,44 @@ def judge(results: Sequence[Result]) -> Verdict:
             incomplete.append(f"{name}: not finished, its checks were not run")
         for check in checks.checks if checks is not None else ():
             if check.status in ("fail", "warn"):
-                sentences = failed if check.status == "fail" else warned
-                sentences[f"{check.id} {check.name}: {check.sentence}"] = None
+                severe = check.status == "fail" and not (check.id == "R1" and attacked)
+                sentence = f"{check.id} {check.name}: {check.sentence}"
+                (failed if severe else warned)[sentence if check.id != "R1" else f"{sentence} ({name})"] = None
         if header.attack is not None and rows:
-            size = max(row.size.get(header.norm, math.nan) for row in rows)
-            if not size <= header.eps * (1 + BALL_TOLERANCE):
+            size = largest(row.size.get(header.norm, math.nan) for row in rows)
+            if not inside(size, header.eps):
                 failed[f"{name}: a perturbation of size {size:.6g} is outside {header.norm} <= {header.eps:.6g}"] = None
-    attacked, reason = _router_attacked(results)
     return Verdict(attacked, reason, tuple(failed), tuple(warned), tuple(incomplete))
 
 
 def _router_attacked(results: Sequence[Result]) -> tuple[bool | None, str]:
     if not any(result.header.routers for result in results):
         return None, "the model is dense"
-    r1 = _status(results, "R1")
-    if r1 is not None and r1.status == "fail":
-        return False, f"check R1 failed: {r1.sentence}"
     aiming = [result for result in results if result.header.attack and result.header.objective in ROUTER_OBJECTIVES]
     if not aiming:
         return False, "no attack has the objective joint or router_only"
-    if all(len(result.rows) < result.header.n for result in aiming):
+    blind = [result for result in aiming if _r1(result) == "fail"]
+    seeing = [result for result in aiming if _r1(result) != "fail"]
+    if not seeing:
+        sentences = [
+            check.sentence for result in blind if result.checks for check in result.checks.checks if check.id == "R1"
+        ]
+        return False, f"check R1 failed: {sentences[0]}"
+    if all(len(result.rows) < result.header.n for result in seeing):
         return False, "no attack on the router has seen all its images"
-    proof = "check R1 passed" if r1 is not None and r1.status == "pass" else "check R1 was not run"
-    if r1 is not None and r1.status == "warn":
-        proof = "check R1 warns"
-    return True, f"{len(aiming)} of {len(results)} attacks aim at the router; {proof}"
+    if blind:
+        which = " and ".join(sorted({str(result.header.objective).replace("_", " ") for result in blind}))
+        proof = f"check R1: the {which} attack does not see the router"
+    else:
+        worst = min((_r1(result) for result in seeing), key=("warn", "not run", "pass").index)
+        proof = {"warn": "check R1 warns", "not run": "check R1 was not run", "pass": "check R1 passed"}[worst]
+    return True, f"{len(seeing)} of {len(results)} attacks aim at the router; {proof}"
 
 
-def _status(results: Sequence[Result], identity: str) -> Check | None:
-    """The worst of the checks of that id."""
-    order = ("fail", "warn", "not run", "pass")
-    found = [check for result in results if result.checks for check in result.checks.checks if check.id == identity]
-    return min(found, key=lambda check: order.index(check.status), default=None)
+def _r1(result: Result) -> str:
+    """The status of check R1 in one file."""
+    found = [check.status for check in result.checks.checks if check.id == "R1"] if result.checks else []
+    return found[0] if found else "not run"
 
 
 def groups(results: Sequence[Result]) -> list[list[Result]]:
@@ -336,8 +355,10 @@ def worst_case(files: Sequence[tuple[Header, Sequence[Row]]]) -> WorstCase:
 
 
 def family(header: Header) -> str:
-    """The attack's spec with its eps replaced, so that the files of one curve have one name."""
-    return re.sub(r"\b(linf|l2|l1)\([^()]*\)", r"\1(eps)", attack_name(header))
+    """The attack's spec with its eps replaced and its step size (which goes with eps) left out, so that the files of
+    one curve have one name."""
+    name = re.sub(r"\b(linf|l2|l1)\([^()]*\)", r"\1(eps)", attack_name(header))
+    return re.sub(r", step_size=[^,()]*", "", name)
 
 
 def eps_curve(files: Sequence[tuple[Header, Sequence[Row]]]) -> list[Curve]:

@@ -1,8 +1,10 @@
-"""Several processes, one run: the few collectives the project uses, over torch.distributed (gloo on CPU, nccl on CUDA).
+"""Several processes, one run: the few collectives the project uses, over torch.distributed (gloo on CPU, nccl on
+CUDA).
 
-There is no DistributedDataParallel here: a method moves different parameters in different phases, attacks differentiate with respect to images, and
-an expert may get no image at all; averaging a phase's own gradients after its backward pass (`average_gradients`) is correct in all these cases and is a few
-lines. Run under ``torchrun``; one process needs nothing.
+There is no DistributedDataParallel here: a method moves different parameters in different phases, attacks
+differentiate with respect to images, and an expert may get no image at all; averaging a phase's own gradients after
+its backward pass (`average_gradients`) is correct in all these cases and is a few lines. Run under ``torchrun``; one
+process needs nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def local_device(device: torch.device) -> torch.device:
 def session(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, for the length of a ``with`` block; alone, do nothing.
 
-    A peer that dies ends the others with one line (`UserError`) instead of a traceback: nothing of the last checkpoint is lost.
+    A peer that dies ends the others with one line (`UserError`) instead of a traceback: nothing of the last
+    checkpoint is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -63,7 +66,8 @@ def session(device: torch.device) -> Iterator[None]:
             # torchrun may be sending SIGTERM to us at this moment; the line below already says what happened.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise UserError(
-                f"process {dist.get_rank()} of {dist.get_world_size()} stopped: another process of this run died; start the same "
+                f"process {dist.get_rank()} of {dist.get_world_size()} stopped: another process of "
+                "this run died; start the same "
                 "command with --resume to go on from the last checkpoint"
             ) from error
         raise

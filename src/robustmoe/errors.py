@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A bad input. Its message is one line: what was wrong, what was expected, what to do. The command line prints it and ends with
-    exit code 2, without a traceback."""
+    """A bad input. Its message is one line: what was wrong, what was expected, what to do. The command line prints it
+    and ends with exit code 2, without a traceback.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

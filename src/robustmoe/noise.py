@@ -1,8 +1,9 @@
 """Random numbers that belong to an image, not to a process: a counter-based generator over (key, image, position).
 
-Every random draw of this project (attack starts, augmentation, data order) comes from here, so a result does not depend on batch
-size, order, number of processes or resume: the draw for image 17 in epoch 3 is the same wherever it is made. The mixer is
-splitmix64 (Steele, Lea and Flood, OOPSLA 2014), written with wrapping int64 arithmetic: equal bits on CPU and CUDA.
+Every random draw of this project (attack starts, augmentation, data order) comes from here, so a result does not
+depend on batch size, order, number of processes or resume: the draw for image 17 in epoch 3 is the same wherever it
+is made. The mixer is splitmix64 (Steele, Lea and Flood, OOPSLA 2014), written with wrapping int64 arithmetic: equal
+bits on CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def _mix(z: Tensor) -> Tensor:
 class Noise:
     """A stream of random numbers for each of n images.
 
-    ``state`` (n,) int64 holds one stream an image. `fold` derives an independent stream; `uniform` and `normal` draw. Drawing twice
-    from the same `Noise` gives the same numbers: fold first.
+    ``state`` (n,) int64 holds one stream an image. `fold` derives an independent stream; `uniform` and `normal` draw.
+    Drawing twice from the same `Noise` gives the same numbers: fold first.
     """
 
     state: Int[Tensor, " n"]

@@ -22,13 +22,17 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of the package's own checkout, with "+" where files differ from it; None for an installed package."""
+    """The git commit of the package's own checkout, with "+" where files differ from it; None for an installed
+    package.
+    """
     here = Path(__file__).parent
     try:
         if subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True).returncode:
             return None
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):  # no git: the version number has to do
         return None
     return head.stdout.strip() + ("+" if changed.stdout else "")
@@ -37,7 +41,11 @@ def commit() -> str | None:
 def hardware(device: torch.device) -> str:
     """One line: processor, cores and threads in use, and the GPU if there is one."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.is_file() else []
+    names = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.is_file()
+        else []
+    )
     name = names[0].split(":", 1)[1].strip() if names else platform.machine()
     line = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return f"{line}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else line
@@ -45,16 +53,21 @@ def hardware(device: torch.device) -> str:
 
 def command() -> str:
     """The command line of this process, with the program's bare name."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["robustmoe" if name == "__main__.py" else name, *sys.argv[1:]])  # python -m robustmoe
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: the first CUDA device where there is one, else the CPU. Raises UserError for a device that is not there."""
+    """``auto``: the first CUDA device where there is one, else the CPU. Raises UserError for a device that is not
+    there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, cuda or cuda:N") from error
+        raise UserError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, cuda or cuda:N"
+        ) from error
     return device

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,10 +26,11 @@ NORMS = ("linf", "l2", "l1")
 ROLES = ("main", "curve")
 STATUSES = ("pass", "not run", "warn", "fail")  # best first
 
-# Two files describe the same work when these agree; the rest of a header tells where and when it was done.
+# Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
+# words stand before hashes, so that a difference is named in the words that the user wrote.
 WORK = (
-    "model", "model_hash", "data", "data_hash", "split", "index_hash", "n", "attack", "objective", "norm", "eps",
-    "role", "seed", "precision",
+    "model", "data", "split", "n", "attack", "objective", "norm", "eps", "role", "seed", "precision", "routers",
+    "model_hash", "data_hash", "index_hash",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -161,6 +163,13 @@ class Checks:
     def from_dict(data: dict[str, Any]) -> Checks:
         """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
         return _build(Checks, data)
+
+
+@dataclass(frozen=True)
+class Time:
+    """A line after the rows of a batch: the seconds they took. Their sum survives a kill."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -395,12 +404,18 @@ def read(path: str | os.PathLike[str]) -> Result:
     lines = _whole_lines(path) if path.exists() else []
     if not lines:
         raise UserError(f"no rows in {path}; `robustmoe evaluate RUN` makes them")
-    header, rows, checks = _contents(path, lines)
+    header, rows, checks, _ = _contents(path, lines)
+    return _result(header, rows, checks)
+
+
+def _result(header: Header, rows: dict[int, Row], checks: Checks | None) -> Result:
     return Result(header, [rows[index] for index in sorted(rows)], checks)
 
 
-def _contents(path: Path, lines: list[bytes]) -> tuple[Header, dict[int, Row], Checks | None]:
+def _contents(path: Path, lines: list[bytes]) -> tuple[Header, dict[int, Row], Checks | None, float]:
+    """Header, rows by index, checks, and the seconds spent on the rows."""
     rows: dict[int, Row] = {}
+    seconds = 0.0
     checks: Checks | None = None
     header: Header | None = None
     for number, line in enumerate(lines, 1):
@@ -415,12 +430,14 @@ def _contents(path: Path, lines: list[bytes]) -> tuple[Header, dict[int, Row], C
                 _put(rows, Row.from_dict(data))
             elif kind == "checks":
                 checks = Checks.from_dict(data)
+            elif kind == "time":
+                seconds += _build(Time, data).seconds
             else:
-                raise UserError(f"unknown kind {kind!r}; known: header, row, checks")
+                raise UserError(f"unknown kind {kind!r}; known: header, row, checks, time")
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     assert header is not None  # `lines` is not empty, and its first line is read as a header
-    return header, rows, checks
+    return header, rows, checks, seconds
 
 
 def _put(rows: dict[int, Row], row: Row) -> None:
@@ -446,7 +463,7 @@ def merge(paths: Sequence[str | os.PathLike[str]]) -> Result:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     checks = _merged_checks([result.checks for result in results])
-    return Result(results[0].header, [rows[index] for index in sorted(rows)], checks)
+    return _result(results[0].header, rows, checks)
 
 
 def _merged_checks(parts: list[Checks | None]) -> Checks | None:
@@ -463,25 +480,49 @@ def _merged_checks(parts: list[Checks | None]) -> Checks | None:
     return Checks(list(worst.values()), seconds)
 
 
+def _shown(field: str, value: Any) -> str:
+    """A header's value in a message; of a hash, its start."""
+    return repr(value[:12] if field.endswith("_hash") else value)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """One writer a file: two would cut each other's rows. Nothing where the system cannot lock."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another process; wait for it, or choose another --out") from None
+    except OSError:
+        return
+
+
 class Writer:
     """Creates a rows file, or resumes the one that is there.
 
-    ``done`` holds the indices of the images that have a row, ``checks`` the checks of a finished file (else None).
-    A half-written last line is cut. UserError if the file holds other work, or cannot be read or written."""
+    ``done`` holds the indices of the images that have a row, ``checks`` the checks of a finished file (else None),
+    ``seconds`` the time spent on the rows so far. A half-written last line is cut. UserError if the file holds other
+    work, is being written by another process, or cannot be read or written."""
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
         self.path = Path(path)
         self.header = header
-        self.done: set[int] = set()
         self.checks: Checks | None = None
-        lines = self._resume() if self.path.exists() else []
+        self.seconds = 0.0
+        self._rows: dict[int, Row] = {}
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"{self.path} is not a regular file; name a .jsonl file")
         with _explained("write", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        # Rows are kept, finishing lines are rewritten: `_end` is where the next row goes.
-        kept = lines[:-1] if self.checks is not None else lines
-        self._end = sum(len(line) + 1 for line in kept)
         try:
+            _lock(self._descriptor, self.path)
+            lines = self._resume()
+            # Rows are kept, finishing lines are rewritten: `_end` is where the next row goes.
+            kept = lines[:-1] if self.checks is not None else lines
+            self._end = sum(len(line) + 1 for line in kept)
             if not lines:
                 first = _dump(header.to_dict())
                 self._append(first)
@@ -500,16 +541,16 @@ class Writer:
             if not expected.startswith(start[: len(expected)]):
                 raise UserError(f"{self.path} is not a rows file and was left alone; choose another --out")
             return []
-        old, rows, self.checks = _contents(self.path, lines)
+        old, rows, self.checks, self.seconds = _contents(self.path, lines)
         field = difference(old, self.header)
         if field is not None:
-            was, now = getattr(old, field), getattr(self.header, field)
+            was, now = (_shown(field, getattr(header, field)) for header in (old, self.header))
             raise UserError(
-                f"{self.path} holds other work: its {field} is {was!r}, this one's is {now!r}; "
+                f"{self.path} holds other work: its {field} is {was}, this one's is {now}; "
                 "choose another --out or delete the file"
             )
         self.header = old
-        self.done = set(rows)
+        self._rows = rows
         return lines
 
     def _cut(self) -> None:
@@ -531,18 +572,32 @@ class Writer:
                     os.ftruncate(self._descriptor, self._end)
                 raise
 
-    def write(self, rows: Iterable[Row]) -> None:
-        """Append one batch and flush it to the disk. Rows of images that are done already are skipped."""
+    @property
+    def done(self) -> set[int]:
+        """The indices of the images that have a row."""
+        return set(self._rows)
+
+    @property
+    def result(self) -> Result:
+        """What the file holds now, as `read` would give it."""
+        return _result(self.header, self._rows, self.checks)
+
+    def write(self, rows: Iterable[Row], seconds: float = 0.0) -> None:
+        """Append one batch, and the ``seconds`` it took, and flush it to the disk. Rows of images that are done already
+        are skipped."""
         batch: dict[int, Row] = {}
         for row in rows:
-            if row.index not in self.done:
+            if row.index not in self._rows:
                 _put(batch, row)
         if not batch:
             return
         data = b"".join(_dump(row.to_dict()) for row in batch.values())
+        if seconds:
+            data += _dump({"kind": "time", "seconds": seconds})
         self._append(data)
         self._end += len(data)
-        self.done |= set(batch)
+        self._rows |= batch
+        self.seconds += seconds
         self.checks = None
 
     def finish(self, checks: Sequence[Check], seconds: float) -> None:

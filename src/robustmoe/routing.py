@@ -1,7 +1,8 @@
-"""What a router decided, as a value: `Routing`, `Trace`, `Tape`, and the rules that turn router logits into a decision.
+"""What a router decided, as a value: `Routing`, `Trace`, `Tape`, and the rules that turn router logits into a
+decision.
 
-Letters for shapes, here and everywhere in the project:
-n images, t items an image (1 for an image router, tokens for a ViT), e experts, k chosen, c classes, ch h w an image, d features.
+Letters for shapes, here and everywhere in the project: n images, t items an image (1 for an image router, tokens for
+a ViT), e experts, k chosen, c classes, ch h w an image, d features.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ Trace = dict[str, Routing]
 
 
 class Tape:
-    """Carried down one forward pass. ``tape(name, fresh)`` records a decision, or replays a forced one, and returns what to use.
+    """Carried down one forward pass. ``tape(name, fresh)`` records a decision, or replays a forced one, and returns
+    what to use.
 
-    A replayed decision keeps the forced ``index`` and ``weight`` and records the fresh ``logits`` beside them (what this router would
-    have said of this input). Routers that ``forced`` does not name decide freely.
+    A replayed decision keeps the forced ``index`` and ``weight`` and records the fresh ``logits`` beside them (what
+    this router would have said of this input). Routers that ``forced`` does not name decide freely.
     """
 
     def __init__(self, forced: Mapping[str, Routing] | None = None) -> None:
@@ -74,7 +76,9 @@ class Tape:
     def __call__(self, name: str, fresh: Routing) -> Routing:
         name = self._prefix + name
         if name in self.trace:
-            raise ValueError(f"two routers are named {name!r} in one pass; give each its own name, or use tape.under(prefix)")
+            raise ValueError(
+                f"two routers are named {name!r} in one pass; give each its own name, or use tape.under(prefix)"
+            )
         used = fresh
         if name in self.forced:
             forced = self.forced[name]
@@ -105,9 +109,9 @@ def _check_k(logits: Tensor, k: int) -> None:
 def top_k(logits: Float[Tensor, "n t e"], k: int = 1, gating: Gating = "renormalised") -> Routing:
     """The k best experts.
 
-    ``gating`` says what their outputs are weighted by. "renormalised": softmax over the chosen (at k = 1 this is the constant 1: the
-    router then gets no gradient from the output). "vmoe": softmax over all experts, the chosen entries (V-MoE, Riquelme et al.
-    2021). "hard": 1/k each, a pure decision.
+    ``gating`` says what their outputs are weighted by. "renormalised": softmax over the chosen (at k = 1 this is the
+    constant 1: the router then gets no gradient from the output). "vmoe": softmax over all experts, the chosen
+    entries (V-MoE, Riquelme et al. 2021). "hard": 1/k each, a pure decision.
     """
     _check_k(logits, k)
     index = _ranked(logits)[..., :k]
@@ -127,9 +131,9 @@ def straight_through(
 ) -> Routing:
     """The k best experts, weighted 1/k forward, with a gradient to the router that the exact function does not have.
 
-    Backward, the weight of a chosen expert moves as its logit ("identity": AdvMoE's released code copies the gradient of the
-    one-hot to the scores) or as its softmax probability ("softmax"). The exact output is piecewise constant in the logits, so this
-    gradient is biased by construction; it is declared here and nowhere else.
+    Backward, the weight of a chosen expert moves as its logit ("identity": AdvMoE's released code copies the gradient
+    of the one-hot to the scores) or as its softmax probability ("softmax"). The exact output is piecewise constant in
+    the logits, so this gradient is biased by construction; it is declared here and nowhere else.
     """
     _check_k(logits, k)
     index = _ranked(logits)[..., :k]
@@ -144,7 +148,8 @@ def noisy_top_k(
 ) -> Routing:
     """`top_k` of ``logits + noise`` (V-MoE, Riquelme et al. 2021, uses normal noise of deviation 1/e while training).
 
-    The noise is an argument: draw it with `robustmoe.noise.Noise`, so that it belongs to the image. The recorded logits are the clean ones.
+    The noise is an argument: draw it with `robustmoe.noise.Noise`, so that it belongs to the image. The recorded
+    logits are the clean ones.
     """
     noisy = top_k(logits + noise, k, gating)
     return Routing(logits, noisy.index, noisy.weight)
@@ -174,7 +179,9 @@ def to_expert(trace: Trace, expert: int) -> Trace:
     out: Trace = {}
     for name, routing in trace.items():
         if not 0 <= expert < routing.num_experts:
-            raise ValueError(f"expert {expert} does not exist at {name!r}: it has experts 0 to {routing.num_experts - 1}")
+            raise ValueError(
+                f"expert {expert} does not exist at {name!r}: it has experts 0 to {routing.num_experts - 1}"
+            )
         ones = torch.ones_like(routing.logits[..., :1])
         out[name] = Routing(routing.logits, torch.full_like(ones, expert, dtype=torch.long), ones)
     return out
@@ -186,7 +193,8 @@ def detach(trace: Trace) -> Trace:
 
 
 def rerouted(before: Trace, after: Trace) -> dict[str, Float[Tensor, " n"]]:
-    """For each router, per image, the share of items whose chosen set changed: 1 - IoU of the chosen sets, averaged over items.
+    """For each router, per image, the share of items whose chosen set changed: 1 - IoU of the chosen sets, averaged
+    over items.
 
     For top-1 this is the fraction of items sent elsewhere.
     """

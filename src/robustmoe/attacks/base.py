@@ -1,4 +1,4 @@
-"""What every attack is: a frozen value, called as attack(model, x, y) -> x_adv, that leaves the model as it found it."""
+"""What every attack is: a frozen value, called as attack(model, x, y) -> x_adv, that leaves the model as found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from robustmoe.noise import Noise
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside, each in its own former mode after; gradients enabled. Buffers cannot move meanwhile."""
+    """Every submodule in eval mode inside, each in its own former mode after; gradients enabled. Buffers cannot move
+    meanwhile.
+    """
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -30,10 +32,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Attack(ABC):
-    """attack(model, x, y) -> x_adv, inside the threat's ball and the box, same shape, dtype and device as x; nothing else changes.
+    """attack(model, x, y) -> x_adv, inside the threat's ball and the box, same shape, dtype and device as x; nothing
+    else changes.
 
-    Every attack has a ``threat``, the ``objective`` it climbs and a ``seed``. Subclasses are frozen dataclasses that write `perturb`. An
-    attack is never trusted: `robustmoe.evaluation` measures the ball and asks the exact model again.
+    Every attack has a ``threat``, the ``objective`` it climbs and a ``seed``. Subclasses are frozen dataclasses that
+    write `perturb`. An attack is never trusted: `robustmoe.evaluation` measures the ball and asks the exact model
+    again.
     """
 
     threat: Threat
@@ -49,11 +53,13 @@ class Attack(ABC):
     ) -> Float[Tensor, "n ch h w"]:
         """The attacked images. ``model``: a `RoutedModel` or any callable from images to logits (n, c).
 
-        ``noise``: one random stream an image (default: by position in the batch and ``seed``). A stream an image of its own makes the result independent
-        of the batch it stands in.
+        ``noise``: one random stream an image (default: by position in the batch and ``seed``). A stream an image of
+        its own makes the result independent of the batch it stands in.
         """
         if noise is None:
             noise = Noise.of(torch.arange(len(x), device=x.device), self.seed)
+        if len(noise) != len(x):
+            raise ValueError(f"there are {len(x)} images and {len(noise)} streams of noise; one an image is needed")
         if len(x) == 0:
             return x.clone()
         routed = as_routed(model)

@@ -1,6 +1,8 @@
-"""What an attack maximises: a loss of the attacked image, through the whole model, its experts alone, or its routers alone.
+"""What an attack maximises: a loss of the attacked image, through the whole model, its experts alone, or its routers
+alone.
 
-An objective is called once with the clean batch, and gives the inner function that the attack climbs: x_adv -> `Score`. Clean quantities are computed once, outside it.
+An objective is called once with the clean batch, and gives the inner function that the attack climbs: x_adv ->
+`Score`. Clean quantities are computed once, outside it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Loss = Literal["ce", "margin", "kl"]
 
 
 class Score(NamedTuple):
-    """Per image: ``loss`` (n,), to be maximised, and ``fooled`` (n,) bool, whether the attacked pass misses the label."""
+    """Per image: ``loss`` (n,), to be maximised, and ``fooled`` (n,) bool, whether the attacked pass misses the
+    label.
+    """
 
     loss: Tensor
     fooled: Tensor
@@ -47,7 +51,9 @@ def loss_of(
     y: Int[Tensor, " n"],
     clean: Float[Tensor, "n c"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """Per image: "ce" cross-entropy; "margin" best wrong logit minus the label's (above 0: fooled); "kl" KL(clean || attacked), in log space."""
+    """Per image: "ce" cross-entropy; "margin" best wrong logit minus the label's (above 0: fooled); "kl" KL(clean ||
+    attacked), in log space.
+    """
     if kind == "ce":
         return F.cross_entropy(logits, y, reduction="none")
     if kind == "margin":
@@ -83,7 +89,9 @@ class Joint(Objective):
 
 @dataclass(frozen=True)
 class ExpertsOnly(Objective):
-    """The experts alone: the clean image's route is held, so nothing is gained by moving it. ``fooled`` is of this frozen model."""
+    """The experts alone: the clean image's route is held, so nothing is gained by moving it. ``fooled`` is of this
+    frozen model.
+    """
 
     name: ClassVar[str] = "experts_only"
     loss: Loss = "ce"
@@ -104,8 +112,9 @@ class ExpertsOnly(Objective):
 class RouterOnly(Objective):
     """The routers alone: push their decisions off the clean ones, whatever the experts then say.
 
-    Per router and item, averaged: the best unchosen logit minus the worst chosen one (above 0: rerouted), where k < e; where every expert is
-    chosen (soft gates), KL(clean || attacked) of the gate. The label is not used for the ascent; ``fooled`` is of the exact model.
+    Per router and item, averaged: the best unchosen logit minus the worst chosen one (above 0: rerouted), where k <
+    e; where every expert is chosen (soft gates), KL(clean || attacked) of the gate. The label is not used for the
+    ascent; ``fooled`` is of the exact model.
     """
 
     name: ClassVar[str] = "router_only"

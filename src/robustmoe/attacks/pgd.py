@@ -16,7 +16,7 @@ from robustmoe.noise import Noise
 
 
 class NotFiniteError(RuntimeError):
-    """An attack met a loss or gradient that is not finite: its outcome would be a robust accuracy that means nothing."""
+    """An attack met a loss or gradient that is not finite: the robust accuracy it gave would mean nothing."""
 
 
 def ascend(inner: Inner, x_adv: Tensor) -> tuple[Score, Tensor]:
@@ -24,11 +24,14 @@ def ascend(inner: Inner, x_adv: Tensor) -> tuple[Score, Tensor]:
     x_adv = x_adv.detach().requires_grad_(True)
     score = inner(x_adv)
     if not score.loss.requires_grad:
-        raise NotFiniteError("the objective has no gradient to the image: no path from the image to the loss is differentiable")
+        raise NotFiniteError(
+            "the objective has no gradient to the image: no path from the image to the loss is differentiable"
+        )
     (gradient,) = torch.autograd.grad(score.loss.sum(), x_adv)
     if not bool((torch.isfinite(score.loss).all() & torch.isfinite(gradient).all()).item()):
         raise NotFiniteError(
-            "the attack's loss or gradient is not finite; the model's outputs are broken (NaN or infinite logits), and no robust "
+            "the attack's loss or gradient is not finite; the model's outputs are broken (NaN or "
+            "infinite logits), and no robust "
             "accuracy can be measured"
         )
     return Score(score.loss.detach(), score.fooled), gradient
@@ -52,9 +55,9 @@ class _Best:
 class PGD(Attack):
     """Projected gradient ascent with random start.
 
-    ``step_size`` in pixels; by default eps / 4 (the field's 2/255 at 8/255), or eps for a single step. ``restarts``: later ones attack
-    only the images not yet fooled. ``keep``: "best" returns the best iterate (one forward pass more), "last" the final one, as adversarial training
-    usually does. ``start``: "random" in the ball, or "clean".
+    ``step_size`` in pixels; by default eps / 4 (the field's 2/255 at 8/255), or eps for a single step. ``restarts``:
+    later ones attack only the images not yet fooled. ``keep``: "best" returns the best iterate (one forward pass
+    more), "last" the final one, as adversarial training usually does. ``start``: "random" in the ball, or "clean".
     """
 
     threat: Threat

@@ -1,4 +1,6 @@
-"""Threat models: a norm, a radius in pixels of [0, 1], and the geometry an attack needs (size, projection, steepest step, random start)."""
+"""Threat models: a norm, a radius in pixels of [0, 1], and the geometry an attack needs (size, projection, steepest
+step, random start).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ L1_SPARSITY = 0.05
 
 @dataclass(frozen=True)
 class Threat:
-    """All images within ``eps`` of x in ``norm``, inside the pixel box [0, 1]. Everything here is computed in the images' own dtype, float32 or wider."""
+    """All images within ``eps`` of x in ``norm``, inside the pixel box [0, 1]. Everything here is computed in the
+    images' own dtype, float32 or wider.
+    """
 
     norm: Norm
     eps: float
@@ -36,7 +40,8 @@ class Threat:
         return size(self.norm, delta)
 
     def project(self, x_adv: Images, x: Images) -> Images:
-        """Into the ball around x, then into the box. (Clipping to the box moves a perturbed pixel towards x, so the ball holds.)
+        """Into the ball around x, then into the box. (Clipping to the box moves a perturbed pixel towards x, so the
+        ball holds.)
 
         For linf this is the exact projection onto the intersection; for l2 and l1 a point of it.
         """
@@ -50,14 +55,17 @@ class Threat:
         return (x + delta).clamp(0.0, 1.0)
 
     def direction(self, gradient: Images, x_adv: Images) -> Images:
-        """The ascent direction of unit norm: sign (linf), normalised gradient (l2), the sign of the largest coordinates that the box lets move (l1).
+        """The ascent direction of unit norm: sign (linf), normalised gradient (l2), the sign of the largest
+        coordinates that the box lets move (l1).
 
         A coordinate, or an image, with zero gradient does not move.
         """
         if self.norm == "linf":
             return gradient.sign()
         if self.norm == "l2":
-            return gradient / size("l2", gradient).clamp(min=1e-20)[:, None, None, None]
+            tiny = torch.finfo(gradient.dtype).tiny
+            scaled = gradient / size("linf", gradient).clamp(min=tiny)[:, None, None, None]  # squares cannot underflow
+            return scaled / size("l2", scaled).clamp(min=tiny)[:, None, None, None]
         free = ((gradient > 0) & (x_adv < 1)) | ((gradient < 0) & (x_adv > 0))
         strength = (gradient.abs() * free).flatten(1)
         count = max(1, int(L1_SPARSITY * strength.shape[1]))

@@ -1,4 +1,6 @@
-"""Attack a set of images and write one row an image: what the exact model says, before and after, and through which routes."""
+"""Attack a set of images and write one row an image: what the exact model says, before and after, and through which
+routes.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robustmoe.attacks import Attack, size
+from robustmoe.attacks import Attack, NotFiniteError, size
 from robustmoe.data import Batch
+from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.records import Example, Row
@@ -29,8 +32,22 @@ class Attacked(NamedTuple):
 
 
 def attack_batch(model: RoutedModel, attack: Attack, batch: Batch) -> Attacked:
-    """Run the attack, then ask the exact model again. Each image draws its noise by its own index and the attack's seed."""
-    x_adv = attack(model, batch.x, batch.y, Noise.of(batch.index, attack.seed))
+    """Run the attack, then ask the exact model again, in the clean images' own precision.
+
+    Each image draws its noise by its own index and the attack's seed. The attack gets copies: one that writes into its
+    input cannot move what its perturbation is measured from. UserError where it has no gradient to climb, or does not
+    give one image for each.
+    """
+    try:
+        x_adv = attack(model, batch.x.clone(), batch.y.clone(), Noise.of(batch.index, attack.seed))
+    except NotFiniteError as error:
+        raise UserError(f"the attack on {attack.objective.name.replace('_', ' ')} stopped: {error}") from error
+    if x_adv.shape != batch.x.shape:
+        raise UserError(
+            f"the attack gives a tensor of shape {tuple(x_adv.shape)}; expected an attacked image for each, "
+            f"{tuple(batch.x.shape)}"
+        )
+    x_adv = x_adv.detach().to(batch.x)
     with torch.no_grad():
         return Attacked(batch, x_adv, model.run(batch.x), model.run(x_adv))
 
@@ -39,8 +56,9 @@ def attack_batch(model: RoutedModel, attack: Attack, batch: Batch) -> Attacked:
 def rows_of(model: RoutedModel, done: Attacked) -> list[Row]:
     """One `Row` an image; perturbations are measured anew, in float32.
 
-    ``size`` has the three norms, and "box": how far the attacked image leaves [0, 1]. The exposures are two more passes, for routed models:
-    the clean image on the attacked route (the router's part) and the attacked image on the clean route (the experts' part).
+    ``size`` has the three norms, and "box": how far the attacked image leaves [0, 1]. The exposures are two more
+    passes, for routed models: the clean image on the attacked route (the router's part) and the attacked image on the
+    clean route (the experts' part).
     """
     batch, clean, after = done.batch, done.clean, done.after
     x, x_adv = batch.x.float(), done.x_adv.float()
@@ -72,7 +90,9 @@ def rows_of(model: RoutedModel, done: Attacked) -> list[Row]:
 
 
 def predictions(output: Output) -> list[int]:
-    found: list[int] = output.logits.argmax(1).tolist()
+    """The class of each image; -1, which is no class and so always wrong, where a logit is not finite."""
+    finite = torch.isfinite(output.logits).all(1)
+    found: list[int] = torch.where(finite, output.logits.argmax(1), -1).tolist()
     return found
 
 

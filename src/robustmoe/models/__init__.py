@@ -1,4 +1,6 @@
-"""Models: dense networks, ensembles of whole networks, pathway MoE-CNNs. Each is written as a call and built anywhere."""
+"""Models: dense networks, ensembles of whole networks, pathway MoE-CNNs. Each is written as a call and built
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ def build_model(
 ) -> RoutedModel:
     """A freshly initialised model in eval mode, for images of ``image_shape`` (ch, h, w) in [0, 1].
 
-    ``mean`` and ``std``: one value a channel, of the training data; 0.5 each by default. The initialisation depends on ``seed`` alone; torch's
-    global generator is left as it was. Raises `robustmoe.errors.UserError` for a spec that does not build.
+    ``mean`` and ``std``: one value a channel, of the training data; 0.5 each by default. The initialisation depends
+    on ``seed`` alone; torch's global generator is left as it was. Raises `robustmoe.errors.UserError` for a spec that
+    does not build.
     """
     described: ModelSpec = specs.build(spec, "model") if isinstance(spec, str) else spec
     channels = image_shape[0]
@@ -50,7 +53,7 @@ def build_model(
         model = described.build(
             num_classes, image_shape, Normalise(mean or (0.5,) * channels, std or (0.5,) * channels)
         )
-    return model.to(memory_format=torch.channels_last).eval()
+    return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 __all__ = [

@@ -1,4 +1,6 @@
-"""`RoutedModel`: a classifier that says which experts it used; `ModelSpec`: its description, from which it is built anywhere."""
+"""`RoutedModel`: a classifier that says which experts it used; `ModelSpec`: its description, from which it is built
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustmoe.models.norm import Normalise
+from robustmoe.models.norm import Normalise, wide
 from robustmoe.routing import Routing, Tape, Trace
 
 
@@ -21,17 +23,13 @@ class Output(NamedTuple):
     trace: Trace
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Float32 at least: under autocast a network's outputs are in half precision, decisions and losses are not."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-
-
 class RoutedModel(nn.Module, ABC):
     """A classifier of images x (n, ch, h, w) in [0, 1]; write `body`, get `run` and `forward`.
 
-    ``model(x)`` is one plain logits tensor (n, c), so AutoAttack, foolbox, torchattacks and ART take it unwrapped. ``model.run(x)`` tells
-    the routes too, and ``model.run(x, forced=trace)`` replays given ones. A model without routers has the trace ``{}``.
-    In `body`, hand every decision to the tape: ``routing = tape("router", top_k(logits, k))``, named by the router's module path.
+    ``model(x)`` is one plain logits tensor (n, c), so AutoAttack, foolbox, torchattacks and ART take it unwrapped.
+    ``model.run(x)`` tells the routes too, and ``model.run(x, forced=trace)`` replays given ones. A model without
+    routers has the trace ``{}``. In `body`, hand every decision to the tape: ``routing = tape("router", top_k(logits,
+    k))``, named by the router's module path.
     """
 
     @abstractmethod
@@ -41,7 +39,8 @@ class RoutedModel(nn.Module, ABC):
     def run(self, x: Float[Tensor, "n ch h w"], forced: Mapping[str, Routing] | None = None) -> Output:
         """One pass. Routers named in ``forced`` replay that decision; the others decide freely.
 
-        Raises ValueError where ``forced`` names a router that this model does not have, or is of another batch or number of experts.
+        Raises ValueError where ``forced`` names a router that this model does not have, or is of another batch or
+        number of experts.
         """
         tape = Tape(forced)
         logits = wide(self.body(x, tape))
@@ -84,8 +83,10 @@ def as_routed(model: Callable[[Tensor], Tensor]) -> RoutedModel:
 
 
 def compact(x: Tensor) -> Tensor:
-    """Channels-last memory, which convolutions prefer on CPU and CUDA alike; values unchanged."""
-    return x.contiguous(memory_format=torch.channels_last)
+    """Channels-last memory, which convolutions prefer on CPU and CUDA alike; values unchanged. The gradient comes back
+    in ordinary memory (the two reshapes): peers' attacks call ``view`` on it.
+    """
+    return x.flatten(1).unflatten(1, x.shape[1:]).contiguous(memory_format=torch.channels_last)
 
 
 ImageShape = tuple[int, int, int]
@@ -93,11 +94,15 @@ ImageShape = tuple[int, int, int]
 
 
 class ModelSpec(ABC):
-    """A model's description. Every subclass is a frozen dataclass that stands in `robustmoe.models.MODELS` under the name users write."""
+    """A model's description. Every subclass is a frozen dataclass that stands in `robustmoe.models.MODELS` under the
+    name users write.
+    """
 
     @abstractmethod
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
-        """The model, freshly initialised from torch's global generator (see `robustmoe.models.build_model` for a seeded one)."""
+        """The model, freshly initialised from torch's global generator (see `robustmoe.models.build_model` for a
+        seeded one).
+        """
 
 
 class NetworkSpec(ModelSpec):

@@ -1,7 +1,7 @@
 """Convolutions of a backbone that may be routed: a dense one, and one with an own filter bank for every expert.
 
-A routed batch is sorted by expert once, at the entrance of the network (`Segments`), so that in every layer each expert's images are one
-contiguous slice: nothing is gathered, masked or thrown away on the way.
+A routed batch is sorted by expert once, at the entrance of the network (`Segments`), so that in every layer each
+expert's images are one contiguous slice: nothing is gathered, masked or thrown away on the way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Segments:
-    """A batch sorted by expert: ``sizes`` images for each expert in turn, and each image's weight (n,), which is 1 in value."""
+    """A batch sorted by expert: ``sizes`` images for each expert in turn, and each image's weight (n,), which is 1 in
+    value.
+    """
 
     sizes: list[int]
     weight: Float[Tensor, " n"]
@@ -33,10 +35,12 @@ class Conv(nn.Conv2d):
 
 
 class RoutedConv(nn.Module):
-    """One convolution an expert, equal in shape; expert k's images (n_k, d, h, w) go through expert k's filters alone.
+    """One convolution an expert, equal in shape; expert k's images (n_k, d, h, w) go through expert k's filters
+    alone.
 
-    Multiplies by the route's weight, 1 in value, so that the straight-through gradient to the router is sum over layers of
-    <dL/dh, h> (AdvMoE's released code; its filter banks are initialised each on its own here, not by the joint fan-out).
+    Multiplies by the route's weight, 1 in value, so that the straight-through gradient to the router is sum over
+    layers of <dL/dh, h> (AdvMoE's released code; its filter banks are initialised each on its own here, not by the
+    joint fan-out).
     """
 
     def __init__(self, experts: int, inputs: int, outputs: int, kernel: int, stride: int) -> None:

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact, wide
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
 from robustmoe.models.mixing import mix_sparse
-from robustmoe.models.norm import Normalise, Standardise
+from robustmoe.models.norm import Normalise, Standardise, wide
 from robustmoe.models.small import SmallCNN
 from robustmoe.routing import Routing, Tape, soft, straight_through, top_k
 
@@ -76,9 +76,10 @@ class Probabilities(nn.Module):
 class Ensemble(ModelSpec):
     """``experts`` whole networks of kind ``network`` and one image ``router``.
 
-    ``gate``: "straight_through" (top-k, 1/k each, with a straight-through gradient for the router), "renormalised" or "vmoe" (top-k softmax), "hard" (the router
-    gets no gradient at all: the released code's), "soft" (all experts). Only chosen experts run.
-    ``standardise``: the router's logits have mean 0 and variance 1 over the training batches, so that no expert is dead at the start.
+    ``gate``: "straight_through" (top-k, 1/k each, with a straight-through gradient for the router), "renormalised" or
+    "vmoe" (top-k softmax), "hard" (the router gets no gradient at all: the released code's), "soft" (all experts).
+    Only chosen experts run. ``standardise``: the router's logits have mean 0 and variance 1 over the training
+    batches, so that no expert is dead at the start.
     """
 
     network: NetworkSpec

@@ -1,7 +1,9 @@
-"""From a `Routing` and experts to outputs: the reference mix (every expert sees every item) and the sparse dispatch (only the chosen run).
+"""From a `Routing` and experts to outputs: the reference mix (every expert sees every item) and the sparse dispatch
+(only the chosen run).
 
-Both compute sum_j weight[:, j] * expert[index[:, j]](x). They are equal in value and in every gradient as long as an expert treats items apart
-(BatchNorm in eval mode, or none); a BatchNorm in train mode normalises an expert by the items that expert got, which differ.
+Both compute sum_j weight[:, j] * expert[index[:, j]](x). They are equal in value and in every gradient as long as an
+expert treats items apart (BatchNorm in eval mode, or none); a BatchNorm in train mode normalises an expert by the
+items that expert got, which differ.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ def mix_reference(
     index: Int[Tensor, "m k"],
     weight: Float[Tensor, "m k"],
 ) -> Float[Tensor, "m ..."]:
-    """The definition: all experts on all m items, then the chosen ones' weighted sum. E times the cost; the yardstick of `mix_sparse`."""
+    """The definition: all experts on all m items, then the chosen ones' weighted sum. E times the cost; the yardstick
+    of `mix_sparse`.
+    """
     every = torch.stack([expert(x) for expert in experts], dim=1)
     spread = (slice(None), slice(None), *([None] * (every.ndim - 2)))
     chosen = every[torch.arange(len(x), device=x.device)[:, None], index]
@@ -38,9 +42,9 @@ def mix_sparse(
 ) -> Float[Tensor, "m ..."]:
     """The same sum, each expert run once, on just the items routed to it.
 
-    The m*k pairs are sorted by expert (stably, so the result is deterministic), each expert gets one contiguous slice, and the outputs are
-    sorted back and summed over k in rank order. An expert without items is not run, except while training on several processes, where
-    a BatchNorm inside it counts over all of them.
+    The m*k pairs are sorted by expert (stably, so the result is deterministic), each expert gets one contiguous
+    slice, and the outputs are sorted back and summed over k in rank order. An expert without items is not run, except
+    while training on several processes, where a BatchNorm inside it counts over all of them.
     """
     k = index.shape[1]
     pairs = index.reshape(-1)

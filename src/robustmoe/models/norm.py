@@ -1,4 +1,6 @@
-"""BatchNorm that is right for experts (any number of images, none included) and over several processes; input normalisation."""
+"""BatchNorm that is right for experts (any number of images, none included) and over several processes; input
+normalisation.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe import distributed
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float32 at least: under autocast a network's outputs are in half precision, decisions, statistics and losses are
+    not.
+    """
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class Normalise(nn.Module):
@@ -31,9 +40,10 @@ class Normalise(nn.Module):
 class BatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`, with three differences while training.
 
-    An empty batch passes through and leaves the statistics alone. A single value a channel is allowed (its variance is 0, and the
-    running variance is left alone): an expert that got one image must not stop a run. Under several processes the statistics are those of the
-    global batch (torch's SyncBatchNorm exists for CUDA only), and every process has to enter, with an empty batch if need be.
+    An empty batch passes through and leaves the statistics alone. A single value a channel is allowed (its variance
+    is 0, and the running variance is left alone): an expert that got one image must not stop a run. Under several
+    processes the statistics are those of the global batch (torch's SyncBatchNorm exists for CUDA only), and every
+    process has to enter, with an empty batch if need be.
     """
 
     def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n d h w"]:
@@ -61,38 +71,37 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Batch normalisation by the statistics of all processes' images together (Ioffe and Szegedy 2015, with sums over processes).
+    """Batch normalisation by the statistics of all processes' images together (Ioffe and Szegedy 2015, with sums over
+    processes).
 
     Mean first, then variance about it: two small collectives, no cancellation.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        total = torch.cat([wide.sum((0, 2, 3)), wide.new_tensor([wide.numel() // wide.shape[1]])])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values = wide(x)
+        total = torch.cat([values.sum((0, 2, 3)), values.new_tensor([values.numel() // values.shape[1]])])
         distributed.all_reduce_sum(total)
         count = total[-1].clamp(min=1)
         mean = total[:-1] / count
-        centred = wide - mean[:, None, None]
+        centred = values - mean[:, None, None]
         var = distributed.all_reduce_sum(centred.square().sum((0, 2, 3))) / count
         inverse = torch.rsqrt(var + eps)
         unit = centred * inverse[:, None, None]
         ctx.save_for_backward(unit, weight, inverse, count)
         out = (unit * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
-        values = total[-1].clone()
-        ctx.mark_non_differentiable(mean, var, values)
-        return out, mean, var, values
+        values_a_channel = total[-1].clone()
+        ctx.mark_non_differentiable(mean, var, values_a_channel)
+        return out, mean, var, values_a_channel
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         unit, weight, inverse, count = ctx.saved_tensors
-        wide = grad.to(unit.dtype)
-        grad_bias = wide.sum((0, 2, 3))
-        grad_weight = (wide * unit).sum((0, 2, 3))
+        above = grad.to(unit.dtype)
+        grad_bias = above.sum((0, 2, 3))
+        grad_weight = (above * unit).sum((0, 2, 3))
         sums = distributed.all_reduce_sum(torch.stack([grad_bias, grad_weight])) / count
-        centred = wide - sums[0][:, None, None] - unit * sums[1][:, None, None]
+        centred = above - sums[0][:, None, None] - unit * sums[1][:, None, None]
         return (
             (centred * (weight * inverse)[:, None, None]).to(grad.dtype),
             grad_weight,
@@ -102,16 +111,19 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 
 def enters_empty(module: nn.Module) -> bool:
-    """Whether the module must be called even without images: its BatchNorm counts over processes, and all of them have to enter."""
+    """Whether the module must be called even without images: its BatchNorm counts over processes, and all of them
+    have to enter.
+    """
     return module.training and distributed.active()
 
 
-
 class Standardise(nn.Module):
-    """Router logits (n, e) with mean 0 and variance 1 an expert: over the (global) batch in train mode, by running statistics in eval mode.
+    """Router logits (n, e) with mean 0 and variance 1 an expert: over the (global) batch in train mode, by running
+    statistics in eval mode.
 
-    A fresh router sends nearly every image to one expert, because its logits hardly depend on the image; standardised, each expert gets a
-    share from the first step. In eval mode this is a fixed affine map, so decisions do not depend on the batch. Not part of AdvMoE.
+    A fresh router sends nearly every image to one expert, because its logits hardly depend on the image;
+    standardised, each expert gets a share from the first step. In eval mode this is a fixed affine map, so decisions
+    do not depend on the batch. Not part of AdvMoE.
     """
 
     def __init__(self, network: nn.Module, experts: int) -> None:
@@ -121,4 +133,4 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Float[Tensor, "n e"]:
         logits = self.network(x)
-        return self.norm(logits.float()[:, :, None, None])[:, :, 0, 0]
+        return self.norm(wide(logits)[:, :, None, None])[:, :, 0, 0]

@@ -1,4 +1,6 @@
-"""AdvMoE's model (Zhang et al., ICCV 2023): a backbone whose convolutions keep one filter bank an expert; one image router picks the pathway."""
+"""AdvMoE's model (Zhang et al., ICCV 2023): a backbone whose convolutions keep one filter bank an expert; one image
+router picks the pathway.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact, wide
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
 from robustmoe.models.convolution import RoutedConv, Segments
-from robustmoe.models.norm import Normalise, Standardise
+from robustmoe.models.norm import Normalise, Standardise, wide
 from robustmoe.models.resnet import ResNet, resnet20
 from robustmoe.routing import Tape, straight_through
 
 
 class PathwayModel(RoutedModel):
-    """One decision an image, used by every routed convolution: exactly E pathways. BatchNorms, stem, shortcuts and head are shared.
+    """One decision an image, used by every routed convolution: exactly E pathways. BatchNorms, stem, shortcuts and
+    head are shared.
 
-    In train mode a shared BatchNorm sees the whole re-assembled batch (the exact statistics of the paper's method); in eval mode an image's logits
-    do not depend on the rest of the batch.
+    In train mode a shared BatchNorm sees the whole re-assembled batch (the exact statistics of the paper's method);
+    in eval mode an image's logits do not depend on the rest of the batch.
     """
 
     def __init__(self, router: nn.Module, network: nn.Module, experts: int, normalise: Normalise) -> None:
@@ -49,8 +52,9 @@ class Pathway(ModelSpec):
     """A MoE-CNN: each convolution of ``backbone`` has ``experts`` filter banks of ``ratio`` times its width.
 
     One forward pass costs about ratio^2 of the dense backbone, plus the router, whatever the number of experts.
-    ``router``: any network; the default is the paper's ResNet-20. ``standardise``: its logits have mean 0 and variance 1 over the training
-    batches, so that no expert is dead at the start. The decision is top-1 with a straight-through gradient.
+    ``router``: any network; the default is the paper's ResNet-20. ``standardise``: its logits have mean 0 and
+    variance 1 over the training batches, so that no expert is dead at the start. The decision is top-1 with a
+    straight-through gradient.
     """
 
     backbone: ResNet

@@ -1,4 +1,6 @@
-"""ResNets with the CIFAR stem (He et al. 2016): any width, depths 8 to 50, dense or as the backbone of a pathway model."""
+"""ResNets with the CIFAR stem (He et al. 2016): any width, depths 8 to 50, dense or as the backbone of a pathway
+model.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNetNetwork(nn.Module):
-    """The network of `ResNet`; ``ratio`` scales the stages (not the stem), ``conv`` makes the main-branch convolutions."""
+    """The network of `ResNet`; ``ratio`` scales the stages (not the stem), ``conv`` makes the main-branch
+    convolutions.
+    """
 
     def __init__(
         self, spec: ResNet, num_classes: int, channels: int, conv: ConvFactory = Conv, ratio: float = 1.0
@@ -127,7 +131,8 @@ class ResNetNetwork(nn.Module):
 class ResNet(NetworkSpec):
     """ResNet for small images: 3x3 stem, no max-pooling. Depths 8, 14, 20, 32 have three stages, 10, 18, 34, 50 four.
 
-    ``width``: channels of the stem and first stage. ``shortcut``: "projection" (1x1 convolution) or "pad" (no parameters).
+    ``width``: channels of the stem and first stage. ``shortcut``: "projection" (1x1 convolution) or "pad" (no
+    parameters).
     """
 
     depth: int = 18

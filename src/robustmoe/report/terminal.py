@@ -55,7 +55,8 @@ def _block(group: list[Result]) -> list[str]:
     lines += [f"! incomplete  {sentence}" for sentence in verdict.incomplete]
     lines += [f"  warn  {sentence}" for sentence in verdict.warned]
     checks = [check for result in group if result.checks is not None for check in result.checks.checks]
-    skipped = sorted({check.id for check in checks if check.status == "not run"})
+    done = {check.id for check in checks if check.status != "not run"}
+    skipped = sorted({check.id for check in checks} - done)
     return [*lines, f"  not run  {', '.join(skipped)}"] if skipped else lines
 
 

@@ -32,11 +32,11 @@ __all__ = [
     "Phase",
     "StepResult",
     "TrainingStopped",
+    "at",
     "build_method",
     "load_model",
     "standard",
+    "trades",
     "train",
     "train_step",
-    "trades",
-    "at",
 ]

@@ -1,4 +1,5 @@
-"""What a run folder keeps of a model: ``config.json`` and ``model.safetensors`` (to load anywhere), ``state.pt`` (to go on training).
+"""What a run folder keeps of a model: ``config.json`` and ``model.safetensors`` (to load anywhere), ``state.pt`` (to
+go on training).
 
 Every write is atomic: a run killed in the middle of one still has the file before it.
 """
@@ -21,32 +22,37 @@ from robustmoe.records import write_atomic
 
 
 def save_weights(path: Path, state: dict[str, Tensor], spec: str) -> None:
-    """The weights as safetensors, with the model's spec in the file's metadata."""
+    """The weights as safetensors, with the model's spec in the file's metadata (one entry: safetensors writes several
+    in random order, and equal weights should be equal files).
+    """
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    write_atomic(path, safetensors.torch.save(plain, metadata={"model": spec, "format": "pt"}))
+    write_atomic(path, safetensors.torch.save(plain, metadata={"model": spec}))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises UserError where it is missing, a pickle, or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected the weights of a run (model.safetensors)")
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        raise UserError(
-            f"{path}: this is a pickle (a file of torch.save), which could run code when loaded; expected safetensors. Convert it with "
-            "safetensors.torch.save_file(state_dict, path)"
-        )
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
+        with path.open("rb") as file:
+            pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+        if pickled:
+            raise UserError(
+                f"{path}: this is a pickle (a file of torch.save), which could run code when loaded; expected "
+                "safetensors. Convert it with safetensors.torch.save_file(state_dict, path)"
+            ) from error
         raise UserError(
-            f"{path}: the file is damaged ({error}); expected the safetensors file that training wrote. Copy it again, or train with --resume"
+            f"{path}: the file is damaged ({error}); expected the safetensors file that training wrote. Copy it again, "
+            "or train with --resume"
         ) from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Every tensor into its place, exactly. Raises UserError naming the first that is missing, unknown or of another shape."""
+    """Every tensor into its place, exactly. Raises UserError naming the first that is missing, unknown or of another
+    shape.
+    """
     own = model.state_dict()
     problems = [f"{name!r} is missing" for name in own if name not in weights]
     problems += [f"{name!r} is not part of the model" for name in weights if name not in own]
@@ -57,7 +63,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
     ]
     if problems:
         raise UserError(
-            f"{source}: these are the weights of another architecture: {problems[0]} ({len(problems)} differences); check the run's config.json"
+            f"{source}: these are the weights of another architecture: {problems[0]} ({len(problems)} "
+            "differences); check the run's config.json"
         )
     model.load_state_dict(weights)
 
@@ -66,14 +73,20 @@ def read_config(run: Path) -> dict[str, Any]:
     """A run's ``config.json``. Raises UserError where the folder is not a run."""
     path = run / "config.json"
     if not path.is_file():
-        raise UserError(f"{run}: not a run folder (it has no config.json); expected the folder that robustmoe train made")
+        raise UserError(
+            f"{run}: not a run folder (it has no config.json); expected the folder that robustmoe train made"
+        )
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: the file is damaged ({error}); expected the JSON that training wrote") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: the file is damaged (not a JSON object); expected the JSON that training wrote")
     missing = {"model", "num_classes", "image_shape", "mean", "std"} - set(config)
     if missing:
-        raise UserError(f"{path}: the fields {sorted(missing)} are missing; expected the config.json that training wrote")
+        raise UserError(
+            f"{path}: the fields {sorted(missing)} are missing; expected the config.json that training wrote"
+        )
     return config
 
 
@@ -102,12 +115,17 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A state as `save_state` wrote it, loaded without running code. Raises UserError where it is missing or damaged."""
+    """A state as `save_state` wrote it, loaded without running code. Raises UserError where it is missing or broken."""
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint to resume from; start the run without --resume")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "optimisers", "average", "rng", "progress"} - set(state)
+        if missing:
+            raise ValueError(f"{sorted(missing)} are missing")
+        return state
     except Exception as error:  # torch raises many types for damaged files; all mean the same to the user
         raise UserError(
-            f"{path}: the checkpoint is damaged ({type(error).__name__}); expected the file that training wrote. Start the run anew in another --out"
+            f"{path}: the checkpoint is damaged ({type(error).__name__}); expected the file that "
+            "training wrote. Start the run anew in another --out"
         ) from error

@@ -16,7 +16,9 @@ from robustmoe.noise import Noise
 
 
 class Validation(NamedTuple):
-    """Accuracies on ``n`` images (``robust`` None without an attack), and each router's load: the share of its decisions that went to each expert."""
+    """Accuracies on ``n`` images (``robust`` None without an attack), and each router's load: the share of its
+    decisions that went to each expert.
+    """
 
     clean: float
     robust: float | None
@@ -33,9 +35,11 @@ def validate(
     seed: int,
     autocast: torch.dtype | None = None,
 ) -> Validation:
-    """Clean accuracy and accuracy under ``attack``, each process on its share of the images. Leaves the model in eval mode.
+    """Clean accuracy and accuracy under ``attack``, each process on its share of the images. Leaves the model in eval
+    mode.
 
-    An image counts as robust where it is right both before and after the attack.
+    An image counts as robust where it is right both before and after the attack, and as wrong where its logits are
+    not finite.
     """
     model.eval()
     mine = torch.arange(distributed.rank(), len(images), distributed.world())
@@ -45,7 +49,7 @@ def validate(
         for batch in batches(images, batch_size, mine, device):
             with torch.no_grad():
                 clean = model.run(batch.x)
-            right = clean.logits.argmax(1) == batch.y
+            right = _right(clean.logits, batch.y)
             for name, routing in clean.trace.items():
                 chosen = torch.bincount(routing.index.flatten(), minlength=routing.num_experts).double()
                 load[name] = load.get(name, torch.zeros_like(chosen)) + chosen
@@ -53,7 +57,7 @@ def validate(
             if attack is not None:
                 x_adv = attack(model, batch.x, batch.y, Noise.of(batch.index, seed, VALIDATION))
                 with torch.no_grad():
-                    held = right & (model(x_adv).argmax(1) == batch.y)
+                    held = right & _right(model(x_adv), batch.y)
             counts += torch.stack([right.sum(), held.sum()])
     if not load:
         load = _empty_load(model, images, device)
@@ -65,6 +69,10 @@ def validate(
 
 VALIDATION = 4
 """The key under which validation draws its noise: the same in every epoch, so that epochs can be compared."""
+
+
+def _right(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
 
 
 def _empty_load(model: RoutedModel, images: ImageSet, device: torch.device) -> dict[str, Tensor]:
@@ -85,8 +93,12 @@ def trainable_routers(model: RoutedModel, x: Tensor) -> dict[str, bool]:
     return {name: routing.weight.requires_grad for name, routing in trace.items()}
 
 
-def router_health(load: dict[str, list[float]], grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]) -> dict[str, Any]:
-    """The routers' part of a metrics line: load, its entropy in nats, dead experts, gradient norm, and whether the router learned."""
+def router_health(
+    load: dict[str, list[float]], grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]
+) -> dict[str, Any]:
+    """The routers' part of a metrics line: load, its entropy in nats, dead experts, gradient norm, and whether the
+    router learned.
+    """
     return {
         name: {
             "load": shares,
@@ -106,7 +118,8 @@ def complaints(health: dict[str, Any]) -> list[str]:
     for name, router in health.items():
         if not router["moved"] and not router["declared_fixed"]:
             lines.append(
-                f"warning: router {name!r} got no gradient in this epoch, so it does not learn; use a gate that passes one (straight_through, "
+                f"warning: router {name!r} got no gradient in this epoch, so it does not learn; use a "
+                "gate that passes one (straight_through, "
                 "vmoe, soft), or a phase that moves it"
             )
         if router["dead"]:

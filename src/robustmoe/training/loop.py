@@ -1,4 +1,6 @@
-"""A recipe becomes a run folder: epochs, validation, the best weights kept, and a checkpoint to go on from, bit for bit."""
+"""A recipe becomes a run folder: epochs, validation, the best weights kept, and a checkpoint to go on from, bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from robustmoe import distributed, provenance
 from robustmoe import spec as specs
-from robustmoe.attacks import Attack
+from robustmoe.attacks import Attack, NotFiniteError
 from robustmoe.data import Batch, Data, ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
@@ -37,7 +39,9 @@ FREE = {"device", "threads", "checkpoint_every", "attacks", "max_steps", "data"}
 
 @dataclass
 class State:
-    """Where a run is: ``step`` batches of epoch ``epoch`` (both from 0) are done; the sums and ``seconds`` are of this epoch."""
+    """Where a run is: ``step`` batches of epoch ``epoch`` (both from 0) are done; the sums, ``seconds`` and what the
+    routers did (largest gradient norm; whether they moved) are of this epoch.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -46,6 +50,8 @@ class State:
     correct: float = 0.0
     seen: float = 0.0
     seconds: float = 0.0
+    router_grad: dict[str, float] = field(default_factory=dict)
+    router_moved: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,19 +88,20 @@ class Parts:
 def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
     """Train as ``recipe`` says, into the run folder ``out``; returns it.
 
-    With ``resume`` it goes on from the last checkpoint: on CPU the final weights are equal, bit for bit, to those of a run that was never
-    stopped. Under ``torchrun`` the processes share each batch. Raises UserError for what cannot be built, written or resumed, and
-    `TrainingStopped` (a UserError) where a loss or gradient is not finite.
+    With ``resume`` it goes on from the last checkpoint: on CPU the final weights are equal, bit for bit, to those of
+    a run that was never stopped. Under ``torchrun`` the processes share each batch. Raises UserError for what cannot
+    be built, written or resumed, and `TrainingStopped` (a UserError) where a loss or gradient is not finite.
     """
     out = Path(out)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = distributed.local_device(provenance.pick_device(recipe.device))
     _check_folder(out, resume)
-    with distributed.session(device):
+    with distributed.session(device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # for a model's own draws (dropout); ours come from robustmoe.noise
         parts = _build(recipe, device)
         state = _prepare(parts, out, resume)
-        while state.epoch < recipe.epochs:
+        while state.epoch < recipe.epochs and (state.step or _steps_to_do(parts, state)):
             if not _epoch(parts, state, out):
                 break
     return out
@@ -103,8 +110,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
 def _check_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder for the run: choose another --out")
-    if resume and not (out / "state.pt").is_file():
-        raise UserError(f"{out}: no checkpoint to resume from (state.pt); start the run without --resume")
+    if resume and not (out / "config.json").is_file():
+        raise UserError(f"{out}: there is no run to resume (no config.json); start it without --resume")
     if not resume and (out / "config.json").exists():
         raise UserError(f"{out} already holds a run; add --resume to go on, or choose another --out")
 
@@ -137,7 +144,8 @@ def _build(recipe: Recipe, device: torch.device) -> Parts:
     )
     if parts.batch_size % distributed.world():
         raise UserError(
-            f"batch_size {parts.batch_size} cannot be shared by {distributed.world()} processes; expected a multiple of that number"
+            f"batch_size {parts.batch_size} cannot be shared by {distributed.world()} processes; "
+            "expected a multiple of that number"
         )
     return parts
 
@@ -153,7 +161,7 @@ def _config(parts: Parts) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "parameters": sum(p.numel() for p in parts.model.parameters()),
-        "selection": f"best {score} on {len(parts.val)} validation images held out of train; the test set is never seen",
+        "selection": f"best {score} on {len(parts.val)} images held out of train; the test set is never seen",
         "images": {"train": len(data.train), "val": len(parts.val), "test": len(data.test)},
         "data_hash": data.train.fingerprint,
         "versions": provenance.versions(),
@@ -171,14 +179,19 @@ def _prepare(parts: Parts, out: Path, resume: bool) -> State:
     if resume:
         old = checkpoint.read_config(out)
         _check_same_run(out, old, config)
-        state = _restore(parts, checkpoint.read_state(out / "state.pt"))
+        if (out / "state.pt").exists():  # else the run was stopped before its first checkpoint
+            state = _restore(parts, out / "state.pt")
         if distributed.rank() == 0:
-            kept = [line for line in read_jsonl(out / "metrics.jsonl") if line["epoch"] <= state.epoch] if (out / "metrics.jsonl").exists() else []
+            kept = (
+                [line for line in read_jsonl(out / "metrics.jsonl") if line["epoch"] <= state.epoch]
+                if (out / "metrics.jsonl").exists()
+                else []
+            )
             write_atomic(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         note(f"going on from epoch {state.epoch + 1}, step {state.step}")
     elif distributed.rank() == 0:
         write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
-    distributed.broadcast([value for value in parts.model.state_dict().values()])
+    distributed.broadcast(list(parts.model.state_dict().values()))
     return state
 
 
@@ -188,12 +201,14 @@ def _check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None
         before, now = old.get(name), new[name]
         if before != now:
             raise UserError(
-                f"{out} was trained with {name} = {before!r}, this command says {now!r}; resume with the same recipe, or choose another --out"
+                f"{out} was trained with {name} = {before!r}, this command says {now!r}; resume with "
+                "the same recipe, or choose another --out"
             )
 
 
-def _restore(parts: Parts, saved: dict[str, Any]) -> State:
-    parts.model.load_state_dict(saved["model"])
+def _restore(parts: Parts, path: Path) -> State:
+    saved = checkpoint.read_state(path)
+    checkpoint.load_weights(parts.model, saved["model"], path)
     for optimiser, own in zip(parts.optimisers, saved["optimisers"]):
         optimiser.load_state_dict(own)
     if parts.average is not None:
@@ -203,6 +218,7 @@ def _restore(parts: Parts, saved: dict[str, Any]) -> State:
 
 
 def _save(parts: Parts, state: State, out: Path) -> None:
+    progress = dataclasses.asdict(_over_processes(parts, state))
     if distributed.rank() == 0:
         checkpoint.save_state(
             out / "state.pt",
@@ -211,16 +227,35 @@ def _save(parts: Parts, state: State, out: Path) -> None:
                 "optimisers": [optimiser.state_dict() for optimiser in parts.optimisers],
                 "average": parts.average.state_dict() if parts.average is not None else None,
                 "rng": torch.get_rng_state(),
-                "progress": dataclasses.asdict(state),
+                "progress": progress,
             },
         )
 
 
+def _over_processes(parts: Parts, state: State) -> State:
+    """The state, its losses and counts as means over the processes, so that any of them (or another number) can go on
+    from it.
+    """
+    mine = [state.correct, state.seen, *(sums["loss"] for sums in state.sums.values())]
+    total = torch.tensor(mine, dtype=torch.float64, device=parts.device if parts.device.type == "cuda" else "cpu")
+    correct, seen, *losses = (distributed.all_reduce_sum(total) / distributed.world()).tolist()
+    sums = {name: {**sums, "loss": loss} for (name, sums), loss in zip(state.sums.items(), losses)}
+    return dataclasses.replace(state, correct=correct, seen=seen, sums=sums)
+
+
+def _steps_to_do(parts: Parts, state: State) -> int:
+    """How many batches of this epoch are left, up to ``max_steps``."""
+    last = parts.steps
+    if parts.recipe.max_steps is not None:
+        last = min(last, parts.recipe.max_steps - state.epoch * parts.steps)
+    return max(0, last - state.step)
+
+
 def _training_batches(parts: Parts, state: State) -> Iterator[Batch]:
-    """This process's share of the epoch's remaining batches: rank r has the r-th part of each."""
+    """This process's share of the batches to do in this epoch: rank r has the r-th part of each."""
     order = permutation(len(parts.data.train), parts.recipe.seed, ORDER, state.epoch)
     shared = order[: parts.steps * parts.batch_size].view(parts.steps, distributed.world(), -1)
-    mine = shared[state.step :, distributed.rank()]
+    mine = shared[state.step : state.step + _steps_to_do(parts, state), distributed.rank()]
     for batch in batches(parts.data.train, mine.shape[1], mine.reshape(-1), parts.device):
         x = batch.x
         if parts.augment is not None:
@@ -229,34 +264,32 @@ def _training_batches(parts: Parts, state: State) -> Iterator[Batch]:
 
 
 def _epoch(parts: Parts, state: State, out: Path) -> bool:
-    """The rest of an epoch and what follows it; False where the run is to stop (``max_steps``)."""
+    """The rest of an epoch and what follows it; False where ``max_steps`` ended it early."""
     recipe = parts.recipe
     routers = health.trainable_routers(parts.model, parts.val.batch([0]).to(parts.device).x)
     before = {name: _router_weights(parts.model, name) for name in routers}
-    grad = dict.fromkeys(routers, 0.0)
     with progress(parts.steps, f"epoch {state.epoch + 1}/{recipe.epochs}", unit="steps") as bar:
         bar.advance(state.step)
-        stop = False
         started = time.monotonic()
         for batch in _training_batches(parts, state):
             result = _step(parts, state, batch, list(routers))
             for name, norm in result.router_grad.items():
-                grad[name] = max(grad[name], float(norm))
+                state.router_grad[name] = max(state.router_grad.get(name, 0.0), float(norm))
             _show(bar, state)
             now = time.monotonic()
             state.seconds, started = state.seconds + now - started, now
-            stop = recipe.max_steps is not None and state.epoch * parts.steps + state.step >= recipe.max_steps
-            if stop or (recipe.checkpoint_every and state.step % recipe.checkpoint_every == 0):
+            stopping = state.step < parts.steps and not _steps_to_do(parts, state)
+            if stopping or (recipe.checkpoint_every and state.step % recipe.checkpoint_every == 0):
+                _note_moved(parts, state, before)
                 _save(parts, state, out)
-            if stop:
-                break
-    moved = {name: not torch.equal(before[name], _router_weights(parts.model, name)) for name in routers}
-    _finish_epoch(parts, state, out, grad, moved, routers)
-    if state.step == parts.steps:
-        state.epoch, state.step = state.epoch + 1, 0
-        state.sums, state.correct, state.seen, state.seconds = {}, 0.0, 0.0, 0.0
-        _save(parts, state, out)
-    return not stop
+    _note_moved(parts, state, before)
+    _finish_epoch(parts, state, out, routers)
+    if state.step < parts.steps:
+        return False
+    for name, value in vars(State(epoch=state.epoch + 1, best=state.best)).items():
+        setattr(state, name, value)
+    _save(parts, state, out)
+    return True
 
 
 def _step(parts: Parts, state: State, batch: Batch, routers: list[str]) -> StepResult:
@@ -303,37 +336,47 @@ def _router_weights(model: RoutedModel, name: str) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0)
 
 
-def _finish_epoch(
-    parts: Parts, state: State, out: Path, grad: dict[str, float], moved: dict[str, bool], routers: dict[str, bool]
-) -> None:
-    """Validate, keep the weights if they are the best so far, and write the epoch's line."""
+def _note_moved(parts: Parts, state: State, before: dict[str, Tensor]) -> None:
+    for name, weights in before.items():
+        moved = not torch.equal(weights, _router_weights(parts.model, name))
+        state.router_moved[name] = state.router_moved.get(name, False) or moved
+
+
+def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool]) -> None:
+    """Validate, keep the weights if they are the best so far, and write the epoch's line.
+
+    Part of an epoch (``max_steps``) is no candidate: its weights are kept only until a whole epoch is done.
+    """
     started = time.monotonic()
     judged = _judged(parts)
-    result = health.validate(
-        judged, parts.val, parts.val_attack, parts.batch_size, parts.device, parts.recipe.seed, parts.autocast
-    )
+    try:
+        result = health.validate(
+            judged, parts.val, parts.val_attack, parts.batch_size, parts.device, parts.recipe.seed, parts.autocast
+        )
+    except NotFiniteError as error:
+        raise TrainingStopped(f"stopped in the validation after epoch {state.epoch + 1}: {error}") from error
     score = result.clean if result.robust is None else result.robust
-    best = score > state.best
-    totals = torch.tensor([state.correct, state.seen, *(s["loss"] for s in state.sums.values())], dtype=torch.float64)
-    totals = distributed.all_reduce_sum(totals.to(parts.device) if parts.device.type == "cuda" else totals)
-    losses = (totals[2:] / state.step / distributed.world()).tolist()
-    router_lines = health.router_health(result.load, grad, moved, routers)
+    whole = state.step == parts.steps
+    best = score > state.best if whole else state.best < 0
+    shared = _over_processes(parts, state)
+    losses = [sums["loss"] / state.step for sums in shared.sums.values()]
+    router_lines = health.router_health(result.load, state.router_grad, state.router_moved, routers)
     seconds = state.seconds + time.monotonic() - started
-    line = {
+    line: dict[str, Any] = {
         "epoch": state.epoch + 1,
         "step": state.epoch * parts.steps + state.step,
         "seconds": seconds,
         "lr": {phase.name: o.param_groups[0]["lr"] for phase, o in zip(parts.method.phases, parts.optimisers)},
         "loss": dict(zip(state.sums, losses)),
         "grad_norm": {name: sums["grad_norm"] / state.step for name, sums in state.sums.items()},
-        "train_accuracy": float(totals[0] / totals[1]),
+        "train_accuracy": shared.correct / shared.seen,
         "val_clean": result.clean,
         "val_robust": result.robust,
         "val_n": result.n,
         "routers": router_lines,
         "best": best,
     }
-    if best:
+    if best and whole:
         state.best = score
     if distributed.rank() == 0:
         if best:
@@ -341,7 +384,8 @@ def _finish_epoch(
         append_json(out / "metrics.jsonl", line)
     robust = "" if result.robust is None else f"  val robust {100 * result.robust:5.1f} %"
     note(
-        f"epoch {state.epoch + 1}/{parts.recipe.epochs}  loss {' '.join(f'{loss:.3f}' for loss in losses)}  train {100 * line['train_accuracy']:5.1f} %  "
+        f"epoch {state.epoch + 1}/{parts.recipe.epochs}  loss "
+        f"{' '.join(f'{loss:.3f}' for loss in losses)}  train {100 * line['train_accuracy']:5.1f} %  "
         f"val clean {100 * result.clean:5.1f} %{robust}  {seconds:.0f} s{'  best' if best else ''}"
     )
     for complaint in health.complaints(router_lines):

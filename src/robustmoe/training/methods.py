@@ -19,9 +19,11 @@ ALL = ""  # every name matches
 
 
 def load_balance(routing: Routing) -> Tensor:
-    """e * sum over experts of (share of the decisions) * (mean router probability) - 1: 0 when balanced (Fedus et al. 2021, Switch).
+    """e * sum over experts of (share of the decisions) * (mean router probability) - 1: 0 when balanced (Fedus et al.
+    2021, Switch).
 
-    The shares carry no gradient; over several processes they are those of the global batch, so that the averaged gradient is the global one.
+    The shares carry no gradient; over several processes they are those of the global batch, so that the averaged
+    gradient is the global one.
     """
     share = routing.chosen().float().mean((0, 1)) / routing.k
     share = distributed.all_reduce_sum(share.detach()) / distributed.world()
@@ -65,15 +67,18 @@ def at(attack: Attack, label_smoothing: float = 0.0, balance: float = 0.0) -> Me
 
 
 def trades(attack: Attack, beta: float = 6.0, balance: float = 0.0) -> Method:
-    """TRADES (Zhang et al. 2019): cross-entropy on clean images + beta * KL(clean || attacked), the attack climbing that KL.
+    """TRADES (Zhang et al. 2019): cross-entropy on clean images + beta * KL(clean || attacked), the attack climbing
+    that KL.
 
-    A `PGD` whose objective is the plain cross-entropy is taken with the KL loss instead, as in the paper. The KL is a mean over the batch, its
-    gradient flows through both sides (as released); the clean and the attacked batch pass in train mode one after the other.
-    ``balance``: weight of the routers' `load_balance` loss on the clean images.
+    A `PGD` whose objective is the plain cross-entropy is taken with the KL loss instead, as in the paper. The KL is a
+    mean over the batch, its gradient flows through both sides (as released); the clean and the attacked batch pass in
+    train mode one after the other. ``balance``: weight of the routers' `load_balance` loss on the clean images.
     """
     _check_weight("beta", beta)
     _check_weight("balance", balance)
-    climb = replace(attack, objective=Joint("kl")) if isinstance(attack, PGD) and attack.objective == Joint() else attack
+    climb = (
+        replace(attack, objective=Joint("kl")) if isinstance(attack, PGD) and attack.objective == Joint() else attack
+    )
 
     def loss(model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         x_adv = climb(model, x, y, noise)

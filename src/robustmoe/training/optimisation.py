@@ -39,7 +39,9 @@ class SGD(OptimizerSpec):
         _check_lr(self.lr, self.weight_decay)
 
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
+        return torch.optim.SGD(
+            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def cosine(warmup: float = 0.0) -> Schedule:
 
 
 def one_cycle(rise: float = 0.4) -> Schedule:
-    """Linear from 0 to 1 during the first ``rise`` share, then linear to 0 (Smith and Topin 2018, as fast adversarial training uses it)."""
+    """Linear from 0 to 1 during the first ``rise`` share, then linear to 0 (Smith and Topin 2018, as fast adversarial
+    training uses it).
+    """
     _check_share("rise", rise)
 
     def multiplier(progress: float) -> float:
@@ -111,7 +115,9 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 class Average:
-    """Exponential moving average of a model's parameters and floating buffers; ``decay`` is warmed up as min(decay, (1 + t) / (10 + t))."""
+    """Exponential moving average of a model's parameters and floating buffers; ``decay`` is warmed up as min(decay,
+    (1 + t) / (10 + t)).
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from robustmoe import distributed
-from robustmoe.attacks.base import Attack
+from robustmoe.attacks import Attack, NotFiniteError
 from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
 
 
 class Loss(NamedTuple):
-    """What a phase's loss gives: ``value``, the scalar to be minimised (a mean over the batch), and ``correct``, how many images of the
-    batch the model got right on the input it was trained on."""
+    """What a phase's loss gives: ``value``, the scalar to be minimised (a mean over the batch), and ``correct``, how
+    many images of the batch the model got right on the input it was trained on.
+    """
 
     value: Tensor
     correct: Tensor
@@ -31,7 +32,9 @@ LossFunction = Callable[[RoutedModel, Tensor, Tensor, Noise], Loss]
 
 @dataclass(frozen=True)
 class Phase:
-    """``params``: a regular expression; the parameters whose name it matches from the start (re.match) move, on ``loss``, and no others."""
+    """``params``: a regular expression; the parameters whose name it matches from the start (re.match) move, on
+    ``loss``, and no others.
+    """
 
     name: str
     params: str
@@ -47,15 +50,18 @@ class Phase:
 
 @dataclass(frozen=True)
 class Method:
-    """Phases, run in this order on each batch, with one optimiser each. ``attack``: what the method trains against, if anything."""
+    """Phases, run in this order on each batch, with one optimiser each. ``attack``: what the method trains against,
+    if anything.
+    """
 
     phases: tuple[Phase, ...]
     attack: Attack | None = None
 
 
 class StepResult(NamedTuple):
-    """Of one batch, by phase name: the loss and the gradient norm before clipping; images right and seen in the last phase, on this
-    process; gradient norm by router."""
+    """Of one batch, by phase name: the loss and the gradient norm before clipping; images right and seen in the last
+    phase, on this process; gradient norm by router.
+    """
 
     loss: dict[str, Tensor]
     grad_norm: dict[str, Tensor]
@@ -82,18 +88,25 @@ def train_step(
 ) -> StepResult:
     """Every phase of ``method`` once, on images x (n, ch, h, w) in [0, 1] and labels y (n).
 
-    ``autocast``: the network's compute dtype; images, perturbations and parameters stay float32. ``clip``: largest gradient norm of a phase (0: none).
-    On several processes each holds its share of the batch, and a phase's gradients are averaged. A parameter that got no gradient counts as having gradient zero.
+    ``autocast``: the network's compute dtype; images, perturbations and parameters stay float32. ``clip``: largest
+    gradient norm of a phase (0: none). On several processes each holds its share of the batch, and a phase's
+    gradients are averaged. A parameter that got no gradient counts as having gradient zero.
     """
     model.train()
-    losses, norms, router_grad = {}, {}, {}
+    losses: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    router_grad: dict[str, Tensor] = {}
     correct = torch.zeros((), device=x.device)
     for position, (phase, optimiser) in enumerate(zip(method.phases, optimisers)):
         named = phase.parameters(model)
-        with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            loss = phase.loss(model, x, y, noise.fold(position))
+        try:
+            with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = phase.loss(model, x, y, noise.fold(position))
+        except NotFiniteError as error:
+            raise TrainingStopped(_not_attackable(phase, error, model)) from error
         raw = torch.autograd.grad(loss.value, list(named.values()), allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), raw)]
+        # A copy of each: autograd may give two parameters one tensor, or an expanded one, and these are changed in place.
+        gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
         distributed.average_gradients(gradients)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         if not bool(torch.isfinite(norm + loss.value.detach()).item()):
@@ -110,14 +123,30 @@ def train_step(
             own = [g for name, g in zip(named, gradients) if name.startswith(f"{router}.")]
             if own:
                 norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in own]))
-                router_grad[router] = router_grad.get(router, 0.0) + norm
+                router_grad[router] = router_grad[router] + norm if router in router_grad else norm
     return StepResult(losses, norms, correct, len(x), router_grad)
 
 
 def _not_finite(phase: Phase, loss: Tensor, gradients: dict[str, Tensor]) -> str:
-    bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-    where = f"the gradient of {bad[0]!r} ({len(bad)} of {len(gradients)} parameters)" if bad else "the loss"
-    return (
-        f"in phase {phase.name!r} {where} is not finite (loss {loss.item():g}); expected finite numbers. Try a smaller learning "
-        "rate, clip=1, or precision=fp32, and go on from the last checkpoint with --resume"
-    )
+    bad = _not_finite_names(gradients)
+    if bad:
+        where = f"the gradient of {bad[0]!r} ({len(bad)} of {len(gradients)} parameters)"
+    else:
+        where = "the norm of the gradient" if torch.isfinite(loss) else "the loss"
+    return f"in phase {phase.name!r} {where} is not finite (loss {loss.item():g}); {_ADVICE}"
+
+
+def _not_attackable(phase: Phase, error: NotFiniteError, model: nn.Module) -> str:
+    bad = _not_finite_names(dict(model.named_parameters()))
+    where = f" (the weights of {bad[0]!r} are not finite)" if bad else ""
+    return f"in phase {phase.name!r} {error}{where}; {_ADVICE}"
+
+
+def _not_finite_names(tensors: dict[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
+_ADVICE = (
+    "expected finite numbers. The last checkpoint and the best weights are kept; start anew in another --out with a "
+    "smaller learning rate, clip=1, or precision=fp32"
+)

@@ -1,0 +1,99 @@
+"""Pinned threads, one seed, and tiny models for every test file.
+
+`robustmoe` is imported inside the fixtures only: jaxtyping's import hook, which checks shapes under pytest, has to come
+first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from robustmoe.models import RoutedModel
+
+torch.set_num_threads(1)
+with contextlib.suppress(
+    RuntimeError
+):  # too late where something ran in parallel already; one process is one thread then
+    torch.set_num_interop_threads(1)
+
+IMAGE_SHAPE, CLASSES = (3, 8, 8), 4
+
+TINY = {
+    "dense": "resnet8(width=4)",
+    "ensemble_hard": "ensemble(small_cnn(width=4), experts=3, gate=hard, router=small_cnn(width=4))",
+    "ensemble_soft": "ensemble(small_cnn(width=4), experts=3, gate=soft, router=small_cnn(width=4))",
+    "ensemble_k2": "ensemble(small_cnn(width=4), experts=3, k=2, gate=vmoe, router=small_cnn(width=4))",
+    "ensemble_straight": "ensemble(small_cnn(width=4), experts=3, gate=straight_through, router=small_cnn(width=4))",
+    "pathway": "pathway(resnet8(width=4), experts=3, router=small_cnn(width=4))",
+}
+"""Models of every kind, at most a few thousand parameters; "dense" is the one without a router."""
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Torch's global generator starts every test at the same place."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def images() -> Callable[..., Tensor]:
+    """images(n, *shape): n random images in [0, 1] of differing brightness and contrast, all from their own
+    generator.
+    """
+
+    def make(n: int, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(17)
+        shape = shape or IMAGE_SHAPE
+        noise = torch.rand(n, *shape, generator=generator)
+        level, contrast = torch.rand(2, n, shape[0], 1, 1, generator=generator)
+        return (level + contrast * (noise - 0.5)).clamp(0.0, 1.0)
+
+    return make
+
+
+@pytest.fixture
+def labels() -> Callable[[int], Tensor]:
+    """labels(n): n labels, every class in turn."""
+    return lambda n: torch.arange(n) % CLASSES
+
+
+@pytest.fixture
+def tiny(images: Callable[..., Tensor]) -> Callable[..., RoutedModel]:
+    """tiny(name or spec, seed=0): a tiny model in eval mode, whose router (if any) uses every expert on ``images``.
+
+    A fresh router sends every image to one expert; here its logits are shifted to mean 0 and scaled to deviation 1.
+    """
+    from robustmoe.models import build_model
+
+    def make(name: str, seed: int = 0) -> RoutedModel:
+        model = build_model(TINY.get(name, name), CLASSES, IMAGE_SHAPE, seed=seed)
+        head = getattr(getattr(model, "router", None), "head", None)
+        if head is not None:
+            with torch.no_grad():
+                logits = model.router(model.normalise(images(64)))
+                scale = 1.0 / logits.std(0)
+                head.weight.mul_(scale[:, None])
+                head.bias.copy_((head.bias - logits.mean(0)) * scale)
+        return model
+
+    return make
+
+
+@pytest.fixture(params=sorted(TINY))
+def model(request: pytest.FixtureRequest, tiny: Callable[..., RoutedModel]) -> RoutedModel:
+    """Each tiny model in turn."""
+    return tiny(request.param)
+
+
+@pytest.fixture(params=sorted(set(TINY) - {"dense"}))
+def routed(request: pytest.FixtureRequest, tiny: Callable[..., RoutedModel]) -> RoutedModel:
+    """Each tiny model that has a router."""
+    return tiny(request.param)

@@ -1,0 +1,258 @@
+"""Two processes under torchrun (gloo) train what one process trains; a peer that dies ends the run in one line.
+
+This file is also the program that torchrun starts (`worker`): every scenario in one launch, because a launch is slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+COMMON: dict[str, Any] = {
+    "data": "digits",
+    "optimizer": "sgd(lr=0.02, momentum=0.9, weight_decay=5e-4)",
+    "schedule": "constant",
+    "epochs": 1,
+    "batch_size": 24,
+    "max_steps": 20,
+    "seed": 0,  # with it no image is within 1e-4 of a tie between two experts, where rounding would decide
+    "val_limit": 33,  # odd: the two processes validate 17 and 16 images
+    "threads": 1,
+}
+ENSEMBLE = "ensemble(resnet8(width=4), experts=4, router=small_cnn(width=4), standardise=True)"
+PATHWAY = "pathway(resnet8(width=8), experts=4, ratio=0.5, router=small_cnn(width=4), standardise=True)"
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "ensemble": {"model": ENSEMBLE, "method": "standard(balance=0.1)", "augment": "crop_flip(padding=1, flip=False)"},
+    "ensemble_at": {
+        "model": ENSEMBLE,
+        "method": "at(pgd(linf(0.1), steps=1, keep=last), balance=0.1)",
+        "ema": 0.9,
+        "clip": 1.0,
+    },
+    "pathway_at": {
+        "model": PATHWAY,
+        "method": "at(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
+        "val_attack": "pgd(linf(0.1), steps=2)",
+    },
+}
+
+
+def train_one(name: str, out: Path) -> dict[str, Any]:
+    """Train a scenario into ``out``; what this process alone knows: its weights, its experts' batches, its writes."""
+    import hashlib
+
+    from robustmoe.models.convolution import Segments
+    from robustmoe.recipe import Recipe
+    from robustmoe.training import loop
+
+    kept: list[loop.Parts] = []
+    sizes: list[list[int]] = []
+    original = loop._build
+
+    def build(*arguments: Any) -> loop.Parts:
+        parts = original(*arguments)
+        kept.append(parts)
+        network = getattr(parts.model, "network", None)
+        if network is not None:  # one routed convolution tells the sizes for all
+
+            def of_segments(module: Any, inputs: tuple[Any, ...]) -> None:
+                if module.training and isinstance(inputs[1], Segments):
+                    sizes.append(inputs[1].sizes)
+
+            network.register_forward_pre_hook(of_segments)
+        else:
+            for expert in parts.model.experts:
+
+                def of_batch(module: Any, inputs: tuple[Any, ...]) -> None:
+                    if module.training:
+                        sizes.append([len(inputs[0])])
+
+                expert.register_forward_pre_hook(of_batch)
+        return parts
+
+    loop._build = build
+    try:
+        loop.train(Recipe(**COMMON, **SCENARIOS[name]), out)
+    finally:
+        loop._build = original
+    digest = hashlib.sha256()
+    state = kept[0].model.state_dict()
+    average = kept[0].average
+    for value in [*state.values(), *(average.state.values() if average else ())]:
+        digest.update(value.contiguous().numpy().tobytes())
+    return {"weights": digest.hexdigest(), "sizes": [size for batch in sizes for size in batch]}
+
+
+def validate_some() -> dict[str, Any]:
+    """Validation of fresh models, by however many processes there are: exact counts."""
+    from robustmoe import spec
+    from robustmoe.attacks import build_attack
+    from robustmoe.models import build_model
+    from robustmoe.training.health import validate
+
+    data = spec.build("digits", "data")
+    out = {}
+    for name, text in (("ensemble", ENSEMBLE), ("pathway", PATHWAY), ("dense", "small_cnn")):
+        model = build_model(text, 10, (1, 8, 8), data.mean, data.std)
+        for n in (1, 33):  # with one image the second process has none
+            attack = build_attack("pgd(linf(0.05), steps=2)")
+            result = validate(model, data.val.head(n), attack, 7, torch.device("cpu"), seed=5)
+            out[f"{name} {n}"] = [
+                round(result.clean * n, 9),
+                round((result.robust or 0.0) * n, 9),
+                result.n,
+                result.load,
+            ]
+    return out
+
+
+def worker(out: Path) -> None:
+    from robustmoe import distributed
+
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    wrote: list[str] = []
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        written = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (written or event in ("os.rename", "os.mkdir", "os.truncate")) and str(arguments[0]).startswith(str(out)):
+            wrote.append(str(arguments[0]))
+
+    sys.addaudithook(audit)
+    with distributed.session(torch.device("cpu")):
+        found: dict[str, Any] = {name: train_one(name, out / name) for name in SCENARIOS}
+        found["validation"] = validate_some()
+        found["wrote"] = len(wrote)
+    (out / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+def torchrun(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "localhost:0", *arguments]
+    return subprocess.Popen(
+        launch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of the two-process runs, and what each process had to say."""
+    out = tmp_path_factory.mktemp("two")
+    process = torchrun(__file__, str(out))
+    text, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, text
+    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_train_what_one_trains(
+    name: str, launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    from robustmoe.records import read_jsonl
+    from robustmoe.training.checkpoint import read_state, read_weights
+
+    out, ranks = launched
+    alone = train_one(name, tmp_path)
+    assert ranks[0][name]["weights"] == ranks[1][name]["weights"]  # the replicas are equal, bit for bit
+    # In each of 20 steps both processes enter each of 4 experts, one of them at times without an image.
+    sizes = [rank[name]["sizes"] for rank in ranks]
+    assert [len(each) for each in sizes] == [80, 80]
+    assert any((here == 0) != (there == 0) for here, there in zip(*sizes))
+    assert sum(alone["sizes"]) == sum(sizes[0]) + sum(sizes[1]) == 20 * 24
+
+    one, two = read_state(tmp_path / "state.pt"), read_state(out / name / "state.pt")
+    differences = {key: float((value - two["model"][key]).abs().max()) for key, value in one["model"].items()}
+    worst = max(differences, key=lambda key: differences[key])
+    print(f"{name}: largest difference of a weight after 20 steps {differences[worst]:.3g} at {worst}")
+    assert differences[worst] < 1e-4, worst
+    kept_one, kept_two = (read_weights(folder / "model.safetensors") for folder in (tmp_path, out / name))
+    assert max(float((value - kept_two[key]).abs().max()) for key, value in kept_one.items()) < 1e-4
+
+    (line_one,), (line_two,) = (read_jsonl(folder / "metrics.jsonl") for folder in (tmp_path, out / name))
+    for field in ("val_clean", "val_robust", "val_n", "train_accuracy"):
+        assert line_one[field] == line_two[field], field
+    assert line_two["loss"]["all"] == pytest.approx(line_one["loss"]["all"], abs=1e-5)
+    assert line_two["routers"]["router"]["load"] == line_one["routers"]["router"]["load"]
+
+
+def test_validation_by_two_processes_counts_what_one_counts(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, ranks = launched
+    assert ranks[0]["validation"] == ranks[1]["validation"] == json.loads(json.dumps(validate_some()))
+
+
+def test_the_first_process_alone_writes(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, ranks = launched
+    assert ranks[0]["wrote"] > 4 * len(SCENARIOS)  # config, state, weights, metrics
+    assert ranks[1]["wrote"] == 0
+
+
+def children(pid: int) -> dict[int, int]:
+    """rank -> pid of torchrun's workers."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+            if ranks:
+                found[ranks[0]] = int(child)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's workers in /proc")
+def test_a_dead_peer_ends_the_run_in_one_line_and_resume_goes_on(tmp_path: Path) -> None:
+    from robustmoe.recipe import Recipe
+    from robustmoe.records import read_jsonl
+    from robustmoe.training import train
+    from robustmoe.training.checkpoint import read_state
+
+    settings = {**COMMON, **SCENARIOS["ensemble"], "epochs": 400, "checkpoint_every": 3, "val_limit": 8}
+    del settings["max_steps"]
+    recipe, run, logs = tmp_path / "r.toml", tmp_path / "run", tmp_path / "logs"
+    recipe.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+    arguments = ["--redirects", "3", "--log-dir", str(logs), "-m", "robustmoe", "train", str(recipe), "--out", str(run)]
+    process = torchrun(*arguments)
+    deadline = time.monotonic() + 90
+    while not (run / "state.pt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = children(process.pid)
+    assert set(workers) == {0, 1}
+    os.kill(workers[1], signal.SIGKILL)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, text
+    (error,) = logs.glob("*/attempt_0/0/stderr.log")
+    said = [line for line in error.read_text().splitlines() if not line.startswith(("epoch ", "warning: router"))]
+    assert len(said) == 1, said
+    assert said[0].startswith(
+        ("robustmoe: process 0 of 2 stopped: another process of this run died", "robustmoe: stopped;")
+    )
+    assert "--resume" in said[0]
+
+    state = read_state(run / "state.pt")["progress"]
+    done = state["epoch"] * 53 + state["step"]  # 1295 training images are 53 batches of 24
+    print(f"killed after step {done}")
+    process = torchrun(*arguments, "--resume", "--max-steps", str(done + 5), "--threads", "1")
+    text, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, text
+    lines = read_jsonl(run / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1]["step"] == done + 5
+    if done < 200:  # and it is the run of one process that was never killed
+        train(Recipe(**{**settings, "max_steps": done + 5}), tmp_path / "one")
+        one, two = (read_state(folder / "state.pt")["model"] for folder in (tmp_path / "one", run))
+        assert max(float((value - two[key]).abs().max()) for key, value in one.items()) < 1e-3
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

@@ -1,0 +1,130 @@
+"""Imports point one way, read from the source: routing ← models ← attacks ← training; records ← analysis ← report."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "robustmoe"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+LAYERS = [
+    {"errors", "noise"},
+    {"distributed", "progress", "provenance", "records", "routing", "spec"},
+    {"analysis", "data", "models", "recipe"},
+    {"attacks", "report"},
+    {"training"},
+    {"evaluation"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+"""From the ground up. What stands in one layer imports from layers below it, and inside its own folder."""
+
+WITHOUT_TORCH = ["analysis", "cli", "errors", "progress", "recipe", "records", "report", "spec", "__main__"]
+
+
+def statements(path: Path, nested: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements of a file; those inside functions only where ``nested``; those for type checkers never."""
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if not checking and (nested or not inside):
+            todo.extend(ast.iter_child_nodes(node))
+
+
+def imported(name: str, nested: bool = True) -> set[str]:
+    """The modules that ``name`` imports, by their full names; ``from robustmoe.a import b`` names b where b is a
+    module.
+    """
+    found = set()
+    for node in statements(MODULES[name], nested):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        assert node.level == 0, f"{name} imports by a relative path"
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            found.add(inner if inner in MODULES else str(node.module))
+    return found
+
+
+def part(module: str) -> str:
+    """ "robustmoe.models.base" -> "models"."""
+    return module.split(".")[1]
+
+
+def parts(name: str, nested: bool = True) -> set[str]:
+    """The other parts of the package that module ``name`` imports from."""
+    inside = {module for module in imported(name, nested) if module.startswith("robustmoe.")}
+    return {part(module) for module in inside} - {part(name)}
+
+
+INNER = [name for name in MODULES if name != "robustmoe"]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {part(name) for name in INNER} == set().union(*LAYERS)
+    assert sum(map(len, LAYERS)) == len(set().union(*LAYERS))
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_imports_point_down(name: str) -> None:
+    """`spec` is the one exception: it names modules in a table, as text, and imports none of them before a name is
+    asked for.
+    """
+    place = next(i for i, layer in enumerate(LAYERS) if part(name) in layer)
+    assert parts(name) <= set().union(*LAYERS[:place])
+
+
+def of(*names: str) -> list[str]:
+    return [name for name in INNER if part(name) in names]
+
+
+@pytest.mark.parametrize(
+    "these, never",
+    [
+        (of("routing", "noise"), {"models", "attacks", "training", "evaluation", "data"}),
+        (of("models"), {"attacks", "training", "evaluation", "data", "records"}),
+        (of("attacks"), {"training", "evaluation", "data", "records"}),
+        (of("data"), {"models", "attacks", "training", "evaluation"}),
+        (of("training"), {"evaluation", "analysis", "report"}),
+        (of("records", "analysis", "report"), {"models", "attacks", "training", "evaluation", "data", "routing"}),
+    ],
+    ids=lambda value: " ".join(sorted({part(m) if "." in m else m for m in value})),
+)
+def test_work_and_reading_are_apart(these: list[str], never: set[str]) -> None:
+    assert these
+    for name in these:
+        assert not parts(name) & never, name
+
+
+def test_evaluation_does_not_need_the_training_loop() -> None:
+    for name in of("evaluation"):
+        assert not imported(name) & {"robustmoe.training", "robustmoe.training.loop", "robustmoe.training.phases"}, name
+
+
+@pytest.mark.parametrize("name", of(*WITHOUT_TORCH))
+def test_torch_is_not_reached_by_importing(name: str) -> None:
+    """Nor through what is imported on the way: module-level imports only, with every package's __init__."""
+    seen: set[str] = set()
+    todo = [name]
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        assert module.split(".")[0] != "torch", f"{name} imports torch"
+        if module in MODULES:
+            todo += imported(module, nested=False)
+            todo += [".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1)]

@@ -1,0 +1,147 @@
+"""Schedules at points worked by hand, optimisers against torch's, the moving average by its recursion."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from robustmoe import spec
+from robustmoe.errors import UserError
+from robustmoe.training import SGD, AdamW
+from robustmoe.training.optimisation import Average, constant, cosine, one_cycle, step
+
+POINTS = [
+    (constant(), {0.0: 1.0, 0.5: 1.0, 1.0: 1.0}),
+    # (1 + cos(pi p)) / 2: cos(pi/3) = 1/2, cos(2 pi/3) = -1/2
+    (cosine(), {0.0: 1.0, 1 / 3: 0.75, 0.5: 0.5, 2 / 3: 0.25, 1.0: 0.0}),
+    # up to 1 at 0.2; then half a cosine over the remaining 0.8: its middle is 0.6
+    (cosine(warmup=0.2), {0.0: 0.0, 0.1: 0.5, 0.2: 1.0, 0.6: 0.5, 1.0: 0.0}),
+    # up to 1 at 0.4, down to 0 over 0.6: at 0.7 it is (1 - 0.7) / 0.6
+    (one_cycle(), {0.0: 0.0, 0.2: 0.5, 0.4: 1.0, 0.7: 0.5, 1.0: 0.0}),
+    (one_cycle(rise=0.0), {0.0: 1.0, 0.25: 0.75, 1.0: 0.0}),
+    (step(), {0.0: 1.0, 0.49: 1.0, 0.5: 0.1, 0.74: 0.1, 0.75: 0.01, 1.0: 0.01}),
+    (step((0.9, 0.3), factor=0.5), {0.29: 1.0, 0.3: 0.5, 0.9: 0.25}),
+]
+
+
+@pytest.mark.parametrize("schedule, points", POINTS)
+def test_schedules_at_points_worked_by_hand(schedule: object, points: dict[float, float]) -> None:
+    assert callable(schedule)
+    assert {p: schedule(p) for p in points} == pytest.approx(points, abs=1e-12)
+
+
+@pytest.mark.parametrize("text", ["cosine(warmup=1.0)", "one_cycle(rise=-0.1)", "step(milestones=(0.5, 1.5))"])
+def test_a_share_outside_0_to_1_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"must be in \[0, 1\), a share of the run"):
+        spec.build(text, "schedule")
+
+
+@pytest.mark.parametrize("text", ["sgd(lr=0.0)", "adamw(lr=-1.0)", "sgd(weight_decay=-0.1)", "adamw(weight_decay=-1.0)"])
+def test_a_learning_rate_or_decay_out_of_range_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="lr must be above 0 and weight_decay 0 or more"):
+        spec.build(text, "optimizer")
+
+
+def test_specs_make_torchs_optimisers() -> None:
+    layer = nn.Linear(2, 2)
+    sgd = SGD(0.3, 0.8, 1e-3, nesterov=True).make(layer.parameters())
+    assert type(sgd) is torch.optim.SGD
+    assert {key: sgd.defaults[key] for key in ("lr", "momentum", "weight_decay", "nesterov", "dampening")} == {
+        "lr": 0.3,
+        "momentum": 0.8,
+        "weight_decay": 1e-3,
+        "nesterov": True,
+        "dampening": 0,
+    }
+    adamw = AdamW(2e-3, 0.1, 0.8, 0.99).make(layer.parameters())
+    assert type(adamw) is torch.optim.AdamW
+    assert {key: adamw.defaults[key] for key in ("lr", "weight_decay", "betas")} == {
+        "lr": 2e-3,
+        "weight_decay": 0.1,
+        "betas": (0.8, 0.99),
+    }
+
+
+def test_sgd_with_momentum_and_decay_by_hand() -> None:
+    """w = 2, gradient 1 twice. g = 1 + 0.5 * 2 = 2, v = 2, w = 2 - 0.1 * 2 = 1.8; g = 1 + 0.9 = 1.9, v = 0.5 * 2 + 1.9
+    = 2.9, w = 1.8 - 0.29 = 1.51.
+    """
+    weight = nn.Parameter(torch.tensor([2.0]))
+    optimiser = SGD(0.1, momentum=0.5, weight_decay=0.5).make([weight])
+    seen = []
+    for _ in range(2):
+        weight.grad = torch.ones(1)
+        optimiser.step()
+        seen.append(weight.item())
+    assert seen == pytest.approx([1.8, 1.51])
+
+
+def test_adamw_first_step_by_hand() -> None:
+    """After one step m / sqrt(v) = sign(g): w = 2 - 0.1 * 0.5 * 2 - 0.1 * 1 = 1.8, whatever the gradient's size."""
+    weight = nn.Parameter(torch.tensor([2.0]))
+    optimiser = AdamW(0.1, weight_decay=0.5).make([weight])
+    weight.grad = torch.tensor([123.0])
+    optimiser.step()
+    assert weight.item() == pytest.approx(1.8)
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.0]))
+        self.register_buffer("running", torch.tensor([0.0]))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def test_the_average_by_its_recursion() -> None:
+    """decay at update t is min(0.3, (1 + t) / (10 + t)): 2/11, 3/12, then 0.3 (4/13 is above it). Values 1, 2, 3:
+    a1 = 9/11, a2 = 0.25 a1 + 0.75 * 2, a3 = 0.3 a2 + 0.7 * 3.
+    """
+    model = Counter()
+    average = Average(model, 0.3)
+    expected = 0.0
+    for t, decay in ((1, 2 / 11), (2, 3 / 12), (3, 0.3)):
+        with torch.no_grad():
+            model.weight.fill_(float(t))
+            model.get_buffer("running").fill_(10.0 * t)
+            model.get_buffer("count").fill_(t)
+        average.update(model)
+        expected = decay * expected + (1 - decay) * t
+        assert average.state["weight"].item() == pytest.approx(expected)
+        assert average.state["running"].item() == pytest.approx(10 * expected)  # BatchNorm's statistics too
+        assert average.state["count"].item() == t  # integers are copied
+    assert model.weight.item() == 3.0
+    assert not average.state["weight"].requires_grad
+
+
+def test_the_average_starts_at_the_model_and_survives_a_round_trip() -> None:
+    model = Counter()
+    average = Average(model, 0.99)
+    average.update(model)
+    assert average.state["weight"].item() == 0.0
+    again = Average(model, 0.99)
+    again.load_state_dict(average.state_dict())
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    average.update(model)
+    again.update(model)
+    assert again.state["weight"].item() == average.state["weight"].item() == pytest.approx(1 - 3 / 12)
+    assert again.steps == 2
+
+
+def test_the_warm_up_never_passes_the_decay() -> None:
+    """(1 + t) / (10 + t) reaches 0.5 at t = 8."""
+    model = Counter()
+    average = Average(model, 0.5)
+    average.steps = 7
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    average.update(model)
+    assert average.state["weight"].item() == pytest.approx(0.5)
+    average.steps = 10**6
+    average.update(model)
+    assert average.state["weight"].item() == pytest.approx(0.75)
+    assert math.isclose(average.decay, 0.5)
