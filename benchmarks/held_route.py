@@ -1,9 +1,11 @@
-"""What an adversarial training that holds the route changes: joint against experts_only training attacks, several seeds, on digits.
+"""What an adversarial training that holds the route changes: joint against experts_only training attacks, several
+seeds, on digits.
 
-    python benchmarks/held_route.py [--seeds N]
+python benchmarks/held_route.py [--seeds N]
 
-One row a training objective: mean and spread over seeds of the clean accuracy and of what each attack leaves, in per cent
-of the test images. The model, schedule and attacks are those of `robustmoe demo`; only the training attack's objective differs.
+One row a training objective: mean and spread over seeds of the clean accuracy and of what each attack leaves, in per
+cent of the test images. The model, schedule and attacks are those of `robustmoe demo`; only the training attack's
+objective differs.
 """
 
 from __future__ import annotations

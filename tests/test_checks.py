@@ -335,5 +335,5 @@ def test_the_checks_leave_the_model_as_it_was(model: RoutedModel, images: Callab
     before = checks.fingerprint(model)
     found = checks.before(model, JOINT, batch(images(6)))
     assert checks.fingerprint(model) == before
-    assert [check.id for check in found] == ["H1", "H6", "H7", "H4", "R1"]
+    assert [check.id for check in found] == ["H1", "H6", "H7", "H4", "G1", "R1"]
     assert all(check.status == "pass" for check in found[:4])

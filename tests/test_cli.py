@@ -177,11 +177,14 @@ def test_a_mistake_is_one_line(here: Path, argv: str, message: str, capsys: pyte
 # ---------------------------------------------------------------------------------------------- other verbs
 
 
-def test_evaluate_passes_its_flags_and_prints_the_table(evaluated: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluated.result = "a table"
+def test_evaluate_passes_its_flags_and_prints_the_table(
+    evaluated: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated.result = []
+    monkeypatch.setattr("robustmoe.reporting.summary_table", lambda results: f"a table of {len(results)}")
     flags = ["--attack", "pgd(linf(8/255), steps=2)", "--attack=fgsm", "--limit", "5", "--curve", "0, 2/255"]
     assert main(["evaluate", "runs/one", *flags, "--split", "val", "--batch-size", "3", "--out", "rows"]) == 0
-    assert capsys.readouterr().out == "a table\n"
+    assert capsys.readouterr().out == "a table of 0\n"
     (args, keywords) = evaluated[0]
     assert args == (Path("runs/one"),)
     assert keywords == {
@@ -198,7 +201,7 @@ def test_evaluate_passes_its_flags_and_prints_the_table(evaluated: Calls, capsys
 
 
 def test_evaluate_by_default_takes_the_attacks_of_the_recipe(evaluated: Calls) -> None:
-    evaluated.result = ""
+    evaluated.result = []
     assert main(["evaluate", "runs/one", "--curve", "none"]) == 0
     assert main(["evaluate", "runs/one"]) == 0
     (none, auto) = (keywords for _, keywords in evaluated)
@@ -209,7 +212,7 @@ def test_evaluate_by_default_takes_the_attacks_of_the_recipe(evaluated: Calls) -
 def test_report_takes_several_runs(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = stand_in(monkeypatch, "robustmoe.report", "report")
+    calls = stand_in(monkeypatch, "robustmoe.reporting", "report")
     calls.result = Path("x.html")
     assert main(["report", "runs/one", "runs/one", "--out", "x.html"]) == 0
     assert calls == [(([Path("runs/one")] * 2, Path("x.html")), {})]

@@ -97,7 +97,11 @@ def start(*arguments: str, program: str = "") -> subprocess.Popen[str]:
     command = ["-c", program] if program else ["-m", "robustmoe"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, *command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *command, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -142,7 +146,7 @@ def test_kill_9_in_the_middle_of_an_epoch_then_resume_is_bit_for_bit_the_straigh
 
 def test_kill_9_of_the_plain_command_then_the_plain_command_with_resume(tmp_path: Path) -> None:
     """No help from inside: the command as users type it, killed when the first epoch's line is there."""
-    fields = {**PLAIN, "epochs": 40, "batch_size": 16, "checkpoint_every": 7}
+    fields = {**PLAIN, "epochs": 60, "checkpoint_every": 7, "val_limit": 8}
     recipe, run = toml(tmp_path / "r.toml", fields), tmp_path / "run"
     process = start("train", recipe, "--out", str(run))
     while not (run / "metrics.jsonl").exists():
@@ -151,8 +155,8 @@ def test_kill_9_of_the_plain_command_then_the_plain_command_with_resume(tmp_path
     process.kill()
     process.communicate()
     state = read_state(run / "state.pt")["progress"]
-    assert state["epoch"] < 40
-    stop = str((state["epoch"] + 2) * 80)  # 1295 images are 80 batches of 16: to the end of the next epoch but one
+    assert state["epoch"] < 60
+    stop = str((state["epoch"] + 2) * STEPS)  # to the end of the next epoch but one
     again = start("train", recipe, "--out", str(run), "--resume", "--max-steps", stop)
     out, error = again.communicate(timeout=120)
     assert again.returncode == 0, error
@@ -167,7 +171,8 @@ import os, sys
 from robustmoe.cli import main
 original, calls = os.{call}, []
 def crash(*arguments):
-    name = str(arguments[0]) if isinstance(arguments[0], str) or hasattr(arguments[0], "name") else os.readlink(f"/proc/self/fd/{{arguments[0]}}")
+    target = arguments[0]
+    name = os.readlink(f"/proc/self/fd/{{target}}") if isinstance(target, int) else str(target)
     if ".state.pt." in name:
         calls.append(name)
         if len(calls) == 4:
@@ -182,7 +187,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(call: str, straight: Path, tmp_path: Path) -> None:
-    """The fourth checkpoint of a run with one every 10 steps is at the end of epoch 2's tenth step: the third stands."""
+    """Of a run with one every 10 steps: epoch 1 at 10 and 20 steps, after epoch 1, and epoch 2 at 10, which is lost."""
     recipe = toml(tmp_path / "r.toml", {**FIELDS, "checkpoint_every": 10})
     run = tmp_path / "run"
     process = start("train", recipe, "--out", str(run), program=CRASH.format(call=call))
@@ -190,7 +195,6 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(call: str, 
     assert process.returncode == 9, error
     left = list(run.glob(".state.pt.*.tmp"))
     assert len(left) == 1
-    # Checkpoints: epoch 1 at 10 and 20 steps, after epoch 1, epoch 2 at 10 (lost).
     state = read_state(run / "state.pt")["progress"]
     assert (state["epoch"], state["step"]) == (1, 0)
     assert main(["train", recipe, "--out", str(run), "--resume"]) == 0
@@ -256,7 +260,8 @@ def test_no_space_for_a_checkpoint_is_one_line_and_the_run_can_go_on(
     assert main(["train", recipe, "--out", str(run), "--resume"]) == 2
     file_size(resource.RLIM_INFINITY)
     *_, error = capsys.readouterr().err.splitlines()
-    assert error == f"robustmoe: cannot write {run}/state.pt: {os.strerror(errno.EFBIG)}; free some space or choose another --out"
+    full = f"{os.strerror(errno.EFBIG)}; free some space or choose another --out"
+    assert error == f"robustmoe: cannot write {run}/state.pt: {full}"
     after = {file.name: file.read_bytes() for file in run.iterdir()}
     assert set(after) == set(before)  # no temporary file is left
     assert after["state.pt"] == before["state.pt"]
@@ -325,7 +330,9 @@ def test_resume_from_a_truncated_checkpoint_is_one_line(keep: float, stopped: Pa
     run = copy(stopped, tmp_path / "run")
     whole = (run / "state.pt").read_bytes()
     (run / "state.pt").write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
-    with pytest.raises(UserError, match=r"state\.pt: the checkpoint is damaged .* Start the run anew in another --out"):
+    with pytest.raises(
+        UserError, match=r"state\.pt: the checkpoint is (damaged|broken) .* Start the run anew in another --out"
+    ):
         train(Recipe(**PLAIN), run, resume=True)
 
 
@@ -341,7 +348,7 @@ def test_resume_from_the_checkpoint_of_another_architecture_names_the_tensor(sto
 def test_resume_with_a_damaged_config_is_one_line(text: str, stopped: Path, tmp_path: Path) -> None:
     run = copy(stopped, tmp_path / "run")
     (run / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json: the file is damaged"):
+    with pytest.raises(UserError, match=r"config\.json: the file is (damaged|broken)"):
         train(Recipe(**PLAIN), run, resume=True)
 
 
@@ -364,8 +371,6 @@ def test_max_steps_then_without_it_is_the_straight_run(straight: Path, tmp_path:
         assert state["epoch"] * STEPS + state["step"] == stop
         before = (tmp_path / "run" / "state.pt").read_bytes()
         train(recipe, tmp_path / "run", resume=True)  # there is nothing to do, and nothing is done
-        state_after = read_state(tmp_path / "run" / "state.pt")
-        assert equal(state_after["model"], torch.load(tmp_path / "run" / "state.pt")["model"])
         assert (tmp_path / "run" / "state.pt").read_bytes() == before
         load_model(tmp_path / "run")
     train(Recipe(**FIELDS), tmp_path / "run", resume=True)
@@ -380,7 +385,10 @@ def test_part_of_an_epoch_is_never_the_best(tmp_path: Path, scores: Callable[[li
     kept = (tmp_path / "run" / "model.safetensors").read_bytes()
     train(Recipe(**recipe), tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == kept
-    assert [(line["epoch"], line["best"]) for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [(1, True), (2, False)]
+    assert [(line["epoch"], line["best"]) for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [
+        (1, True),
+        (2, False),
+    ]
 
 
 @pytest.fixture
@@ -396,7 +404,9 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_the_best_epoch_by_validation_is_kept(ema: float, tmp_path: Path, scores: Callable[[list[float]], None]) -> None:
+def test_the_best_epoch_by_validation_is_kept(
+    ema: float, tmp_path: Path, scores: Callable[[list[float]], None]
+) -> None:
     """The last epoch is worse; an equal score does not replace an earlier one."""
     fields = {**PLAIN, "schedule": "constant", "ema": ema}
     scores([0.4])

@@ -20,7 +20,7 @@ def splitmix64(state: int) -> int:
 
 
 def stream(index: int, *key: int) -> int:
-    state = splitmix64(index & MASK)
+    state = splitmix64(splitmix64(index & MASK))
     for part in key:
         state = splitmix64(state ^ splitmix64(part & MASK))
     return state
@@ -40,7 +40,9 @@ def test_bits_equal_plain_python(key: tuple[int, ...]) -> None:
     index = torch.tensor([0, 1, 17, 123456789, -5, 2**62])
     noise = Noise.of(index, *key)
     assert noise.state.tolist() == [signed(stream(i, *key)) for i in index.tolist()]
-    expected = [[signed(splitmix64(stream(i, *key) ^ splitmix64(p))) for p in range(6)] for i in index.tolist()]
+    expected = [
+        [signed(splitmix64((stream(i, *key) ^ MASK) ^ splitmix64(p))) for p in range(6)] for i in index.tolist()
+    ]
     assert noise.bits(2, 3).flatten(1).tolist() == expected
     uniform = [[(z & MASK) >> 40 for z in row] for row in expected]
     assert (noise.uniform(6) * 2**24).tolist() == uniform
@@ -150,3 +152,14 @@ def test_permutations_are_uniform() -> None:
     counts = seen.unique(return_counts=True)[1]
     assert len(counts) == 24
     assert stats.chisquare(counts.numpy()).pvalue > 0.01
+
+
+def test_image_and_key_do_not_change_places() -> None:
+    index = torch.arange(50)
+    states = torch.stack([Noise.of(index, seed).state for seed in range(50)])
+    assert len(set(states.flatten().tolist())) == 2500, "image 3 of seed 5 must not draw what image 5 of seed 3 draws"
+
+
+def test_a_fold_is_not_a_draw() -> None:
+    noise = Noise.of(torch.arange(20), 7)
+    assert not torch.equal(noise.fold(3).state, noise.bits(4)[:, 3])

@@ -376,9 +376,13 @@ def test_an_infinite_gradient_stops_the_attack(images: Callable[..., Tensor]) ->
         )
 
 
-def test_a_model_without_gradient_stops_the_attack(images: Callable[..., Tensor]) -> None:
-    with pytest.raises(NotFiniteError, match="no path from the image to the loss is differentiable"):
-        PGD(linf(0.03))(lambda x: x.detach().flatten(1)[:, :4], images(3), torch.zeros(3, dtype=torch.long))
+@pytest.mark.parametrize("start", ["random", "clean"])
+def test_on_a_model_without_gradient_the_attack_stays_at_its_start(start: str, images: Callable[..., Tensor]) -> None:
+    x, y = images(3), torch.zeros(3, dtype=torch.long)
+    noise = Noise.of(torch.arange(3))
+    attack = PGD(linf(0.03), start=start, keep="last")
+    found = attack(lambda x: x.detach().flatten(1)[:, :4], x, y, noise)
+    assert torch.equal(found, x if start == "clean" else attack.threat.start(x, noise.fold(0)))
 
 
 # ------------------------------------------------------------------------------------------------ routers under attack

@@ -33,7 +33,7 @@ class Weights(RoutedModel):
 
 
 def linear(weight: str) -> Callable[..., Loss]:
-    """loss = the sum of the parameter times (1, 2, 2, ...) over its entries: its gradient is known."""
+    """loss = 3 * parameter * mean(x): the gradient is 3 mean(x)."""
 
     def loss(model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         return Loss((3.0 * getattr(model, weight)).sum() * x.mean(), torch.tensor(1))

@@ -332,12 +332,12 @@ def test_a_path_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_readers_do_not_import_torch() -> None:
-    code = "import sys, robustmoe.records, robustmoe.analysis, robustmoe.report; assert 'torch' not in sys.modules"
+    code = "import sys, robustmoe.records, robustmoe.analysis, robustmoe.reporting; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_imports_point_one_way() -> None:
     source = Path(__file__).parents[1] / "src" / "robustmoe"
     assert "robustmoe.analysis" not in (source / "records.py").read_text()
-    assert "robustmoe.report" not in (source / "records.py").read_text()
-    assert "robustmoe.report" not in (source / "analysis.py").read_text()
+    assert "robustmoe.reporting" not in (source / "records.py").read_text()
+    assert "robustmoe.reporting" not in (source / "analysis.py").read_text()

@@ -18,9 +18,9 @@ from PIL import Image
 
 from robustmoe.errors import UserError
 from robustmoe.records import Check, Example, Header, Result, RouterInfo, Row, Writer, append_json, read, write_examples
-from robustmoe.report import report, summary_table
-from robustmoe.report.figures import ticks
-from robustmoe.report.words import duration, eps_text, percent, route_text
+from robustmoe.reporting import report, summary_table
+from robustmoe.reporting.figures import ticks
+from robustmoe.reporting.words import duration, eps_text, percent, route_text
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 EPS = 8 / 255

@@ -1,6 +1,6 @@
 """Mixture-of-Experts vision models that hold under attack: train, attack, evaluate and report, the router included.
 
-The names below are the public ones; each is imported when it is first used, so that ``robustmoe --help`` needs no torch.
+The names below are the public ones; each is imported when first used, so that ``robustmoe --help`` needs no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from robustmoe.models import RoutedModel as RoutedModel
     from robustmoe.models import build_model as build_model
     from robustmoe.recipe import Recipe as Recipe
-    from robustmoe.report import report as report
+    from robustmoe.reporting import report as report
     from robustmoe.routing import Routing as Routing
     from robustmoe.routing import Tape as Tape
     from robustmoe.routing import Trace as Trace
@@ -39,7 +39,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "evaluate_run": "evaluation",
     "load_model": "training",
-    "report": "report",
+    "report": "reporting",
     "train": "training",
 }
 

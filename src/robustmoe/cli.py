@@ -62,7 +62,6 @@ def evaluate(
         str, "radii of the accuracy curve, such as 0,2/255,4/255; auto = around the attack's; none = no curve"
     ] = "auto",
     seed: Annotated[int, "decides every random draw of the attacks"] = 0,
-    precision: Annotated[Literal["fp32"], "verdicts come from the exact fp32 model"] = "fp32",
     device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
     out: Annotated[str | None, "folder of the rows (default: RUN/rows)"] = None,
 ) -> str:
@@ -72,8 +71,9 @@ def evaluate(
         spec.canonical(text)
     radii = {"auto": None, "none": ()}[curve] if curve in ("auto", "none") else spec.numbers(curve)
     from robustmoe.evaluation import evaluate_run
+    from robustmoe.reporting import summary_table
 
-    table: str = evaluate_run(
+    results = evaluate_run(
         folder,
         attacks=attack,
         data=data,
@@ -85,14 +85,14 @@ def evaluate(
         device=device,
         out=None if out is None else Path(out),
     )
-    return table
+    return summary_table(results)
 
 
 def analyze(run: Annotated[str, "a run folder that was evaluated"]) -> str:
     """Print the tables of an evaluated run."""
     folder = _run_folder(run)
     from robustmoe import records
-    from robustmoe.report import summary_table
+    from robustmoe.reporting import summary_table
 
     files = sorted(f for f in (folder / "rows").glob("*.jsonl") if not f.name.endswith(".examples.jsonl"))
     if not files:
@@ -106,7 +106,7 @@ def report(
 ) -> str:
     """Write one self-contained HTML report about one or more evaluated runs."""
     folders = [_run_folder(run) for run in runs]
-    from robustmoe.report import report as write
+    from robustmoe.reporting import report as write
 
     return str(write(folders, Path(out)))
 

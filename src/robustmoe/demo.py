@@ -39,7 +39,7 @@ def demo(out: str | Path = "runs/demo") -> Path:
     ``out`` must be empty or not there, or hold an earlier demo, which is then made anew.
     """
     from robustmoe.evaluation import evaluate_run
-    from robustmoe.report import report
+    from robustmoe.reporting import report, summary_table
     from robustmoe.training import train
 
     out = Path(out)
@@ -49,7 +49,7 @@ def demo(out: str | Path = "runs/demo") -> Path:
         note(f"\ntraining {recipe.model} on {recipe.data} into {folder}")
         train(recipe, folder)
         note(f"attacking {folder}")
-        note(evaluate_run(folder))
+        note(summary_table(evaluate_run(folder)))
     return report([folder for folder, _ in runs], out / "report.html")
 
 

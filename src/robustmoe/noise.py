@@ -45,7 +45,7 @@ class Noise:
     @classmethod
     def of(cls, index: Int[Tensor, " n"], *key: int) -> Noise:
         """Streams of the images ``index`` (n,), any stable integers, under ``key`` (seed, epoch, ...)."""
-        return cls(_mix(index.to(torch.int64))).fold(*key)
+        return cls(_mix(_mix(index.to(torch.int64)))).fold(*key)  # twice: (image, key) must not equal (key, image)
 
     def fold(self, *key: int) -> Noise:
         """The streams derived from these by each integer of ``key`` in turn."""
@@ -63,7 +63,7 @@ class Noise:
     def bits(self, *shape: int) -> Int[Tensor, "n ..."]:
         """64 random bits for each of (n, *shape) places."""
         places = torch.arange(math.prod(shape), dtype=torch.int64, device=self.state.device)
-        return _mix(self.state[:, None] ^ _mix(places)[None]).reshape(len(self), *shape)
+        return _mix(~self.state[:, None] ^ _mix(places)[None]).reshape(len(self), *shape)  # ~: no fold is a draw
 
     def uniform(self, *shape: int) -> Float[Tensor, "n ..."]:
         """Uniform in [0, 1), float32, (n, *shape): the top 24 of 64 bits, so every value is exact."""

@@ -20,19 +20,19 @@ class NotFiniteError(RuntimeError):
 
 
 def ascend(inner: Inner, x_adv: Tensor) -> tuple[Score, Tensor]:
-    """The score at x_adv and the gradient of its loss, image by image, in the dtype of x_adv."""
+    """The score at x_adv and the gradient of its loss, image by image, in the dtype of x_adv.
+
+    Where no path from the image to the loss is differentiable the gradient is zero, and the attack stays at its start;
+    evaluation's check G1 marks what such an attack finds. Raises `NotFiniteError`.
+    """
     x_adv = x_adv.detach().requires_grad_(True)
     score = inner(x_adv)
-    if not score.loss.requires_grad:
-        raise NotFiniteError(
-            "the objective has no gradient to the image: no path from the image to the loss is differentiable"
-        )
-    (gradient,) = torch.autograd.grad(score.loss.sum(), x_adv)
+    found = torch.autograd.grad(score.loss.sum(), x_adv, allow_unused=True)[0] if score.loss.requires_grad else None
+    gradient = torch.zeros_like(x_adv) if found is None else found
     if not bool((torch.isfinite(score.loss).all() & torch.isfinite(gradient).all()).item()):
         raise NotFiniteError(
-            "the attack's loss or gradient is not finite; the model's outputs are broken (NaN or "
-            "infinite logits), and no robust "
-            "accuracy can be measured"
+            "the attack's loss or gradient is not finite; the model's outputs are broken (NaN or infinite logits), and "
+            "no robust accuracy can be measured"
         )
     return Score(score.loss.detach(), score.fooled), gradient
 

@@ -1,7 +1,8 @@
 """Can this number be believed? Each check gives pass, warn, fail or not run, a value, and a sentence (ids as in
 docs/checks.md).
 
-Before the attack: H1 input, H4 one image at a time, H6 outputs, H7 determinism, R1 does the attack see the router.
+Before the attack: H1 input, H4 one image at a time, H6 outputs, H7 determinism, G1 does the attack have a gradient, R1
+does it see the router.
 After it: H2 ball and box, H3 the model is as it was. A failed check marks the number in every table.
 """
 
@@ -27,12 +28,15 @@ ROUNDING, FAINT = 1e-6, 1e-2
 """Check R1: a share of the gradient below the first is the noise of two float32 passes; one below the second hardly
 aims at the router (a saturated gate)."""
 
+ZERO_SHARE = 0.05
+"""Check G1: a larger share of images without gradient fails."""
+
 
 def before(model: RoutedModel, attack: Attack, batch: Batch) -> list[Check]:
     """The checks that ask the model itself, on one small batch (n, ch, h, w)."""
     with torch.no_grad():
         found = [input_range(batch), outputs(model, batch), determinism(model, batch), alone(model, batch)]
-    return [*found, router_in_sight(model, attack, batch)]
+    return [*found, gradients(model, attack, batch), router_in_sight(model, attack, batch)]
 
 
 def input_range(batch: Batch) -> Check:
@@ -109,6 +113,20 @@ def alone(model: RoutedModel, batch: Batch) -> Check:
     )
 
 
+def gradients(model: RoutedModel, attack: Attack, batch: Batch) -> Check:
+    """G1: the share of images at which the attack's own loss has no gradient, at its random start (a KL is flat at the
+    clean image). Such an image is not attacked, and reads as robust (Athalye et al. 2018).
+    """
+    with evaluating(model):
+        inner = attack.objective(model, batch.x, batch.y)
+        start = attack.threat.start(batch.x, Noise.of(batch.index, attack.seed))
+        flat = _gradient(lambda x: inner(x).loss, start).flatten(1).abs().sum(1) == 0
+    share = float(flat.float().mean())
+    status = "pass" if share == 0 else "warn" if share <= ZERO_SHARE else "fail"
+    text = f"the attack's loss has no gradient at {100 * share:.3g} % of {len(batch)} images"
+    return Check("G1", "gradient", status, share, text)
+
+
 def router_in_sight(model: RoutedModel, attack: Attack, batch: Batch) -> Check:
     """R1: the share of the loss's image gradient that goes through the routers (whole gradient against the one with
     the route held). For an attack on the routers alone: the share of images at which its own loss has a gradient.
@@ -121,10 +139,7 @@ def router_in_sight(model: RoutedModel, attack: Attack, batch: Batch) -> Check:
         return _r1("not run", None, "this attack holds the route by design; it says nothing of the router")
     with evaluating(model):
         if isinstance(attack.objective, RouterOnly):
-            inner = attack.objective(model, batch.x, batch.y)
-            start = attack.threat.start(batch.x, Noise.of(batch.index, attack.seed))  # a KL is flat at the clean image
-            felt = _gradient(lambda x: inner(x).loss, start).flatten(1).abs().sum(1) > 0
-            share = float(felt.float().mean())
+            share = 1.0 - float(gradients(model, attack, batch).value)
             text = f"the routers' own logits move with {100 * share:.3g} % of the images"
             return _r1("pass" if share > 0.5 else "warn" if share > 0 else "fail", share, text)
         whole, held = (_gradient(_loss(model, batch.y, forced), batch.x) for forced in (None, trace))

@@ -105,7 +105,7 @@ def train_step(
         except NotFiniteError as error:
             raise TrainingStopped(_not_attackable(phase, error, model)) from error
         raw = torch.autograd.grad(loss.value, list(named.values()), allow_unused=True)
-        # A copy of each: autograd may give two parameters one tensor, or an expanded one, and these are changed in place.
+        # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
         gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
         distributed.average_gradients(gradients)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from robustmoe.report.collect import Group, View, comparable
-from robustmoe.report.provenance import commands, facts, merged
-from robustmoe.report.verdict import story
-from robustmoe.report.words import GLOSSARY, eps_text, interval, percent, plain, threat
+from robustmoe.reporting.collect import Group, View, comparable
+from robustmoe.reporting.provenance import commands, facts, merged
+from robustmoe.reporting.verdict import story
+from robustmoe.reporting.words import GLOSSARY, eps_text, interval, percent, plain, threat
 
 
 def markdown(views: Sequence[View]) -> str:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from robustmoe.analysis import Load
 from robustmoe.records import Example
-from robustmoe.report.collect import View
-from robustmoe.report.figures import heat
-from robustmoe.report.words import plural, route_text
+from robustmoe.reporting.collect import View
+from robustmoe.reporting.figures import heat
+from robustmoe.reporting.words import plural, route_text
 
 ROUTERS_SHOWN = 8
 EXAMPLES_SHOWN = 12

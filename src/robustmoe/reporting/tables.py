@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from robustmoe import analysis
-from robustmoe.report.collect import Group, View, strongest
-from robustmoe.report.figures import colour
-from robustmoe.report.words import GLOSSARY, count, duration, interval, percent, plural, threat
+from robustmoe.reporting.collect import Group, View, strongest
+from robustmoe.reporting.figures import colour
+from robustmoe.reporting.words import GLOSSARY, count, duration, interval, percent, plural, threat
 
 _OBJECTIVES = {
     "joint": "aims at router and experts",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from robustmoe import analysis
 from robustmoe.records import Result
-from robustmoe.report.words import eps_text, interval, percent, plural, threat
+from robustmoe.reporting.words import eps_text, interval, percent, plural, threat
 
 
 def summary_table(results: Sequence[Result]) -> str:

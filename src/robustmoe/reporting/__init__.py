@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robustmoe.records import write_atomic
-from robustmoe.report.collect import collect
-from robustmoe.report.markdown import markdown
-from robustmoe.report.numbers import numbers
-from robustmoe.report.page import page
-from robustmoe.report.terminal import summary_table
+from robustmoe.reporting.collect import collect
+from robustmoe.reporting.markdown import markdown
+from robustmoe.reporting.numbers import numbers
+from robustmoe.reporting.page import page
+from robustmoe.reporting.terminal import summary_table
 
 __all__ = ["report", "summary_table"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from robustmoe.report import experts, provenance, tables, training, verdict
-from robustmoe.report.collect import View
-from robustmoe.report.style import css
+from robustmoe.reporting import experts, provenance, tables, training, verdict
+from robustmoe.reporting.collect import View
+from robustmoe.reporting.style import css
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from robustmoe import provenance, records
 from robustmoe import spec as specs
-from robustmoe.analysis import Summary, summary
+from robustmoe.analysis import Summary, robust, summary
 from robustmoe.attacks import PGD, Attack, Objective, Threat, build_attack, experts_only, joint, linf, router_only
 from robustmoe.data import Data, ImageSet, batches, from_arrays
 from robustmoe.errors import UserError
@@ -30,8 +30,7 @@ from robustmoe.evaluation import checks
 from robustmoe.evaluation.attacked import attack_batch, examples_of, rows_of
 from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.progress import note, progress
-from robustmoe.records import Check, Header, RouterInfo, Writer
-from robustmoe.report import summary_table
+from robustmoe.records import Check, Header, Result, RouterInfo, Writer
 from robustmoe.routing import Tape, Trace
 from robustmoe.training.checkpoint import load_model, read_config
 
@@ -101,14 +100,15 @@ def evaluate_run(
     seed: int = 0,
     device: str = "auto",
     out: str | Path | None = None,
-) -> str:
-    """Evaluate a run folder with each attack into ``RUN/rows`` (or ``out``), one file an attack, and give the table
-    to print.
+) -> list[Result]:
+    """Evaluate a run folder with each attack into ``RUN/rows`` (or ``out``), one file an attack; gives their
+    contents.
 
     ``attacks``: specs; by default those of the run's recipe, else PGD-20 at the radius it was trained for, on the
-    whole model, the experts alone and the routers alone. ``curve``: radii, in pixels, at which the first whole-model
-    attack is run again on at most 256 images; by default a quarter to twice its own; empty: none. ``seed``: of the
-    attacks whose spec gives none. What is already in a file is kept, and only missing images are attacked.
+    whole model, the experts alone and the routers alone. ``curve``: radii, in pixels, at which the attack that left
+    the fewest images standing is run again, on at most 256 images; by default a quarter to twice its own; empty:
+    none. ``seed``: of the attacks whose spec gives none. What is already in a file is kept, and only missing images
+    are attacked.
     """
     if split not in SPLITS:
         raise UserError(f"split must be {', '.join(SPLITS)}; got {split!r}")
@@ -126,7 +126,7 @@ def evaluate_run(
         )
     images: ImageSet = getattr(source, split).head(limit)
     chosen = [_seeded(a, seed) for a in _attacks(_look(model, images, where).trace, chosen, _threat(config))]
-    around = _curve(chosen, curve)
+    radii = {attack.threat: _radii(attack.threat, curve) for attack in chosen}
     about = {
         "run": str(run),
         "model": config["model"],
@@ -140,10 +140,11 @@ def evaluate_run(
     batch_size = BATCH if batch_size is None else batch_size
     results = [measure(model, images, a, folder / f"{slug(a)}{end}.jsonl", where, batch_size, about) for a in chosen]
     few = images.head(CURVE_LIMIT)
-    for attack in around:
+    strongest, _ = min(zip(chosen, results), key=lambda pair: sum(map(robust, pair[1].rows)))
+    for attack in [_at(strongest, radius) for radius in radii[strongest.threat]]:
         path = folder / f"{slug(attack)}{end}-curve.jsonl"
         results.append(measure(model, few, attack, path, where, batch_size, about, role="curve"))
-    return summary_table(results)
+    return results
 
 
 def measure(
@@ -155,7 +156,7 @@ def measure(
     batch_size: int,
     about: dict[str, Any],
     role: str = "main",
-) -> records.Result:
+) -> Result:
     """One attack on every image, row by row into ``path``; images that stand there already are skipped, checks are
     run anew.
     """
@@ -286,25 +287,19 @@ def _threat(config: dict[str, Any]) -> Threat:
     return build_attack(config["val_attack"]).threat if config.get("val_attack") else linf(8 / 255)
 
 
-def _curve(attacks: list[Attack], radii: Sequence[float] | None) -> list[Attack]:
-    """The first whole-model attack at each other radius, in its own norm, its step size in proportion. UserError for a
-    radius that norm does not have.
-    """
-    base = next((attack for attack in attacks if attack.objective.name == "joint"), None)
-    if base is None:
-        return []
-    norm, eps = base.threat.norm, base.threat.eps
-    top = 1.0 if norm == "linf" else math.inf
+def _radii(threat: Threat, radii: Sequence[float] | None) -> list[float]:
+    """The radii of a curve around ``threat``, without its own and without 0. UserError for one its norm cannot have."""
+    top = 1.0 if threat.norm == "linf" else math.inf
     if radii is None:
-        radii = [eps * factor for factor in CURVE if eps * factor <= top]
+        radii = [threat.eps * factor for factor in CURVE if threat.eps * factor <= top]
     for radius in radii:
         if not 0 <= radius <= top or radius == math.inf:
-            limits = "from 0 to 1" if norm == "linf" else "0 or more"
+            limits = "from 0 to 1" if threat.norm == "linf" else "0 or more"
             raise UserError(
-                f"{radius:g} is no radius of the {norm} curve; expected numbers {limits}, in pixels of [0, 1] (8/255)"
+                f"{radius:g} is no radius of the {threat.norm} curve; expected numbers {limits}, in pixels of [0, 1] "
+                "(8/255)"
             )
-    others = {radius: None for radius in radii if radius > 0 and abs(radius - eps) > 1e-12}
-    return [_at(base, radius) for radius in others]
+    return [radius for radius in dict.fromkeys(radii) if radius > 0 and abs(radius - threat.eps) > 1e-12]
 
 
 def _at(attack: Attack, eps: float) -> Attack:

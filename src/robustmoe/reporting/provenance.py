@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from robustmoe.records import Check
-from robustmoe.report.collect import View
-from robustmoe.report.figures import colour
-from robustmoe.report.words import count, duration, number, plain, threat
+from robustmoe.reporting.collect import View
+from robustmoe.reporting.figures import colour
+from robustmoe.reporting.words import count, duration, number, plain, threat
 
 RECIPE = (
     "method", "optimizer", "schedule", "epochs", "batch_size", "augment", "precision", "ema", "clip", "val_attack",

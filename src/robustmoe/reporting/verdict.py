@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from robustmoe import analysis
-from robustmoe.report.collect import View, comparable
-from robustmoe.report.figures import colour
-from robustmoe.report.words import interval, percent, plural, threat
+from robustmoe.reporting.collect import View, comparable
+from robustmoe.reporting.figures import colour
+from robustmoe.reporting.words import interval, percent, plural, threat
 
 _STATUSES = (("pass", "passed"), ("warn", "to look at"), ("fail", "failed"), ("not run", "not run"))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from robustmoe import analysis
-from robustmoe.report.collect import Group, View, comparable
+from robustmoe.reporting.collect import Group, View, comparable
 
 
 def numbers(views: Sequence[View]) -> dict[str, Any]:

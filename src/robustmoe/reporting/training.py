@@ -8,9 +8,9 @@ from html import escape
 from typing import Any
 
 from robustmoe.analysis import Curve
-from robustmoe.report.collect import View
-from robustmoe.report.figures import LARGE, SMALL, Series, colour, lines, shares
-from robustmoe.report.words import eps_text, interval, number, percent, plural
+from robustmoe.reporting.collect import View
+from robustmoe.reporting.figures import LARGE, SMALL, Series, colour, lines, shares
+from robustmoe.reporting.words import eps_text, interval, number, percent, plural
 
 ROUTERS_SHOWN = 12
 
