@@ -14,7 +14,6 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,26 +109,3 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
     if active():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
-
-
-def agree(value: Any) -> Any:
-    """The first process's ``value`` (any picklable object made by this program) on every process."""
-    if not active():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def all_true(flag: bool) -> bool:
-    """Whether the flag is set on every process (an error anywhere then stops all)."""
-    if not active():
-        return flag
-    value = torch.tensor(int(flag), device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(value, op=dist.ReduceOp.MIN)
-    return bool(value.item())
-
-
-def barrier() -> None:
-    if active():
-        dist.barrier()

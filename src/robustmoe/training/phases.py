@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,8 +59,8 @@ class Method:
 
 
 class StepResult(NamedTuple):
-    """Of one batch, by phase name: the loss and the gradient norm before clipping; images right and seen in the last
-    phase, on this process; gradient norm by router.
+    """Of one batch, by phase name: the loss and the gradient norm; images right and seen in the last phase, on this
+    process; by router, the sum over phases of its gradient norms. All norms are before clipping.
     """
 
     loss: dict[str, Tensor]
@@ -104,27 +104,36 @@ def train_step(
                 loss = phase.loss(model, x, y, noise.fold(position))
         except NotFiniteError as error:
             raise TrainingStopped(_not_attackable(phase, error, model)) from error
-        raw = torch.autograd.grad(loss.value, list(named.values()), allow_unused=True)
-        # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
-        gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
-        distributed.average_gradients(gradients)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        gradients = _gradients(loss.value, named)
+        norm = _norm(gradients.values())
         if not bool(torch.isfinite(norm + loss.value.detach()).item()):
-            raise TrainingStopped(_not_finite(phase, loss.value, dict(zip(named, gradients))))
+            raise TrainingStopped(_not_finite(phase, loss.value, gradients))
+        for router in routers:
+            own = [gradient for name, gradient in gradients.items() if name.startswith(f"{router}.")]
+            if own:
+                router_grad[router] = router_grad.get(router, torch.zeros_like(norm)) + _norm(own)
         if clip > 0:
-            torch._foreach_mul_(gradients, (clip / norm.clamp(min=1e-12)).clamp(max=1.0))
-        for parameter, gradient in zip(named.values(), gradients):
-            parameter.grad = gradient
+            torch._foreach_mul_(list(gradients.values()), (clip / norm.clamp(min=1e-12)).clamp(max=1.0))
+        for name, parameter in named.items():
+            parameter.grad = gradients[name]
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         losses[phase.name], norms[phase.name] = loss.value.detach(), norm
         correct = loss.correct
-        for router in routers:
-            own = [g for name, g in zip(named, gradients) if name.startswith(f"{router}.")]
-            if own:
-                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in own]))
-                router_grad[router] = router_grad[router] + norm if router in router_grad else norm
     return StepResult(losses, norms, correct, len(x), router_grad)
+
+
+def _gradients(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Of the loss, by name, averaged over the processes; zero where a parameter took no part."""
+    raw = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
+    gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
+    distributed.average_gradients(gradients)
+    return dict(zip(named, gradients))
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
 
 
 def _not_finite(phase: Phase, loss: Tensor, gradients: dict[str, Tensor]) -> str:
