@@ -11,7 +11,7 @@ import torch
 from robustmoe import spec as specs
 from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, Plain, RoutedModel, as_routed
 from robustmoe.models.ensemble import Ensemble, EnsembleModel
-from robustmoe.models.mixing import mix_reference, mix_sparse
+from robustmoe.models.mixing import mix_reference, mix_sparse, run_sparse
 from robustmoe.models.norm import BatchNorm2d, Normalise
 from robustmoe.models.pathway import Pathway, PathwayModel
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
@@ -84,4 +84,5 @@ __all__ = [
     "resnet20",
     "resnet34",
     "resnet50",
+    "run_sparse",
 ]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
-from robustmoe.models.mixing import mix_sparse
+from robustmoe.models.mixing import mix_sparse, run_sparse
 from robustmoe.models.norm import Normalise, Standardise, wide
 from robustmoe.models.small import SmallCNN
 from robustmoe.routing import Routing, Tape, soft, straight_through, top_k
@@ -31,7 +31,8 @@ def select(logits: Float[Tensor, "n t e"], gate: Gate, k: int) -> Routing:
 class EnsembleModel(RoutedModel):
     """sum over the chosen experts of weight times output; the outputs are logits or probabilities.
 
-    With ``mix="probabilities"`` the result is the logarithm of the mixed probabilities, which is a valid logits tensor.
+    With ``mix="probabilities"`` the result is the logarithm of the mixed probabilities, in log space throughout (no
+    margin is too large to have a gradient); it is a valid logits tensor.
     """
 
     def __init__(
@@ -56,20 +57,8 @@ class EnsembleModel(RoutedModel):
         index, weight = routing.index[:, 0], routing.weight[:, 0]
         if self.mix == "logits":
             return mix_sparse(list(self.experts), x, index, weight)
-        experts = [Probabilities(expert) for expert in self.experts]
-        return torch.log(mix_sparse(experts, x, index, weight).clamp(min=torch.finfo(torch.float32).tiny))
-
-
-class Probabilities(nn.Module):
-    """softmax of a network's logits, in float32."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.training = network.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(wide(self.network(x)), dim=-1)
+        log_probabilities = torch.log_softmax(wide(run_sparse(list(self.experts), x, index)), dim=-1)
+        return torch.logsumexp(log_probabilities + torch.log(weight)[:, :, None], dim=1)
 
 
 @dataclass(frozen=True)

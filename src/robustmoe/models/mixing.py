@@ -40,11 +40,20 @@ def mix_sparse(
     index: Int[Tensor, "m k"],
     weight: Float[Tensor, "m k"],
 ) -> Float[Tensor, "m ..."]:
-    """The same sum, each expert run once, on just the items routed to it.
+    """The same sum, each expert run once, on just the items routed to it; summed over k in rank order."""
+    chosen = run_sparse(experts, x, index)
+    spread = (slice(None), slice(None), *([None] * (chosen.ndim - 2)))
+    return (chosen * weight[spread].to(chosen.dtype)).sum(1)
+
+
+def run_sparse(
+    experts: Sequence[Expert], x: Float[Tensor, "m ..."], index: Int[Tensor, "m k"]
+) -> Float[Tensor, "m k ..."]:
+    """expert[index[:, j]](x) for each item and rank, each expert run once, on just the items routed to it.
 
     The m*k pairs are sorted by expert (stably, so the result is deterministic), each expert gets one contiguous
-    slice, and the outputs are sorted back and summed over k in rank order. An expert without items is not run, except
-    while training on several processes, where a BatchNorm inside it counts over all of them.
+    slice, and the outputs are sorted back. An expert without items is not run, except while training on several
+    processes, where a BatchNorm inside it counts over all of them.
     """
     k = index.shape[1]
     pairs = index.reshape(-1)
@@ -59,6 +68,4 @@ def mix_sparse(
     if not outputs:  # no items at all: one expert still says what shape and dtype an answer has
         outputs = [experts[0](x)]
     back = torch.cat(outputs)[torch.argsort(order)]
-    back = back.reshape(len(x), k, *back.shape[1:])
-    spread = (slice(None), slice(None), *([None] * (back.ndim - 2)))
-    return (back * weight[spread].to(back.dtype)).sum(1)
+    return back.reshape(len(x), k, *back.shape[1:])
