@@ -1,0 +1,47 @@
+"""The demo, with two steps of training instead of its epochs: `make demo` runs the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from robustmoe import demo
+from robustmoe.errors import UserError
+from robustmoe.records import read
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROUTED", "DENSE"):
+        recipe = getattr(demo, name)
+        quick = tuple(attack.replace("steps=20", "steps=1") for attack in recipe.attacks)
+        changes = {"epochs": 1, "max_steps": 2, "val_limit": 8, "val_attack": None, "attacks": quick}
+        monkeypatch.setattr(demo, name, dataclasses.replace(recipe, **changes))
+
+
+@pytest.mark.usefixtures("short")
+def test_demo_makes_two_runs_and_one_report_and_can_be_repeated(tmp_path: Path) -> None:
+    page = demo.demo(tmp_path / "demo")
+    assert page == tmp_path / "demo" / "report.html"
+    assert "pathway" in page.read_text()
+    rows = {run: list((tmp_path / "demo" / run / "rows").glob("*.jsonl")) for run in ("pathway", "dense")}
+    main = {
+        run: [f for f in files if not f.name.endswith(("curve.jsonl", "examples.jsonl"))] for run, files in rows.items()
+    }
+    assert {run: len(files) for run, files in main.items()} == {"pathway": 3, "dense": 1}
+    assert len(read(main["dense"][0]).rows) == 359
+    (tmp_path / "demo" / "dense" / "state.pt").unlink()
+    assert demo.demo(tmp_path / "demo") == page
+    assert (tmp_path / "demo" / "dense" / "state.pt").exists(), "made anew"
+
+
+def test_demo_deletes_nothing_of_a_users(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "pathway").mkdir()
+    with pytest.raises(UserError, match=r"holds other things than a demo \(thesis.tex\); choose another --out"):
+        demo.demo(tmp_path)
+    assert (tmp_path / "pathway").is_dir()
+    with pytest.raises(UserError, match="is a file; expected a folder for the demo"):
+        demo.demo(tmp_path / "thesis.tex")
