@@ -1,0 +1,44 @@
+"""Rows to small tables of numbers. Pure: nothing is read, nothing is written, nothing is drawn.
+
+An image counts as robust when the exact model is right on the clean image and on the attacked one. The headline is
+the worst case: an image survives only if it survives every attack of the same threat. Rates are in [0, 1].
+"""
+
+from robustmoe.analysis.conflicts import warnings
+from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
+from robustmoe.analysis.labels import attack_name, names
+from robustmoe.analysis.load import Load, load_by_class
+from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, inside, largest, right, robust, wilson
+from robustmoe.analysis.summaries import Summary, summary
+from robustmoe.analysis.verdict import ROUTER_OBJECTIVES, Verdict, judge
+from robustmoe.analysis.worst import SAME_IMAGES, SAME_THREAT, Adds, WorstCase, groups, worst_case
+
+__all__ = [
+    "BALL_TOLERANCE",
+    "MONOTONE_TOLERANCE",
+    "ROUTER_OBJECTIVES",
+    "SAME_IMAGES",
+    "SAME_THREAT",
+    "Adds",
+    "Curve",
+    "Load",
+    "Rate",
+    "Summary",
+    "Verdict",
+    "WorstCase",
+    "attack_name",
+    "eps_curve",
+    "family",
+    "groups",
+    "inside",
+    "judge",
+    "largest",
+    "load_by_class",
+    "names",
+    "right",
+    "robust",
+    "summary",
+    "warnings",
+    "wilson",
+    "worst_case",
+]

@@ -1,0 +1,49 @@
+"""What does not fit together in the files of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robustmoe.analysis.curves import MONOTONE_TOLERANCE, eps_curve
+from robustmoe.analysis.rates import rate, robust
+from robustmoe.analysis.worst import groups
+from robustmoe.records import Result
+
+
+def warnings(results: Sequence[Result]) -> list[str]:
+    """What does not fit together in the files of one run, in sentences; empty if all is well."""
+    found: list[str] = []
+    attacked = [result for result in results if result.header.attack is not None and result.rows]
+    for curve in eps_curve([(result.header, result.rows) for result in attacked]):
+        found += [f"{curve.name}: {sentence}" for sentence in curve.warnings]
+    seen: dict[tuple[str, str, int], int] = {}
+    changed: set[int] = set()
+    for header, rows, _ in results:
+        for row in rows:
+            key = (header.model_hash, header.data_hash, row.index)
+            if seen.setdefault(key, row.clean) != row.clean:
+                changed.add(row.index)
+    if changed:
+        found.append(
+            f"{len(changed)} clean images are predicted differently in two files of the same model: "
+            "it is not deterministic, or depends on the batch"
+        )
+    for group in groups(results):
+        found += _weaker_joint(group)
+    return found
+
+
+def _weaker_joint(group: list[Result]) -> list[str]:
+    """A joint attack may do whatever a narrower one does, so it should not break fewer images (half a point)."""
+    rates = {kind: [rate([robust(row) for row in result.rows]).value for result in group if _whole(result, kind)]
+             for kind in ("joint", "experts_only", "router_only")}  # fmt: skip
+    return [
+        f"the {kind.replace('_', ' ')} attack leaves {100 * min(rates[kind]):.1f}%, the joint one "
+        f"{100 * min(rates['joint']):.1f}%: the joint attack is not at its strongest"
+        for kind in ("experts_only", "router_only")
+        if rates[kind] and rates["joint"] and min(rates[kind]) < min(rates["joint"]) - MONOTONE_TOLERANCE
+    ]
+
+
+def _whole(result: Result, objective: str) -> bool:
+    return result.header.objective == objective and len(result.rows) >= result.header.n

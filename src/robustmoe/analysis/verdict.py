@@ -1,0 +1,87 @@
+"""Can the numbers of these files be quoted?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from robustmoe.analysis.labels import names
+from robustmoe.analysis.rates import inside, largest
+from robustmoe.records import Result
+
+ROUTER_OBJECTIVES = ("joint", "router_only")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Can the worst case be quoted? ``router_attacked`` is None for a dense model; ``reason`` says why it is what it
+    is; the others are sentences, empty if all is well."""
+
+    router_attacked: bool | None
+    reason: str
+    failed: tuple[str, ...]
+    warned: tuple[str, ...]
+    incomplete: tuple[str, ...]
+
+    @property
+    def trusted(self) -> bool:
+        """Nothing failed, nothing is missing, and the router (if there is one) was attacked."""
+        return not self.failed and not self.incomplete and self.router_attacked is not False
+
+
+def judge(results: Sequence[Result]) -> Verdict:
+    """Whether the numbers of these files, taken together, can be quoted.
+
+    The router counts as attacked only if some file with all its rows has an attack whose objective is ``joint`` or
+    ``router_only`` and whose own check R1 (some gradient reaches the image through the router) does not fail. If one
+    is there, a failure of R1 in another file is a warning: that attack does not see the router, and the first does."""
+    attacked, reason = _router_attacked(results)
+    failed: dict[str, None] = {}
+    warned: dict[str, None] = {}
+    incomplete: list[str] = []
+    for name, (header, rows, checks) in zip(names([result.header for result in results]), results, strict=True):
+        if len(rows) < header.n:
+            incomplete.append(f"{name}: {len(rows)} of {header.n} images")
+        elif checks is None:
+            incomplete.append(f"{name}: not finished, its checks were not run")
+        for check in checks.checks if checks is not None else ():
+            if check.status in ("fail", "warn"):
+                severe = check.status == "fail" and not (check.id == "R1" and attacked)
+                sentence = f"{check.id} {check.name}: {check.sentence}"
+                (failed if severe else warned)[sentence if check.id != "R1" else f"{sentence} ({name})"] = None
+        if header.attack is not None and rows:
+            size = largest(row.size.get(header.norm, math.nan) for row in rows)
+            if not inside(size, header.eps):
+                failed[f"{name}: a perturbation of size {size:.6g} is outside {header.norm} <= {header.eps:.6g}"] = None
+    return Verdict(attacked, reason, tuple(failed), tuple(warned), tuple(incomplete))
+
+
+def _router_attacked(results: Sequence[Result]) -> tuple[bool | None, str]:
+    if not any(result.header.routers for result in results):
+        return None, "the model is dense"
+    aiming = [result for result in results if result.header.attack and result.header.objective in ROUTER_OBJECTIVES]
+    if not aiming:
+        return False, "no attack has the objective joint or router_only"
+    blind = [result for result in aiming if _r1(result) == "fail"]
+    seeing = [result for result in aiming if _r1(result) != "fail"]
+    if not seeing:
+        sentences = [
+            check.sentence for result in blind if result.checks for check in result.checks.checks if check.id == "R1"
+        ]
+        return False, f"check R1 failed: {sentences[0]}"
+    if all(len(result.rows) < result.header.n for result in seeing):
+        return False, "no attack on the router has seen all its images"
+    if blind:
+        which = " and ".join(sorted({str(result.header.objective).replace("_", " ") for result in blind}))
+        proof = f"check R1: the {which} attack does not see the router"
+    else:
+        worst = min((_r1(result) for result in seeing), key=("warn", "not run", "pass").index)
+        proof = {"warn": "check R1 warns", "not run": "check R1 was not run", "pass": "check R1 passed"}[worst]
+    return True, f"{len(seeing)} of {len(results)} attacks aim at the router; {proof}"
+
+
+def _r1(result: Result) -> str:
+    """The status of check R1 in one file."""
+    found = [check.status for check in result.checks.checks if check.id == "R1"] if result.checks else []
+    return found[0] if found else "not run"

@@ -1,0 +1,51 @@
+"""The result file: one header, then one row an image, then the checks. Read, write, resume, validate, merge.
+
+JSON lines, append-only, flushed to the disk per batch, so that a killed evaluation loses at most the batch it was
+working on. Numbers that are not finite are written as Python's ``json`` writes them (``NaN``, ``Infinity``).
+Bad content and failed writes raise :class:`~robustmoe.errors.UserError`, one line each.
+"""
+
+from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
+from robustmoe.records.files import append_json, read_jsonl, write_atomic
+from robustmoe.records.rows import WORK, Writer, difference, merge, read
+from robustmoe.records.types import (
+    NORMS,
+    OBJECTIVES,
+    ROLES,
+    STATUSES,
+    VERSION,
+    Check,
+    Checks,
+    Header,
+    Result,
+    RouterInfo,
+    Row,
+    Time,
+)
+
+__all__ = [
+    "NORMS",
+    "OBJECTIVES",
+    "ROLES",
+    "STATUSES",
+    "VERSION",
+    "WORK",
+    "Check",
+    "Checks",
+    "Example",
+    "Header",
+    "Result",
+    "RouterInfo",
+    "Row",
+    "Time",
+    "Writer",
+    "append_json",
+    "difference",
+    "examples_path",
+    "merge",
+    "read",
+    "read_examples",
+    "read_jsonl",
+    "write_atomic",
+    "write_examples",
+]

@@ -1,0 +1,105 @@
+"""Whole files and JSON lines: written to the disk or not at all, read without what a kill left half-written.
+
+Failed reads and writes are one-line :class:`~robustmoe.errors.UserError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from robustmoe.errors import UserError
+
+_HINTS = {
+    errno.ENOSPC: "free some space or choose another --out",
+    errno.EDQUOT: "free some space or choose another --out",
+    errno.EFBIG: "free some space or choose another --out",
+    errno.EACCES: "choose an --out you may write to",
+    errno.EPERM: "choose an --out you may write to",
+    errno.EROFS: "choose an --out you may write to",
+    errno.ENOTDIR: "a part of that path is a file; choose another --out",
+    errno.EEXIST: "a part of that path is a file; choose another --out",
+    errno.EISDIR: "that path is a folder; name a file",
+}
+
+
+@contextlib.contextmanager
+def explained(verb: str, path: Path) -> Iterator[None]:
+    """Turn an OSError into a one-line UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "check the path and its permissions")
+        raise UserError(f"cannot {verb} {path}: {error.strerror or error}; {hint}") from error
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a whole file or nothing: temporary file beside it, fsync, rename. UserError if it cannot be written, and
+    then the old file is as it was. Missing folders are made."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines that end with a newline, without it; what a killed writer left after the last newline is dropped."""
+    with explained("read", path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file; name a .jsonl file")
+        return path.read_bytes().split(b"\n")[:-1]
+
+
+def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """The object of one line; UserError names the file and the line."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {number}: not a JSON object; delete that line or the file")
+    return value
+
+
+def dump_line(value: dict[str, Any]) -> bytes:
+    """An object as one line."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, without a half-written last line. UserError on any other bad line."""
+    path = Path(path)
+    return [parse_line(line, path, number) for number, line in enumerate(whole_lines(path), 1)]
+
+
+def append_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
+    """Append one object as a line and flush it to the disk; a half-written last line left by a kill is cut first.
+    UserError if it cannot be written."""
+    path = Path(path)
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            data = path.read_bytes()
+            if not data.endswith(b"\n"):
+                os.truncate(path, data.rfind(b"\n") + 1)
+        with open(path, "ab") as file:
+            file.write(dump_line(value))
+            file.flush()
+            with contextlib.suppress(OSError):  # a pipe or a device has nothing to synchronise
+                os.fsync(file.fileno())

@@ -1,0 +1,236 @@
+"""What a rows file holds: header, row, checks; and how each is read from JSON, with errors that name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar
+
+from robustmoe.errors import UserError
+
+VERSION = 1
+OBJECTIVES = ("joint", "experts_only", "router_only")
+NORMS = ("linf", "l2", "l1")
+ROLES = ("main", "curve")
+STATUSES = ("pass", "not run", "warn", "fail")  # best first
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RouterInfo:
+    """One router: ``experts`` to choose from, ``k`` chosen an item, ``items`` an image (1, or tokens)."""
+
+    experts: int
+    k: int
+    items: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What was evaluated, against what, where and how. ``eps`` is in pixels of [0, 1]; ``n`` is the number of images
+    planned; ``started`` is ISO 8601; ``attack`` is None for a clean evaluation, ``routers`` is {} for a dense model."""
+
+    run: str
+    model: str
+    data: str
+    split: str
+    attack: str | None
+    objective: str | None
+    norm: str
+    eps: float
+    role: str
+    method: str | None
+    n: int
+    seed: int
+    data_hash: str
+    index_hash: str
+    model_hash: str
+    versions: dict[str, str]
+    commit: str | None
+    device: str
+    threads: int
+    precision: str
+    command: str
+    classes: list[str]
+    routers: dict[str, RouterInfo]
+    parameters: int
+    started: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the file's first line."""
+        routers = {name: dict(vars(info)) for name, info in self.routers.items()}
+        return {"kind": "header", "version": VERSION, **vars(self), "routers": routers}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Header:
+        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        if data.get("kind") != "header":
+            raise UserError('not a rows file: its first line must be {"kind":"header",...}')
+        if data.get("version") != VERSION:
+            raise UserError(
+                f"rows file of version {data.get('version')!r}, this robustmoe reads version {VERSION}: "
+                "install the robustmoe that wrote it, or evaluate again"
+            )
+        header = build(Header, {name: value for name, value in data.items() if name != "version"})
+        _choice("header", "norm", header.norm, NORMS)
+        _choice("header", "role", header.role, ROLES)
+        if header.objective is not None or header.attack is not None:
+            _choice("header", "objective", header.objective, OBJECTIVES)
+        return header
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: its index in the data set, its label, the exact model's predictions on the clean and the attacked
+    image, the perturbation's size in each norm (pixels of [0, 1]), the share of its items that changed expert, and how
+    many items each expert got. ``router_exposed``: the attacked route on the clean image; ``experts_exposed``: the
+    clean route on the attacked image; both None for a dense model."""
+
+    index: int
+    label: int
+    clean: int
+    adversarial: int
+    size: dict[str, float]
+    rerouted: dict[str, float]
+    router_exposed: int | None
+    experts_exposed: int | None
+    route_clean: dict[str, list[int]]
+    route_adversarial: dict[str, list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of one line."""
+        return {"kind": "row", **vars(self)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Row:
+        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        return build(Row, data)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One answer to "can this number be believed?": ``status`` is pass, warn, fail or not run."""
+
+    id: str
+    name: str
+    status: str
+    value: Any
+    sentence: str
+
+    @staticmethod
+    def from_dict(data: Any) -> Check:
+        """A check from its JSON object; UserError names the field that is wrong."""
+        check = build(Check, data)
+        _choice("check", "status", check.status, STATUSES)
+        return check
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The last line of a finished file: the checks, and the wall time of the evaluation in seconds."""
+
+    checks: list[Check]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the file's last line."""
+        return {"kind": "checks", "checks": [dict(vars(check)) for check in self.checks], "seconds": self.seconds}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Checks:
+        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        return build(Checks, data)
+
+
+@dataclass(frozen=True)
+class Time:
+    """A line after the rows of a batch: the seconds they took. Their sum survives a kill."""
+
+    seconds: float
+
+
+class Result(NamedTuple):
+    """A whole rows file: unpacks as ``header, rows, checks``. ``checks`` is None while the evaluation is unfinished."""
+
+    header: Header
+    rows: list[Row]
+    checks: Checks | None
+
+
+def _exactly(kind: type, words: str) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(words)
+        return value
+
+    return read
+
+
+def _float(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError("a number")
+    return float(value)
+
+
+def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else read(value)
+
+
+def _list(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    def whole(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise TypeError("a list")
+        return [read(item) for item in value]
+
+    return whole
+
+
+def _dict(read: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    def whole(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise TypeError("an object")
+        return {name: read(item) for name, item in value.items()}
+
+    return whole
+
+
+_int, _str = _exactly(int, "a whole number"), _exactly(str, "a text")
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "Any": lambda value: value,
+    "int": _int,
+    "int | None": _optional(_int),
+    "float": _float,
+    "str": _str,
+    "str | None": _optional(_str),
+    "list[str]": _list(_str),
+    "dict[str, str]": _dict(_str),
+    "dict[str, float]": _dict(_float),
+    "dict[str, list[int]]": _dict(_list(_int)),
+    "dict[str, RouterInfo]": _dict(lambda value: build(RouterInfo, value)),
+    "list[Check]": _list(Check.from_dict),
+}
+
+
+def build(cls: Callable[..., T], data: Any) -> T:
+    """An instance of a dataclass from a JSON object: every field there, of its type, and no other."""
+    kind = getattr(cls, "__name__", "object").lower()
+    if not isinstance(data, dict):
+        raise UserError(f"{kind}: expected an object, got {data!r}")
+    data = {name: value for name, value in data.items() if name != "kind"}
+    values = {}
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.name not in data:
+            raise UserError(f"{kind}: field {field.name!r} is missing")
+        value = data.pop(field.name)
+        try:
+            values[field.name] = _READERS[str(field.type)](value)
+        except TypeError as error:
+            raise UserError(f"{kind}: field {field.name!r} must be {error}, got {value!r:.80}") from None
+    if data:
+        raise UserError(f"{kind}: unknown field {next(iter(data))!r}")
+    return cls(**values)
+
+
+def _choice(kind: str, field: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{kind}: field {field!r} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,153 @@
+"""Tree to object: names looked up, arguments counted, named, built and checked."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+from robustmoe.errors import UserError, nearest
+from robustmoe.spec.hints import ANYTHING, SCALARS, arms_of, conform, item_hint, signature_of, takes_bare
+from robustmoe.spec.parse import number, render, short
+
+Table = Mapping[str, Callable[..., Any]]
+Kinds = Mapping[str, Callable[[], Table]]
+
+
+def mapping(kind: str | Table, kinds: Kinds) -> Table:
+    """The table of a kind; a table itself is returned as it is."""
+    if not isinstance(kind, str):
+        return kind
+    if kind not in kinds:
+        raise UserError(f"unknown kind {kind!r}; {nearest(kind, kinds)}")
+    return kinds[kind]()
+
+
+class Reader:
+    """Builds the calls of one text. Names are looked up in the kind asked for, then in the others."""
+
+    def __init__(self, kind: str | Table, more: tuple[str | Table, ...], kinds: Kinds) -> None:
+        self.label = kind if isinstance(kind, str) else "name"
+        self.kinds = kinds
+        self.asked = mapping(kind, kinds)
+        self.others: tuple[str | Table, ...] = (*more, *(kinds if isinstance(kind, str) else ()))
+
+    def outermost(self, node: ast.expr) -> Any:
+        """The object of the whole text."""
+        match node:
+            case ast.Call(func=ast.Name(id=name)) | ast.Name(id=name):
+                return self._call(node, name, self._asked(name))
+        raise UserError(f"expected a call such as 'name(argument, key=value)', got {short(render(node))!r}")
+
+    def _call(self, node: ast.expr, name: str, function: Callable[..., Any]) -> Any:
+        """What ``function`` makes of the arguments of ``node``, a call or a bare name."""
+        where = f"in {short(render(node))!r}"
+        arguments = self._bind(node, name, signature_of(function), where)
+        try:
+            return function(*arguments.args, **arguments.kwargs)
+        except (ValueError, TypeError) as e:
+            if isinstance(e, UserError) and str(e).startswith(("in '", 'in "')):
+                raise
+            raise UserError(f"{where}: {e}") from e
+
+    def _find(self, name: str, hint: Any) -> Callable[..., Any] | None:
+        """What ``name`` stands for in an argument annotated ``hint``: of several kinds, the one that fits."""
+        classes, first = _classes(hint), None
+        for table in self._tables():
+            if name in table:
+                if not classes or _makes(table[name], classes):
+                    return table[name]
+                first = first or table[name]
+        return first
+
+    def _asked(self, name: str) -> Callable[..., Any]:
+        if name in self.asked:
+            return self.asked[name]
+        for other in self.others:
+            if name in mapping(other, self.kinds):
+                kind = f"of kind {other!r}" if isinstance(other, str) else "an inner name"
+                raise UserError(f"{name!r} is {kind}, not {self.label!r}; {nearest(name, self.asked)}")
+        raise UserError(f"unknown {self.label} {name!r}; {nearest(name, self.asked)}")
+
+    def _bind(self, node: ast.expr, name: str, signature: inspect.Signature, where: str) -> inspect.BoundArguments:
+        """The arguments of a call: counted, named, built and checked."""
+        args = node.args if isinstance(node, ast.Call) else []
+        keywords = [(str(k.arg), k.value) for k in node.keywords] if isinstance(node, ast.Call) else []
+        parameters = signature.parameters
+        by_keyword = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for place, (key, _) in enumerate(keywords):
+            if key not in by_keyword and not takes_any:
+                takes = nearest(key, by_keyword) if by_keyword else "it takes none"
+                raise UserError(f"{where}: {name!r} has no argument {key!r}; {takes}")
+            if key in [other for other, _ in keywords[:place]]:
+                raise UserError(f"{where}: argument {key!r} is given twice")
+        try:
+            bound = signature.bind(*args, **dict(keywords))
+        except TypeError as e:
+            raise UserError(f"{where}: {e}; it is {name}({', '.join(map(str, parameters))})") from None
+        for key, given in bound.arguments.items():
+            parameter = parameters[key]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                bound.arguments[key] = tuple(self._argument(item, parameter, where) for item in given)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                bound.arguments[key] = {k: self._argument(item, parameter, where) for k, item in given.items()}
+            else:
+                bound.arguments[key] = self._argument(given, parameter, where)
+        return bound
+
+    def _argument(self, node: ast.expr, parameter: inspect.Parameter, where: str) -> Any:
+        hint = parameter.annotation
+        value = self._value(node, hint, f"{where}: argument {parameter.name!r}")
+        try:
+            return conform(value, hint)
+        except OverflowError as e:
+            raise UserError(f"{where}: argument {parameter.name!r}: {e}") from None
+        except TypeError as e:
+            given = f"{short(render(node), 60)} ({type(value).__name__})"
+            raise UserError(f"{where}: argument {parameter.name!r}: {e}, got {given}") from None
+
+    def _value(self, node: ast.expr, hint: Any, where: str) -> Any:
+        match node:
+            case ast.Name(id=name) if takes_bare(name, hint):
+                return name
+            case ast.Name(id=name) | ast.Call(func=ast.Name(id=name)):
+                function = self._find(name, hint)
+                if function is None:
+                    raise UserError(f"{where}: unknown name {name!r}; {self._expected(name, hint)}")
+                return self._call(node, name, function)
+            case ast.List(elts=elts):
+                return [self._value(item, item_hint(hint, i), where) for i, item in enumerate(elts)]
+            case ast.Tuple(elts=elts):
+                return tuple(self._value(item, item_hint(hint, i), where) for i, item in enumerate(elts))
+            case ast.Constant(value=str() | bool() | None as value):
+                return value
+        return number(node)
+
+    def _expected(self, name: str, hint: Any) -> str:
+        """The names that would do for an argument annotated ``hint``; all names where none is known to."""
+        arms = arms_of(hint)
+        if str in arms:
+            return "write a text in quotes"
+        fit = {str(a) for arm in arms if typing.get_origin(arm) is Literal for a in typing.get_args(arm)}
+        classes = _classes(hint)
+        for table in self._tables():
+            fit |= {other for other, function in table.items() if _makes(function, classes)}
+        return nearest(name, fit or set().union(*self._tables()))
+
+    def _tables(self) -> Iterator[Table]:
+        yield self.asked
+        yield from (mapping(other, self.kinds) for other in self.others)
+
+
+def _classes(hint: Any) -> tuple[type, ...]:
+    """The classes that a table entry could make for an argument annotated ``hint``."""
+    return tuple(arm for arm in arms_of(hint) if isinstance(arm, type) and arm not in (ANYTHING, object, *SCALARS))
+
+
+def _makes(function: Callable[..., Any], classes: tuple[type, ...]) -> bool:
+    """Whether a table entry, a class or an annotated factory, makes an instance of one of ``classes``."""
+    made = function if isinstance(function, type) else signature_of(function).return_annotation
+    return isinstance(made, type) and issubclass(made, classes)
