@@ -334,12 +334,3 @@ def test_a_path_that_cannot_be(tmp_path: Path) -> None:
 def test_readers_do_not_import_torch() -> None:
     code = "import sys, robustmoe.records, robustmoe.analysis, robustmoe.reporting; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_imports_point_one_way() -> None:
-    source = Path(__file__).parents[1] / "src" / "robustmoe"
-    for reader, above in (("records", ("analysis", "reporting")), ("analysis", ("reporting",))):
-        files = list((source / reader).rglob("*.py"))
-        assert files
-        for file in files:
-            assert not any(f"robustmoe.{name}" in file.read_text() for name in above), file
