@@ -641,7 +641,8 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
             r"1583 bytes, expected 1584 .*\[2, 28, 28\]",
         ),
         ("t10k-images-idx3-ubyte", idx(np.zeros(9, np.uint8)), "starts with bytes 00000801, expected 00000803"),
-        ("t10k-images-idx3-ubyte", b"", "starts with bytes , expected 00000803"),
+        ("t10k-images-idx3-ubyte", b"", "holds 0 bytes, expected at least 16: it is truncated"),
+        ("t10k-images-idx3-ubyte", b"\0\0\x08\x03\0", "holds 5 bytes, expected at least 16: it is truncated"),
         (
             "train-labels-idx1-ubyte",
             idx(np.full(40, 10, np.uint8)),

@@ -91,7 +91,11 @@ def read_idx(folder: Path, name: str, axes: int) -> Tensor:
         except (OSError, EOFError, zlib.error) as e:
             raise UserError(f"{path} is not a whole gzip file ({e}); download it again") from e
     start, magic = 4 + 4 * axes, bytes([0, 0, 8, axes])
-    if len(content) < start or content[:4] != magic:
+    if len(content) < start:
+        raise UserError(
+            f"{path} holds {len(content)} bytes, expected at least {start}: it is truncated; download it again"
+        )
+    if content[:4] != magic:
         raise UserError(
             f"{path} starts with bytes {content[:4].hex()}, expected {magic.hex()} (IDX, unsigned bytes, {axes} axes); "
             "download it again"
