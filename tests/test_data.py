@@ -633,7 +633,11 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("train-images-idx3-ubyte.gz", gzip.compress(bytes(5000))[:-9], "train-images.* is not a whole gzip file"),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(bytes(5000), mtime=0)[:-9],
+            "train-images.* is not a whole gzip file",
+        ),
         ("train-images-idx3-ubyte.gz", b"<html>404</html>", "train-images.* is not a whole gzip file"),
         (
             "t10k-images-idx3-ubyte",
