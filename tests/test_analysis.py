@@ -205,8 +205,8 @@ def test_eps_curve_by_hand() -> None:
         attack = f"pgd(linf({level}/255), steps=50)"
         return make_header(attack=attack, eps=level / 255, role="curve", **changes), outcomes(survives)
 
-    # The main file has four images, the curve the first two only: two count.
-    main = (make_header(), outcomes("1010"))
+    # The main file has four images, the curve the first two only (so another hash of them): two count.
+    main = (make_header(data_hash="all four"), outcomes("1010"))
     (curve,) = eps_curve([point(16, "00"), main, point(4, "11"), (make_header(attack="square(linf(8/255))"), FOUR)])
     assert curve.name == "pgd(linf(eps), steps=50)"
     assert [(round(eps * 255), rate) for eps, rate in curve.points] == [

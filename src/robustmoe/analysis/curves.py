@@ -37,11 +37,12 @@ def eps_curve(files: Sequence[tuple[Header, Sequence[Row]]]) -> list[Curve]:
 
     All points are taken on the images that every finished file of the family has (an unfinished one joins if it has
     them too), and eps = 0 is the clean accuracy on them.
-    Two files of one eps count with the worse outcome for each image."""
+    Two files of one eps count with the worse outcome for each image. Files join by data set and split, not by the hash
+    of their images: a curve is measured on the first of them."""
     families: dict[tuple[object, ...], list[tuple[Header, Sequence[Row]]]] = {}
     for header, rows in files:
         if header.attack is not None and rows:
-            key = (family(header), header.norm, header.model_hash, header.data_hash, header.split)
+            key = (family(header), header.norm, header.model_hash, header.data, header.split)
             families.setdefault(key, []).append((header, rows))
     curves = [_curve(str(key[0]), members) for key, members in families.items()]
     return [curve for curve in curves if curve is not None]

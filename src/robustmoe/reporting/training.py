@@ -149,8 +149,9 @@ def health_section(views: Sequence[View]) -> str:
         return ""
     return (
         "<h2>Router health</h2>"
-        '<p class="lead">An expert that is left out shows as a vanishing layer. Entropy is that of the router’s '
-        "scores, in nats: at the dotted line it spreads evenly over the experts, at zero it is certain.</p>" + body
+        '<p class="lead">Who gets the validation images. An expert that is left out shows as a vanishing layer. Entropy '
+        "is that of the load, in nats: at the dotted line all experts get the same share, at zero one gets all.</p>"
+        + body
     )
 
 
