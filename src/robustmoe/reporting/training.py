@@ -149,7 +149,7 @@ def health_section(views: Sequence[View]) -> str:
         return ""
     return (
         "<h2>Router health</h2>"
-        '<p class="lead">Who gets the validation images. An expert that is left out shows as a vanishing layer. Entropy '
+        '<p class="lead">Who gets the validation images. An expert left out shows as a vanishing layer. Entropy '
         "is that of the load, in nats: at the dotted line all experts get the same share, at zero one gets all.</p>"
         + body
     )
