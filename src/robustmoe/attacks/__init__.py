@@ -12,18 +12,22 @@ from robustmoe.attacks.objectives import (
     Objective,
     RouterOnly,
     Score,
+    Targeted,
     experts_only,
     joint,
     kl,
     router_only,
+    targeted,
 )
 from robustmoe.attacks.pgd import FGSM, PGD, NotFiniteError
+from robustmoe.attacks.surrogate import Surrogate, exact_of, missed
 from robustmoe.attacks.threat import Threat, l1, l2, linf, size
 
 ATTACKS: dict[str, Callable[..., Attack]] = {"fgsm": FGSM, "pgd": PGD}
 THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "l1": l1}
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "joint": joint,
+    "targeted": targeted,
     "experts_only": experts_only,
     "router_only": router_only,
 }
@@ -48,15 +52,20 @@ __all__ = [
     "Objective",
     "RouterOnly",
     "Score",
+    "Surrogate",
+    "Targeted",
     "Threat",
     "build_attack",
     "evaluating",
+    "exact_of",
     "experts_only",
     "joint",
     "kl",
     "l1",
     "l2",
     "linf",
+    "missed",
     "router_only",
     "size",
+    "targeted",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.threat import Threat
-from robustmoe.models.base import RoutedModel, as_routed
+from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.noise import Noise
 
 
@@ -37,12 +37,24 @@ class Attack(ABC):
 
     Every attack has a ``threat``, the ``objective`` it climbs and a ``seed``. Subclasses are frozen dataclasses that
     write `perturb`. An attack is never trusted: `robustmoe.evaluation` measures the ball and asks the exact model
-    again.
+    again. Attacked through a `Surrogate`, the exact model behind it says what is broken.
     """
 
     threat: Threat
     objective: Objective
     seed: int
+
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        """What the attack consists of, by name, for a model that gave ``output``: each part sees the images that the
+        parts before it did not break. A simple attack is its own only part, named "".
+        """
+        return [("", self)]
+
+    def queries(self, output: Output) -> int:
+        """Forward passes that an image costs which is never broken, for a model that gave ``output``; a gradient
+        counts as 3 (for the time left). 0: not known.
+        """
+        return 0
 
     def __call__(
         self,

@@ -2,37 +2,52 @@
 alone.
 
 An objective is called once with the clean batch, and gives the inner function that the attack climbs: x_adv ->
-`Score`. Clean quantities are computed once, outside it.
+`Score`. Clean quantities are computed once, outside it. An attack that goes on with some of the images only names them
+(``rows``).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from robustmoe.attacks.surrogate import exact_of, missed
 from robustmoe.models.base import RoutedModel
-from robustmoe.routing import Routing, detach
+from robustmoe.routing import Routing, Trace, detach
 
-Loss = Literal["ce", "margin", "kl"]
+Loss = Literal["ce", "margin", "dlr", "kl"]
 
 
 class Score(NamedTuple):
     """Per image: ``loss`` (n,), to be maximised, and ``fooled`` (n,) bool, whether the attacked pass misses the
-    label.
+    label (see `missed`).
     """
 
     loss: Tensor
     fooled: Tensor
 
 
-Inner = Callable[[Tensor], Score]
+@runtime_checkable
+class Inner(Protocol):
+    """x_adv (m, ch, h, w) -> Score (m,); ``rows`` (m,) says which images of the batch these are (default: all)."""
+
+    def __call__(self, x_adv: Tensor, rows: Tensor | None = None) -> Score: ...
+
+
+def some(values: Tensor, rows: Tensor | None) -> Tensor:
+    """The values of the images ``rows``; all of them for None."""
+    return values if rows is None else values[rows]
+
+
+def some_routes(trace: Trace, rows: Tensor | None) -> Trace:
+    """The decisions for the images ``rows``; all of them for None."""
+    return trace if rows is None else {name: routing[rows] for name, routing in trace.items()}
 
 
 class Objective(ABC):
@@ -51,14 +66,22 @@ def loss_of(
     y: Int[Tensor, " n"],
     clean: Float[Tensor, "n c"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """Per image: "ce" cross-entropy; "margin" best wrong logit minus the label's (above 0: fooled); "kl" KL(clean ||
-    attacked), in log space.
+    """Per image: "ce" cross-entropy; "margin" best wrong logit minus the label's (above 0: fooled); "dlr" the margin
+    over the distance from the best to the third best logit (Croce and Hein 2020, eq. 6; 3 classes or more); "kl"
+    KL(clean || attacked), in log space.
     """
     if kind == "ce":
         return F.cross_entropy(logits, y, reduction="none")
     if kind == "margin":
         label = F.one_hot(y, logits.shape[1]).bool()
         return logits.masked_fill(label, -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
+    if kind == "dlr":
+        if logits.shape[1] < 3:
+            raise ValueError(f"the dlr loss needs 3 classes or more, this model has {logits.shape[1]}; use margin")
+        ordered, order = logits.sort(dim=1)
+        right = (order[:, -1] == y).to(logits.dtype)
+        rival = ordered[:, -2] * right + ordered[:, -1] * (1 - right)
+        return -(logits.gather(1, y[:, None])[:, 0] - rival) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
     if clean is None:
         raise ValueError("the kl loss needs the clean logits")
     return kl(clean, logits)
@@ -80,9 +103,43 @@ class Joint(Objective):
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         clean = _clean_logits(model, x) if self.loss == "kl" else None
 
-        def inner(x_adv: Tensor) -> Score:
-            logits = model.run(x_adv).logits
-            return Score(loss_of(self.loss, logits, y, clean), logits.argmax(1) != y)
+        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+            logits, label = model.run(x_adv).logits, some(y, rows)
+            before = None if clean is None else some(clean, rows)
+            return Score(loss_of(self.loss, logits, label, before), missed(model, x_adv, logits, label))
+
+        return inner
+
+
+@dataclass(frozen=True)
+class Targeted(Objective):
+    """The whole model, towards the class that is ``rank``-th most likely on the clean image (2: the first rival).
+
+    "dlr": the targeted DLR loss (Croce and Hein 2020, eq. 7; 4 classes or more); "margin": the target's logit minus
+    the label's.
+    """
+
+    name: ClassVar[str] = "joint"
+    rank: int = 2
+    loss: Literal["dlr", "margin"] = "dlr"
+
+    def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
+        clean = _clean_logits(model, x)
+        classes = clean.shape[1]
+        if not 2 <= self.rank <= classes:
+            raise ValueError(f"rank must be from 2 to the number of classes, {classes}; got {self.rank}")
+        if self.loss == "dlr" and classes < 4:
+            raise ValueError(f"the targeted dlr loss needs 4 classes or more, this model has {classes}; use margin")
+        target = clean.sort(dim=1).indices[:, -self.rank]
+
+        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+            logits, label = model.run(x_adv).logits, some(y, rows)
+            pair = logits.gather(1, torch.stack([label, some(target, rows)], 1))
+            loss = -(pair[:, 0] - pair[:, 1])
+            if self.loss == "dlr":
+                ordered = logits.sort(dim=1).values
+                loss = loss / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12)
+            return Score(loss, missed(model, x_adv, logits, label))
 
         return inner
 
@@ -98,12 +155,14 @@ class ExpertsOnly(Objective):
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         with torch.no_grad():
-            clean = model.run(x)
+            clean = exact_of(model).run(x)
         trace = detach(clean.trace)
 
-        def inner(x_adv: Tensor) -> Score:
-            logits = model.run(x_adv, forced=trace).logits
-            return Score(loss_of(self.loss, logits, y, clean.logits), logits.argmax(1) != y)
+        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+            held, label = some_routes(trace, rows), some(y, rows)
+            logits = model.run(x_adv, forced=held).logits
+            loss = loss_of(self.loss, logits, label, some(clean.logits, rows))
+            return Score(loss, missed(model, x_adv, logits, label, held))
 
         return inner
 
@@ -121,14 +180,15 @@ class RouterOnly(Objective):
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         with torch.no_grad():
-            trace = detach(model.run(x).trace)
+            trace = detach(exact_of(model).run(x).trace)
         if not trace:
             raise ValueError("router_only needs a model with a router; this model is dense")
 
-        def inner(x_adv: Tensor) -> Score:
+        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             output = model.run(x_adv)
-            parts = [_departure(routing, output.trace[name].logits) for name, routing in trace.items()]
-            return Score(torch.stack(parts).mean(0), output.logits.argmax(1) != y)
+            held = some_routes(trace, rows)
+            parts = [_departure(routing, output.trace[name].logits) for name, routing in held.items()]
+            return Score(torch.stack(parts).mean(0), missed(model, x_adv, output.logits, some(y, rows)))
 
         return inner
 
@@ -149,6 +209,11 @@ def _clean_logits(model: RoutedModel, x: Tensor) -> Tensor:
 def joint(loss: Loss = "ce") -> Joint:
     """A loss of the whole model, route and experts."""
     return Joint(loss)
+
+
+def targeted(rank: int = 2, loss: Literal["dlr", "margin"] = "dlr") -> Targeted:
+    """A targeted loss of the whole model, towards the rank-th most likely class of the clean image."""
+    return Targeted(rank, loss)
 
 
 def experts_only(loss: Loss = "ce") -> ExpertsOnly:

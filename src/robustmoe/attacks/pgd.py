@@ -11,7 +11,7 @@ from torch import Tensor
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
 from robustmoe.attacks.threat import Threat
-from robustmoe.models.base import RoutedModel
+from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 
 
@@ -19,14 +19,14 @@ class NotFiniteError(RuntimeError):
     """An attack met a loss or gradient that is not finite: the robust accuracy it gave would mean nothing."""
 
 
-def ascend(inner: Inner, x_adv: Tensor) -> tuple[Score, Tensor]:
-    """The score at x_adv and the gradient of its loss, image by image, in the dtype of x_adv.
+def ascend(inner: Inner, x_adv: Tensor, rows: Tensor | None = None) -> tuple[Score, Tensor]:
+    """The score at x_adv and the gradient of its loss, image by image, in the dtype of x_adv. ``rows``: see `Inner`.
 
     Where no path from the image to the loss is differentiable the gradient is zero, and the attack stays at its start;
     evaluation's check G1 marks what such an attack finds. Raises `NotFiniteError`.
     """
     x_adv = x_adv.detach().requires_grad_(True)
-    score = inner(x_adv)
+    score = inner(x_adv) if rows is None else inner(x_adv, rows)
     found = torch.autograd.grad(score.loss.sum(), x_adv, allow_unused=True)[0] if score.loss.requires_grad else None
     gradient = torch.zeros_like(x_adv) if found is None else found
     if not bool((torch.isfinite(score.loss).all() & torch.isfinite(gradient).all()).item()):
@@ -57,7 +57,9 @@ class PGD(Attack):
 
     ``step_size`` in pixels; by default eps / 4 (the field's 2/255 at 8/255), or eps for a single step. ``restarts``:
     later ones attack only the images not yet fooled. ``keep``: "best" returns the best iterate (one forward pass
-    more), "last" the final one, as adversarial training usually does. ``start``: "random" in the ball, or "clean".
+    more), "last" the final one, as adversarial training usually does; with "first" an image leaves the batch as soon
+    as it is fooled (the same robust accuracy as "best" in fewer passes; the rest return their last iterate).
+    ``start``: "random" in the ball, or "clean".
     """
 
     threat: Threat
@@ -65,7 +67,7 @@ class PGD(Attack):
     step_size: float | None = None
     restarts: int = 1
     objective: Objective = Joint()  # noqa: RUF009 (a frozen value)
-    keep: Literal["best", "last"] = "best"
+    keep: Literal["best", "last", "first"] = "best"
     start: Literal["random", "clean"] = "random"
     seed: int = 0
 
@@ -79,6 +81,9 @@ class PGD(Attack):
         if self.step_size is not None:
             return self.step_size
         return self.threat.eps if self.steps == 1 else self.threat.eps / 4
+
+    def queries(self, output: Output) -> int:
+        return self.restarts * (3 * self.steps + (self.keep != "last" or self.restarts > 1))
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         best = self._climb(model, x, y, noise.fold(0))
@@ -95,6 +100,8 @@ class PGD(Attack):
     def _climb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> _Best:
         inner = self.objective(model, x, y)
         x_adv = self.threat.start(x, noise) if self.start == "random" else x
+        if self.keep == "first":
+            return self._until_fooled(inner, x, x_adv)
         best: _Best | None = None
         for _ in range(self.steps):
             score, gradient = ascend(inner, x_adv)
@@ -114,6 +121,24 @@ class PGD(Attack):
             return best
         return _Best(x_adv, final)
 
+    def _until_fooled(self, inner: Inner, x: Tensor, x_adv: Tensor) -> _Best:
+        """The climb in which a fooled image leaves the batch. ``rows``: the images still in it."""
+        rows, now = torch.arange(len(x), device=x.device), x_adv
+        best = _Best(x_adv.clone(), Score(x.new_zeros(len(x)), torch.zeros_like(rows, dtype=torch.bool)))
+        for step in range(self.steps + 1):
+            if step < self.steps:
+                score, gradient = ascend(inner, now, rows)
+            else:
+                with torch.no_grad():
+                    score = inner(now, rows)
+            best.x_adv[rows], best.score.loss[rows], best.score.fooled[rows] = now, score.loss, score.fooled
+            stay = ~score.fooled
+            if step == self.steps or not bool(stay.any()):
+                break
+            rows, now, gradient = rows[stay], now[stay], gradient[stay]
+            now = self.threat.project(now + self._step_size() * self.threat.direction(gradient, now), x[rows])
+        return best
+
 
 @dataclass(frozen=True)
 class FGSM(Attack):
@@ -122,6 +147,9 @@ class FGSM(Attack):
     threat: Threat
     objective: Objective = Joint()  # noqa: RUF009 (a frozen value)
     seed: int = 0
+
+    def queries(self, output: Output) -> int:
+        return 3
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         _, gradient = ascend(self.objective(model, x, y), x)

@@ -1,0 +1,88 @@
+"""A model to climb and the exact one that judges: gradients come from the first, success from the second.
+
+Every attack asks `missed` whether an image is broken, so an attack on a `Surrogate` (a half-precision copy, an attack
+view) is never believed on the surrogate's own word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from robustmoe.models.base import RoutedModel
+from robustmoe.routing import Routing, Tape
+
+
+class Surrogate(RoutedModel):
+    """``climbed`` stands in for ``exact``: the same images, classes and router names; an attack differentiates the
+    first and is judged by the second.
+
+    ``close``: the surrogate's answers are nearly the exact ones (another precision), so that the exact model is asked
+    only where the surrogate says "broken"; otherwise (a view) it is asked every time. ``on_pass(n, gradient)`` is
+    called with the number of images of each pass and whether a gradient will be taken, for progress and counts.
+    """
+
+    def __init__(
+        self,
+        climbed: RoutedModel,
+        exact: RoutedModel,
+        close: bool = False,
+        on_pass: Callable[[int, bool], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.climbed = climbed
+        self.exact = exact_of(exact)
+        self.close = close
+        self.on_pass = on_pass
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        if self.on_pass is not None:
+            self.on_pass(len(x), torch.is_grad_enabled() and x.requires_grad)
+        return self.climbed.body(x, tape)
+
+    @torch.no_grad()
+    def confirm(
+        self,
+        x_adv: Float[Tensor, "n ch h w"],
+        y: Int[Tensor, " n"],
+        claim: Bool[Tensor, " n"],
+        forced: Mapping[str, Routing] | None = None,
+    ) -> Bool[Tensor, " n"]:
+        """Which images the exact model (on the route ``forced``, if given) misses; ``claim`` is the surrogate's
+        own answer.
+        """
+        rows = torch.nonzero(claim)[:, 0] if self.close else torch.arange(len(x_adv), device=x_adv.device)
+        found = torch.zeros_like(claim)
+        if len(rows) == 0:
+            return found
+        held = None if forced is None else {name: routing[rows] for name, routing in forced.items()}
+        if self.on_pass is not None:
+            self.on_pass(len(rows), False)
+        found[rows] = _wrong(self.exact.run(x_adv.detach()[rows], forced=held).logits, y[rows])
+        return found
+
+
+def exact_of(model: RoutedModel) -> RoutedModel:
+    """The model whose word counts: the exact one of a `Surrogate` (at any depth), any other model itself."""
+    return model.exact if isinstance(model, Surrogate) else model
+
+
+def missed(
+    model: RoutedModel,
+    x_adv: Float[Tensor, "n ch h w"],
+    logits: Float[Tensor, "n c"],
+    y: Int[Tensor, " n"],
+    forced: Mapping[str, Routing] | None = None,
+) -> Bool[Tensor, " n"]:
+    """Which images are broken. ``logits`` are ``model``'s own on x_adv; where it is a `Surrogate`, the exact model
+    decides.
+    """
+    claim = _wrong(logits, y)
+    return model.confirm(x_adv, y, claim, forced) if isinstance(model, Surrogate) else claim
+
+
+def _wrong(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.detach().argmax(1) != y
