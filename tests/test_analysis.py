@@ -158,6 +158,8 @@ def verdict(objective: str, status: str | None, rows: str = "1100") -> bool | No
 def test_when_the_router_counts_as_attacked() -> None:
     assert verdict("joint", "pass") is True
     assert verdict("router_only", "warn") is True
+    assert verdict("routing", "pass") is True
+    assert verdict("routing", "fail") is False
     assert verdict("joint", None) is True
     assert verdict("experts_only", "pass") is False
     assert verdict("joint", "fail") is False

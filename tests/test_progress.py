@@ -53,6 +53,19 @@ def test_a_terminal_gets_a_bar_with_text_and_whole_notes(monkeypatch: pytest.Mon
     assert "a note [red]" + "x" * 200 in text
 
 
+def test_the_total_may_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = to_terminal(monkeypatch)
+    with progress(900, "attack", unit="passes") as bar:
+        bar.advance(30)
+        bar.expect(60)
+        module._display.refresh()
+        assert (bar.total, bar._display.tasks[0].total, bar._display.tasks[0].completed) == (60, 60, 30)
+    assert "30/60" in terminal.getvalue()
+    quiet = progress(2, "x")
+    quiet.expect(1)  # not shown: the same calls do nothing but count
+    assert quiet.total == 1
+
+
 def test_bars_nest_and_an_abandoned_one_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = to_terminal(monkeypatch)
     for _ in progress(range(3), "outer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from robustmoe.records import (
     Checks,
     Example,
     Header,
+    Passed,
     RouterInfo,
     Row,
     Writer,
@@ -92,23 +94,112 @@ def test_round_trip(tmp_path: Path) -> None:
     assert checks == Checks([CHECK], 1.5)
     first = json.loads((tmp_path / "new" / "rows.jsonl").read_text().splitlines()[0])
     assert (first["kind"], first["version"], first["routers"]) == (
-        "header", 1, {"router": {"experts": 2, "k": 1, "items": 1}},
+        "header", 2, {"router": {"experts": 2, "k": 1, "items": 1}},
     )  # fmt: skip
 
 
-def test_resume_after_a_kill_at_every_byte_of_the_last_line(tmp_path: Path) -> None:
+def test_resume_after_a_kill_at_every_byte_of_a_batch(tmp_path: Path) -> None:
+    """A batch counts from its last byte on: rows and part lines without the line that ends them are cut."""
     path = tmp_path / "rows.jsonl"
+    batch = [make_row(1, part="one")], 1.5, [Passed(2, "one"), Passed(3, "one")], 7
     with Writer(path, make_header()) as writer:
-        writer.write([make_row(0), make_row(1)])
+        writer.write([make_row(0)])
+        first = len(path.read_bytes())
+        writer.write(*batch)
     whole = path.read_bytes()
-    start = whole[:-1].rindex(b"\n") + 1
-    for end in range(start, len(whole) + 1):
+    assert [json.loads(line)["kind"] for line in whole[first:].splitlines()] == ["row", "part", "part", "time"]
+    for end in range(first, len(whole) + 1):
         path.write_bytes(whole[:end])
-        assert [row.index for row in read(path).rows] == ([0, 1] if end == len(whole) else [0])
+        done = end == len(whole)
+        row_is_whole = b"\n" in whole[first:end]
+        assert [row.index for row in read(path).rows] == [0, 1][: 1 + row_is_whole]  # a reader may see it before
         with Writer(path, make_header()) as writer:
-            assert writer.done == ({0, 1} if end == len(whole) else {0})
-            writer.write([make_row(1)])
+            assert writer.done == ({0, 1} if done else {0})
+            assert writer.passed == ({"one": {2, 3}} if done else {})
+            assert (writer.seconds, writer.queries) == ((1.5, 7) if done else (0.0, 0))
+            writer.write(*batch)  # done already: nothing is written twice
         assert path.read_bytes() == whole
+    with Writer(path, make_header()) as writer:
+        writer.finish([CHECK], 9.0)
+    assert read(path).checks == Checks([CHECK], 9.0, 7)
+
+
+def old_lines() -> list[dict[str, Any]]:
+    """A file as version 1 wrote it: no parts, no batch size, no queries, and not every batch with its time."""
+    new = ("batch_size", "parts", "certified_hash")
+    header = {name: value for name, value in make_header().to_dict().items() if name not in new}
+    rows = [{name: value for name, value in make_row(i).to_dict().items() if name != "part"} for i in range(3)]
+    return [{**header, "version": 1}, rows[0], {"kind": "time", "seconds": 2.0}, rows[1], rows[2]]
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_file_of_version_1_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    checks = {"kind": "checks", "checks": [vars(CHECK)], "seconds": 2.5}
+    path = write_lines(tmp_path / "old.jsonl", [*old_lines(), checks])
+    header, rows, found = read(path)
+    assert header == make_header()
+    assert (header.batch_size, header.parts, header.certified_hash, header.bound_to_batches) == (0, [], "", False)
+    assert rows == [make_row(0), make_row(1), make_row(2)]
+    assert found == Checks([CHECK], 2.5, 0)
+    before = path.read_bytes()
+    with Writer(path, make_header(batch_size=8)) as writer:
+        assert writer.done == {0, 1, 2}
+        assert writer.checks == found
+    assert path.read_bytes() == before  # finished: not touched
+    path = write_lines(tmp_path / "unfinished.jsonl", old_lines()[:4])
+    with Writer(path, make_header(batch_size=8)) as writer:  # the rest is written as version 2, and so is the whole
+        assert (writer.done, writer.seconds) == ({0, 1}, 2.0)
+        writer.write([make_row(2)])
+        writer.finish([CHECK], 3.0)
+    assert json.loads(path.read_text().splitlines()[0])["version"] == 2
+    assert read(path) == (make_header(batch_size=8), [make_row(0), make_row(1), make_row(2)], Checks([CHECK], 3.0))
+
+
+def test_a_shorter_file_is_extended(tmp_path: Path) -> None:
+    def shorter(n: int) -> Header:
+        return make_header(n=n, index_hash=f"first {n}")
+
+    short, long = shorter(2), make_header(n=4, index_hash="all")
+    path = tmp_path / "rows.jsonl"
+    with Writer(path, short) as writer:
+        writer.write([make_row(0), make_row(1)], 3.0)
+        writer.finish([CHECK], 4.0)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="holds other work: its n is 2, this one's is 4"):
+        Writer(path, long)
+    with pytest.raises(UserError, match="holds other work: its n is 2, this one's is 4"):
+        Writer(path, long, lambda n: make_header(n=n, index_hash="other images"))
+    for bound in ({"parts": ["a", "b"]}, {"attack": "apgd(linf(0.1), rng=autoattack)"}):  # batches would be cut anew
+        write_lines(tmp_path / "bound.jsonl", [make_header(n=2, **bound).to_dict()])
+        with pytest.raises(UserError, match="holds other work: its n is 2, this one's is 4"):
+            Writer(tmp_path / "bound.jsonl", make_header(n=4, **bound), lambda n, b=bound: make_header(n=n, **b))
+    assert path.read_bytes() == before
+    with Writer(path, long, shorter) as writer:
+        assert (writer.done, writer.checks, writer.seconds, writer.header) == ({0, 1}, None, 3.0, long)
+        with pytest.raises(UserError, match="written by another process"):  # the new file is locked as the old one was
+            Writer(path, long, shorter)
+        writer.write([make_row(2), make_row(3)], 1.0)
+        writer.finish([CHECK], 5.0)
+    assert read(path) == (long, [make_row(i) for i in range(4)], Checks([CHECK], 5.0))
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    with pytest.raises(UserError, match="holds other work: its n is 4, this one's is 2"):
+        Writer(path, short, shorter)
+
+
+@pytest.mark.parametrize(
+    "bound", [{"parts": ["a"]}, {"attack": "apgd(linf(0.1), rng=autoattack)"}, {"attack": "Own(rng='autoattack')"}]
+)
+def test_the_batch_size_belongs_to_the_work_where_rows_depend_on_it(bound: dict[str, Any], tmp_path: Path) -> None:
+    finished(tmp_path / "free.jsonl", [0], batch_size=8)
+    with Writer(tmp_path / "free.jsonl", make_header(batch_size=9)) as writer:
+        assert writer.done == {0}
+    finished(tmp_path / "bound.jsonl", [0], batch_size=8, **bound)
+    with pytest.raises(UserError, match="holds other work: its batch_size is 8, this one's is 9; choose another --out"):
+        Writer(tmp_path / "bound.jsonl", make_header(batch_size=9, **bound))
 
 
 def test_resume_after_a_kill_inside_the_header(tmp_path: Path) -> None:
@@ -161,9 +252,10 @@ def test_resume_of_other_work_names_the_field(tmp_path: Path, field: str) -> Non
         "objective": "router_only",
         "role": "curve",
         "routers": {},
+        "parts": ["a", "b"],
     }.get(field, "else")
-    match = rf"holds other work: its {field} is .*, this one's is {other!r}; choose another --out or delete the file"
-    with pytest.raises(UserError, match=match):
+    says = f"this one's is {other!r}; choose another --out or delete the file"
+    with pytest.raises(UserError, match=rf"holds other work: its {field} is .*, {re.escape(says)}"):
         Writer(path, make_header(**{field: other}))
     assert path.read_bytes() == before
 
@@ -184,7 +276,7 @@ def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
     [
         ("{", r"line 2: not a JSON object"),
         ("[1]", r"line 2: not a JSON object"),
-        ('{"kind":"rho"}', r"line 2: unknown kind 'rho'; known: header, row, checks"),
+        ('{"kind":"rho"}', r"line 2: unknown kind 'rho'; known: header, row, part, time, checks"),
         ('{"kind":"row","index":0}', r"line 2: row: field 'label' is missing"),
         (json.dumps({**make_row(0).to_dict(), "clean": "1"}), r"row: field 'clean' must be a whole number, got '1'"),
         (json.dumps({**make_row(0).to_dict(), "clean": True}), r"row: field 'clean' must be a whole number, got True"),
@@ -209,12 +301,13 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"version": 2}, "rows file of version 2, this robustmoe reads version 1"),
+        ({"version": 3}, "rows file of version 3, this robustmoe reads versions 1 and 2"),
         ({"version": None}, "rows file of version None"),
         ({"kind": "row"}, "its first line must be"),
         ({"norm": "l7"}, "'norm' must be one of linf, l2, l1, got 'l7'"),
         ({"role": ""}, "'role' must be one of main, curve"),
-        ({"objective": None}, "'objective' must be one of joint, experts_only, router_only, got None"),
+        ({"precision": "fp64"}, "'precision' must be one of strict, fast, fp32, got 'fp64'"),
+        ({"objective": None}, "'objective' must be one of joint, experts_only, router_only, routing, got None"),
         ({"routers": {"r": {"experts": 2}}}, "routerinfo: field 'k' is missing"),
     ],
 )
@@ -238,7 +331,7 @@ def test_two_rows_of_one_image(tmp_path: Path) -> None:
         read(path)
     finished(tmp_path / "b.jsonl", [0])
     append_json(tmp_path / "b.jsonl", make_row(1).to_dict())
-    with pytest.raises(UserError, match="line 4: lines after the checks"):
+    with pytest.raises(UserError, match="line 5: lines after the checks"):
         read(tmp_path / "b.jsonl")
 
 

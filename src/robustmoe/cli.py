@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 from robustmoe import recipe as recipes
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
-from robustmoe.progress import first_process
+from robustmoe.progress import first_process, note
 
 # ------------------------------------------------------------------------------------------------ verbs
 
@@ -50,9 +50,12 @@ def train(
 
 
 def evaluate(
-    run: Annotated[str, "a run folder"],
+    run: Annotated[str | None, "a run folder (or give --model)"] = None,
+    model: Annotated[str | None, "a model of your own instead of a run: my_file.py:make_model (with --data)"] = None,
     attack: Annotated[
-        tuple[str, ...], "an attack, such as pgd(linf(8/255), steps=50); repeat for more (default: the recipe's)"
+        tuple[str, ...],
+        "an attack, such as pgd(linf(8/255), steps=50) or autoattack(linf(8/255)); repeat for more "
+        "(default: the recipe's)",
     ] = (),
     data: Annotated[str | None, "another data set than the run's"] = None,
     split: Annotated[Literal["test", "val"], "which images"] = "test",
@@ -61,31 +64,67 @@ def evaluate(
     curve: Annotated[
         str, "radii of the accuracy curve, such as 0,2/255,4/255; auto = around the attack's; none = no curve"
     ] = "auto",
+    precision: Annotated[
+        Literal["strict", "fast", "fp32"],
+        "what attacks climb: strict = a frozen fp32 copy, fast = the network in bf16 (every success is confirmed by "
+        "the exact model), fp32 = the model itself",
+    ] = "strict",
     seed: Annotated[int, "decides every random draw of the attacks"] = 0,
     device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
     out: Annotated[str | None, "folder of the rows (default: RUN/rows)"] = None,
 ) -> str:
     """Attack a trained model and measure what survives; images that are done are not done again."""
-    folder = _run_folder(run)
+    if (run is None) == (model is None):
+        raise UserError("evaluate needs one of a run folder and --model my_file.py:make_model; see --help")
+    if model is not None and data is None:
+        raise UserError(f"--model {model} needs images to be attacked on; expected --data, such as --data digits")
     for text in attack:
         spec.canonical(text)
     radii = {"auto": None, "none": ()}[curve] if curve in ("auto", "none") else spec.numbers(curve)
-    from robustmoe.evaluation import evaluate_run
+    common: dict[str, Any] = {
+        "attacks": attack,
+        "split": split,
+        "limit": limit,
+        "batch_size": batch_size,
+        "precision": precision,
+        "curve": radii,
+        "seed": seed,
+        "device": device,
+    }
+    rows = None if out is None else Path(out)
+    if run is not None:
+        folder = _run_folder(run)
+        from robustmoe.evaluation import evaluate_run
+        from robustmoe.reporting import summary_table
+
+        return summary_table(evaluate_run(folder, data=data, out=rows, **common))
+    assert model is not None
+    assert data is not None
+    from robustmoe import user_model
+    from robustmoe.evaluation import evaluate_model
     from robustmoe.reporting import summary_table
 
-    results = evaluate_run(
-        folder,
-        attacks=attack,
-        data=data,
-        split=split,
-        limit=limit,
-        batch_size=batch_size,
-        curve=radii,
-        seed=seed,
-        device=device,
-        out=None if out is None else Path(out),
-    )
-    return summary_table(results)
+    own = user_model.load(model)
+    rows = rows or Path("runs") / f"{Path(model.partition(':')[0]).stem}-{model.partition(':')[2]}" / "rows"
+    note(f"rows: {rows}")
+    return summary_table(evaluate_model(own, data, name=model, out=rows, **common))
+
+
+def check(
+    run: Annotated[str, "a run folder"],
+    attack: Annotated[str | None, "the attack whose number is in question (default: the recipe's first)"] = None,
+    limit: Annotated[int, "images to check on"] = 64,
+    seed: Annotated[int, "decides every random draw"] = 0,
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
+) -> str:
+    """Ask every check whether this model's robust accuracy can be believed; minutes, not hours."""
+    folder = _run_folder(run)
+    if attack is not None:
+        spec.canonical(attack)
+    from robustmoe.evaluation.checks.run import check_run
+    from robustmoe.reporting.card import card
+
+    return card(check_run(folder, attack=attack, limit=limit, device=device, seed=seed))
 
 
 def analyze(run: Annotated[str, "a run folder that was evaluated"]) -> str:
@@ -137,6 +176,7 @@ VERBS: dict[str, Callable[..., str]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
+    "check": check,
     "analyze": analyze,
     "report": report,
     "list": list_names,
@@ -195,7 +235,7 @@ def _flags(verb: Callable[..., str]) -> list[_Flag]:
             continue
         hint, words = typing.get_args(hints[name])
         required = parameter.default is parameter.empty
-        flags.append(_Flag(name, hint, words, required or name == "kind", required, parameter.default))
+        flags.append(_Flag(name, hint, words, required or name in ("kind", "run"), required, parameter.default))
     return flags
 
 
@@ -314,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     stopped = _STOPPED.get(argv[0], "stopped") if argv else "stopped"
     try:
-        with _terminable() if argv[:1] == ["train"] else contextlib.nullcontext():
+        with _terminable() if argv[:1] in (["train"], ["evaluate"]) else contextlib.nullcontext():
             text = _run(argv)
         if first_process():
             print(text, flush=True)

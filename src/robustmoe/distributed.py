@@ -23,6 +23,8 @@ from robustmoe.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
 
+_sessions = 0  # how many were opened in this process: each needs names of its own in torchrun's store
+
 
 def active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -53,9 +55,18 @@ def session(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
+    global _sessions
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _sessions += 1
+    store, place, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"robustmoe {_sessions}", store),
+        rank=place,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
     clean = False
     try:
         yield
@@ -67,7 +78,7 @@ def session(device: torch.device) -> Iterator[None]:
             raise UserError(
                 f"process {dist.get_rank()} of {dist.get_world_size()} stopped: another process of "
                 "this run died; start the same "
-                "command with --resume to go on from the last checkpoint"
+                "command again (train: with --resume) to go on from what is saved"
             ) from error
         raise
     finally:

@@ -33,7 +33,8 @@ def note(text: str) -> None:
 
 
 class Bar(Generic[T]):
-    """One bar. Iterate over it, or use it as a context manager and `advance` it; `say` sets the text at its end.
+    """One bar. Iterate over it, or use it as a context manager and `advance` it; `say` sets the text at its end,
+    `expect` the total.
 
     Where there is no terminal, the same calls do nothing.
     """
@@ -77,6 +78,12 @@ class Bar(Generic[T]):
         """``n`` more are done."""
         if self._display is not None:
             self._display.update(self._task, advance=n)
+
+    def expect(self, total: int) -> None:
+        """There is less (or more) to do than was thought: ``total`` in all, what is done included."""
+        self.total = total
+        if self._display is not None:
+            self._display.update(self._task, total=total)
 
     def say(self, text: str) -> None:
         """Show ``text`` at the end of the bar: a loss, a count."""

@@ -8,6 +8,7 @@ from robustmoe.analysis.conflicts import warnings
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
 from robustmoe.analysis.labels import attack_name, names
 from robustmoe.analysis.load import Load, load_by_class
+from robustmoe.analysis.parts import Part, by_part
 from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, inside, largest, right, robust, wilson
 from robustmoe.analysis.summaries import Summary, summary
 from robustmoe.analysis.verdict import ROUTER_OBJECTIVES, Verdict, judge
@@ -22,11 +23,13 @@ __all__ = [
     "Adds",
     "Curve",
     "Load",
+    "Part",
     "Rate",
     "Summary",
     "Verdict",
     "WorstCase",
     "attack_name",
+    "by_part",
     "eps_curve",
     "family",
     "groups",

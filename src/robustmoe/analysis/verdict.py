@@ -10,7 +10,7 @@ from robustmoe.analysis.labels import names
 from robustmoe.analysis.rates import inside, largest
 from robustmoe.records import Result
 
-ROUTER_OBJECTIVES = ("joint", "router_only")
+ROUTER_OBJECTIVES = ("joint", "router_only", "routing")
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Verdict:
 def judge(results: Sequence[Result]) -> Verdict:
     """Whether the numbers of these files, taken together, can be quoted.
 
-    The router counts as attacked only if some file with all its rows has an attack whose objective is ``joint`` or
-    ``router_only`` and whose own check R1 (some gradient reaches the image through the router) does not fail. If one
-    is there, a failure of R1 in another file is a warning: that attack does not see the router, and the first does."""
+    The router counts as attacked only if some file with all its rows has an attack whose objective is one of
+    `ROUTER_OBJECTIVES` and whose own check R1 (some gradient reaches the image through the router) does not fail. If
+    one is there, a failure of R1 in another file is a warning: that attack does not see the router, and the first
+    does."""
     attacked, reason = _router_attacked(results)
     failed: dict[str, None] = {}
     warned: dict[str, None] = {}
@@ -62,7 +63,7 @@ def _router_attacked(results: Sequence[Result]) -> tuple[bool | None, str]:
         return None, "the model is dense"
     aiming = [result for result in results if result.header.attack and result.header.objective in ROUTER_OBJECTIVES]
     if not aiming:
-        return False, "no attack has the objective joint or router_only"
+        return False, "no attack has the objective joint, router_only or routing"
     blind = [result for result in aiming if _r1(result) == "fail"]
     seeing = [result for result in aiming if _r1(result) != "fail"]
     if not seeing:

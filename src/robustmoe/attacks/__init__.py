@@ -1,11 +1,15 @@
-"""Attacks: threats, objectives that know what a router is, FGSM and PGD."""
+"""Attacks: threats, objectives that know what a router is, and attacks that climb them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from robustmoe import spec as specs
-from robustmoe.attacks.base import Attack, evaluating
+from robustmoe.attacks.apgd import APGD, TargetedAPGD
+from robustmoe.attacks.autoattack import AutoAttack, AutoAttackRouting
+from robustmoe.attacks.base import Attack, Suite, evaluating, part_noise
+from robustmoe.attacks.fab import FAB
+from robustmoe.attacks.fmn import FMN, accuracy_curve
 from robustmoe.attacks.objectives import (
     ExpertsOnly,
     Joint,
@@ -20,16 +24,55 @@ from robustmoe.attacks.objectives import (
     targeted,
 )
 from robustmoe.attacks.pgd import FGSM, PGD, NotFiniteError
+from robustmoe.attacks.routes import (
+    ExpertTransition,
+    JointNormalised,
+    RouteBeam,
+    RouteFlip,
+    RouterHinge,
+    RoutingLoss,
+    router_hinge,
+)
+from robustmoe.attacks.square import Square
 from robustmoe.attacks.surrogate import Surrogate, exact_of, missed
 from robustmoe.attacks.threat import Threat, l1, l2, linf, size
+from robustmoe.attacks.views import (
+    VIEWS,
+    Exact,
+    ExpertView,
+    Soft,
+    StraightThrough,
+    View,
+    Viewed,
+    attack_view,
+    changed,
+    each_expert,
+    sole_router,
+)
 
-ATTACKS: dict[str, Callable[..., Attack]] = {"fgsm": FGSM, "pgd": PGD}
+ATTACKS: dict[str, Callable[..., Attack]] = {
+    "fgsm": FGSM,
+    "pgd": PGD,
+    "apgd": APGD,
+    "apgd_t": TargetedAPGD,
+    "fab": FAB,
+    "square": Square,
+    "fmn": FMN,
+    "autoattack": AutoAttack,
+    "autoattack_routing": AutoAttackRouting,
+    "route_flip": RouteFlip,
+    "expert_transition": ExpertTransition,
+    "route_beam": RouteBeam,
+    "through": Viewed,
+}
 THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "l1": l1}
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "joint": joint,
     "targeted": targeted,
     "experts_only": experts_only,
     "router_only": router_only,
+    "router_hinge": router_hinge,
+    "joint_normalised": JointNormalised,
 }
 
 
@@ -40,22 +83,47 @@ def build_attack(spec: str | Attack) -> Attack:
 
 
 __all__ = [
+    "APGD",
     "ATTACKS",
+    "FAB",
     "FGSM",
+    "FMN",
     "OBJECTIVES",
     "PGD",
     "THREATS",
+    "VIEWS",
     "Attack",
+    "AutoAttack",
+    "AutoAttackRouting",
+    "Exact",
+    "ExpertTransition",
+    "ExpertView",
     "ExpertsOnly",
     "Joint",
+    "JointNormalised",
     "NotFiniteError",
     "Objective",
+    "RouteBeam",
+    "RouteFlip",
+    "RouterHinge",
     "RouterOnly",
+    "RoutingLoss",
     "Score",
+    "Soft",
+    "Square",
+    "StraightThrough",
+    "Suite",
     "Surrogate",
     "Targeted",
+    "TargetedAPGD",
     "Threat",
+    "View",
+    "Viewed",
+    "accuracy_curve",
+    "attack_view",
     "build_attack",
+    "changed",
+    "each_expert",
     "evaluating",
     "exact_of",
     "experts_only",
@@ -65,7 +133,10 @@ __all__ = [
     "l2",
     "linf",
     "missed",
+    "part_noise",
+    "router_hinge",
     "router_only",
     "size",
+    "sole_router",
     "targeted",
 ]

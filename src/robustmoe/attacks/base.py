@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from robustmoe.attacks.objectives import Objective
+from robustmoe.attacks.surrogate import missed
 from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.noise import Noise
@@ -82,3 +84,37 @@ class Attack(ABC):
     @abstractmethod
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """The attacked images; the model is in eval mode."""
+
+
+class Suite(Attack):
+    """Several attacks one after the other, each on the images that those before it did not break; `parts` names them.
+
+    An image that no part breaks comes back as it went in (as AutoAttack returns it).
+    """
+
+    @abstractmethod
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        """The attacks, in order, each under its own name."""
+
+    def queries(self, output: Output) -> int:
+        return sum(part.queries(output) for _, part in self.parts(output))
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        with torch.no_grad():
+            found = model.run(x)
+            left = torch.nonzero(~missed(model, x, found.logits, y))[:, 0]
+        x_adv = x.clone()
+        for name, part in self.parts(found):
+            if len(left) == 0:
+                break
+            attacked = part(model, x[left], y[left], part_noise(noise[left], name))
+            with torch.no_grad():
+                broken = missed(model, attacked, model.run(attacked).logits, y[left])
+            x_adv[left[broken]] = attacked[broken]
+            left = left[~broken]
+        return x_adv
+
+
+def part_noise(noise: Noise, part: str) -> Noise:
+    """The streams of one part of an attack, apart from every other part's; of a simple attack (""), as they are."""
+    return noise.fold(zlib.crc32(part.encode())) if part else noise

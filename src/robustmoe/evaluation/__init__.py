@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from robustmoe.evaluation.measuring import evaluate, evaluate_run, measure, slug
+from robustmoe.evaluation.measuring import evaluate, evaluate_model, evaluate_run, measure, slug
 
-__all__ = ["evaluate", "evaluate_run", "measure", "slug"]
+__all__ = ["evaluate", "evaluate_model", "evaluate_run", "measure", "slug"]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustmoe.attacks import Attack, NotFiniteError, size
+from robustmoe.attacks.objectives import some_routes
 from robustmoe.data import Batch
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
@@ -30,16 +31,44 @@ class Attacked(NamedTuple):
     clean: Output
     after: Output
 
+    @property
+    def broken(self) -> Tensor:
+        """(n,) bool: the exact model is wrong on the attacked image."""
+        return torch.tensor(predictions(self.after), device=self.batch.y.device) != self.batch.y
 
-def attack_batch(model: RoutedModel, attack: Attack, batch: Batch) -> Attacked:
-    """Run the attack, then ask the exact model again, in the clean images' own precision.
+    def only(self, rows: Tensor) -> Attacked:
+        """The images where ``rows`` (n,) is true."""
+        batch = Batch(self.batch.x[rows], self.batch.y[rows], self.batch.index[rows])
+        return Attacked(batch, self.x_adv[rows], _some(self.clean, rows), _some(self.after, rows))
 
-    Each image draws its noise by its own index and the attack's seed. The attack gets copies: one that writes into its
-    input cannot move what its perturbation is measured from. UserError where it has no gradient to climb, or does not
-    give one image for each.
+    def as_they_were(self) -> Attacked:
+        """The same images, not attacked."""
+        return Attacked(self.batch, self.batch.x, self.clean, self.clean)
+
+
+def _some(output: Output, rows: Tensor) -> Output:
+    return Output(output.logits[rows], some_routes(output.trace, rows))
+
+
+@torch.no_grad()
+def look(model: RoutedModel, batch: Batch) -> Attacked:
+    """The exact model's pass on clean images, nothing attacked."""
+    clean = model.run(batch.x)
+    return Attacked(batch, batch.x, clean, clean)
+
+
+def attack_batch(
+    model: RoutedModel, attack: Attack, batch: Batch, noise: Noise, climbed: RoutedModel | None = None
+) -> Attacked:
+    """Run the attack on ``climbed`` (a `Surrogate` of ``model``; by default the model itself), then ask the exact model
+    again, in the clean images' own precision.
+
+    ``noise``: one stream an image, drawn by its own index. The attack gets copies: one that writes into its input
+    cannot move what its perturbation is measured from. UserError where it has no gradient to climb, or does not give
+    one image for each.
     """
     try:
-        x_adv = attack(model, batch.x.clone(), batch.y.clone(), Noise.of(batch.index, attack.seed))
+        x_adv = attack(model if climbed is None else climbed, batch.x.clone(), batch.y.clone(), noise)
     except NotFiniteError as error:
         raise UserError(f"the attack on {attack.objective.name.replace('_', ' ')} stopped: {error}") from error
     if x_adv.shape != batch.x.shape:
@@ -53,14 +82,16 @@ def attack_batch(model: RoutedModel, attack: Attack, batch: Batch) -> Attacked:
 
 
 @torch.no_grad()
-def rows_of(model: RoutedModel, done: Attacked) -> list[Row]:
-    """One `Row` an image; perturbations are measured anew, in float32.
+def rows_of(model: RoutedModel, done: Attacked, part: str = "") -> list[Row]:
+    """One `Row` an image; perturbations are measured anew, in float32. ``part``: see `Row`.
 
     ``size`` has the three norms, and "box": how far the attacked image leaves [0, 1]. The exposures are two more
     passes, for routed models: the clean image on the attacked route (the router's part) and the attacked image on the
     clean route (the experts' part).
     """
     batch, clean, after = done.batch, done.clean, done.after
+    if len(batch) == 0:
+        return []
     x, x_adv = batch.x.float(), done.x_adv.float()
     sizes = {norm: size(norm, x_adv - x).tolist() for norm in ("linf", "l2", "l1")}
     sizes["box"] = torch.maximum(-x_adv, x_adv - 1).flatten(1).amax(1).clamp(min=0).tolist()
@@ -84,6 +115,7 @@ def rows_of(model: RoutedModel, done: Attacked) -> list[Row]:
             experts_exposed=experts_exposed[i],
             route_clean={name: counts[i] for name, counts in routes_clean.items()},
             route_adversarial={name: counts[i] for name, counts in routes_after.items()},
+            part=part,
         )
         for i, (index, label, before, attacked) in enumerate(columns)
     ]

@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustmoe import provenance, records
+from robustmoe import distributed, provenance
 from robustmoe import spec as specs
 from robustmoe.analysis import Summary, robust, summary
-from robustmoe.attacks import PGD, Attack, Objective, Threat, build_attack, experts_only, joint, linf, router_only
-from robustmoe.data import Data, ImageSet, batches, from_arrays
+from robustmoe.attacks import (
+    PGD,
+    Attack,
+    AutoAttackRouting,
+    ExpertTransition,
+    Objective,
+    RouteBeam,
+    Surrogate,
+    Threat,
+    build_attack,
+    changed,
+    experts_only,
+    joint,
+    linf,
+    router_only,
+    sole_router,
+)
+from robustmoe.data import Batch, Data, ImageSet, from_arrays
 from robustmoe.errors import UserError
-from robustmoe.evaluation import checks
-from robustmoe.evaluation.attacked import attack_batch, examples_of, rows_of
+from robustmoe.evaluation import checks, engine
+from robustmoe.evaluation.precision import frozen
 from robustmoe.models.base import Output, RoutedModel, as_routed
-from robustmoe.progress import note, progress
-from robustmoe.records import Check, Header, Result, RouterInfo, Writer
+from robustmoe.progress import note
+from robustmoe.records import PRECISIONS, Check, Header, Result, RouterInfo, Writer, examples_path
 from robustmoe.routing import Tape, Trace
 from robustmoe.training.checkpoint import load_model, read_config
 
 SPLITS = ("test", "val", "train")
-EXAMPLES = 10
 PROBE = 32
 """Images the checks of a model look at."""
 
@@ -55,6 +70,8 @@ def evaluate(
     num_classes: int | None = None,
     batch_size: int = BATCH,
     limit: int | None = None,
+    precision: str = "strict",
+    certified: Mapping[int, float] | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     about: dict[str, Any] | None = None,
@@ -64,12 +81,14 @@ def evaluate(
 
     ``model``: a `RoutedModel`, or any callable from images to logits (n, c). ``x``, ``y``: images (n, ch, h, w) in
     [0, 1] with labels (n), or one of the project's data sets (its test split). ``attacks``: specs or attacks; by
-    default PGD-20 at linf 8/255 on the whole model, and for a routed model on its experts alone and its routers
-    alone. ``out``: a folder for the rows (resumable; by default temporary). Raises UserError for images outside [0,
-    1], labels out of range, a model that fails or whose output is not (n, c). The model keeps its modes and device.
+    default PGD-20 at linf 8/255 on the whole model; for a routed model also on its experts alone and on its routers
+    alone, and `ExpertTransition` into every expert's cell (with several routers `RouteBeam`). ``precision``,
+    ``certified``: see `measure`. ``out``: a folder for the rows (resumable; by default temporary). Under torchrun the
+    processes share the work. Raises UserError for images outside [0, 1], labels out of range, a model that fails or
+    whose output is not (n, c). The model keeps its modes and device.
     """
     chosen = [build_attack(attack) for attack in attacks]
-    where = provenance.pick_device(device)
+    where = distributed.local_device(provenance.pick_device(device))
     images = _images(x, y, num_classes).head(limit)
     about = {
         "run": "",
@@ -79,12 +98,21 @@ def evaluate(
         **(about or {}),
     }
     routed = as_routed(model)
-    with tempfile.TemporaryDirectory() as scratch, _borrowed(routed, where):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _borrowed(routed, where),
+        distributed.session(where),
+    ):
         output = _look(routed, images, where)
         chosen = _attacks(output.trace, chosen, linf(8 / 255))
+        _one_norm(chosen, certified)
         paths = [Path(out or scratch) / f"{slug(attack)}.jsonl" for attack in chosen]
         return [
-            summary(*measure(routed, images, attack, path, where, batch_size, about))
+            summary(
+                *measure(
+                    routed, images, attack, path, where, batch_size, about, precision=precision, certified=certified
+                )
+            )
             for attack, path in zip(chosen, paths)
         ]
 
@@ -100,22 +128,18 @@ def evaluate_run(
     seed: int = 0,
     device: str = "auto",
     out: str | Path | None = None,
+    precision: str = "strict",
+    certified: Mapping[int, float] | None = None,
 ) -> list[Result]:
     """Evaluate a run folder with each attack into ``RUN/rows`` (or ``out``), one file an attack; gives their
     contents.
 
-    ``attacks``: specs; by default those of the run's recipe, else PGD-20 at the radius it was trained for, on the
-    whole model, the experts alone and the routers alone. ``curve``: radii, in pixels, at which the attack that left
-    the fewest images standing is run again, on at most 256 images; by default a quarter to twice its own; empty:
-    none. ``seed``: of the attacks whose spec gives none. What is already in a file is kept, and only missing images
-    are attacked.
+    ``attacks``: specs; by default those of the run's recipe, else `evaluate`'s at the radius it was trained for. The
+    rest: see `evaluate_model`.
     """
-    if split not in SPLITS:
-        raise UserError(f"split must be {', '.join(SPLITS)}; got {split!r}")
     run = Path(run)
     config = read_config(run)
-    chosen = [build_attack(attack) for attack in attacks or config.get("attacks") or ()]
-    where = provenance.pick_device(device)
+    where = distributed.local_device(provenance.pick_device(device))
     model = load_model(run, where)
     source: Data = specs.build(data or config["data"], "data")
     if source.num_classes != config["num_classes"] or list(source.image_shape) != config["image_shape"]:
@@ -124,9 +148,6 @@ def evaluate_run(
             f"{tuple(config['image_shape'])}; the data have "
             f"{source.num_classes} classes and images {source.image_shape}"
         )
-    images: ImageSet = getattr(source, split).head(limit)
-    chosen = [_seeded(a, seed) for a in _attacks(_look(model, images, where).trace, chosen, _threat(config))]
-    radii = {attack.threat: _radii(attack.threat, curve) for attack in chosen}
     about = {
         "run": str(run),
         "model": config["model"],
@@ -135,16 +156,88 @@ def evaluate_run(
         "method": config.get("method"),
         "classes": list(source.classes),
     }
-    folder = Path(out) if out is not None else run / "rows"
-    end = "" if split == "test" else f"-{split}"
+    return evaluate_model(
+        model,
+        source,
+        out=Path(out) if out is not None else run / "rows",
+        attacks=attacks or config.get("attacks") or (),
+        threat=_threat(config),
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        curve=curve,
+        seed=seed,
+        device=device,
+        precision=precision,
+        certified=certified,
+        about=about,
+    )
+
+
+def evaluate_model(
+    model: Callable[[Tensor], Tensor],
+    data: str | Data,
+    *,
+    out: str | Path,
+    name: str | None = None,
+    attacks: Sequence[str | Attack] = (),
+    threat: Threat = linf(8 / 255),  # noqa: B008 (a frozen value)
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int | None = None,
+    curve: Sequence[float] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "strict",
+    certified: Mapping[int, float] | None = None,
+    about: dict[str, Any] | None = None,
+) -> list[Result]:
+    """Evaluate a model in hand on a data set with each attack into the folder ``out``, one file an attack; gives their
+    contents.
+
+    ``name``: what tables call the model. ``attacks``: by default `evaluate`'s, at ``threat``. ``curve``: radii, in
+    pixels, at which the simple attack that left the fewest images standing is run again, on at most 256 images; by
+    default a quarter to twice its own; empty: none (suites are never run again). ``seed``: of the attacks
+    whose spec gives none. ``precision``, ``certified``: see `measure`. ``about``: what the header says of the model.
+    What is already in a file is kept, and only missing images are attacked. Under torchrun the processes share the
+    work.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split must be {', '.join(SPLITS)}; got {split!r}")
+    given = [build_attack(attack) for attack in attacks]
+    where = distributed.local_device(provenance.pick_device(device))
+    source: Data = specs.build(data, "data") if isinstance(data, str) else data
+    images: ImageSet = getattr(source, split).head(limit)
+    about = {
+        "run": "",
+        "model": name or type(model).__name__,
+        "data": data if isinstance(data, str) else source.name,
+        "split": split,
+        "classes": list(source.classes),
+        **(about or {}),
+    }
     batch_size = BATCH if batch_size is None else batch_size
-    results = [measure(model, images, a, folder / f"{slug(a)}{end}.jsonl", where, batch_size, about) for a in chosen]
-    few = images.head(CURVE_LIMIT)
-    strongest, _ = min(zip(chosen, results), key=lambda pair: sum(map(robust, pair[1].rows)))
-    for attack in [_at(strongest, radius) for radius in radii[strongest.threat]]:
-        path = folder / f"{slug(attack)}{end}-curve.jsonl"
-        results.append(measure(model, few, attack, path, where, batch_size, about, role="curve"))
-    return results
+    end = "" if split == "test" else f"-{split}"
+    routed = as_routed(model)
+    with _borrowed(routed, where), distributed.session(where):
+        chosen = [_seeded(a, seed) for a in _attacks(_look(routed, images, where).trace, given, threat)]
+        _one_norm(chosen, certified)
+        radii = {attack.threat: _radii(attack.threat, curve) for attack in chosen}
+
+        def one(attack: Attack, images: ImageSet, end: str, role: str) -> Result:
+            path = Path(out) / f"{slug(attack)}{end}.jsonl"
+            return measure(routed, images, attack, path, where, batch_size, about, role, precision, certified)
+
+        results = [one(attack, images, end, "main") for attack in chosen]
+        simple = [pair for pair in zip(chosen, results) if not pair[1].header.parts]  # a suite again takes hours
+        if curve and not simple:
+            raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
+        curves: list[Attack] = []
+        if simple:
+            strongest, _ = min(simple, key=lambda pair: sum(map(robust, pair[1].rows)))
+            curves = [_at(strongest, radius) for radius in radii[strongest.threat]]
+        few = images.head(CURVE_LIMIT)
+        return results + [one(attack, few, f"{end}-curve", "curve") for attack in curves]
 
 
 def measure(
@@ -156,37 +249,79 @@ def measure(
     batch_size: int,
     about: dict[str, Any],
     role: str = "main",
+    precision: str = "strict",
+    certified: Mapping[int, float] | None = None,
 ) -> Result:
     """One attack on every image, row by row into ``path``; images that stand there already are skipped, checks are
     run anew.
+
+    ``precision``: what the attack climbs: "strict" a frozen copy of the model in float32, "fast" one in half precision
+    (see `robustmoe.evaluation.precision`), "fp32" the model itself; the exact model judges every row. ``certified``:
+    index of an image -> radius, in the attack's norm, up to which its prediction is proven to hold (by a certifier
+    that the caller answers for): images right and certified up to eps are not attacked. Called by every process of a
+    `distributed.session`; the first one writes, and each gives the whole result.
     """
     if batch_size < 1:
         raise UserError(f"the batch size is {batch_size}, expected at least 1")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
     model.eval()
-    header = _header(model, images, attack, device, about, role)
-    with Writer(path, header) as writer:
-        done, lap = writer.done, time.monotonic()
-        missing = [i for i, index in enumerate(images.index.tolist()) if index not in done]
-        if not missing and writer.checks is not None:
+    peers = engine.Peers()
+    probe = images.batch(list(range(min(PROBE, len(images))))).to(device)
+    with torch.no_grad():
+        plan = engine.plan(attack, model.run(probe.x), images, certified)
+
+    def header(n: int) -> Header:
+        some = images.head(n)
+        whole = n == len(images) or not plan.certified
+        work = plan if whole else engine.plan(attack, model.run(probe.x), some, certified)
+        return _header(model, some, attack, work, device, batch_size, about, role, precision)
+
+    with contextlib.ExitStack() as stack:
+        writer: Writer | None = None
+
+        def begin() -> engine.Ledger | None:
+            nonlocal writer
+            writer = stack.enter_context(Writer(path, header(len(images)), header))
+            if len(writer.done) == len(images) and writer.checks is not None:
+                return None
+            return engine.Ledger.of(writer, examples_path(path))
+
+        def finish() -> Result:
+            assert writer is not None
+            if ledger is not None:
+                found.append(checks.ball_and_box(writer.result.rows, attack.threat.norm, attack.threat.eps))
+                found.append(checks.unchanged(*changed))
+                writer.finish(_in_order(found), writer.seconds + time.monotonic() - lap)
             return writer.result
-        found = checks.before(model, attack, images.batch(list(range(min(PROBE, len(images))))).to(device))
-        as_found = checks.fingerprint(model)
-        show = not done or not records.examples_path(path).exists()
-        with progress(len(images), header.attack or "clean", unit="images") as bar:
-            bar.advance(len(done))
-            for batch in batches(images, batch_size, torch.tensor(missing, dtype=torch.long), device):
-                attacked = attack_batch(model, attack, batch)
-                rows = rows_of(model, attacked)
-                if show:
-                    records.write_examples(records.examples_path(path), examples_of(attacked, rows, EXAMPLES))
-                show, now = False, time.monotonic()
-                writer.write(rows, now - lap)
-                lap = now
-                bar.advance(len(batch))
-        found.append(checks.ball_and_box(writer.result.rows, attack.threat.norm, attack.threat.eps))
-        found.append(checks.unchanged(as_found, checks.fingerprint(model)))
-        writer.finish(_in_order(found), writer.seconds + time.monotonic() - lap)
-        return writer.result
+
+        lap = time.monotonic()
+        ledger = peers.first(begin)
+        if ledger is not None:
+            found = peers.first(lambda: checks.before(model, attack, probe))
+            as_found, meter = checks.fingerprint(model), engine.Meter()
+            _same_everywhere(peers, as_found, images)
+            climbed = _climbed(model, probe, precision, meter)
+            work = engine.Work(model, climbed, images, plan, batch_size, device, meter)
+            lap = engine.run(work, ledger, writer, peers, written(attack), lap)
+            each = peers.gather((as_found, checks.fingerprint(model)))
+            changed = next((pair for pair in each if pair[0] != pair[1]), each[0])
+        return peers.first(finish)
+
+
+def _same_everywhere(peers: engine.Peers, fingerprint: str, images: ImageSet) -> None:
+    """UserError where the processes came with different weights or images: their rows would be of different work."""
+    if peers.world > 1 and len(set(peers.gather((fingerprint, images.fingerprint)))) > 1:
+        raise UserError(
+            "the processes hold different models or images; build and load them alike in each (one seed, one file)"
+        )
+
+
+def _climbed(model: RoutedModel, probe: Batch, precision: str, meter: engine.Meter) -> Surrogate:
+    """What the attack sees in ``model``'s place."""
+    if precision == "fp32":
+        return Surrogate(model, model, close=True, on_pass=meter.on_pass)
+    return frozen(model, probe.x, "fast" if precision == "fast" else "strict", on_pass=meter.on_pass)
 
 
 def _in_order(found: list[Check]) -> list[Check]:
@@ -257,12 +392,15 @@ def _attacks(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[Atta
     """
     objectives: tuple[Objective, ...] = (joint(), experts_only(), router_only())
     wanted: list[Attack] = []
-    for attack in given or [PGD(threat, steps=20, objective=o) for o in objectives]:
+    default: list[Attack] = [PGD(threat, steps=20, objective=o) for o in objectives]
+    if trace:
+        default.append(ExpertTransition(threat) if sole_router(trace) else RouteBeam(threat))
+    for attack in given or default:
         if attack not in wanted:
             wanted.append(attack)
     if trace:
         return wanted
-    whole = [attack for attack in wanted if attack.objective.name == "joint"]
+    whole = [a for a in wanted if a.objective.name == "joint" or isinstance(a, AutoAttackRouting)]
     if not whole:
         raise UserError(
             "the model has no router, and every attack asked for is on the routers or the experts "
@@ -273,9 +411,19 @@ def _attacks(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[Atta
     return whole
 
 
+def _one_norm(attacks: Sequence[Attack], certified: Mapping[int, float] | None) -> None:
+    """UserError where radii of one norm are given for attacks of several."""
+    norms = {attack.threat.norm for attack in attacks}
+    if certified and len(norms) > 1:
+        raise UserError(
+            f"the certified radii are of one norm, the attacks of {' and '.join(sorted(norms))}; evaluate one norm "
+            "at a time"
+        )
+
+
 def _seeded(attack: Attack, seed: int) -> Attack:
     """With ``seed``, unless its spec gives one of its own."""
-    return attack if attack.seed else dataclasses.replace(attack, seed=seed)  # type: ignore[type-var]
+    return attack if attack.seed else changed(attack, seed=seed)
 
 
 def _threat(config: dict[str, Any]) -> Threat:
@@ -307,7 +455,7 @@ def _at(attack: Attack, eps: float) -> Attack:
     step = getattr(attack, "step_size", None)
     if step is not None and attack.threat.eps > 0:
         changes["step_size"] = step * eps / attack.threat.eps
-    return dataclasses.replace(attack, **changes)  # type: ignore[type-var]
+    return changed(attack, **changes)
 
 
 def written(attack: Attack) -> str:
@@ -328,7 +476,15 @@ def slug(attack: Attack) -> str:
 
 
 def _header(
-    model: RoutedModel, images: ImageSet, attack: Attack, device: torch.device, about: dict[str, Any], role: str
+    model: RoutedModel,
+    images: ImageSet,
+    attack: Attack,
+    plan: engine.Plan,
+    device: torch.device,
+    batch_size: int,
+    about: dict[str, Any],
+    role: str,
+    precision: str,
 ) -> Header:
     with torch.no_grad():
         output = model.run(images.batch(list(range(min(PROBE, len(images))))).to(device).x)
@@ -357,11 +513,14 @@ def _header(
         commit=provenance.commit(),
         device=str(device),
         threads=torch.get_num_threads(),
-        precision="fp32",
+        precision=precision,
         command=provenance.command(),
         classes=classes,
         routers=routers,
         parameters=sum(p.numel() for p in model.parameters()),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        batch_size=batch_size,
+        parts=plan.parts,
+        certified_hash=plan.certified_hash,
     )
     return Header.from_dict(json.loads(json.dumps(header.to_dict())))  # as it will be read: no work for a bad one

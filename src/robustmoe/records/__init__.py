@@ -1,7 +1,8 @@
 """The result file: one header, then one row an image, then the checks. Read, write, resume, validate, merge.
 
-JSON lines, append-only, flushed to the disk per batch, so that a killed evaluation loses at most the batch it was
-working on. Numbers that are not finite are written as Python's ``json`` writes them (``NaN``, ``Infinity``).
+JSON lines, append-only, each batch written at once and flushed to the disk, so that a killed evaluation loses at most
+the batch it was working on. Between the rows of a suite stand lines for the images that a part did not break. Numbers
+that are not finite are written as Python's ``json`` writes them (``NaN``, ``Infinity``).
 Bad content and failed writes raise :class:`~robustmoe.errors.UserError`, one line each.
 """
 
@@ -11,12 +12,14 @@ from robustmoe.records.rows import WORK, Writer, difference, merge, read
 from robustmoe.records.types import (
     NORMS,
     OBJECTIVES,
+    PRECISIONS,
     ROLES,
     STATUSES,
     VERSION,
     Check,
     Checks,
     Header,
+    Passed,
     Result,
     RouterInfo,
     Row,
@@ -26,6 +29,7 @@ from robustmoe.records.types import (
 __all__ = [
     "NORMS",
     "OBJECTIVES",
+    "PRECISIONS",
     "ROLES",
     "STATUSES",
     "VERSION",
@@ -34,6 +38,7 @@ __all__ = [
     "Checks",
     "Example",
     "Header",
+    "Passed",
     "Result",
     "RouterInfo",
     "Row",

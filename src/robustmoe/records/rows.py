@@ -1,6 +1,8 @@
 """The rows file: read, merge, write, resume.
 
-Append-only, flushed to the disk per batch, so that a killed evaluation loses at most the batch it was working on.
+Append-only, each batch at once and flushed to the disk, so that a killed evaluation loses at most the batch it was
+working on. A line {"kind":"time",...} ends a batch; what stands after the last one is no whole batch, and is done
+again.
 """
 
 from __future__ import annotations
@@ -8,25 +10,28 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from robustmoe.errors import UserError
-from robustmoe.records.files import dump_line, explained, parse_line, whole_lines
-from robustmoe.records.types import STATUSES, Check, Checks, Header, Result, Row, Time, build
+from robustmoe.records.files import dump_line, explained, parse_line, whole_lines, write_atomic
+from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Result, Row, Time, build
 
 # Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
 # words stand before hashes, so that a difference is named in the words that the user wrote.
 WORK = (
-    "model", "data", "split", "n", "attack", "objective", "norm", "eps", "role", "seed", "precision", "routers",
-    "model_hash", "data_hash", "index_hash",
+    "model", "data", "split", "n", "attack", "objective", "norm", "eps", "role", "seed", "precision", "parts",
+    "routers", "model_hash", "data_hash", "index_hash", "certified_hash",
 )  # fmt: skip
 
 
 def difference(old: Header, new: Header) -> str | None:
-    """The first field of :data:`WORK` in which two headers differ; None if they describe the same work."""
-    return next((name for name in WORK if getattr(old, name) != getattr(new, name)), None)
+    """The first field of :data:`WORK` in which two headers differ; None if they describe the same work. Where the rows
+    depend on the batches, the batch size belongs to the work too."""
+    names = (*WORK, "batch_size") if new.bound_to_batches else WORK
+    return next((name for name in names if getattr(old, name) != getattr(new, name)), None)
 
 
 def read(path: str | os.PathLike[str]) -> Result:
@@ -36,40 +41,74 @@ def read(path: str | os.PathLike[str]) -> Result:
     lines = whole_lines(path) if path.exists() else []
     if not lines:
         raise UserError(f"no rows in {path}; `robustmoe evaluate RUN` makes them")
-    header, rows, checks, _ = _contents(path, lines)
-    return _result(header, rows, checks)
+    found = _contents(path, lines)
+    return _result(found.header, found.rows, found.checks)
 
 
 def _result(header: Header, rows: dict[int, Row], checks: Checks | None) -> Result:
     return Result(header, [rows[index] for index in sorted(rows)], checks)
 
 
-def _contents(path: Path, lines: list[bytes]) -> tuple[Header, dict[int, Row], Checks | None, float]:
-    """Header, rows by index, checks, and the seconds spent on the rows."""
-    rows: dict[int, Row] = {}
-    seconds = 0.0
+@dataclass
+class _Contents:
+    """What a file holds. ``rows`` by index; ``passed``: for each part, the images that it did not break; ``seconds``
+    and ``queries`` spent on them."""
+
+    header: Header
+    rows: dict[int, Row] = field(default_factory=dict)
+    passed: dict[str, set[int]] = field(default_factory=dict)
     checks: Checks | None = None
-    header: Header | None = None
+    seconds: float = 0.0
+    queries: int = 0
+
+    def add(self, data: dict[str, Any]) -> None:
+        """One line more."""
+        kind = data.get("kind")
+        if self.checks is not None:
+            raise UserError("lines after the checks, which end a file")
+        if kind == "row":
+            _put(self.rows, Row.from_dict(data))
+        elif kind == "part":
+            passed = build(Passed, data)
+            self.passed.setdefault(passed.part, set()).add(passed.index)
+        elif kind == "checks":
+            self.checks = Checks.from_dict(data)
+        elif kind == "time":
+            time = build(Time, data)
+            self.seconds += time.seconds
+            self.queries += time.queries
+        else:
+            raise UserError(f"unknown kind {kind!r}; known: header, row, part, time, checks")
+
+
+def _contents(path: Path, lines: list[bytes]) -> _Contents:
+    found: _Contents | None = None
     for number, line in enumerate(lines, 1):
         data = parse_line(line, path, number)
-        kind = data.get("kind")
         try:
-            if header is None:
-                header = Header.from_dict(data)
-            elif checks is not None:
-                raise UserError("lines after the checks, which end a file")
-            elif kind == "row":
-                _put(rows, Row.from_dict(data))
-            elif kind == "checks":
-                checks = Checks.from_dict(data)
-            elif kind == "time":
-                seconds += build(Time, data).seconds
+            if found is None:
+                found = _Contents(Header.from_dict(data))
             else:
-                raise UserError(f"unknown kind {kind!r}; known: header, row, checks, time")
+                found.add(data)
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-    assert header is not None  # `lines` is not empty, and its first line is read as a header
-    return header, rows, checks, seconds
+    assert found is not None  # `lines` is not empty, and its first line is read as a header
+    return found
+
+
+def _is_old(path: Path, lines: list[bytes]) -> bool:
+    return parse_line(lines[0], path, 1).get("version") == 1
+
+
+def _whole_batches(path: Path, lines: list[bytes]) -> list[bytes]:
+    """The lines up to the end of the last whole batch; all of a file of version 1, which may lack the lines that end
+    one."""
+    if _is_old(path, lines):
+        return lines
+    end = len(lines)
+    while end > 1 and parse_line(lines[end - 1], path, end).get("kind") not in ("time", "checks"):
+        end -= 1
+    return lines[:end]
 
 
 def _put(rows: dict[int, Row], row: Row) -> None:
@@ -80,15 +119,15 @@ def _put(rows: dict[int, Row], row: Row) -> None:
 def merge(paths: Sequence[str | os.PathLike[str]]) -> Result:
     """Shards of one evaluation as one result: the same work in every header, rows disjoint or identical, otherwise a
     UserError. The checks are None until every shard has them; a check's status is the worst over the shards, seconds
-    are summed."""
+    and queries are summed."""
     if not paths:
         raise UserError("nothing to merge: give at least one rows file")
     results = [read(path) for path in paths]
     rows: dict[int, Row] = {}
     for path, result in zip(paths, results, strict=True):
-        field = difference(results[0].header, result.header)
-        if field is not None:
-            raise UserError(f"{path} is not a shard of {paths[0]}: their headers differ in {field!r}")
+        name = difference(results[0].header, result.header)
+        if name is not None:
+            raise UserError(f"{path} is not a shard of {paths[0]}: their headers differ in {name!r}")
         try:
             for row in result.rows:
                 _put(rows, row)
@@ -100,21 +139,22 @@ def merge(paths: Sequence[str | os.PathLike[str]]) -> Result:
 
 def _merged_checks(parts: list[Checks | None]) -> Checks | None:
     worst: dict[str, Check] = {}
-    seconds = 0.0
+    seconds, queries = 0.0, 0
     for part in parts:
         if part is None:
             return None
         seconds += part.seconds
+        queries += part.queries
         for check in part.checks:
             known = worst.setdefault(check.id, check)
             if STATUSES.index(check.status) > STATUSES.index(known.status):
                 worst[check.id] = check
-    return Checks(list(worst.values()), seconds)
+    return Checks(list(worst.values()), seconds, queries)
 
 
-def _shown(field: str, value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     """A header's value in a message; of a hash, its start."""
-    return repr(value[:12] if field.endswith("_hash") else value)
+    return repr(value[:12] if name.endswith("_hash") else value)
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -134,25 +174,31 @@ def _lock(descriptor: int, path: Path) -> None:
 class Writer:
     """Creates a rows file, or resumes the one that is there.
 
-    ``done`` holds the indices of the images that have a row, ``checks`` the checks of a finished file (else None),
-    ``seconds`` the time spent on the rows so far. A half-written last line is cut. UserError if the file holds other
-    work, is being written by another process, or cannot be read or written."""
+    ``done`` holds the indices of the images that have a row, ``passed`` those that a part of a suite did not break (by
+    the part's name), ``checks`` the checks of a finished file (else None), ``seconds`` and ``queries`` what was spent
+    so far. What a killed writer left of a batch is cut. ``shorter(n)`` gives the header that the same work would have
+    on its first n images: a file of those is extended. UserError if the file holds other work, is being written by
+    another process, or cannot be read or written."""
 
-    def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], header: Header, shorter: Callable[[int], Header] | None = None
+    ) -> None:
         self.path = Path(path)
         self.header = header
         self.checks: Checks | None = None
         self.seconds = 0.0
+        self.queries = 0
+        self.passed: dict[str, set[int]] = {}
         self._rows: dict[int, Row] = {}
+        self._descriptor = -1
         if self.path.exists() and not self.path.is_file():
             raise UserError(f"{self.path} is not a regular file; name a .jsonl file")
         with explained("write", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            _lock(self._descriptor, self.path)
-            lines = self._resume()
-            # Rows are kept, finishing lines are rewritten: `_end` is where the next row goes.
+            self._open()
+            lines = self._resume(shorter)
+            # Rows are kept, finishing lines are rewritten: `_end` is where the next batch goes.
             kept = lines[:-1] if self.checks is not None else lines
             self._end = sum(len(line) + 1 for line in kept)
             if not lines:
@@ -165,7 +211,18 @@ class Writer:
             self.close()
             raise
 
-    def _resume(self) -> list[bytes]:
+    def _open(self) -> None:
+        """Open the file and lock it. It must still be the one of that name: another writer may have replaced it."""
+        with explained("write", self.path):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        _lock(self._descriptor, self.path)
+        with explained("write", self.path):
+            replaced = not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        if replaced:
+            raise UserError(f"{self.path} is being written by another process; wait for it, or choose another --out")
+
+    def _resume(self, shorter: Callable[[int], Header] | None) -> list[bytes]:
+        """Take up what the file holds; its lines of whole batches."""
         lines = whole_lines(self.path)
         if not lines:
             start = self.path.read_bytes()
@@ -173,17 +230,34 @@ class Writer:
             if not expected.startswith(start[: len(expected)]):
                 raise UserError(f"{self.path} is not a rows file and was left alone; choose another --out")
             return []
-        old, rows, self.checks, self.seconds = _contents(self.path, lines)
-        field = difference(old, self.header)
-        if field is not None:
-            was, now = (_shown(field, getattr(header, field)) for header in (old, self.header))
+        lines = _whole_batches(self.path, lines)
+        found = _contents(self.path, lines)
+        old, self.checks = found.header, found.checks
+        name = difference(old, self.header)
+        longer = name is not None and _extends(self.header, old, shorter)
+        if name is not None and not longer:
+            was, now = (_shown(name, getattr(header, name)) for header in (old, self.header))
             raise UserError(
-                f"{self.path} holds other work: its {field} is {was}, this one's is {now}; "
+                f"{self.path} holds other work: its {name} is {was}, this one's is {now}; "
                 "choose another --out or delete the file"
             )
+        self._rows, self.passed = found.rows, found.passed
+        self.seconds, self.queries = found.seconds, found.queries
+        if longer or (self.checks is None and _is_old(self.path, lines)):
+            return self._under_this_header(lines)
         self.header = old
-        self._rows = rows
         return lines
+
+    def _under_this_header(self, lines: list[bytes]) -> list[bytes]:
+        """The same batches in a new file under this writer's header, which takes the old one's place."""
+        kept = lines[1:-1] if self.checks is not None else lines[1:]
+        first = dump_line(self.header.to_dict())
+        ending = dump_line({"kind": "time", "seconds": 0.0})  # a file of version 1 may lack it
+        self.checks = None
+        write_atomic(self.path, first + b"".join(line + b"\n" for line in kept) + ending)
+        self.close()
+        self._open()
+        return whole_lines(self.path)
 
     def _cut(self) -> None:
         with explained("write", self.path):
@@ -214,27 +288,30 @@ class Writer:
         """What the file holds now, as `read` would give it."""
         return _result(self.header, self._rows, self.checks)
 
-    def write(self, rows: Iterable[Row], seconds: float = 0.0) -> None:
-        """Append one batch, and the ``seconds`` it took, and flush it to the disk. Rows of images that are done already
-        are skipped."""
+    def write(self, rows: Iterable[Row], seconds: float = 0.0, passed: Iterable[Passed] = (), queries: int = 0) -> None:
+        """Append one batch, the images that its part did not break, and the ``seconds`` and ``queries`` it took, and
+        flush it to the disk. Rows of images that are done already are skipped."""
         batch: dict[int, Row] = {}
         for row in rows:
             if row.index not in self._rows:
                 _put(batch, row)
-        if not batch:
+        held = [each for each in passed if each.index not in self.passed.get(each.part, ())]
+        if not batch and not held:
             return
-        data = b"".join(dump_line(row.to_dict()) for row in batch.values())
-        if seconds:
-            data += dump_line({"kind": "time", "seconds": seconds})
+        lines = [row.to_dict() for row in batch.values()] + [each.to_dict() for each in held]
+        data = b"".join(map(dump_line, [*lines, {"kind": "time", "seconds": seconds, "queries": queries}]))
         self._append(data)
         self._end += len(data)
         self._rows |= batch
+        for each in held:
+            self.passed.setdefault(each.part, set()).add(each.index)
         self.seconds += seconds
+        self.queries += queries
         self.checks = None
 
     def finish(self, checks: Sequence[Check], seconds: float) -> None:
         """Write the last line (again, if the file had one)."""
-        last = Checks(list(checks), seconds)
+        last = Checks(list(checks), seconds, self.queries)
         self._append(dump_line(last.to_dict()))
         self.checks = last
 
@@ -249,3 +326,10 @@ class Writer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _extends(new: Header, old: Header, shorter: Callable[[int], Header] | None) -> bool:
+    """Whether the old work is the new one's beginning: the same on the first images, batches without meaning."""
+    if shorter is None or new.bound_to_batches or not 0 < old.n < new.n:
+        return False
+    return difference(old, shorter(old.n)) is None

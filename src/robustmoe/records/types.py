@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 from robustmoe.errors import UserError
 
-VERSION = 1
-OBJECTIVES = ("joint", "experts_only", "router_only")
+VERSION = 2
+READABLE = (1, 2)
+"""Version 2 knows the parts of a suite, batches that are written whole, and counts of queries; what a file of version 1
+does not say has the field's default."""
+
+OBJECTIVES = ("joint", "experts_only", "router_only", "routing")
+PRECISIONS = ("strict", "fast", "fp32")
 NORMS = ("linf", "l2", "l1")
 ROLES = ("main", "curve")
 STATUSES = ("pass", "not run", "warn", "fail")  # best first
@@ -28,7 +34,12 @@ class RouterInfo:
 @dataclass(frozen=True)
 class Header:
     """What was evaluated, against what, where and how. ``eps`` is in pixels of [0, 1]; ``n`` is the number of images
-    planned; ``started`` is ISO 8601; ``attack`` is None for a clean evaluation, ``routers`` is {} for a dense model."""
+    planned; ``started`` is ISO 8601; ``attack`` is None for a clean evaluation, ``routers`` is {} for a dense model.
+
+    ``precision`` is what the attack climbed: a frozen copy in float32 ("strict") or in half precision ("fast"), or the
+    model itself ("fp32"). ``parts`` are the names of a suite's attacks, in order; [] for a simple attack.
+    ``batch_size`` is 0 in a file of version 1, which does not tell. ``certified_hash`` is of the images that were not
+    attacked because a certificate covers them; "" without any."""
 
     run: str
     model: str
@@ -55,6 +66,15 @@ class Header:
     routers: dict[str, RouterInfo]
     parameters: int
     started: str
+    batch_size: int = 0
+    parts: list[str] = field(default_factory=list)
+    certified_hash: str = ""
+
+    @property
+    def bound_to_batches(self) -> bool:
+        """Whether the rows depend on which images stand in one batch: a suite (each part cuts the survivors anew), and
+        an attack that draws its random numbers by the batch."""
+        return bool(self.parts) or re.search(r"rng=['\"]?autoattack", self.attack or "") is not None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file's first line."""
@@ -66,14 +86,15 @@ class Header:
         """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
         if data.get("kind") != "header":
             raise UserError('not a rows file: its first line must be {"kind":"header",...}')
-        if data.get("version") != VERSION:
+        if data.get("version") not in READABLE:
             raise UserError(
-                f"rows file of version {data.get('version')!r}, this robustmoe reads version {VERSION}: "
-                "install the robustmoe that wrote it, or evaluate again"
+                f"rows file of version {data.get('version')!r}, this robustmoe reads versions "
+                f"{' and '.join(map(str, READABLE))}: install the robustmoe that wrote it, or evaluate again"
             )
         header = build(Header, {name: value for name, value in data.items() if name != "version"})
         _choice("header", "norm", header.norm, NORMS)
         _choice("header", "role", header.role, ROLES)
+        _choice("header", "precision", header.precision, PRECISIONS)
         if header.objective is not None or header.attack is not None:
             _choice("header", "objective", header.objective, OBJECTIVES)
         return header
@@ -84,7 +105,11 @@ class Row:
     """One image: its index in the data set, its label, the exact model's predictions on the clean and the attacked
     image, the perturbation's size in each norm (pixels of [0, 1]), the share of its items that changed expert, and how
     many items each expert got. ``router_exposed``: the attacked route on the clean image; ``experts_exposed``: the
-    clean route on the attacked image; both None for a dense model."""
+    clean route on the attacked image; both None for a dense model.
+
+    ``part``: which part of a suite broke the image; "clean": wrong without an attack, so a suite did not attack it;
+    "certified": covered by a certificate, so not attacked; "": a simple attack, or an image that no part broke (then
+    the attacked image is the clean one)."""
 
     index: int
     label: int
@@ -96,6 +121,7 @@ class Row:
     experts_exposed: int | None
     route_clean: dict[str, list[int]]
     route_adversarial: dict[str, list[int]]
+    part: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of one line."""
@@ -127,14 +153,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Checks:
-    """The last line of a finished file: the checks, and the wall time of the evaluation in seconds."""
+    """The last line of a finished file: the checks, the wall time of the evaluation in seconds, and the forward passes
+    that the attack asked for, summed over images (``queries``; a gradient counts as 3, 0: not counted)."""
 
     checks: list[Check]
     seconds: float
+    queries: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file's last line."""
-        return {"kind": "checks", "checks": [dict(vars(check)) for check in self.checks], "seconds": self.seconds}
+        return {"kind": "checks", **vars(self), "checks": [dict(vars(check)) for check in self.checks]}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Checks:
@@ -144,9 +172,23 @@ class Checks:
 
 @dataclass(frozen=True)
 class Time:
-    """A line after the rows of a batch: the seconds they took. Their sum survives a kill."""
+    """The line that ends a batch: the seconds and the queries it took (their sums survive a kill). A batch without it
+    is not whole, and is done again."""
 
     seconds: float
+    queries: int = 0
+
+
+@dataclass(frozen=True)
+class Passed:
+    """An image that a part of a suite, not the last, did not break: it is still to be attacked."""
+
+    index: int
+    part: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of one line."""
+        return {"kind": "part", **vars(self)}
 
 
 class Result(NamedTuple):
@@ -212,25 +254,28 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 
 def build(cls: Callable[..., T], data: Any) -> T:
-    """An instance of a dataclass from a JSON object: every field there, of its type, and no other."""
+    """An instance of a dataclass from a JSON object: every field there (those with a default may be missing), of its
+    type, and no other."""
     kind = getattr(cls, "__name__", "object").lower()
     if not isinstance(data, dict):
         raise UserError(f"{kind}: expected an object, got {data!r}")
     data = {name: value for name, value in data.items() if name != "kind"}
     values = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        if field.name not in data:
-            raise UserError(f"{kind}: field {field.name!r} is missing")
-        value = data.pop(field.name)
+    for each in fields(cls):  # type: ignore[arg-type]
+        if each.name not in data:
+            if each.default is not MISSING or each.default_factory is not MISSING:
+                continue
+            raise UserError(f"{kind}: field {each.name!r} is missing")
+        value = data.pop(each.name)
         try:
-            values[field.name] = _READERS[str(field.type)](value)
+            values[each.name] = _READERS[str(each.type)](value)
         except TypeError as error:
-            raise UserError(f"{kind}: field {field.name!r} must be {error}, got {value!r:.80}") from None
+            raise UserError(f"{kind}: field {each.name!r} must be {error}, got {value!r:.80}") from None
     if data:
         raise UserError(f"{kind}: unknown field {next(iter(data))!r}")
     return cls(**values)
 
 
-def _choice(kind: str, field: str, value: Any, allowed: Sequence[str]) -> None:
+def _choice(kind: str, name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise UserError(f"{kind}: field {field!r} must be one of {', '.join(allowed)}, got {value!r}")
+        raise UserError(f"{kind}: field {name!r} must be one of {', '.join(allowed)}, got {value!r}")

@@ -47,6 +47,14 @@ def _block(group: list[Result]) -> list[str]:
     cells = [f"worst of {len(group)}", percent(worst.clean), percent(worst.robust) + mark, interval(worst.robust)]
     table.append([*cells, *([""] * 3 if routed else []), "", str(worst.robust.n)])
     lines = [f"threat {threat(worst.norm, worst.eps)}", *_aligned(table)]
+    for name, result in zip(analysis.names([r.header for r in group]), group, strict=True):
+        if parts := analysis.by_part(result):
+            lines += [f"{name}, part by part:", f"  clean {percent(analysis.summary(*result).clean)}"]
+            width = max(len(part.name) for part in parts)
+            lines += [
+                f"  {part.name.ljust(width)}  broke {part.broken:>5}, left {percent(part.left)} ({interval(part.left)})"
+                for part in parts
+            ]
     if verdict.router_attacked is None:
         lines.append("no router: the model is dense")
     else:

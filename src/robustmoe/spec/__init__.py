@@ -45,6 +45,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "attack": _table("robustmoe.attacks", "ATTACKS"),
     "threat": _table("robustmoe.attacks", "THREATS"),
     "objective": _table("robustmoe.attacks", "OBJECTIVES"),
+    "view": _table("robustmoe.attacks", "VIEWS"),
     "method": _table("robustmoe.training", "METHODS"),
     "optimizer": _table("robustmoe.training", "OPTIMIZERS"),
     "schedule": _table("robustmoe.training", "SCHEDULES"),

@@ -1,0 +1,153 @@
+"""AutoAttack (Croce and Hein 2020, arXiv 2003.01690) and its extension by the attacks that know what a router is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from robustmoe.attacks.apgd import APGD, TargetedAPGD
+from robustmoe.attacks.base import Attack, Suite
+from robustmoe.attacks.fab import FAB
+from robustmoe.attacks.objectives import ExpertsOnly, Joint, Loss, Objective
+from robustmoe.attacks.routes import (
+    ExpertTransition,
+    JointNormalised,
+    RouteBeam,
+    RouteFlip,
+    RouterHinge,
+    RoutingLoss,
+)
+from robustmoe.attacks.square import Square
+from robustmoe.attacks.threat import Threat
+from robustmoe.attacks.views import Soft, StraightThrough, View, Viewed, each_expert, sole_router
+from robustmoe.models.base import Output
+
+Version = Literal["standard", "plus", "rand"]
+TARGETS, TARGETS_L1, RESTARTS, EOT = 9, 5, 5, 20
+"""The released definition (fra31/auto-attack, `_set_version`): classes aimed at, restarts of "plus" and of l1, passes a
+gradient of "rand"."""
+
+
+@dataclass(frozen=True)
+class AutoAttack(Suite):
+    """The ensemble of Croce and Hein (2020), with the iterations, restarts and targets of the released code.
+
+    "standard": APGD on cross-entropy, targeted APGD on DLR, targeted FAB, Square with 5,000 queries. "plus": five
+    restarts, and untargeted APGD on DLR and FAB. "rand": APGD on both losses, each gradient the mean of 20 passes.
+    Targets are the 9 (l1: 5) most likely wrong classes, or all there are; DLR needs 3 classes, its targeted form 4:
+    with fewer the margin stands in, and the run is not called AutoAttack standard. ``rng``: "image" draws from each
+    image's own stream (results do not depend on the batch) and lets broken images leave at once; "autoattack"
+    reproduces the original's random stream and runs every image to the end, so that the robust images are the
+    original's at equal batches.
+    """
+
+    threat: Threat
+    version: Version = "standard"
+    rng: Literal["image", "autoattack"] = "image"
+    seed: int = 0
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        return Joint()
+
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        classes = output.logits.shape[1]
+        l1 = self.threat.norm == "l1"
+        once = self.version == "rand" or (self.version == "standard" and not l1)
+        largereps = l1 and self.version == "standard"
+        keep: Literal["first", "best"] = "best" if self.rng == "autoattack" else "first"
+        dlr: Loss = "dlr" if classes >= 3 else "margin"
+        targeted: Literal["dlr", "margin"] = "dlr" if classes >= 4 else "margin"
+        targets = min(TARGETS_L1 if largereps else TARGETS, classes - 1)
+
+        def apgd(loss: Loss) -> APGD:
+            return APGD(
+                self.threat,
+                restarts=1 if once else RESTARTS,
+                objective=Joint(loss),
+                eot=EOT if self.version == "rand" else 1,
+                keep=keep,
+                largereps=largereps,
+                rng=self.rng,
+                seed=self.seed,
+            )
+
+        def fab(targets: int, restarts: int) -> FAB:
+            return FAB(self.threat, restarts=restarts, targets=targets, keep=keep, rng=self.rng, seed=self.seed)
+
+        if self.version == "rand":
+            return [("apgd-ce", apgd("ce")), ("apgd-dlr", apgd(dlr))]
+        apgd_t = TargetedAPGD(
+            self.threat,
+            targets=targets,
+            loss=targeted,
+            keep=keep,
+            largereps=largereps,
+            rng=self.rng,
+            seed=self.seed,
+        )
+        fab_t = fab(min(TARGETS, classes - 1), 1)
+        square = Square(self.threat, rng=self.rng, seed=self.seed)
+        if self.version == "standard":
+            return [("apgd-ce", apgd("ce")), ("apgd-t", apgd_t), ("fab-t", fab_t), ("square", square)]
+        return [
+            ("apgd-ce", apgd("ce")),
+            ("apgd-dlr", apgd(dlr)),
+            ("fab", fab(0, RESTARTS)),
+            ("square", square),
+            ("apgd-t", apgd_t),
+            ("fab-t", fab_t),
+        ]
+
+
+@dataclass(frozen=True)
+class AutoAttackRouting(Suite):
+    """`AutoAttack`, then the attacks that know what a router is, on what it left standing.
+
+    In order: the experts on the held route; the routers alone; both losses at equal gradient size; the model seen with
+    straight-through and with soft gates at each of ``temperatures``; transfer from every single expert; route flips;
+    with one router an image the transition into each expert's cell, with token routers or several a beam over the
+    cheapest boundaries. Each success is the exact model's own error on its own route. On a dense model it is
+    AutoAttack. ``steps``: of each routing attack.
+    """
+
+    threat: Threat
+    version: Version = "standard"
+    steps: int = 50
+    temperatures: tuple[float, ...] = (0.3, 1.0, 4.0)
+    rng: Literal["image", "autoattack"] = "image"
+    seed: int = 0
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        return RoutingLoss()
+
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        return [*self.autoattack.parts(output), *self.routing_parts(output)]
+
+    @property
+    def autoattack(self) -> AutoAttack:
+        """The first half."""
+        return AutoAttack(self.threat, self.version, self.rng, self.seed)
+
+    def routing_parts(self, output: Output) -> list[tuple[str, Attack]]:
+        """The second half: none for a dense model."""
+        if not any(routing.num_experts > 1 for routing in output.trace.values()):
+            return []
+
+        def apgd(objective: Objective) -> APGD:
+            return APGD(self.threat, steps=self.steps, objective=objective, seed=self.seed)
+
+        views: list[tuple[str, View]] = [("straight-through", StraightThrough())]
+        views += [(f"soft {temperature:g}", Soft(temperature)) for temperature in self.temperatures]
+        found: list[tuple[str, Attack]] = [
+            ("experts held", apgd(ExpertsOnly())),
+            ("routers", apgd(RouterHinge())),
+            ("joint normalised", apgd(JointNormalised())),
+            *((name, Viewed(view, apgd(Joint()))) for name, view in views),
+            *each_expert(apgd(Joint()), output),
+            ("flip", RouteFlip(self.threat, steps=self.steps, seed=self.seed)),
+        ]
+        if sole_router(output.trace) is None:
+            return [*found, ("beam", RouteBeam(self.threat, steps=self.steps, seed=self.seed))]
+        return [*found, ("transition", ExpertTransition(self.threat, steps=self.steps, seed=self.seed))]

@@ -1,0 +1,256 @@
+"""FAB, the Fast Adaptive Boundary attack (Croce and Hein 2020, arXiv 1907.02044): the nearest adversarial image, found
+by projecting onto linearised decision boundaries. Untargeted, or FAB-T, the part of AutoAttack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustmoe.attacks.base import Attack
+from robustmoe.attacks.boundary import dual_size, projection
+from robustmoe.attacks.objectives import Joint
+from robustmoe.attacks.pgd import NotFiniteError
+from robustmoe.attacks.surrogate import Surrogate, missed
+from robustmoe.attacks.threat import Norm, Threat, size
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.noise import Noise
+
+SMALLEST_MOVE = 1e-8
+"""A projection's length counts as at least this in the mixture of eq. 9, so that 0 / 0 does not arise."""
+
+
+class _Boundary(NamedTuple):
+    """The nearest linearised boundary of each image: its logit ``gap`` (m,) and the ``slope`` (m, ch, h, w) of it."""
+
+    gap: Tensor
+    slope: Tensor
+
+
+@dataclass(frozen=True)
+class FAB(Attack):
+    """Minimal-norm attack for linf, l2 and l1. An image that is not broken within ``threat.eps`` comes back clean.
+
+    ``targets``: 0 for the untargeted attack (the gradients of all classes each step); n for FAB-T, one run towards each
+    of the n most likely wrong classes in turn (at most classes - 1). A run is ``steps`` steps; each of the ``restarts``
+    after the first one starts at random. A run and its restarts see only the images not yet broken. ``alpha_max``
+    bounds the pull towards the clean image, ``eta`` is the overshoot, ``beta`` the way back after a success (1: none).
+
+    ``keep``: with "first" an image leaves as soon as it is broken within eps; with "best" its run goes on to the end,
+    and the nearest broken image found is kept (as the original does; the same images are broken).
+    ``rng``: "autoattack" draws the restarts' starts as the original does and forwards whole batches only, so that the
+    images are those of pyautoattack's FAB at an equal batch; the restarts then depend on the batch.
+
+    The plain model's logits are climbed: ``objective`` only says so. Through a `Surrogate`, the boundary is the
+    surrogate's and the exact model says what is broken.
+    """
+
+    threat: Threat
+    steps: int = 100
+    restarts: int = 1
+    targets: int = 0
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+    keep: Literal["first", "best"] = "first"
+    rng: Literal["image", "autoattack"] = "image"
+    seed: int = 0
+
+    objective = Joint("margin")
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError(f"steps and restarts must be at least 1; got {self.steps} and {self.restarts}")
+        if self.targets < 0:
+            raise ValueError(f"targets must be 0 (untargeted) or the number of wrong classes; got {self.targets}")
+        if not 0 <= self.alpha_max <= 1:
+            raise ValueError(f"alpha_max must be from 0 to 1; got {self.alpha_max}")
+        if not self.eta >= 1:
+            raise ValueError(f"eta must be at least 1 (no overshoot); got {self.eta}")
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta must be above 0 and at most 1; got {self.beta}")
+
+    def queries(self, output: Output) -> int:
+        classes = output.logits.shape[1]
+        step = 3 + 1 if self.targets else 1 + 2 * classes + 1  # + 1: the check of a point that is moved back
+        return 1 + self.restarts * max(1, min(self.targets, classes - 1)) * self.steps * step
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        with torch.no_grad():
+            logits = model.run(x).logits
+            left = torch.nonzero(~missed(model, x, logits, y))[:, 0]
+        classes = logits.shape[1]
+        if classes < 2:
+            raise ValueError("fab needs a model of 2 classes or more; this one has 1")
+        ranked = logits.scatter(1, y[:, None], torch.inf).sort(dim=1).indices  # the label last
+        generator = torch.Generator().manual_seed(self.seed)
+        x_adv = x.clone()
+        for target in range(max(1, min(self.targets, classes - 1))):
+            for restart in range(self.restarts):
+                if len(left) == 0:
+                    return x_adv
+                rival = ranked[left, -2 - target] if self.targets else None
+                start = x[left] if restart == 0 else self._start(x[left], noise[left].fold(target, restart), generator)
+                nearest, distance = self._run(model, x[left], y[left], rival, start)
+                broken = distance <= self.threat.eps
+                x_adv[left[broken]] = nearest[broken]
+                left = left[~broken]
+        return x_adv
+
+    def _start(self, x: Tensor, noise: Noise, generator: torch.Generator) -> Tensor:
+        """A random direction's point at eps / 2 from x, clipped to the box."""
+        shape, norm = x.shape[1:], self.threat.norm
+        if self.rng == "autoattack":
+            draw = torch.rand if norm == "linf" else torch.randn
+            ray = draw(x.shape, generator=generator).to(x)
+        else:
+            ray = (noise.uniform(*shape) if norm == "linf" else noise.normal(*shape)).to(x)
+        if norm == "linf":
+            ray = 2 * ray - 1
+        length = _length(norm, ray).clamp(min=torch.finfo(x.dtype).tiny)[:, None, None, None]
+        return (x + self.threat.eps * ray / length * 0.5).clamp(0.0, 1.0)
+
+    def _run(
+        self, model: RoutedModel, x: Tensor, y: Tensor, rival: Tensor | None, now: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One run from ``now``: the nearest broken image found (n, ch, h, w) and its distance (n,), infinite where
+        there is none.
+
+        Where a point is not broken, the pass that said so is also the one that the next step differentiates. Once an
+        image has been broken, nearly all its later points are (97 % for linf and l2 on a digits CNN) and are moved
+        back: it is then asked without a gradient (``blind``), as in the original. A close surrogate's own word moves
+        the search, and its exact model is asked about the points inside the ball alone. Long for these kinds of pass.
+        """
+        nearest, least = x.clone(), x.new_full((len(x),), torch.inf)
+        rows = torch.arange(len(x), device=x.device)
+        ahead, blind = _ahead(model, now, y, rival, self.threat.norm), torch.ones_like(rows, dtype=torch.bool)
+        ever = torch.zeros_like(blind)
+        for step in range(self.steps):
+            clean = x[rows]
+            now = self._step(clean, now, ahead)
+            last = step == self.steps - 1
+            broken, ahead, known = self._look(model, now, y[rows], _of(rival, rows), blind | last)
+            distance = _length(self.threat.norm, now - clean)
+            ever[rows] |= broken
+            nearer = broken & (distance < least[rows])
+            if isinstance(model, Surrogate) and model.close:
+                nearer &= distance <= self.threat.eps
+                nearer[nearer.clone()] = model.confirm(now[nearer], y[rows[nearer]], torch.ones_like(rows[nearer]) > 0)
+            nearest[rows[nearer]], least[rows[nearer]] = now[nearer], distance[nearer]
+            stay = ~nearer | (distance > self.threat.eps) if self.keep == "first" else torch.ones_like(broken)
+            if last or not bool(stay.any()):
+                break
+            now = torch.where(broken[:, None, None, None], clean + (now - clean) * self.beta, now)[stay]
+            rows, known, ahead = rows[stay], known[stay], _Boundary(ahead.gap[stay], ahead.slope[stay])
+            blind = ever[rows]
+            if self.rng == "autoattack":
+                blind = blind.any().expand(len(rows))
+            again = torch.nonzero(~known)[:, 0]
+            if len(again) > 0:
+                part = rows[again]
+                fresh = _ahead(model, now[again], y[part], _of(rival, part), self.threat.norm)
+                ahead.gap[again], ahead.slope[again] = fresh
+        return nearest, least
+
+    def _step(self, clean: Tensor, now: Tensor, ahead: _Boundary) -> Tensor:
+        """Eq. 9: over the boundary from here and from the clean image, mixed by how far away it is from each."""
+        both = torch.cat([now, clean]).flatten(1)
+        w = ahead.slope.flatten(1)
+        b = (ahead.slope * now).flatten(1).sum(1) - ahead.gap
+        by_sort = self.rng == "autoattack"
+        move = projection(self.threat.norm, both, w.repeat(2, 1), b.repeat(2), by_sort).view(2, *now.shape)
+        here, there = (_length(self.threat.norm, part).clamp(min=SMALLEST_MOVE)[:, None, None, None] for part in move)
+        alpha = (here / (here + there)).clamp(0.0, self.alpha_max)
+        return ((now + self.eta * move[0]) * (1 - alpha) + (clean + move[1] * self.eta) * alpha).clamp(0.0, 1.0)
+
+    def _look(
+        self, model: RoutedModel, now: Tensor, y: Tensor, rival: Tensor | None, blind: Tensor
+    ) -> tuple[Tensor, _Boundary, Tensor]:
+        """Which images are broken at ``now`` (n,), the boundary ahead, and of which images it is known (n,): of those
+        neither ``blind`` nor broken. With rng="autoattack", of all or none: the original's next pass is of them all.
+        """
+        broken = torch.zeros_like(blind)
+        known = torch.zeros_like(blind)
+        ahead = _Boundary(now.new_zeros(len(now)), torch.zeros_like(now))
+        for part, gradient in ((torch.nonzero(blind)[:, 0], False), (torch.nonzero(~blind)[:, 0], True)):
+            if len(part) == 0:
+                continue
+            at, label = now[part].requires_grad_(gradient), y[part]
+            with torch.set_grad_enabled(gradient):
+                logits = model.run(at).logits
+            close = isinstance(model, Surrogate) and model.close
+            found = logits.detach().argmax(1) != label if close else missed(model, at.detach(), logits, label)
+            broken[part] = found
+            if gradient and not bool(found.any() if self.rng == "autoattack" else found.all()):
+                known[part] = ~found
+                ahead.gap[part], ahead.slope[part] = _differentiate(
+                    logits, at, label, _of(rival, part), self.threat.norm
+                )
+        return broken, ahead, known
+
+
+def _length(norm: Norm, delta: Tensor) -> Tensor:
+    """`size`, with l2 and l1 summed as the original sums them (`vector_norm` differs in the last bit)."""
+    flat = delta.flatten(1)
+    if norm == "l2":
+        return flat.square().sum(1).sqrt()
+    return flat.abs().sum(1) if norm == "l1" else size(norm, delta)
+
+
+def _of(rival: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if rival is None else rival[rows]
+
+
+def _ahead(model: RoutedModel, x: Tensor, y: Tensor, rival: Tensor | None, norm: Norm) -> _Boundary:
+    at = x.detach().requires_grad_(True)
+    return _differentiate(model.run(at).logits, at, y, rival, norm)
+
+
+def _differentiate(logits: Tensor, at: Tensor, y: Tensor, rival: Tensor | None, norm: Norm) -> _Boundary:
+    """The boundary between the label and the ``rival``; without one the nearest of all, by one gradient a class.
+
+    Where no path from the image to the logits is differentiable the slope is zero, and the attack stays where it is.
+    Raises `NotFiniteError`.
+    """
+    if rival is not None:
+        pair = logits.gather(1, torch.stack([rival, y], 1))
+        difference = pair[:, 0] - pair[:, 1]
+        return _finite(_Boundary(difference.detach().to(at.dtype), _gradient(difference, at)))
+    scores, classes = logits.detach(), logits.shape[1]
+    own, own_slope = scores.gather(1, y[:, None]), _gradient(logits.gather(1, y[:, None]), at, more=True)
+    best, least = None, at.new_full((len(at),), torch.inf)
+    for turn in range(1, classes):
+        other = ((y + turn) % classes)[:, None]
+        gap = (scores.gather(1, other) - own)[:, 0].to(at.dtype)
+        slope = _gradient(logits.gather(1, other), at, more=turn < classes - 1) - own_slope
+        here = _finite(_Boundary(gap, slope))
+        distance = gap.abs() / dual_size(norm, slope).clamp(min=torch.finfo(at.dtype).tiny)
+        nearer = distance < least
+        if best is None:
+            best, least = here, distance
+        else:
+            best = _Boundary(
+                torch.where(nearer, gap, best.gap), torch.where(nearer[:, None, None, None], slope, best.slope)
+            )
+            least = torch.where(nearer, distance, least)
+    assert best is not None
+    return best
+
+
+def _gradient(values: Tensor, at: Tensor, more: bool = False) -> Tensor:
+    """The gradient of the images' values, image by image; ``more``: another one of the same pass will be asked for."""
+    if not values.requires_grad:
+        return torch.zeros_like(at)
+    found = torch.autograd.grad(values.sum(), at, retain_graph=more, allow_unused=True)[0]
+    return torch.zeros_like(at) if found is None else found
+
+
+def _finite(boundary: _Boundary) -> _Boundary:
+    if not bool((torch.isfinite(boundary.gap).all() & torch.isfinite(boundary.slope).all()).item()):
+        raise NotFiniteError(
+            "the model's logits or their gradient are not finite (NaN or infinite); no robust accuracy can be measured"
+        )
+    return boundary

@@ -1,0 +1,322 @@
+"""The cells into which routers divide the images: which one an image is in, and how to climb a loss inside a given one.
+
+A `Target` names experts for some items; `Steering` ascends the loss of the model forced there while it moves the image
+to where the routers decide so themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from robustmoe.attacks.objectives import loss_of
+from robustmoe.attacks.pgd import NotFiniteError
+from robustmoe.attacks.surrogate import Surrogate, missed
+from robustmoe.attacks.threat import Threat
+from robustmoe.attacks.views import RuleTape
+from robustmoe.models.base import RoutedModel
+from robustmoe.models.norm import wide
+from robustmoe.routing import Routing, Trace
+
+RouteLoss = Literal["ce", "margin"]
+GRID = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+SLACK = 0.1
+"""How far inside a cell, in deviations of an item's logits, an item need not be pushed further (while others are not
+there yet)."""
+
+
+class _Decided(Exception):
+    """The routers asked for have all decided; the rest of the pass is not needed."""
+
+
+def decisions(model: RoutedModel, x: Float[Tensor, "n ch h w"], names: Collection[str] | None = None) -> Trace:
+    """What the routers decide on their own; the pass ends once those ``names`` have (None: a whole pass).
+
+    A router at the entrance costs itself alone; behind a `Surrogate`, a pass that ends at the only router asked for is
+    not counted.
+    """
+    while isinstance(model, Surrogate) and names is not None and len(names) == 1:
+        model = model.climbed
+    tape: RuleTape
+
+    def stop(name: str, fresh: Routing) -> Routing:
+        if names is not None and set(names) <= set(tape.fresh):
+            raise _Decided
+        return fresh
+
+    tape = RuleTape(stop)
+    try:
+        model.body(x, tape)
+    except _Decided:
+        return tape.fresh
+    if names is not None and not set(names) <= set(tape.fresh):
+        raise ValueError(f"there is no router {sorted(set(names) - set(tape.fresh))}, only {sorted(tape.fresh)}")
+    return tape.fresh
+
+
+def router_logits(
+    model: RoutedModel, x: Float[Tensor, "n ch h w"], names: Collection[str] | None = None
+) -> dict[str, Float[Tensor, "n t e"]]:
+    """The logits of the routers, as `run` would record them: see `decisions`."""
+    return {name: routing.logits for name, routing in decisions(model, x, names).items()}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Where the items of one router shall go: those ``held`` (n, t) to the experts ``index`` (n, t, k).
+
+    ``scaled`` (n, t): the model's own weights there are softmax over all experts (V-MoE); ``renormalised``: over the
+    chosen. A forced expert is weighted by the same rule, live; by the constant fresh weight where neither holds (hard
+    and straight-through gates).
+    """
+
+    index: Int[Tensor, "n t k"]
+    held: Bool[Tensor, "n t"]
+    scaled: Bool[Tensor, "n t"]
+    renormalised: Bool[Tensor, "n t"]
+
+    @classmethod
+    def of(cls, before: Routing, index: Int[Tensor, "n t k"], held: Bool[Tensor, "n t"]) -> Goal:
+        """``before``: a decision of the model's own for these images, from which its weights are known."""
+        logits = before.logits.detach()
+        full, among = _full(logits, before.index), _among(logits, before.index)
+        own = before.weight.detach()
+        constant = (own == 1.0).all(-1)
+        scaled = torch.isclose(own, full, rtol=1e-4, atol=1e-6).all(-1) & ~constant
+        renormalised = torch.isclose(own, among, rtol=1e-4, atol=1e-6).all(-1) & ~constant & ~scaled
+        return cls(index, held, scaled, renormalised)
+
+    def __getitem__(self, rows: Tensor) -> Goal:
+        return Goal(self.index[rows], self.held[rows], self.scaled[rows], self.renormalised[rows])
+
+    def force(self, fresh: Routing) -> Routing:
+        """The decision with the held items sent to the goal."""
+        constant = torch.where(self.renormalised[..., None], _among(fresh.logits, self.index), fresh.weight.detach())
+        weight = torch.where(self.scaled[..., None], _full(fresh.logits, self.index), constant)
+        held = self.held[..., None]
+        return Routing(
+            fresh.logits, torch.where(held, self.index, fresh.index), torch.where(held, weight, fresh.weight)
+        )
+
+    def reached(self, fresh: Routing) -> Bool[Tensor, " n"]:
+        """Which images' held items are all there."""
+        return (alike(self.index, fresh.index) | ~self.held).all(1)
+
+
+Target = Mapping[str, Goal]
+"""Goals by router; {} is no goal at all: the free route."""
+
+
+def _full(logits: Tensor, index: Tensor) -> Tensor:
+    return torch.softmax(logits, -1).gather(-1, index)
+
+
+def _among(logits: Tensor, index: Tensor) -> Tensor:
+    return torch.softmax(logits.gather(-1, index), -1)
+
+
+def alike(a: Int[Tensor, "n t k"], b: Int[Tensor, "n t k"]) -> Bool[Tensor, "n t"]:
+    """Which items' chosen sets are equal."""
+    return (a.sort(-1).values == b.sort(-1).values).all(-1)
+
+
+def lead(logits: Float[Tensor, "n t e"], index: Int[Tensor, "n t k"]) -> Float[Tensor, "n t"]:
+    """The lowest logit of the experts ``index`` minus the highest other one: above 0, the router chooses them."""
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, True)
+    highest = logits.masked_fill(chosen, -torch.inf).amax(-1)
+    return logits.masked_fill(~chosen, torch.inf).amin(-1) - highest
+
+
+def spread(logits: Float[Tensor, "n t e"]) -> Float[Tensor, "n t"]:
+    """The deviation of an item's logits over the experts, a constant: the yardstick of its margins."""
+    return logits.detach().std(-1, unbiased=False).clamp(min=torch.finfo(logits.dtype).tiny ** 0.5)
+
+
+def margin(target: Target, fresh: Trace) -> Float[Tensor, " n"]:
+    """How far inside the target an image is: the mean `lead` of its held items, in deviations, each at most `SLACK` or
+    the least of them, so that an item that is there leaves the gradient to those that are not.
+    """
+    parts = [lead(fresh[name].logits, goal.index) / spread(fresh[name].logits) for name, goal in target.items()]
+    held = torch.cat([goal.held for goal in target.values()], 1)
+    leads = torch.cat(parts, 1)
+    least = leads.detach().masked_fill(~held, torch.inf).amin(1, keepdim=True)
+    cap = least.clamp(min=SLACK).expand_as(leads)
+    leads = torch.where(leads <= cap, leads, cap)
+    return torch.where(held, leads, torch.zeros_like(leads)).sum(1) / held.sum(1).clamp(min=1)
+
+
+def reached(target: Target, fresh: Trace, like: Tensor) -> Bool[Tensor, " n"]:
+    """Which images (of the batch ``like``) are in the target cell."""
+    inside = torch.ones(len(like), dtype=torch.bool, device=like.device)
+    for name, goal in target.items():
+        inside = inside & goal.reached(fresh[name])
+    return inside
+
+
+def forced_pass(model: RoutedModel, x: Float[Tensor, "n ch h w"], target: Target) -> tuple[Float[Tensor, "n c"], Trace]:
+    """The logits with the held items sent to the target, all else free, and what each router itself said there."""
+    tape = RuleTape(lambda name, fresh: target[name].force(fresh) if name in target else fresh)
+    logits = wide(model.body(x, tape))
+    return logits, tape.fresh
+
+
+def pieces(values: list[Tensor], at: Tensor) -> list[Tensor]:
+    """The gradient of each of ``values`` (n,) at the images, 0 where no path leads there. Raises `NotFiniteError`."""
+    found = []
+    for place, value in enumerate(values):
+        keep = place + 1 < len(values)
+        one = (
+            torch.autograd.grad(value.sum(), at, allow_unused=True, retain_graph=keep)[0]
+            if value.requires_grad
+            else None
+        )
+        found.append(torch.zeros_like(at) if one is None else one)
+    if not bool(torch.stack([torch.isfinite(t).all() for t in [*values, *found]]).all()):
+        raise NotFiniteError(
+            "the attack's loss, margin or gradient is not finite; the model's outputs are broken (NaN or infinite "
+            "logits), and no robust accuracy can be measured"
+        )
+    return found
+
+
+def unit(gradient: Tensor) -> Tensor:
+    """Of Euclidean norm 1, image by image; zero stays zero."""
+    return Threat("l2", 1.0).direction(gradient, gradient)
+
+
+def climbable(model: RoutedModel) -> RoutedModel:
+    """The model itself; for a `Surrogate` of other values (a view) the exact one, counted alike: an attack on the route
+    needs the exact decisions.
+    """
+    if isinstance(model, Surrogate) and not model.close:
+        return Surrogate(model.exact, model.exact, close=True, on_pass=model.on_pass)
+    return model
+
+
+@torch.no_grad()
+def broken(model: RoutedModel, x_adv: Tensor, y: Tensor) -> Bool[Tensor, " n"]:
+    """Which images the exact model misses on its free route."""
+    return missed(model, x_adv, model.run(x_adv).logits, y)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Ascent of a loss inside a cell: the step is along loss gradient + lambda * margin gradient, both of norm 1.
+
+    Lambda is, image by image and step by step, the smallest of ``grid`` whose step, after projection, lands in the
+    target cell; the largest where none does. (The rule is that of this project's own study of expert transitions, where
+    a fixed lambda was weaker than plain PGD; there the gradients were not normalised.)
+    """
+
+    threat: Threat
+    steps: int
+    step_size: float
+    grid: tuple[float, ...] = GRID
+    loss: RouteLoss = "ce"
+
+    def __call__(
+        self, model: RoutedModel, x: Tensor, y: Tensor, start: Tensor, target: Target
+    ) -> tuple[Tensor, Bool[Tensor, " n"]]:
+        """The last iterate of each image, or the first that the exact model misses on its own route, and which those
+        are.
+        """
+        end, fooled = start.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        rows, now = torch.arange(len(x), device=x.device), start
+        gradients: list[Tensor] = []
+        for step in range(self.steps + 1):
+            goal = {name: one[rows] for name, one in target.items()}
+            if step == self.steps:
+                hit = broken(model, now, y[rows])
+            else:
+                gradients, hit = self._look(model, now, y[rows], goal)
+            end[rows], fooled[rows] = now, hit
+            stay = torch.nonzero(~hit)[:, 0]
+            if step == self.steps or len(stay) == 0:
+                break
+            rows, now, goal = rows[stay], now[stay], {name: one[stay] for name, one in goal.items()}
+            now = self._step(model, now, x[rows], [gradient[stay] for gradient in gradients], goal)
+        return end, fooled
+
+    def _look(self, model: RoutedModel, now: Tensor, y: Tensor, target: Target) -> tuple[list[Tensor], Tensor]:
+        """The two gradients of the forced pass, and which images are broken.
+
+        Where every held item goes to its goal by itself, the forced pass is the free one, and only images that it
+        misses are asked about; the others all are.
+        """
+        at = now.detach().requires_grad_(True)
+        logits, fresh = forced_pass(model, at, target)
+        values = [loss_of(self.loss, logits, y)]
+        if target:
+            values.append(margin(target, fresh))
+        gradients = pieces(values, at)
+        ask = torch.nonzero(~reached(target, fresh, now) | (logits.detach().argmax(1) != y))[:, 0]
+        hit = torch.zeros(len(now), dtype=torch.bool, device=now.device)
+        if len(ask):
+            hit[ask] = broken(model, now[ask], y[ask])
+        return gradients, hit
+
+    @torch.no_grad()
+    def _step(self, model: RoutedModel, now: Tensor, x: Tensor, gradients: list[Tensor], target: Target) -> Tensor:
+        loss = unit(gradients[0])
+        if not target:
+            return self._moved(now, x, loss)
+        inward, new = unit(gradients[1]), now.clone()
+        left = torch.arange(len(now), device=now.device)
+        for place, weight in enumerate(self.grid):
+            new[left] = self._moved(now[left], x[left], loss[left] + weight * inward[left])
+            if place + 1 == len(self.grid):
+                break
+            goal = {name: one[left] for name, one in target.items()}
+            left = left[~reached(goal, decisions(model, new[left], goal), left)]
+            if len(left) == 0:
+                break
+        return new
+
+    def _moved(self, now: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        return self.threat.project(now + self.step_size * self.threat.direction(gradient, now), x)
+
+
+class Standing:
+    """The images of a batch that are not broken yet, and the attacked images so far."""
+
+    def __init__(self, model: RoutedModel, x: Tensor, y: Tensor) -> None:
+        self.x_adv = x.clone()
+        self.unbroken = ~broken(model, x, y)
+
+    @property
+    def rows(self) -> Int[Tensor, " m"]:
+        return torch.nonzero(self.unbroken)[:, 0]
+
+    def record(self, rows: Tensor, x_adv: Tensor, fooled: Tensor) -> None:
+        """What a climb of the images ``rows`` gave."""
+        self.x_adv[rows] = x_adv
+        self.unbroken[rows[fooled]] = False
+
+
+def free_trace(model: RoutedModel, x: Tensor, attack: str) -> Trace:
+    """The exact decisions on x. ValueError for a dense model."""
+    with torch.no_grad():
+        trace = decisions(model, x)
+    if not trace:
+        raise ValueError(f"{attack} needs a model with a router; this model is dense")
+    return trace
+
+
+def narrowed(trace: Trace) -> Trace:
+    """The routers that choose: fewer experts than there are."""
+    return {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
+
+
+def check(steps: int, restarts: int, step_size: float | None, grid: tuple[float, ...] = GRID) -> None:
+    """ValueError for numbers that no attack can have."""
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"steps and restarts must be at least 1; got {steps} and {restarts}")
+    if step_size is not None and not step_size > 0:
+        raise ValueError(f"step_size must be above 0, in pixels of [0, 1]; got {step_size}")
+    if not grid or list(grid) != sorted(grid) or not grid[0] >= 0:
+        raise ValueError(f"grid must be numbers from 0 up, in rising order; got {grid}")

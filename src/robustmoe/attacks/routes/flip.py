@@ -1,0 +1,191 @@
+"""The route-flip attack: cross a boundary of one router, then be wrong behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from robustmoe.attacks.base import Attack, evaluating
+from robustmoe.attacks.objectives import Objective
+from robustmoe.attacks.routes.cells import (
+    GRID,
+    Goal,
+    RouteLoss,
+    Standing,
+    Steering,
+    alike,
+    broken,
+    check,
+    climbable,
+    decisions,
+    free_trace,
+    margin,
+    narrowed,
+    pieces,
+)
+from robustmoe.attacks.routes.objectives import RoutingLoss
+from robustmoe.attacks.threat import Threat
+from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.noise import Noise
+from robustmoe.routing import Routing, Trace
+
+
+class Flip(NamedTuple):
+    """Of one router, per image (n,) bool: ``flipped``, some item's chosen set was moved; ``broken``, and then, by that
+    alone or by the ascent behind the boundary, the image. Both are False for an image that is wrong from the start.
+    """
+
+    flipped: Tensor
+    broken: Tensor
+
+
+@dataclass(frozen=True)
+class RouteFlip(Attack):
+    """For each router, and each of its ``rivals`` best experts that are not chosen: raise the rival over the weakest
+    chosen expert until the route flips; ascend the loss behind the boundary (see `Steering`); then ascend it freely.
+
+    Each of the three takes at most ``steps`` steps of ``step_size`` (eps / 4 by default). A router of many items is
+    pushed on all of them at once, and what has flipped by the end is held. An image that does not flip goes straight to
+    the free ascent. A broken image leaves at once; one that is never broken comes back as the end of its last climb.
+    Restart 0 starts at the clean image, later ones at random. Where all gates always use all experts, the loss is
+    ascended freely. `flips` says, for each router apart, how often the route moved and how often that broke the image.
+    """
+
+    threat: Threat
+    steps: int = 20
+    rivals: int = 2
+    step_size: float | None = None
+    restarts: int = 1
+    grid: tuple[float, ...] = GRID
+    loss: RouteLoss = "ce"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.steps, self.restarts, self.step_size, self.grid)
+        if self.rivals < 1:
+            raise ValueError(f"rivals must be at least 1; got {self.rivals}")
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        return RoutingLoss(self.loss)
+
+    def _steering(self) -> Steering:
+        step_size = self.threat.eps / 4 if self.step_size is None else self.step_size
+        return Steering(self.threat, self.steps, step_size, self.grid, self.loss)
+
+    def _pairs(self, trace: Trace) -> Iterator[tuple[str, int]]:
+        """Every router that chooses, with each rank of rival it has."""
+        for name, routing in narrowed(trace).items():
+            for rank in range(min(self.rivals, routing.num_experts - routing.k)):
+                yield name, rank
+
+    def queries(self, output: Output) -> int:
+        """A step of the flip: a gradient (not counted for a single router) and the judge; behind the boundary 6, and
+        the deciding passes where routers are not single.
+        """
+        single = len(output.trace) == 1
+        inside = 6 if single else 6 + len(self.grid) - 1
+        pair = (1 if single else 4) * (self.steps + 1) + (inside + 4) * self.steps + 2
+        return 2 + self.restarts * max(1, len(list(self._pairs(output.trace)))) * pair if output.trace else 0
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        model = climbable(model)
+        trace = free_trace(model, x, "route_flip")
+        standing, steer = Standing(model, x, y), self._steering()
+        pairs = list(self._pairs(trace))
+        for restart in range(self.restarts):
+            for number, (name, rank) in enumerate(pairs or [("", 0)]):
+                rows = standing.rows
+                if len(rows) == 0:
+                    return standing.x_adv
+                now = x[rows] if restart == 0 else self.threat.start(x[rows], noise[rows].fold(restart, number))
+                if pairs:
+                    now, fooled, _ = self._behind(model, x[rows], y[rows], now, name, trace[name][rows], rank)
+                    standing.record(rows, now, fooled)
+                    rows, now = rows[~fooled], now[~fooled]
+                if len(rows):
+                    standing.record(rows, *steer(model, x[rows], y[rows], now, {}))
+        return standing.x_adv
+
+    def flips(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, noise: Noise | None = None
+    ) -> dict[str, Flip]:
+        """Each router attacked on its own, from the clean image (restart 0, without the free ascent). ``noise`` is not
+        drawn from.
+        """
+        routed = climbable(as_routed(model))
+        out: dict[str, Flip] = {}
+        with evaluating(routed):
+            trace = free_trace(routed, x, "route_flip")
+            right = torch.nonzero(~broken(routed, x, y))[:, 0]
+            for name in narrowed(trace):
+                left, out[name] = right, Flip(*torch.zeros(2, len(x), dtype=torch.bool, device=x.device))
+                for rank in [rank for router, rank in self._pairs(trace) if router == name]:
+                    if len(left) == 0:
+                        break
+                    clean = trace[name][left]
+                    _, fooled, moved = self._behind(routed, x[left], y[left], x[left], name, clean, rank)
+                    out[name].flipped[left] |= moved
+                    out[name].broken[left] |= moved & fooled
+                    left = left[~(moved & fooled)]
+        return out
+
+    def _behind(
+        self, model: RoutedModel, x: Tensor, y: Tensor, start: Tensor, name: str, clean: Routing, rank: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Flip, then ascend in the cell behind. Last iterates, which are broken, which flipped."""
+        now, index, fooled = self._flip(model, x, y, start, name, clean, rank)
+        held = ~alike(index, clean.index)
+        flipped = held.any(1)
+        rows = torch.nonzero(flipped & ~fooled)[:, 0]
+        if len(rows):
+            goal = Goal.of(clean[rows], index[rows], held[rows])
+            now[rows], fooled[rows] = self._steering()(model, x[rows], y[rows], now[rows], {name: goal})
+        return now, fooled, flipped
+
+    def _flip(
+        self, model: RoutedModel, x: Tensor, y: Tensor, start: Tensor, name: str, clean: Routing, rank: int
+    ) -> tuple[Tensor, Int[Tensor, "n t k"], Bool[Tensor, " n"]]:
+        """Raise the rival of that rank at every item until all are flipped, or the steps are over: the iterates, what
+        the router chooses there, and which are broken. An image whose route has moved is judged at every step.
+        """
+        everywhere = torch.ones_like(clean.index[..., 0], dtype=torch.bool)
+        goal = Goal.of(clean, swapped(clean, rivals(clean, self.rivals)[..., rank]), everywhere)
+        end, index, fooled = start.clone(), clean.index.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        rows, now = torch.arange(len(x), device=x.device), start
+        step_size = self._steering().step_size
+        for step in range(self.steps + 1):
+            at = now.detach().requires_grad_(True)
+            fresh = decisions(model, at, [name])[name]
+            gradient = pieces([margin({name: goal[rows]}, {name: fresh})], at)[0]
+            moved = ~alike(fresh.index, clean.index[rows]).all(1)
+            ask = torch.nonzero(moved | (step == self.steps))[:, 0]
+            hit = torch.zeros_like(moved)
+            if len(ask):
+                hit[ask] = broken(model, now[ask], y[rows[ask]])
+            end[rows], index[rows], fooled[rows] = now, fresh.index, hit
+            stay = torch.nonzero(~(hit | goal[rows].reached(fresh)))[:, 0]
+            if step == self.steps or len(stay) == 0:
+                break
+            rows, now = rows[stay], now[stay]
+            now = self.threat.project(now + step_size * self.threat.direction(gradient[stay], now), x[rows])
+        return end, index, fooled
+
+
+def rivals(routing: Routing, count: int) -> Int[Tensor, "n t r"]:
+    """The best experts that are not chosen, best first, at most ``count`` of them."""
+    order = torch.argsort(
+        routing.logits.detach().masked_fill(routing.chosen(), -torch.inf), dim=-1, descending=True, stable=True
+    )
+    return order[..., : min(count, routing.num_experts - routing.k)]
+
+
+def swapped(routing: Routing, rival: Int[Tensor, "n t"]) -> Int[Tensor, "n t k"]:
+    """The chosen experts with the weakest given up for ``rival``."""
+    weakest = routing.logits.detach().gather(-1, routing.index).argmin(-1, keepdim=True)
+    return routing.index.scatter(-1, weakest, rival[..., None])

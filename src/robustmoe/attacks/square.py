@@ -1,0 +1,416 @@
+"""The Square Attack (Andriushchenko et al. 2020, arXiv 1912.00049): random search over square windows, forward passes
+only.
+
+The l1 form is that of Croce and Hein (2021, arXiv 2103.01208), as in the released AutoAttack.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustmoe.attacks.apgd import l1_excess
+from robustmoe.attacks.base import Attack
+from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
+from robustmoe.attacks.pgd import NotFiniteError
+from robustmoe.attacks.threat import Norm, Threat
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.noise import Noise
+
+BLOCK = 128
+"""Most iterations whose random numbers are drawn at once."""
+
+FEW, WIDE, WASTE = 16, 128, 0.1
+"""Several successive proposals of each image are asked in one pass: up to ``FEW`` in all whatever becomes of them, and
+up to ``WIDE`` where few would be discarded (at most ``WASTE`` kept among an image's). Results do not depend on it. One
+thread, resnet8(width=16) on 32x32: 2.0 ms an image alone, 0.6 in passes of 8 or more."""
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""Iterations (of 10,000) after which the window's share of the image halves (the paper's section 4, released code)."""
+
+TABLE = 2.0
+"""Useless linf proposals are remembered where there are at most so many different ones for each iteration on them."""
+
+
+class Stretch(NamedTuple):
+    """The iterations first..first + length - 1, of the ``among`` ones that all have windows of ``side`` pixels."""
+
+    first: int
+    length: int
+    side: int
+    among: int
+
+
+class Draws(NamedTuple):
+    """The random numbers of b iterations, for n images: ``place`` (n, b, 4), top and left of one window and of a second
+    (which linf does not use); ``sign`` (n, b, c), -1 or 1 a channel; ``turned`` (n, b), whether the pattern is
+    transposed (l2 and l1).
+    """
+
+    place: Tensor
+    sign: Tensor
+    turned: Tensor
+
+
+class Tiles(NamedTuple):
+    """The start's tiles for n images: ``sign`` (n, c, down, across); ``turned`` (n, down, across); rows and columns of
+    pixels left free before the first.
+    """
+
+    sign: Tensor
+    turned: Tensor
+    top: int
+    left: int
+
+
+@dataclass(frozen=True)
+class ByImage:
+    """Random numbers for the images ``rows`` of the batch, of ``shape`` (c, h, w): every image its own windows and
+    signs, from its own stream; all h - side + 1 positions are equally likely.
+    """
+
+    noise: Noise
+
+    def stripes(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """-1 or 1 for each channel and column (n, c, 1, w)."""
+        return _signs(self.noise[rows].fold(0).uniform(shape[0], 1, shape[2]))
+
+    def tiles(self, rows: Tensor, shape: torch.Size, side: int) -> Tiles:
+        """What fills an image with tiles of ``side`` pixels."""
+        c, h, w = shape
+        u = self.noise[rows].fold(0).uniform(c + 1, h // side, w // side)
+        return Tiles(_signs(u[:, 1:]), u[:, 0] < 0.5, h % side // 2, w % side // 2)
+
+    def draws(self, rows: Tensor, shape: torch.Size, stretch: Stretch) -> Draws:
+        """The numbers of these iterations."""
+        c, h, w = shape
+        u = self.noise[rows].fold(1 + stretch.first).uniform(stretch.length, 5 + c)
+        places = torch.tensor([h, w, h, w], device=u.device) - stretch.side + 1
+        return Draws((u[..., :4] * places).long(), _signs(u[..., 5:]), u[..., 4] < 0.5)
+
+
+@dataclass(frozen=True)
+class ByBatch:
+    """The same from the released code's stream: a batch shares its windows, and none reaches the last row or column."""
+
+    generator: torch.Generator
+    norm: Norm
+
+    def _rand(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def stripes(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        return _signs(self._rand(len(rows), shape[0], 1, shape[2])).to(rows.device)
+
+    def tiles(self, rows: Tensor, shape: torch.Size, side: int) -> Tiles:
+        (c, h, w), n = shape, len(rows)
+        sign, turned = torch.empty(n, c, h // side, w // side), torch.empty(n, h // side, w // side, dtype=torch.bool)
+        for i in range(h // side):
+            for j in range(w // side):
+                turned[:, i, j] = self._rand(1) > 0.5
+                sign[:, :, i, j] = _signs(self._rand(n, c))
+        offset = (h - side * 5) // 2
+        return Tiles(sign.to(rows.device), turned.to(rows.device), offset, offset)
+
+    def draws(self, rows: Tensor, shape: torch.Size, stretch: Stretch) -> Draws:
+        (c, h, w), n, side = shape, len(rows), stretch.side
+        places = torch.tensor([h, w]) - side
+        if self.norm == "linf":
+            u = self._rand(stretch.length, 2 + c)
+            place, sign = (places * u[:, :2]).long().repeat(1, 2), _signs(u[:, 2:]).expand(n, -1, -1)
+            turned = torch.zeros(stretch.length, dtype=torch.bool)
+        else:  # a draw's size depends on the images left: one iteration at a time
+            place = (places.repeat(2) * self._rand(1, 4)).long()
+            turned = self._rand(1) > 0.5
+            sign = _signs(self._rand(n, c))[:, None]
+        return Draws(
+            place.expand(n, -1, -1).to(rows.device), sign.to(rows.device), turned.expand(n, -1).to(rows.device)
+        )
+
+
+@dataclass
+class Search:
+    """The images not yet fooled: ``rows`` in the batch, clean ``x``, ``best`` proposals so far with their ``loss``.
+
+    ``idle`` (linf): which windows of the side ``side`` and signs cannot help, as they would change nothing or were
+    refused since the image last changed; (n, 2^c * positions). ``rate``: share of proposals kept lately.
+    """
+
+    rows: Tensor
+    x: Tensor
+    best: Tensor
+    loss: Tensor
+    idle: Tensor | None = None
+    side: int = 0
+    rate: float = 0.5
+
+    def of(self, stay: Tensor) -> Search:
+        """The same search with the images ``stay`` alone."""
+        idle = None if self.idle is None else self.idle[stay]
+        return Search(self.rows[stay], self.x[stay], self.best[stay], self.loss[stay], idle, self.side, self.rate)
+
+
+@dataclass(frozen=True)
+class Square(Attack):
+    """Random search over square windows, by forward passes alone: no gradient is asked for.
+
+    ``steps``: proposals an image and restart (the released code's queries; the start is one more). A proposal is kept
+    where it raises the loss or fools; an image leaves as soon as it is fooled, and a not-fooled one comes back clean.
+    ``restarts``: later ones attack the images not yet fooled. ``p_init``: share of the image that the first windows
+    cover; it halves on the paper's schedule for 10,000 iterations, ``rescale``: on that schedule shrunk to ``steps``
+    (AutoAttack does not). ``loss``: the margin, or "ce".
+
+    ``rng``: "image" gives every image its own windows and signs, so that the result does not depend on the batch, and
+    draws window positions from all there are; "autoattack" reproduces the released code's stream, where the images of a
+    batch share them and the last row and column of positions is never drawn. (There a tie of the two best logits also
+    counts as fooled; here the prediction decides.)
+
+    Proposals that provably cannot help (linf: they change nothing, or were refused since the image last changed) count
+    but are not asked, and where few images are left several successive proposals are asked in one pass, and those after
+    the first one kept are discarded: the result is that of the sequential search, up to rounding in the model.
+    """
+
+    threat: Threat
+    steps: int = 5000
+    restarts: int = 1
+    p_init: float = 0.8
+    rescale: bool = False
+    loss: Literal["margin", "ce"] = "margin"
+    rng: Literal["image", "autoattack"] = "image"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError(f"steps and restarts must be at least 1; got {self.steps} and {self.restarts}")
+        if not 0 < self.p_init <= 1:
+            raise ValueError(f"p_init, a share of the image, must be above 0 and at most 1; got {self.p_init}")
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        """The loss of the whole model: random search needs no declared gradient, so no router hides from it."""
+        return Joint(self.loss)
+
+    def queries(self, output: Output) -> int:
+        return 1 + self.restarts * (1 + self.steps)
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        released = ByBatch(torch.Generator().manual_seed(self.seed), self.threat.norm)
+        x_adv = x.clone()
+        with torch.no_grad():
+            inner = self.objective(model, x, y)
+            rows = torch.nonzero(~inner(x).fooled)[:, 0]
+            for restart in range(self.restarts):
+                if len(rows) == 0:
+                    break
+                numbers = ByImage(noise.fold(restart)) if self.rng == "image" else released
+                rows = self._restart(inner, x, rows, numbers, x_adv)
+        return x_adv
+
+    def _restart(self, inner: Inner, x: Tensor, rows: Tensor, numbers: ByImage | ByBatch, x_adv: Tensor) -> Tensor:
+        """One search of the images ``rows``: writes the fooled ones to ``x_adv``, gives the rows of the others."""
+        best = self._start(x[rows], rows, numbers)
+        score = _finite(inner(best, rows))
+        search, fooled = Search(rows, x[rows], best, score.loss), score.fooled
+        for stretch in self._stretches(*x.shape[2:]):
+            search = _leave(search, fooled, x_adv)
+            if len(search.rows) == 0:
+                return search.rows
+            fooled = self._advance(inner, search, stretch, numbers.draws(search.rows, x.shape[1:], stretch))
+        return _leave(search, fooled, x_adv).rows
+
+    def _stretches(self, h: int, w: int) -> Iterator[Stretch]:
+        """All iterations, cut where the window's side changes and at most `BLOCK` at a time."""
+        longest = 1 if self.rng == "autoattack" and self.threat.norm != "linf" else BLOCK
+        for side, same in itertools.groupby(range(self.steps), lambda i: self._side(i, h, w)):
+            iterations = list(same)
+            for first in iterations[::longest]:
+                length = min(longest, iterations[-1] + 1 - first)
+                yield Stretch(first, length, side, len(iterations))
+
+    def _side(self, iteration: int, h: int, w: int) -> int:
+        """The window's side in pixels; odd and at least 3 for l2 and l1, as far as the image allows."""
+        at = int(iteration / self.steps * 10000) if self.rescale else iteration
+        share = self.p_init / 2 ** sum(at > halving for halving in HALVINGS)
+        side = round(math.sqrt(share * h * w))
+        side = max(side, 1) if self.threat.norm == "linf" else max(side, 3) | 1
+        return min(side, h, w)
+
+    def _advance(self, inner: Inner, search: Search, stretch: Stretch, draws: Draws) -> Tensor:
+        """All proposals of a stretch, image by image in order, several images' and several of an image in each pass.
+
+        ``search`` is moved in place; gives which images are fooled (n,). An image's place in the stretch is its own
+        (``at``): images differ in which proposals need no asking, and in how many asked at once are used.
+        """
+        n, b = draws.turned.shape
+        device = draws.turned.device
+        order = torch.arange(b, device=device)
+        at, fooled = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
+        key = self._remember(search, stretch, draws)
+        while True:
+            open_ = order >= at[:, None]
+            if search.idle is not None:
+                open_ &= ~search.idle.gather(1, key)
+            active = int(open_.any(1).sum())
+            if active == 0:
+                return fooled
+            width = max(1, FEW // active, min(WIDE // active, int(WASTE / search.rate)))
+            i, j = torch.nonzero(open_ & (open_.cumsum(1) <= width), as_tuple=True)
+            place, sign, turned = draws.place[i, j], draws.sign[i, j].to(search.x.dtype), draws.turned[i, j]
+            proposal = self._propose(search.x[i], search.best[i], place, sign, turned, stretch.side)
+            score = _finite(inner(proposal, search.rows[i]))
+            better = score.fooled | (score.loss > search.loss[i])
+            first = torch.full_like(at, b).scatter_reduce_(0, i, torch.where(better, j, b), "amin")
+            asked = at.scatter_reduce(0, i, j + 1, "amax")
+            at = torch.where(first < b, first + 1, asked)
+            kept = torch.nonzero(j == first[i])[:, 0]
+            which = i[kept]
+            search.best[which], search.loss[which] = proposal[kept], score.loss[kept]
+            fooled[which] = score.fooled[kept]
+            at[fooled] = b
+            search.rate = max(1e-3, search.rate + 0.1 * (len(kept) / len(i) - search.rate))
+            if search.idle is not None:
+                search.idle[i, key[i, j]] = True
+                if len(which):
+                    search.idle[which] = self._idle(search.x[which], search.best[which], stretch.side)
+
+    def _remember(self, search: Search, stretch: Stretch, draws: Draws) -> Tensor:
+        """The place in the table ``search.idle`` of each proposal (n, b); makes the table where the side is new, or
+        none where it would not pay.
+        """
+        (c, h, w), side = search.x.shape[1:], stretch.side
+        if side != search.side:
+            different = 2**c * (h - side + 1) * (w - side + 1)
+            pays = self.threat.norm == "linf" and different <= TABLE * stretch.among
+            search.idle = self._idle(search.x, search.best, side) if pays else None
+            search.side = side
+        if search.idle is None:
+            return draws.turned
+        code = ((draws.sign > 0) * 2 ** torch.arange(c, device=draws.sign.device)).sum(-1)
+        return (code * (h - side + 1) + draws.place[..., 0]) * (w - side + 1) + draws.place[..., 1]
+
+    def _idle(self, x: Tensor, best: Tensor, side: int) -> Tensor:
+        """Which windows and signs would leave ``best`` as it is (n, 2^c * positions); channel 0 is the lowest bit."""
+        corners = torch.stack([(x - self.threat.eps).clamp(0, 1), (x + self.threat.eps).clamp(0, 1)], 2)
+        differs = (best[:, :, None] != corners).float()
+        total = F.pad(differs.cumsum(-1).cumsum(-2), (1, 0, 1, 0))  # counts: exact in float32 up to 2^24 pixels
+        below, above = total[..., side:, :], total[..., :-side, :]
+        count = below[..., side:] - below[..., :-side] - above[..., side:] + above[..., :-side]
+        same = count == 0
+        table = same[:, 0]
+        for channel in range(1, x.shape[1]):
+            table = (same[:, channel, :, None] & table[:, None]).flatten(1, 2)
+        return table.flatten(1)
+
+    # -------------------------------------------------------------------------------------------- proposals
+
+    def _start(self, x: Tensor, rows: Tensor, numbers: ByImage | ByBatch) -> Tensor:
+        """Vertical stripes at the corners (linf), or tiles of a bump and its negative (l2, l1)."""
+        eps = self.threat.eps
+        if self.threat.norm == "linf":
+            return (x + eps * numbers.stripes(rows, x.shape[1:]).to(x.dtype)).clamp(0.0, 1.0)
+        h, w = x.shape[2:]
+        side = max(1, h // 5)
+        tiles = numbers.tiles(rows, x.shape[1:], side)
+        i, j = torch.arange(h, device=x.device) - tiles.top, torch.arange(w, device=x.device) - tiles.left
+        down, across = tiles.turned.shape[1:]
+        there = ((i >= 0) & (i < down * side))[:, None] & ((j >= 0) & (j < across * side))
+        tile_i, tile_j = (i // side).clamp(0, down - 1)[:, None], (j // side).clamp(0, across - 1)
+        turned = tiles.turned[:, tile_i, tile_j].long()
+        bump = _pattern(self.threat.norm, side).to(x)[turned, (i % side)[:, None], j % side]
+        delta = (bump * there)[:, None] * tiles.sign[:, :, tile_i, tile_j].to(x.dtype)
+        return self._inside(x, delta)
+
+    def _inside(self, x: Tensor, delta: Tensor) -> Tensor:
+        """x + delta, with delta scaled to the sphere and clipped to the box (l2), or projected onto both (l1)."""
+        if self.threat.norm == "l2":
+            length = delta.square().sum((1, 2, 3), keepdim=True).sqrt()
+            return (x + delta / (length + 1e-12) * self.threat.eps).clamp(0.0, 1.0)
+        return (x + (delta - l1_excess(x, delta, self.threat.eps * (1 - 1e-6), wide=False))).clamp(0.0, 1.0)
+
+    def _propose(self, x: Tensor, best: Tensor, place: Tensor, sign: Tensor, turned: Tensor, side: int) -> Tensor:
+        """The proposals (m, ch, h, w): for linf a window set to a corner of the ball.
+
+        For l2 and l1 the perturbation of the second window moves to the first, with a new bump and what the ball has
+        left: algorithm 3 of the paper, and its l1 form.
+        """
+        one = _window(place[:, :2], side, x)
+        if self.threat.norm == "linf":
+            corner = (x + self.threat.eps * sign[:, :, None, None]).clamp(0.0, 1.0)
+            return torch.where(one, corner, best)
+        two = _window(place[:, 2:], side, x)
+        bump = _pattern(self.threat.norm, side).to(x)[turned.long()] * 1.0
+        i, j = (
+            (torch.arange(size, device=x.device) - place[:, axis, None]).clamp(0, side - 1)
+            for axis, size in enumerate(x.shape[2:])
+        )
+        image = torch.arange(len(x), device=x.device)[:, None, None]
+        bump = bump[image, i[:, :, None], j[:, None, :]][:, None] * sign[:, :, None, None]
+        delta, l2, c, eps = best - x, self.threat.norm == "l2", x.shape[1], self.threat.eps
+
+        def mass(values: Tensor) -> Tensor:  # a channel's squared l2 norm, or l1 norm
+            return (values.square() if l2 else values.abs()).sum((2, 3), keepdim=True)
+
+        def length(values: Tensor) -> Tensor:
+            return mass(values).sqrt() if l2 else mass(values)
+
+        left = ((eps * eps if l2 else eps) - mass(delta).sum(1, keepdim=True)).clamp(min=0.0)
+        room = left / c + mass(delta * (one | two))
+        room = room.sqrt() if l2 else room * c
+        fresh = (bump + delta / (1e-12 + length(delta * one))) * one
+        fresh = fresh / (1e-12 + length(fresh)) * room
+        return self._inside(x, torch.where(one, fresh, delta * ~two))
+
+
+def _leave(search: Search, fooled: Tensor, x_adv: Tensor) -> Search:
+    """Write the fooled images to ``x_adv``; the search of the others."""
+    if not bool(fooled.any()):
+        return search
+    x_adv[search.rows[fooled]] = search.best[fooled]
+    return search.of(~fooled)
+
+
+def _finite(score: Score) -> Score:
+    if not bool(torch.isfinite(score.loss).all()):
+        raise NotFiniteError(
+            "the attack's loss is not finite; the model's outputs are broken (NaN or infinite logits), and no robust "
+            "accuracy can be measured"
+        )
+    return score
+
+
+def _signs(u: Tensor) -> Tensor:
+    """-1 where u < 0.5, else 1."""
+    return 1.0 - 2.0 * (u < 0.5).float()
+
+
+def _window(place: Tensor, side: int, x: Tensor) -> Tensor:
+    """The windows at ``place`` (m, 2), top and left, as masks (m, 1, h, w)."""
+    i, j = (torch.arange(size, device=x.device) - place[:, axis, None] for axis, size in enumerate(x.shape[2:]))
+    rows, columns = (i >= 0) & (i < side), (j >= 0) & (j < side)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+@functools.lru_cache(maxsize=64)
+def _pattern(norm: Norm, side: int) -> Tensor:
+    """The bump over its negative, of unit norm (side, side), and its transpose: (2, side, side), eq. 2 of the paper."""
+    half = side // 2
+    pattern = torch.cat([_bump(norm, half, side), -_bump(norm, side - half, side)])
+    pattern = pattern / (pattern.square().sum().sqrt() if norm == "l2" else pattern.abs().sum())
+    return torch.stack([pattern, pattern.T])
+
+
+def _bump(norm: Norm, h: int, w: int) -> Tensor:
+    """A pyramid of squares around the middle, the k-th adding 1 / k^2 (l2) or 1 / k^4 (l1), of unit norm (h, w)."""
+    distance = torch.maximum((torch.arange(h) - h // 2).abs()[:, None], (torch.arange(w) - w // 2).abs())
+    bump = torch.zeros(h, w)
+    for k in range(max(h, w) // 2 + 1):
+        bump += (distance <= k) * (1.0 / (k + 1) ** (2 if norm == "l2" else 4))
+    return bump / (bump.square().sum().sqrt() if norm == "l2" else bump.abs().sum())

@@ -1,0 +1,254 @@
+"""Views of a routed model: the same weights with another route, or another gradient of the route, for an attack to
+climb. The exact model judges.
+
+A hard route hides the router from every gradient, and a saturated gate nearly does; an attack that climbs a view sees
+it again (Athalye et al. 2018 call it a differentiable approximation). Nothing a view says is believed: `attack_view` is
+a `Surrogate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from robustmoe.attacks.base import Attack
+from robustmoe.attacks.objectives import Objective
+from robustmoe.attacks.surrogate import Surrogate, exact_of
+from robustmoe.attacks.threat import Threat
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.norm import wide
+from robustmoe.noise import Noise
+from robustmoe.routing import Routing, Tape, Trace, soft
+
+Rule = Callable[[str, Routing], Routing]
+"""(router's name, what it decided) -> what to use instead."""
+Count = Callable[[int, bool], None]
+
+
+class RuleTape(Tape):
+    """Hands ``rule(name, fresh)`` to the tape beneath (default: a new one), so a decision forced there wins over the
+    rule. ``fresh``: what each router itself decided.
+    """
+
+    def __init__(self, rule: Rule, beneath: Tape | None = None) -> None:
+        self.rule = rule
+        self.beneath = Tape() if beneath is None else beneath
+        self.forced, self.trace, self._prefix = self.beneath.forced, self.beneath.trace, ""
+        self.fresh: Trace = {}
+
+    def under(self, prefix: str) -> RuleTape:
+        inner = RuleTape(self.rule, self.beneath.under(prefix))
+        inner.fresh, inner._prefix = self.fresh, f"{self._prefix}{prefix}."
+        return inner
+
+    def __call__(self, name: str, fresh: Routing) -> Routing:
+        full = self._prefix + name
+        self.fresh[full] = fresh
+        return self.beneath(name, self.rule(full, fresh))
+
+
+class View(ABC):
+    """How a model is seen. Subclasses are frozen dataclasses and stand in `VIEWS`.
+
+    ``same_value``: the view's logits are the exact ones, only its gradient differs.
+    """
+
+    same_value: ClassVar[bool] = False
+
+    @abstractmethod
+    def rule(self, name: str, fresh: Routing) -> Routing:
+        """What to use for a router's own decision."""
+
+    def body(self, model: RoutedModel, x: Tensor, tape: Tape, count: Count) -> Float[Tensor, "n c"]:
+        """The logits seen. ``count(n, gradient)`` is called for every pass after the first."""
+        return model.body(x, RuleTape(self.rule, tape))
+
+    def passes(self, output: Output) -> int:
+        """Passes of the model in one of the view."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Exact(View):
+    """The model as it is."""
+
+    same_value: ClassVar[bool] = True
+
+    def rule(self, name: str, fresh: Routing) -> Routing:
+        return fresh
+
+
+@dataclass(frozen=True)
+class StraightThrough(View):
+    """The exact values; backward, each chosen weight moves also with its softmax probability, or with its logit
+    ("identity"). Only "softmax" shows the logits of the unchosen.
+    """
+
+    same_value: ClassVar[bool] = True
+    surrogate: Literal["softmax", "identity"] = "softmax"
+
+    def rule(self, name: str, fresh: Routing) -> Routing:
+        score = fresh.logits if self.surrogate == "identity" else torch.softmax(fresh.logits, -1)
+        score = score.gather(-1, fresh.index)
+        return Routing(fresh.logits, fresh.index, fresh.weight + (score - score.detach()))
+
+
+@dataclass(frozen=True)
+class Soft(View):
+    """All experts, by softmax(logits / temperature).
+
+    With one top-1 router that decides once an image: log sum_k softmax(g / T)_k p_k(y | x), over one forced pass for
+    each expert, in log space; for T -> 0 the exact prediction. Otherwise (several routers, tokens, k above 1) the
+    experts are mixed in the layer, as the layer mixes its chosen ones.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0; got {self.temperature}")
+
+    def rule(self, name: str, fresh: Routing) -> Routing:
+        return soft(fresh.logits, self.temperature)
+
+    def body(self, model: RoutedModel, x: Tensor, tape: Tape, count: Count) -> Float[Tensor, "n c"]:
+        with torch.no_grad():
+            name = sole_router(model.run(x[:1]).trace)  # which way to mix: one image tells
+        if name is None:
+            return model.body(x, RuleTape(self.rule, tape))
+        first = RuleTape(ExpertView(0).rule)
+        outputs = [wide(model.body(x, first))]
+        given = self.rule(name, first.fresh[name])
+        used = tape(name, given)
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        if used is not given:  # the route is held from outside
+            count(len(x), gradient)
+            return model.body(x, Tape({name: used}))
+        for expert in range(1, given.num_experts):
+            count(len(x), gradient)
+            outputs.append(wide(model.body(x, RuleTape(ExpertView(expert).rule))))
+        gate = torch.log_softmax(given.logits[:, 0] / self.temperature, -1)
+        return torch.logsumexp(gate[:, :, None] + torch.log_softmax(torch.stack(outputs, 1), -1), 1)
+
+    def passes(self, output: Output) -> int:
+        name = sole_router(output.trace)
+        return 1 if name is None else output.trace[name].num_experts
+
+
+@dataclass(frozen=True)
+class ExpertView(View):
+    """Every item to expert ``k`` with weight 1, at every router: an attack on it transfers from that expert."""
+
+    k: int = 0
+
+    def rule(self, name: str, fresh: Routing) -> Routing:
+        if not 0 <= self.k < fresh.num_experts:
+            raise ValueError(f"expert {self.k} does not exist at {name!r}: it has experts 0 to {fresh.num_experts - 1}")
+        ones = torch.ones_like(fresh.logits[..., :1])
+        return Routing(fresh.logits, torch.full_like(ones, self.k, dtype=torch.long), ones)
+
+
+def sole_router(trace: Trace) -> str | None:
+    """The name of the only router, where it picks one of several experts once an image."""
+    for name, routing in trace.items():
+        if len(trace) == 1 and tuple(routing.index.shape[1:]) == (1, 1) and routing.num_experts > 1:
+            return name
+    return None
+
+
+VIEWS: dict[str, Callable[..., View]] = {
+    "exact": Exact,
+    "straight_through": StraightThrough,
+    "soft": Soft,
+    "expert": ExpertView,
+}
+
+
+class _Seen(RoutedModel):
+    """``model`` through ``view``. ``count``: see `View.body`."""
+
+    def __init__(self, model: RoutedModel, view: View, count: Count) -> None:
+        super().__init__()
+        self.model = model
+        self.view = view
+        self.count = count
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        return self.view.body(self.model, x, tape, self.count)
+
+
+def _uncounted(n: int, gradient: bool) -> None:
+    pass
+
+
+def attack_view(model: RoutedModel, view: View) -> Surrogate:
+    """``model`` as ``view`` shows it, judged by ``model``; of a `Surrogate`, its climbed part, judged by its exact one.
+
+    Where the view keeps the values, the judge is asked only about images that the view calls broken; otherwise about
+    all. A dense model looks the same in every view.
+    """
+    given = isinstance(model, Surrogate)
+    if isinstance(view, Exact) and isinstance(model, Surrogate):
+        return model
+    climbed, on_pass = (model.climbed, model.on_pass) if isinstance(model, Surrogate) else (model, None)
+    close = view.same_value and (not given or bool(model.close))
+    seen = climbed if isinstance(view, Exact) else _Seen(climbed, view, on_pass or _uncounted)
+    return Surrogate(seen, exact_of(model), close=close, on_pass=on_pass)
+
+
+@dataclass(frozen=True)
+class Viewed(Attack):
+    """``attack`` through ``view``: the view is climbed, the exact model says what is broken.
+
+    Threat, objective, seed and parts are the attack's; `changed` replaces them.
+    """
+
+    view: View
+    attack: Attack
+
+    @property
+    def threat(self) -> Threat:  # type: ignore[override]
+        return self.attack.threat
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        return self.attack.objective
+
+    @property
+    def seed(self) -> int:  # type: ignore[override]
+        return self.attack.seed
+
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        parts = self.attack.parts(output)
+        return [("", self)] if parts == [("", self.attack)] else [(n, Viewed(self.view, part)) for n, part in parts]
+
+    def queries(self, output: Output) -> int:
+        """The attack's passes, each as many as the view's; a view of other values is judged once a gradient."""
+        queries = self.attack.queries(output)
+        return queries * self.view.passes(output) + (0 if self.view.same_value else -(-queries // 3))
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return self.attack(attack_view(model, self.view), x, y, noise)
+
+
+def changed(attack: Attack, **fields: object) -> Attack:
+    """`dataclasses.replace`, which reaches the attack inside a `Viewed`: ``changed(attack, seed=3)``."""
+    if isinstance(attack, Viewed):
+        return Viewed(attack.view, changed(attack.attack, **fields))
+    new: Attack = dataclasses.replace(attack, **fields)  # type: ignore[type-var]
+    return new
+
+
+def each_expert(attack: Attack, output: Output) -> list[tuple[str, Attack]]:
+    """``attack`` on every single expert in turn, by name ("expert 0", ...), for a model that gave ``output``: transfer
+    from the experts. Routers of different sizes share the experts that all of them have; none for a dense model.
+    """
+    experts = min((routing.num_experts for routing in output.trace.values()), default=0)
+    return [(f"expert {k}", Viewed(ExpertView(k), attack)) for k in range(experts)]

@@ -1,0 +1,272 @@
+"""What the checks share: their names, the `Subject` they look at, and how an image more or less is judged."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustmoe.attacks import PGD, Attack, Joint, missed, size
+from robustmoe.attacks.objectives import loss_of
+from robustmoe.attacks.threat import Threat
+from robustmoe.data import Batch
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.noise import Noise
+from robustmoe.records import Check
+from robustmoe.routing import Tape
+
+NAMES = {
+    "H1": "input range",
+    "H2": "ball and box",
+    "H3": "model unchanged",
+    "H4": "batch of one",
+    "H5": "training log",
+    "H6": "outputs",
+    "H7": "determinism",
+    "H8": "autograd inside forward",
+    "H9": "noise of the image",
+    "H10": "precision",
+    "G1": "gradient",
+    "G2": "finite differences",
+    "G3": "unstable loss",
+    "G4": "silent success",
+    "G5": "incomplete optimisation",
+    "G6": "transfer failure",
+    "G7": "unbounded attack",
+    "G8": "accuracy against radius",
+    "G9": "more steps and restarts",
+    "G10": "black box",
+    "G11": "losses",
+    "G12": "seeds",
+    "G13": "planted adversarial",
+    "G14": "attack identity",
+    "R1": "router attacked",
+    "R2": "route flip",
+    "R3": "enumerated routes",
+    "R4": "gate saturation",
+    "R5": "gradients of the views",
+    "R6": "neighbours",
+    "R7": "random module",
+    "R8": "joint vulnerability",
+    "R9": "expert load",
+    "R10": "router trained",
+    "R11": "auxiliary terms",
+    "R12": "logit scale",
+    "R13": "stale route",
+    "R14": "cost under attack",
+    "R15": "planted route change",
+    "R16": "certificate",
+    "R17": "smoothing",
+}
+"""Every check, in order."""
+
+ALL = tuple(NAMES)
+NO_ROUTER = "the model has no router"
+STANDS_NONE = "no image stands after the attacks, so there is nothing that they could have missed"
+CHEAP_QUERIES = 400
+"""An attack of more forward passes an image than this is not run again and again: PGD-20 stands in for it."""
+
+BATCH = 64
+"""Images a forward pass of the checks that make many copies of an image."""
+
+
+def check(key: str, status: str, value: Any, sentence: str) -> Check:
+    """The check of that id."""
+    return Check(key, NAMES[key], status, value, sentence)
+
+
+def not_run(key: str, why: str) -> Check:
+    """The check of that id, and why it was not run."""
+    return check(key, "not run", None, why)
+
+
+def graded(images: int, n: int, points: float) -> str:
+    """The status where ``images`` of ``n`` are counted against us and ``points`` per cent are allowed: one image alone
+    only warns, because on 64 images it is 1.6 points, more than any of the thresholds.
+    """
+    if images <= 0 or 100 * images / n <= points:
+        return "pass"
+    return "warn" if images == 1 else "fail"
+
+
+class Found(NamedTuple):
+    """What an attack left: the images, and which of them the exact model now misses."""
+
+    x_adv: Tensor
+    broken: Tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under its attacks on a few images: what the deep checks look at.
+
+    ``attacks``: those of the evaluation, the ``main`` one among them. ``whole``: the images; ``batch``: those of them
+    that the model gets right, which are all that an attack can break. ``run``: what is known of the training (see
+    `run.check_run`): {} for a model from elsewhere.
+    """
+
+    model: RoutedModel
+    attacks: tuple[Attack, ...]
+    whole: Batch
+    batch: Batch
+    seed: int = 0
+    run: dict[str, Any] = field(default_factory=dict)
+    _found: dict[str, Found] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, model: RoutedModel, attacks: Sequence[Attack], batch: Batch, seed: int = 0, **run: Any) -> Subject:
+        """The subject on these images; the right ones are picked here."""
+        with torch.no_grad():
+            logits = model.run(batch.x).logits
+        right = torch.nonzero((logits.argmax(1) == batch.y) & torch.isfinite(logits).all(1))[:, 0]
+        return cls(model, tuple(attacks), batch, rows_of(batch, right), seed, run)
+
+    @property
+    def main(self) -> Attack:
+        """The first attack on the whole model; without one, the first attack."""
+        return next((a for a in self.attacks if a.objective.name == "joint"), self.attacks[0])
+
+    @property
+    def threat(self) -> Threat:
+        return self.main.threat
+
+    @property
+    def clean(self) -> Output:
+        """The exact model on ``batch``."""
+        with torch.no_grad():
+            return self.model.run(self.batch.x)
+
+    @property
+    def climber(self) -> Attack:
+        """An attack to run many times: the main one where it is a cheap climb, else PGD-20 on the whole model."""
+        main = self.main
+        if isinstance(main, PGD) and main.queries(self.clean) <= CHEAP_QUERIES:
+            return main
+        return PGD(main.threat, steps=20, seed=main.seed)
+
+    @property
+    def quick(self) -> Attack:
+        """The climber, a broken image leaving at once (it breaks the same images in fewer passes)."""
+        return replaced(self.climber, keep="first")
+
+    def noise(self, seed: int) -> Noise:
+        return Noise.of(self.batch.index, seed)
+
+    def under(self, attack: Attack, model: RoutedModel | None = None) -> Found:
+        """What ``attack`` leaves of ``batch``, climbing ``model`` (default: the exact one), the exact model judging.
+        A perturbation outside the threat's ball breaks nothing (check H2 says so).
+        """
+        key = repr(attack)
+        if model is None and key in self._found:
+            return self._found[key]
+        x, y = self.batch.x, self.batch.y
+        x_adv = attack(model or self.model, x.clone(), y.clone(), self.noise(attack.seed)).to(x)
+        found = Found(x_adv, self.wrong(x_adv) & inside(attack.threat, x_adv, x))
+        if model is None:
+            self._found[key] = found
+        return found
+
+    def wrong(self, x: Tensor) -> Tensor:
+        """(n,) bool: which images of ``batch``, changed to ``x``, the exact model misses."""
+        with torch.no_grad():
+            return missed(self.model, x, self.model.run(x).logits, self.batch.y)
+
+    @property
+    def broken(self) -> Tensor:
+        """(n,) bool: which images of ``batch`` some attack of the evaluation breaks."""
+        return torch.stack([self.under(attack).broken for attack in self.attacks]).any(0)
+
+    def gained(self, broken: Tensor) -> int:
+        """How many of these images no attack of the evaluation breaks."""
+        return int((broken & ~self.broken).sum())
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some images of a batch."""
+    return Batch(batch.x[rows], batch.y[rows], batch.index[rows])
+
+
+def few(case: Subject, n: int) -> Subject:
+    """The same subject with at most ``n`` of its right images."""
+    rows = torch.arange(min(n, len(case.batch)), device=case.batch.x.device)
+    return dataclasses.replace(case, batch=rows_of(case.batch, rows), _found={})
+
+
+def inside(threat: Threat, x_adv: Tensor, x: Tensor) -> Tensor:
+    """(n,) bool: in the ball, up to the rounding of float32, and in the box."""
+    near = size(threat.norm, (x_adv - x).float()) <= threat.eps * (1 + 1e-5) + 1e-7
+    return near & (x_adv >= 0).flatten(1).all(1) & (x_adv <= 1).flatten(1).all(1)
+
+
+def gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of the summed loss at x; zero where no path leads from the image to the loss."""
+    x = x.detach().requires_grad_(True)
+    value = loss(x).sum()
+    found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    return torch.zeros_like(x) if found is None else found
+
+
+def replaced(attack: Attack, **changes: Any) -> Attack:
+    """The attack with other fields."""
+    return dataclasses.replace(attack, **changes)  # type: ignore[type-var]
+
+
+def with_loss(attack: Attack, loss: Any) -> Attack:
+    """A climb on that loss of the whole model."""
+    return replaced(attack, objective=Joint(loss))
+
+
+def at_radius(attack: Attack, eps: float) -> Attack:
+    """The attack at another radius, a step size that it names scaled with it."""
+    changes: dict[str, Any] = {"threat": dataclasses.replace(attack.threat, eps=eps)}
+    step = getattr(attack, "step_size", None)
+    if step is not None and attack.threat.eps > 0:
+        changes["step_size"] = step * eps / attack.threat.eps
+    return replaced(attack, **changes)
+
+
+def doubled(model: RoutedModel, x: Tensor) -> RoutedModel | None:
+    """A float64 copy of the model; None where it cannot be copied, or does not run in float64."""
+    try:
+        twin = copy.deepcopy(model).double()
+        with torch.no_grad():
+            logits = twin.run(x[:2].double()).logits
+    except Exception:  # a user's own model: a cache that cannot be copied, a cast of its own
+        return None
+    return twin if logits.dtype == torch.float64 and bool(torch.isfinite(logits).all()) else None
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+class Watched(RoutedModel):
+    """``inner``, and the margin of every image of a batch in every pass (``margins``: one (n,) a pass; above 0 is
+    wrong, nan where the image was not asked, or lay outside the ball). A row of a pass is the image it lies nearest to.
+    """
+
+    def __init__(self, inner: RoutedModel, x: Tensor, y: Tensor, threat: Threat) -> None:
+        super().__init__()
+        self.inner = inner
+        self.threat = threat
+        self.images = (x, y)
+        self.margins: list[Tensor] = []
+
+    def body(self, x: Tensor, tape: Tape) -> Tensor:
+        logits = self.inner.body(x, tape)
+        if not tape.forced:
+            self._note(x.detach(), logits.detach())
+        return logits
+
+    @torch.no_grad()
+    def _note(self, x: Tensor, logits: Tensor) -> None:
+        clean, label = self.images
+        row = torch.cdist(x.float().flatten(1), clean.flatten(1)).argmin(1)
+        margin = loss_of("margin", logits, label[row])
+        margin = torch.where(inside(self.threat, x, clean[row]), margin, torch.nan)
+        self.margins.append(margin.new_full((len(clean),), torch.nan).scatter(0, row, margin))

@@ -1,0 +1,375 @@
+"""A cheaper copy of a model for an attack to climb: frozen, BatchNorm folded, channels-last, the network in bf16 if
+asked. The model itself says what is broken (see `Surrogate`), so a copy can cost an attack strength, never correctness.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.surrogate import Surrogate
+from robustmoe.models.base import Output, Plain, RoutedModel, compact
+from robustmoe.models.convolution import Conv, RoutedConv, Segments
+from robustmoe.models.norm import BatchNorm2d
+from robustmoe.routing import Tape, Trace, detach, to_expert
+
+Precision = Literal["strict", "fast"]
+
+STRICT_DEVIATION = 1e-4
+"""How far any logit (also a router's) of a strict copy may be off on the probe, relative to the batch's largest."""
+
+FAST_DEVIATION = 0.05
+"""The same for the median image of a bf16 copy: bf16 keeps 8 bits (a relative 0.004 a rounding)."""
+
+PROBE, FEW = 32, 4
+"""Images of the probe batch that are used at most: on the model's own routes, and on each expert alone."""
+
+
+class Frozen(Surrogate):
+    """The `Surrogate` that `frozen` makes. ``folded``: BatchNorms that are now part of the convolution before them;
+    ``note``: what was done and what was not possible, one line.
+    """
+
+    def __init__(
+        self,
+        climbed: RoutedModel,
+        exact: RoutedModel,
+        close: bool,
+        on_pass: Callable[[int, bool], None] | None,
+        folded: int,
+        note: str,
+    ) -> None:
+        super().__init__(climbed, exact, close, on_pass)
+        self.folded = folded
+        self.note = note
+
+
+def frozen(
+    model: RoutedModel,
+    x: Float[Tensor, "n ch h w"],
+    precision: Precision = "strict",
+    on_pass: Callable[[int, bool], None] | None = None,
+) -> Frozen:
+    """A frozen eval-mode copy of the model, to be climbed; the model judges. Later changes of the model do not reach
+    the copy.
+
+    ``x``: a few images on which the copy is compared with the model (at most 32 are used). "strict": the model's own
+    precision, parameters without gradient, BatchNorms folded where a convolution feeds nothing else. "fast": besides,
+    the network in bf16 under autocast; images, their gradient, logits and the attack's steps stay float32. What
+    cannot be copied, folded or halved is used as it is, and ``note`` says why. ``on_pass``: see `Surrogate`. Of a
+    `Surrogate`, what it climbs is copied.
+    """
+    if precision not in ("strict", "fast"):
+        raise ValueError(f"precision must be 'strict' or 'fast'; got {precision!r}")
+    if len(x) == 0:
+        raise ValueError("the copy is compared with the model on a probe batch; give at least one image, got none")
+    source = model.climbed if isinstance(model, Surrogate) else model
+    with evaluating(source), torch.no_grad():
+        answers, limit = _answers(source, x[:PROBE].detach())
+        made = _strict(source, answers)
+        if precision == "fast":
+            made = _fast(made, made.model is not source, answers)
+    close = model.close if isinstance(model, Surrogate) else True
+    return Frozen(made.model, model, close, on_pass, made.folded, made.note + limit)
+
+
+class _Made(NamedTuple):
+    model: RoutedModel
+    folded: int
+    note: str
+
+
+class _Answer(NamedTuple):
+    """What the model says of the images ``x`` on the routes ``forced`` ({}: its own)."""
+
+    x: Tensor
+    forced: Trace
+    output: Output
+
+
+def _answers(source: RoutedModel, probe: Tensor) -> tuple[list[_Answer], str]:
+    """The model's own pass on the probe, and of a few of its images one forced to each expert in turn (at the routers
+    that have it), so that none is left out; and a note where a model does not take these.
+    """
+    free = source.run(probe)
+    answers = [_Answer(probe, {}, free)]
+    few: Trace = {name: routing.detach()[:FEW] for name, routing in free.trace.items()}
+    for expert in range(max((routing.num_experts for routing in few.values()), default=0)):
+        forced = to_expert({name: r for name, r in few.items() if expert < r.num_experts}, expert)
+        try:
+            answers.append(_Answer(probe[:FEW], forced, source.run(probe[:FEW], forced=forced)))
+        except Exception as error:  # a user's model may ask more of a route than the tape does
+            return answers, f"; the experts not seen one by one ({_reason(error)})"
+    return answers, ""
+
+
+# ------------------------------------------------------------------------------------------------ strict
+
+
+def _strict(source: RoutedModel, answers: list[_Answer]) -> _Made:
+    """A copy that gives the model's logits on the probe: folded, else unfolded, else the model itself."""
+    if isinstance(source, Plain) and not isinstance(source.function, nn.Module):
+        return _Made(source, 0, "used as it is: a plain function cannot be copied")
+    try:
+        plain = _copy(source)
+        off = _deviation(plain, answers).max().item()
+    except Exception as error:  # a user's module may raise anything here; all mean the same
+        return _Made(source, 0, f"used as it is: it cannot be copied ({_reason(error)})")
+    if not off <= STRICT_DEVIATION:
+        return _Made(source, 0, f"used as it is: a copy differs from it by {off:.1g}")
+    try:
+        folded = copy.deepcopy(plain)
+        count = _fold(folded, answers)
+        off = _deviation(folded, answers).max().item()
+    except Exception as error:
+        return _Made(plain, 0, f"a frozen copy, not folded ({_reason(error)})")
+    if not off <= STRICT_DEVIATION:
+        return _Made(plain, 0, f"a frozen copy, not folded (folding would change it by {off:.1g})")
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    return _Made(folded, count, f"a frozen copy, {count} of {norms} BatchNorms folded")
+
+
+def _copy(source: RoutedModel) -> RoutedModel:
+    """Deep, in the modes of the source, without gradients, the filters in channels-last memory."""
+    made = copy.deepcopy(source).requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.grad = None
+    for module in made.modules():
+        if isinstance(module, nn.Conv2d) and isinstance(module._parameters.get("weight"), nn.Parameter):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return _Compact(made) if isinstance(made, Plain) else made
+
+
+class _Compact(RoutedModel):
+    """``model`` on images in channels-last memory, which our own models see to themselves."""
+
+    def __init__(self, model: RoutedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        return self.model.body(compact(x), tape)
+
+
+def _deviation(made: RoutedModel, answers: list[_Answer]) -> Float[Tensor, " m"]:
+    """For every image of every answer, how far the logits and the routers' are from the model's, relative to the
+    largest of these in the batch. The model's routes are held, so that a tie between two experts is no difference.
+    """
+    off = []
+    for x, forced, expected in answers:
+        found = made.run(x, forced=forced or detach(expected.trace))
+        if found.trace.keys() != expected.trace.keys():
+            raise ValueError(f"the copy's routers are {sorted(found.trace)}, the model's {sorted(expected.trace)}")
+        pairs = [(found.logits, expected.logits)]
+        pairs += [(found.trace[name].logits, routing.logits) for name, routing in expected.trace.items()]
+        largest = [b.abs().max().clamp(min=torch.finfo(b.dtype).tiny) for _, b in pairs]
+        off.append(torch.stack([(a - b).abs().flatten(1).amax(1) / c for (a, b), c in zip(pairs, largest)]).amax(0))
+    return torch.cat(off)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+# ------------------------------------------------------------------------------------------------ folding
+
+
+class _Weighted(torch.autograd.Function):
+    """``out`` times the route's weight (n,), which is 1 in value: nothing to compute forward. Backward, the weight's
+    gradient is <dL/dout, out - shift> an image.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(out, shift)
+        ctx.dtype = weight.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        out, shift = ctx.saved_tensors
+        whole = (grad * out).sum((1, 2, 3), dtype=ctx.dtype)
+        return grad, whole - grad.sum((2, 3), dtype=ctx.dtype) @ shift.to(ctx.dtype), None
+
+
+class _FoldedRoutedConv(nn.Module):
+    """A `RoutedConv` and the BatchNorm behind it as one: scale and shift are in each expert's filters and bias.
+
+    The routed convolution multiplies its output h by the route's weight w, 1 in value, whose gradient is <dL/dh, h>.
+    With the BatchNorm y = s h + t that is <s dL/dy, h> = <dL/dy, y - t>: the straight-through gradient stays what it
+    was.
+    """
+
+    shift: Tensor
+
+    def __init__(self, conv: RoutedConv, shift: Float[Tensor, " d"]) -> None:
+        super().__init__()
+        self.experts = conv.experts
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        used = [(expert, size) for expert, size in zip(self.experts, segments.sizes) if size]
+        if len(used) < 2:  # an empty slice would cost the gradient its channels-last memory
+            out = (used[0][0] if used else self.experts[0])(x)
+        else:
+            parts = x.split([size for _, size in used])
+            out = torch.cat([expert(part) for (expert, _), part in zip(used, parts)])
+        if not segments.weight.requires_grad:
+            return out
+        weighted: Tensor = _Weighted.apply(out, segments.weight, self.shift)
+        return weighted
+
+
+def _fold(model: RoutedModel, answers: list[_Answer]) -> int:
+    """Every BatchNorm that directly follows a convolution, into that convolution; returns how many."""
+    pairs = _pairs(model, answers)
+    for conv, norm in pairs:
+        scale, shift = _affine(norm)
+        for single in conv.experts if isinstance(conv, RoutedConv) else [conv]:
+            assert isinstance(single, nn.Conv2d)
+            _absorb(single, scale, shift)
+        if isinstance(conv, RoutedConv):
+            _replace(model, conv, _FoldedRoutedConv(conv, shift.to(norm.running_var)))
+        _replace(model, norm, nn.Identity())
+    return len(pairs)
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The BatchNorm in eval mode as scale * x + shift, float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _absorb(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
+    """The convolution's output times ``scale``, plus ``shift``; its former weights, maybe shared, are left alone."""
+    weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype)
+    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+    conv.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new.eval())
+
+
+def _pairs(model: RoutedModel, answers: list[_Answer]) -> list[tuple[nn.Module, nn.BatchNorm2d]]:
+    """(convolution, BatchNorm) where the BatchNorm's input is the convolution's output, found by running the model
+    again on a few of the images answered.
+
+    In every pass both are called once or neither is, and always with each other. A convolution whose output is read
+    elsewhere besides cannot be seen from here; the caller compares logits.
+    """
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept: an id is taken anew once its object is gone
+    calls: Counter[nn.Module] = Counter()
+    source: dict[nn.Module, nn.Module] = {}
+    refused: set[nn.Module] = set()
+
+    def watch(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        calls[module] += 1
+        if not isinstance(module, nn.BatchNorm2d):
+            made[id(out)] = (module, out)
+            return
+        conv = made[id(args[0])][0] if args and id(args[0]) in made else None
+        if conv is None or source.setdefault(module, conv) is not conv:
+            refused.add(module)
+
+    watched = [module for module in model.modules() if _foldable(module)]
+    handles = [module.register_forward_hook(watch) for module in watched]
+    try:
+        for x, forced, expected in answers:
+            model.run(x[:FEW], forced=forced or {name: r.detach()[:FEW] for name, r in expected.trace.items()})
+            refused |= {module for module, times in calls.items() if times > 1}
+            refused |= {norm for norm, conv in source.items() if calls[norm] != calls[conv]}
+            made.clear()
+            calls.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    readers = Counter(source.values())
+    return [
+        (conv, norm)
+        for norm, conv in source.items()
+        if isinstance(norm, nn.BatchNorm2d) and not {norm, conv} & refused and readers[conv] == 1
+    ]
+
+
+def _foldable(module: nn.Module) -> bool:
+    """Whether the module is what its type says: own parameters (no parametrization, no weight norm), nobody's hooks,
+    nobody's forward.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if isinstance(module, RoutedConv):
+        return all(_foldable(expert) for expert in module.experts)
+    if isinstance(module, nn.BatchNorm2d):
+        return type(module) in (nn.BatchNorm2d, BatchNorm2d) and module.running_var is not None
+    if not isinstance(module, nn.Conv2d) or module._parameters.get("weight") is None:
+        return False
+    kind = type(module)
+    return kind.forward in (nn.Conv2d.forward, Conv.forward) and kind._conv_forward is nn.Conv2d._conv_forward
+
+
+# ------------------------------------------------------------------------------------------------ fast
+
+
+class _Half(RoutedModel):
+    """``model`` under bf16 autocast, on float32 images; what it computes outside convolutions and products keeps its
+    dtype.
+    """
+
+    def __init__(self, model: RoutedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # frozen weights are not cached anyway
+            return self.model.body(x.float(), tape)
+
+
+def _fast(strict: _Made, owned: bool, answers: list[_Answer]) -> _Made:
+    """bf16 weights under autocast; where these do not work, autocast alone; where neither does, the strict copy."""
+    ways: list[tuple[str, Callable[[], RoutedModel]]] = [("autocast to bf16", lambda: _float32(strict.model, owned))]
+    if owned:
+        ways.insert(0, ("bf16 weights", lambda: _bf16(strict.model)))
+    failed = ""
+    for way, build in ways:
+        try:
+            half = _Half(build())
+            off = _deviation(half, answers).median().item()
+        except Exception as error:  # a user's module may raise anything here; all mean the same
+            failed += f"; not {way} ({_reason(error)})"
+            continue
+        if off <= FAST_DEVIATION:
+            return _Made(half, strict.folded, f"{strict.note}; {way}{failed}")
+        failed += f"; not {way} (the logits would be off by {off:.1g})"
+    return _Made(strict.model, strict.folded, strict.note + failed)
+
+
+def _float32(model: RoutedModel, owned: bool) -> RoutedModel:
+    """Autocast leaves float64 alone; an owned copy is narrowed first."""
+    return copy.deepcopy(model).float() if owned else model
+
+
+def _bf16(model: RoutedModel) -> RoutedModel:
+    """A copy whose convolutions and linear layers hold bf16 weights: cast once, not in every pass."""
+    made = _float32(model, True)
+    for module in made.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(torch.bfloat16)
+    return made
