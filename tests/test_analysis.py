@@ -12,6 +12,7 @@ from robustmoe.analysis import (
     Adds,
     Rate,
     attack_name,
+    by_part,
     eps_curve,
     family,
     groups,
@@ -24,7 +25,7 @@ from robustmoe.analysis import (
     worst_case,
 )
 from robustmoe.errors import UserError
-from robustmoe.records import Check, Checks, Header, Result, RouterInfo, Row
+from robustmoe.records import Audit, Check, Checks, Header, Result, RouterInfo, Row
 
 EPS = 8 / 255
 FINE = Checks([Check("R1", "router reached", "pass", 0.3, "30% of the gradient goes through the router.")], 1.0)
@@ -255,3 +256,33 @@ def test_load_by_class_by_hand() -> None:
         load_by_class(make_header(), FOUR, "x")
     with pytest.raises(UserError, match="known: none, the model is dense"):
         load_by_class(make_header(routers={}), FOUR, "r")
+
+
+def test_a_suite_is_told_part_by_part() -> None:
+    """Five images: one wrong from the start, two broken by the first part, none by the second, one by the third."""
+    parts = ["clean", "one", "one", "three", ""]
+    rows = [
+        make_row(i, 0, int(part == "clean"), int(bool(part)), part=part) for i, part in enumerate(parts)
+    ]  # label 0: 1 is wrong
+    header = make_header(n=5, parts=["one", "two", "three"])
+    found = by_part(Result(header, rows, FINE))
+    assert [(part.name, part.broken, part.left) for part in found] == [
+        ("one", 2, Rate(2, 5)),
+        ("two", 0, Rate(2, 5)),
+        ("three", 1, Rate(1, 5)),
+    ]
+    assert by_part(Result(header, rows[:4], None)) == ()
+    assert by_part(Result(make_header(n=5), rows, FINE)) == ()
+
+
+def test_deep_checks_mark_the_number_of_their_own_model() -> None:
+    audit = Audit("m", ["fgsm"], 64, 0, [Check("G2", "finite differences", "fail", 0.9, "off.")])
+    result = Result(make_header(), FOUR, FINE)
+    assert judge([result]).trusted
+    assert judge([result], audit).failed == ("G2 finite differences: off. (robustmoe check)",)
+    assert not judge([result], audit).trusted
+    other = Result(make_header(model_hash="another"), FOUR, FINE)
+    assert judge([other], audit).trusted
+    blind = Audit("m", ["fgsm"], 64, 0, [Check("R1", "router reached", "fail", 0.0, "blind.")])
+    assert judge([result], blind).trusted, "the file's own R1 passed: one attack that sees the router is enough"
+    assert judge([result], blind).warned == ("R1 router reached: blind. (robustmoe check)",)

@@ -421,7 +421,9 @@ def test_a_run_folder(tmp_path: Path) -> None:
         device="cpu",
     )
     run = training.train(small, tmp_path / "run")
-    found = {check.id: check for check in checks.check_run(run, PLAIN, limit=8, device="cpu", only=ONLY)}
+    audit = checks.check_run(run, PLAIN, limit=8, device="cpu", only=ONLY)
+    assert (audit.n, audit.attacks, audit.model_hash) == (8, PLAIN, checks.weights_hash(training.load_model(run)))
+    found = {check.id: check for check in audit.checks}
     assert list(found) == list(checks.ALL)
     assert (found["H5"].status, found["R10"].status) == ("pass", "warn")
     assert "by declaration" in found["R10"].sentence

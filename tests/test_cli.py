@@ -181,7 +181,7 @@ def test_evaluate_passes_its_flags_and_prints_the_table(
     evaluated: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluated.result = []
-    monkeypatch.setattr("robustmoe.reporting.summary_table", lambda results: f"a table of {len(results)}")
+    monkeypatch.setattr("robustmoe.reporting.summary_table", lambda results, audit: f"a table of {len(results)}")
     flags = ["--attack", "pgd(linf(8/255), steps=2)", "--attack=fgsm", "--limit", "5", "--curve", "0, 2/255"]
     assert main(["evaluate", "runs/one", *flags, "--split", "val", "--batch-size", "3", "--out", "rows"]) == 0
     assert capsys.readouterr().out == "a table of 0\n"
@@ -194,6 +194,7 @@ def test_evaluate_passes_its_flags_and_prints_the_table(
         "limit": 5,
         "batch_size": 3,
         "curve": (0.0, 2 / 255),
+        "precision": "strict",
         "seed": 0,
         "device": "auto",
         "out": Path("rows"),

@@ -29,8 +29,9 @@ def test_the_ten_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> 
     }
     exec(code, names)
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3, "one line an objective"
+    assert len(printed) == 4, "one line an attack"
     assert "objective=router_only" in printed[2]
+    assert printed[3].startswith("route_beam")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -16,12 +16,12 @@ MODULES = {
 
 LAYERS = [
     {"errors", "noise"},
-    {"distributed", "progress", "provenance", "records", "routing", "spec"},
+    {"distributed", "progress", "provenance", "records", "routing", "spec", "user_model"},
     {"analysis", "data", "models", "recipe"},
     {"attacks", "reporting"},
     {"training"},
     {"evaluation"},
-    {"demo"},
+    {"demo", "interop"},
     {"cli"},
     {"__main__"},
 ]

@@ -261,12 +261,23 @@ ATTACK_SPECS = {
         "pgd(linf(8/255), steps=2, objective=joint(kl))",
         "pgd(l2(0.5), steps=2, objective=joint(margin))",
         "pgd(linf(8/255), steps=2, objective=router_only)",
+        "pgd(linf(8/255), steps=2, keep=first)",
     ],
+    "apgd": ["apgd(linf(8/255), steps=4)", "apgd(l1(4), steps=4)"],
+    "apgd_t": ["apgd_t(l2(0.5), steps=3, targets=2)"],
+    "fab": ["fab(linf(8/255), steps=3, targets=2)"],
+    "fmn": ["fmn(l2(0.5), steps=4)"],
+    "square": ["square(linf(8/255), steps=8)"],
+    "route_flip": ["route_flip(linf(8/255), steps=2)"],
+    "expert_transition": ["expert_transition(l2(0.5), steps=2)"],
+    "route_beam": ["route_beam(linf(8/255), steps=2, beam=2, candidates=4)"],
+    "through": ["through(soft(0.5), pgd(linf(8/255), steps=2))", "through(straight_through, apgd(l2(0.5), steps=2))"],
 }
+SUITES = {"autoattack", "autoattack_routing"}  # of parts that stand above; see test_autoattack.py
 
 
 def test_every_attack_of_the_table_stands_under_the_contract() -> None:
-    assert set(ATTACK_SPECS) == set(ATTACKS)
+    assert set(ATTACK_SPECS) | SUITES == set(ATTACKS)
 
 
 @pytest.mark.parametrize("spec", [spec for specs in ATTACK_SPECS.values() for spec in specs])
@@ -275,8 +286,8 @@ def test_the_contract(
 ) -> None:
     """In the ball and the box; modes, buffers, weights, gradients and generators untouched; deterministic."""
     attack, x, y = build_attack(spec), images(6), labels(6)
-    if isinstance(attack.objective, RouterOnly) and not model.run(x).trace:
-        with pytest.raises(ValueError, match="router_only needs a model with a router; this model is dense"):
+    if attack.objective.name in ("router_only", "routing") and not model.run(x).trace:
+        with pytest.raises(ValueError, match="needs a model with a router; this model is dense"):
             attack(model, x, y)
         return
     for i, module in enumerate(model.modules()):

@@ -17,6 +17,7 @@ import pytest
 from robustmoe.errors import UserError
 from robustmoe.records import (
     WORK,
+    Audit,
     Check,
     Checks,
     Example,
@@ -26,12 +27,15 @@ from robustmoe.records import (
     Row,
     Writer,
     append_json,
+    audit_path,
     examples_path,
     merge,
     read,
+    read_audit,
     read_examples,
     read_jsonl,
     write_atomic,
+    write_audit,
     write_examples,
 )
 
@@ -427,3 +431,19 @@ def test_a_path_that_cannot_be(tmp_path: Path) -> None:
 def test_readers_do_not_import_torch() -> None:
     code = "import sys, robustmoe.records, robustmoe.analysis, robustmoe.reporting; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_audit_survives_its_file(tmp_path: Path) -> None:
+    audit = Audit("hash", ["pgd(linf(8/255))"], 64, 3, [Check("G2", "finite differences", "warn", [1, 0.5], "so.")])
+    assert read_audit(tmp_path) is None
+    write_audit(tmp_path, audit)
+    assert read_audit(tmp_path) == audit
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"model_hash": 3}', '{"model_hash": "a", "attacks": [], "n": 1, "seed": 0}']
+)
+def test_a_bad_audit_is_named(tmp_path: Path, text: str) -> None:
+    audit_path(tmp_path).write_text(text)
+    with pytest.raises(UserError, match=r"checks\.json: .*robustmoe check .* makes it anew"):
+        read_audit(tmp_path)

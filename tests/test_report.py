@@ -514,6 +514,7 @@ def test_terminal_table(tmp_path: Path) -> None:
         "----------------------------------------------------------------------------------------------------",
         "worst of 1                  100.0%   60.0%  31.3–83.2                                             10",
         "router attacked: yes (1 of 1 attacks aim at the router; check R1 passed)",
+        "1 check: 0 failed, 0 warned, 1 passed, 0 not run",
     ]
     doubtful = summary_table([Result(header, rows[:4], None), Result(make_header(seed=5), [], None)])
     assert "100.0% !" in doubtful

@@ -94,10 +94,12 @@ def evaluate(
     rows = None if out is None else Path(out)
     if run is not None:
         folder = _run_folder(run)
+        from robustmoe import records
         from robustmoe.evaluation import evaluate_run
         from robustmoe.reporting import summary_table
 
-        return summary_table(evaluate_run(folder, data=data, out=rows, **common))
+        results = evaluate_run(folder, data=data, out=rows, **common)
+        return summary_table(results, records.read_audit(folder))
     assert model is not None
     assert data is not None
     from robustmoe import user_model
@@ -112,19 +114,28 @@ def evaluate(
 
 def check(
     run: Annotated[str, "a run folder"],
-    attack: Annotated[str | None, "the attack whose number is in question (default: the recipe's first)"] = None,
+    attack: Annotated[
+        tuple[str, ...], "an attack whose number is in question; repeat for more (default: the recipe's)"
+    ] = (),
     limit: Annotated[int, "images to check on"] = 64,
+    only: Annotated[str, "ids of some checks, such as G2,R4 (default: all)"] = "",
     seed: Annotated[int, "decides every random draw"] = 0,
     device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
 ) -> str:
     """Ask every check whether this model's robust accuracy can be believed; minutes, not hours."""
     folder = _run_folder(run)
-    if attack is not None:
-        spec.canonical(attack)
+    for text in attack:
+        spec.canonical(text)
+    ids = [key.strip() for key in only.split(",") if key.strip()]
+    from robustmoe import records
     from robustmoe.evaluation.checks.run import check_run
     from robustmoe.reporting.card import card
 
-    return card(check_run(folder, attack=attack, limit=limit, device=device, seed=seed))
+    audit = check_run(folder, attacks=attack, limit=limit, device=device, seed=seed, only=ids)
+    if ids:
+        return card([found for found in audit.checks if found.id in ids])
+    records.write_audit(folder, audit)
+    return f"{card(audit.checks)}\nwritten to {records.audit_path(folder)}; analyze and report show it"
 
 
 def analyze(run: Annotated[str, "a run folder that was evaluated"]) -> str:
@@ -136,7 +147,7 @@ def analyze(run: Annotated[str, "a run folder that was evaluated"]) -> str:
     files = sorted(f for f in (folder / "rows").glob("*.jsonl") if not f.name.endswith(".examples.jsonl"))
     if not files:
         raise UserError(f"{run!r} has no rows yet; robustmoe evaluate {run} makes them")
-    return summary_table([records.read(f) for f in files])
+    return summary_table([records.read(f) for f in files], records.read_audit(folder))
 
 
 def report(

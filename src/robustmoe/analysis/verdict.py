@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from robustmoe.analysis.labels import names
 from robustmoe.analysis.rates import inside, largest
-from robustmoe.records import Result
+from robustmoe.records import Audit, Result
 
 ROUTER_OBJECTIVES = ("joint", "router_only", "routing")
 
@@ -30,7 +30,7 @@ class Verdict:
         return not self.failed and not self.incomplete and self.router_attacked is not False
 
 
-def judge(results: Sequence[Result]) -> Verdict:
+def judge(results: Sequence[Result], audit: Audit | None = None) -> Verdict:
     """Whether the numbers of these files, taken together, can be quoted.
 
     The router counts as attacked only if some file with all its rows has an attack whose objective is one of
@@ -55,6 +55,11 @@ def judge(results: Sequence[Result]) -> Verdict:
             size = largest(row.size.get(header.norm, math.nan) for row in rows)
             if not inside(size, header.eps):
                 failed[f"{name}: a perturbation of size {size:.6g} is outside {header.norm} <= {header.eps:.6g}"] = None
+    if audit is not None and all(result.header.model_hash == audit.model_hash for result in results):
+        for check in audit.checks:
+            if check.status in ("fail", "warn"):
+                severe = check.status == "fail" and not (check.id == "R1" and attacked)
+                (failed if severe else warned)[f"{check.id} {check.name}: {check.sentence} (robustmoe check)"] = None
     return Verdict(attacked, reason, tuple(failed), tuple(warned), tuple(incomplete))
 
 

@@ -104,7 +104,7 @@ def evaluate(
         distributed.session(where),
     ):
         output = _look(routed, images, where)
-        chosen = _attacks(output.trace, chosen, linf(8 / 255))
+        chosen = attacks_for(output.trace, chosen, linf(8 / 255))
         _one_norm(chosen, certified)
         paths = [Path(out or scratch) / f"{slug(attack)}.jsonl" for attack in chosen]
         return [
@@ -161,7 +161,7 @@ def evaluate_run(
         source,
         out=Path(out) if out is not None else run / "rows",
         attacks=attacks or config.get("attacks") or (),
-        threat=_threat(config),
+        threat=threat_of(config),
         split=split,
         limit=limit,
         batch_size=batch_size,
@@ -220,7 +220,7 @@ def evaluate_model(
     end = "" if split == "test" else f"-{split}"
     routed = as_routed(model)
     with _borrowed(routed, where), distributed.session(where):
-        chosen = [_seeded(a, seed) for a in _attacks(_look(routed, images, where).trace, given, threat)]
+        chosen = [seeded(a, seed) for a in attacks_for(_look(routed, images, where).trace, given, threat)]
         _one_norm(chosen, certified)
         radii = {attack.threat: _radii(attack.threat, curve) for attack in chosen}
 
@@ -386,7 +386,7 @@ def _look(model: RoutedModel, images: ImageSet, device: torch.device) -> Output:
     return output
 
 
-def _attacks(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[Attack]:
+def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[Attack]:
     """The attacks to run, each once: the given ones, or the default; those that need a router are left out for a dense
     model, and that is said.
     """
@@ -421,12 +421,12 @@ def _one_norm(attacks: Sequence[Attack], certified: Mapping[int, float] | None) 
         )
 
 
-def _seeded(attack: Attack, seed: int) -> Attack:
+def seeded(attack: Attack, seed: int) -> Attack:
     """With ``seed``, unless its spec gives one of its own."""
     return attack if attack.seed else changed(attack, seed=seed)
 
 
-def _threat(config: dict[str, Any]) -> Threat:
+def threat_of(config: dict[str, Any]) -> Threat:
     """The threat a run was trained for, as its recipe says it; linf 8/255 where it says none."""
     method = specs.build(config["method"], "method") if config.get("method") else None
     if method is not None and method.attack is not None:

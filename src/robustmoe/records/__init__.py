@@ -6,6 +6,7 @@ that are not finite are written as Python's ``json`` writes them (``NaN``, ``Inf
 Bad content and failed writes raise :class:`~robustmoe.errors.UserError`, one line each.
 """
 
+from robustmoe.records.audit import Audit, audit_path, read_audit, write_audit
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
 from robustmoe.records.files import append_json, read_jsonl, write_atomic
 from robustmoe.records.rows import WORK, Writer, difference, merge, read
@@ -34,6 +35,7 @@ __all__ = [
     "STATUSES",
     "VERSION",
     "WORK",
+    "Audit",
     "Check",
     "Checks",
     "Example",
@@ -45,12 +47,15 @@ __all__ = [
     "Time",
     "Writer",
     "append_json",
+    "audit_path",
     "difference",
     "examples_path",
     "merge",
     "read",
+    "read_audit",
     "read_examples",
     "read_jsonl",
     "write_atomic",
+    "write_audit",
     "write_examples",
 ]

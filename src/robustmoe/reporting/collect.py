@@ -12,7 +12,18 @@ from typing import Any
 
 from robustmoe import analysis
 from robustmoe.errors import UserError
-from robustmoe.records import Check, Example, Header, Result, examples_path, read, read_examples, read_jsonl
+from robustmoe.records import (
+    Audit,
+    Check,
+    Example,
+    Header,
+    Result,
+    examples_path,
+    read,
+    read_audit,
+    read_examples,
+    read_jsonl,
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,8 @@ def _view(folder: Path, name: str) -> View:
     if not kept:
         raise UserError(f"{folder} has no rows yet; `robustmoe evaluate {folder}` makes them")
     results = [result for _, result in kept]
-    groups = [_group(members) for members in analysis.groups(results)]
+    audit = read_audit(folder)
+    groups = [_group(members, audit) for members in analysis.groups(results)]
     head = groups[0].results[0] if groups else results[0]
     notes = [f"{path.name} has no rows yet and is left out" for path, result in everything if not result.rows]
     return View(
@@ -105,7 +117,7 @@ def _view(folder: Path, name: str) -> View:
         curves=analysis.eps_curve([(result.header, result.rows) for result in results]),
         loads=_loads(groups[0] if groups else None, head),
         examples=_examples(kept, groups),
-        checks=_checks(results),
+        checks=_checks(results, audit),
         notes=notes + analysis.warnings(results),
     )
 
@@ -122,13 +134,13 @@ def _config(path: Path) -> dict[str, Any]:
     return value
 
 
-def _group(results: list[Result]) -> Group:
+def _group(results: list[Result], audit: Audit | None) -> Group:
     return Group(
         results=results,
         names=analysis.names([result.header for result in results]),
         summaries=[analysis.summary(*result) for result in results],
         worst=analysis.worst_case([(result.header, result.rows) for result in results]),
-        verdict=analysis.judge(results),
+        verdict=analysis.judge(results, audit),
     )
 
 
@@ -161,7 +173,7 @@ def _examples(kept: list[tuple[Path, Result]], groups: list[Group]) -> list[Exam
     return []
 
 
-def _checks(results: list[Result]) -> list[tuple[str, Check]]:
+def _checks(results: list[Result], audit: Audit | None) -> list[tuple[str, Check]]:
     order = ("fail", "warn", "not run", "pass")
     labels = analysis.names([result.header for result in results])
     pairs = [
@@ -169,6 +181,8 @@ def _checks(results: list[Result]) -> list[tuple[str, Check]]:
         for label, result in zip(labels, results, strict=True)
         for check in (result.checks.checks if result.checks is not None else [])
     ]
+    if audit is not None and any(result.header.model_hash == audit.model_hash for result in results):
+        pairs += [(f"robustmoe check, {audit.n} images", check) for check in audit.checks]
     return sorted(pairs, key=lambda pair: order.index(pair[1].status))
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from robustmoe import analysis
-from robustmoe.records import Result
+from robustmoe.records import STATUSES, Audit, Result
 from robustmoe.reporting.words import eps_text, interval, percent, plural, threat
 
 
-def summary_table(results: Sequence[Result]) -> str:
-    """The attacks of each threat, their worst case and what is wrong with it, as lines of text. Files without rows
-    are named, not shown."""
+def summary_table(results: Sequence[Result], audit: Audit | None = None) -> str:
+    """The attacks of each threat, their worst case and the verdict card beside it, as lines of text. Files without
+    rows are named, not shown. ``audit``: what `robustmoe check` found of the same model."""
     lines: list[str] = []
     for group in analysis.groups(results):
-        lines += [*_block(group), ""]
+        lines += [*_block(group, audit), ""]
     for result in results:
         name = analysis.attack_name(result.header)
         if not result.rows:
@@ -29,9 +29,9 @@ def summary_table(results: Sequence[Result]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _block(group: list[Result]) -> list[str]:
+def _block(group: list[Result], audit: Audit | None) -> list[str]:
     worst = analysis.worst_case([(result.header, result.rows) for result in group])
-    verdict = analysis.judge(group)
+    verdict = analysis.judge(group, audit)
     routed = bool(group[0].header.routers)
     head = ["attack", "clean", "robust", "95 %"]
     head += ["router's", "experts'", "rerouted"] if routed else []
@@ -63,9 +63,19 @@ def _block(group: list[Result]) -> list[str]:
     lines += [f"! incomplete  {sentence}" for sentence in verdict.incomplete]
     lines += [f"  warn  {sentence}" for sentence in verdict.warned]
     checks = [check for result in group if result.checks is not None for check in result.checks.checks]
-    done = {check.id for check in checks if check.status != "not run"}
-    skipped = sorted({check.id for check in checks} - done)
-    return [*lines, f"  not run  {', '.join(skipped)}"] if skipped else lines
+    if audit is not None and audit.model_hash == group[0].header.model_hash:
+        checks += audit.checks
+    worst_answer: dict[str, str] = {}
+    for check in checks:
+        known = worst_answer.setdefault(check.id, check.status)
+        worst_answer[check.id] = max(known, check.status, key=("not run", "pass", "warn", "fail").index)
+    counts = {status: sum(found == status for found in worst_answer.values()) for status in STATUSES}
+    skipped = ", ".join(sorted(key for key, status in worst_answer.items() if status == "not run"))
+    lines.append(
+        f"{plural(len(worst_answer), 'check')}: {counts['fail']} failed, {counts['warn']} warned, {counts['pass']} passed, "
+        f"{counts['not run']} not run" + (f" ({skipped})" if skipped else "")
+    )
+    return lines
 
 
 def _aligned(table: list[list[str]]) -> list[str]:

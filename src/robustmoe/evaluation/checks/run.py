@@ -17,7 +17,7 @@ from robustmoe.evaluation.checks import harness, routing, strength
 from robustmoe.evaluation.checks.subject import ALL, NAMES, Subject, check, inside, not_run
 from robustmoe.models.base import RoutedModel
 from robustmoe.progress import progress
-from robustmoe.records import Check
+from robustmoe.records import Audit, Check
 from robustmoe.training.checkpoint import load_model, read_config
 
 NOT_ASKED = "not asked for"
@@ -154,13 +154,13 @@ def _best_in_sight(case: Subject) -> Check:
 
 def check_run(
     run: str | Path,
-    attack: Sequence[str] | None = None,
+    attacks: Sequence[str] = (),
     limit: int = LIMIT,
     device: str = "auto",
     seed: int = 0,
     only: Sequence[str] = (),
-) -> list[Check]:
-    """Every check on a run folder, in order. ``attack``: specs; by default what `evaluate_run` would run. ``limit``:
+) -> Audit:
+    """Every check on a run folder, in order. ``attacks``: specs; by default what `evaluate_run` would run. ``limit``:
     the first images of the test split. ``only``: ids. Takes minutes on one thread.
     """
     from robustmoe.evaluation import measuring
@@ -173,11 +173,12 @@ def check_run(
     data: Data = specs.build(config["data"], "data")
     images = data.test.head(limit)
     batch = images.batch(list(range(len(images)))).to(where)
-    given = [build_attack(text) for text in attack or config.get("attacks") or ()]
-    chosen = measuring._attacks(model.run(batch.x[:2]).trace, given, measuring._threat(config))
-    chosen = [measuring._seeded(one, seed) for one in chosen]
+    given = [build_attack(text) for text in attacks or config.get("attacks") or ()]
+    chosen = measuring.attacks_for(model.run(batch.x[:2]).trace, given, measuring.threat_of(config))
+    chosen = [measuring.seeded(one, seed) for one in chosen]
     log = folder / "metrics.jsonl"
     metrics = records.read_jsonl(log) if log.exists() else []
     best = [line for line in metrics if line.get("best")]
     more = {"metrics": metrics, "val": data.val.head(config.get("val_limit")), "logged": best[-1] if best else None}
-    return deep(model, batch, chosen, seed, only, **more)
+    found = deep(model, batch, chosen, seed, only, **more)
+    return Audit(harness.weights_hash(model), [measuring.written(one) for one in chosen], len(images), seed, found)
