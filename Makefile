@@ -20,10 +20,10 @@ lint: $(VENV)/.dev  ## style, format and types
 bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/sparse_dispatch.py
 
-crosscheck: $(VENV)/.dev  ## our models under pyautoattack, foolbox and torchattacks
+crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks
 	$(INSTALL) -e '.[crosscheck]'
 	$(INSTALL) --no-deps torchattacks==3.5.1
-	$(BIN)/python -m pytest -m crosscheck tests/test_crosscheck.py
+	$(BIN)/python -m pytest -m crosscheck
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """PGD-50 at 8/255 on one net: ours on a strict and a fast copy, beside torchattacks and foolbox, in one process.
 
-python benchmarks/pgd.py --net /tmp/runs/dense --limit 200 --batch 100 --threads 1
+python benchmarks/pgd.py --net RUN_FOLDER [--data SPEC] --limit 200 --batch 100
 
 Every tool attacks the same images chunk by chunk, in turn, each chunk in another order, so that a busy machine slows
 all alike. All take steps of 2/255 from a random start; the exact model judges the images that each gives back, against
@@ -86,7 +86,7 @@ def right(model: RoutedModel, x: Tensor, y: Tensor) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="digits", help="a run folder, or digits")
-    parser.add_argument("--data", default="cifar10(root='/work/shared/data/cifar10')", help="what the run is tested on")
+    parser.add_argument("--data", default="cifar10", help="what the run is tested on, such as cifar10(root='PATH')")
     parser.add_argument("--limit", type=int, default=200, help="images")
     parser.add_argument("--batch", type=int, default=100, help="images a chunk")
     parser.add_argument("--steps", type=int, default=50)

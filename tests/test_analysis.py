@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from robustmoe.analysis import (
     judge,
     load_by_class,
     names,
+    routing_gap,
     summary,
     warnings,
     wilson,
@@ -273,6 +275,24 @@ def test_a_suite_is_told_part_by_part() -> None:
     ]
     assert by_part(Result(header, rows[:4], None)) == ()
     assert by_part(Result(make_header(n=5), rows, FINE)) == ()
+
+
+def test_what_knowing_the_router_costs() -> None:
+    """Eight images: two wrong from the start, three broken by AutoAttack's parts, two by parts that know the router;
+    so 3 of 8 after AutoAttack, 1 of 8 after all."""
+    broke = ["clean", "clean", "apgd-ce", "apgd-ce", "square", "routers", "flip", ""]
+    rows = [make_row(i, 0, int(part == "clean"), int(bool(part)), part=part) for i, part in enumerate(broke)]
+    order = ["apgd-ce", "apgd-t", "fab-t", "square", "experts held", "routers", "flip", "transition"]
+    header = make_header(n=8, attack="autoattack_routing(linf(8/255))", objective="routing", parts=order)
+    assert routing_gap(Result(header, rows, FINE)) == (Rate(3, 8), Rate(1, 8))
+    assert routing_gap(Result(header, rows, None)) == (Rate(3, 8), Rate(1, 8))
+    plus = ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t", "routers", "flip"]
+    assert routing_gap(Result(replace(header, parts=plus), rows, FINE)) == (Rate(3, 8), Rate(1, 8))
+    assert routing_gap(Result(header, rows[:7], None)) is None, "an image is missing"
+    dense = [row for row in rows if row.part not in ("routers", "flip")]
+    assert routing_gap(Result(replace(header, n=6, parts=order[:4]), dense, FINE)) is None, "no part knows a router"
+    assert routing_gap(Result(replace(header, attack="a_suite(linf(8/255))"), rows, FINE)) is None
+    assert routing_gap(Result(make_header(attack=None, objective=None), FOUR, FINE)) is None
 
 
 def test_deep_checks_mark_the_number_of_their_own_model() -> None:

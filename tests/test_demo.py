@@ -30,7 +30,7 @@ def test_demo_makes_two_runs_and_one_report_and_can_be_repeated(tmp_path: Path) 
     main = {
         run: [f for f in files if not f.name.endswith(("curve.jsonl", "examples.jsonl"))] for run, files in rows.items()
     }
-    assert {run: len(files) for run, files in main.items()} == {"pathway": 3, "dense": 1}
+    assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 1}
     assert len(read(main["dense"][0]).rows) == 359
     (tmp_path / "demo" / "dense" / "state.pt").unlink()
     assert demo.demo(tmp_path / "demo") == page

@@ -75,6 +75,14 @@ def test_the_projection_is_the_slow_one(norm: str, kind: str, d: int) -> None:
     torch.testing.assert_close(projection(norm, t, w, b), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["inside", "corner", "sparse", "far"])
+def test_newtons_level_is_the_sorted_one(kind: str) -> None:
+    t, w, b = problems(47, kind)
+    w[0], w[1, 1:] = 0.0, 0.0  # no direction at all, and a single one
+    sorted_, newton = projection("linf", t, w, b), projection("linf", t, w, b, by_sort=False)
+    torch.testing.assert_close(newton, sorted_, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_feasible_move_is_smaller(norm: str) -> None:
     """Against 200 random points of the plane inside the box, made by projecting random points of the box in l2."""
@@ -320,3 +328,27 @@ def test_one_class_is_refused(images: Callable[..., Tensor]) -> None:
 def test_settings_are_checked(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(FAB(Threat("linf", 0.1)), **arguments)
+
+
+@pytest.mark.parametrize("keep", ["first", "best"])
+def test_a_close_surrogates_judge_is_asked_inside_the_ball_alone(
+    keep: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
+) -> None:
+    """The model as its own close surrogate: the same images as without, and the judge (which is asked without the
+    surrogate's own pass) about few of the many broken points that the search walks through.
+    """
+    model, x = tiny("ensemble_soft").double(), images(8).double()
+    y = answers(model, x)
+    asked: list[int] = []
+
+    class Counted(Surrogate):
+        def confirm(self, x_adv: Tensor, y: Tensor, claim: Tensor, forced: None = None) -> Tensor:
+            asked.append(int(claim.sum()))
+            return super().confirm(x_adv, y, claim, forced)
+
+    attack = FAB(Threat("linf", 0.02), steps=15, targets=2, keep=keep)
+    alone, judged = attack(model, x, y), attack(Counted(model, model, close=True), x, y)
+    assert torch.equal(answers(model, alone) != y, answers(model, judged) != y)
+    fooled = int((answers(model, judged) != y).sum())
+    if keep == "first":
+        assert sum(asked) == fooled, "once for each image, when its point lies in the ball"

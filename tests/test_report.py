@@ -17,7 +17,21 @@ import pytest
 from PIL import Image
 
 from robustmoe.errors import UserError
-from robustmoe.records import Check, Example, Header, Result, RouterInfo, Row, Writer, append_json, read, write_examples
+from robustmoe.records import (
+    Audit,
+    Check,
+    Checks,
+    Example,
+    Header,
+    Result,
+    RouterInfo,
+    Row,
+    Writer,
+    append_json,
+    read,
+    write_audit,
+    write_examples,
+)
 from robustmoe.reporting import report, summary_table
 from robustmoe.reporting.figures import ticks
 from robustmoe.reporting.words import duration, eps_text, percent, route_text
@@ -502,8 +516,6 @@ def test_terminal_table(tmp_path: Path) -> None:
         for i in range(10)
     ]
     header = make_header(n=10, classes=["a", "b"], routers={"router": RouterInfo(1, 1, 1)})
-    from robustmoe.records import Checks
-
     text = summary_table([Result(header, rows, Checks([R1], 1.0))])
     # 6 of 10 survive; Wilson's interval of 6/10 is 31.3 to 83.2 %.
     assert text.splitlines() == [
@@ -513,6 +525,7 @@ def test_terminal_table(tmp_path: Path) -> None:
         "pgd(linf(8/255), steps=50)  100.0%   60.0%  31.3–83.2    100.0%     70.0%     50.0%        4      10",
         "----------------------------------------------------------------------------------------------------",
         "worst of 1                  100.0%   60.0%  31.3–83.2                                             10",
+        "verdict: no check speaks against this number",
         "router attacked: yes (1 of 1 attacks aim at the router; check R1 passed)",
         "1 check: 0 failed, 0 warned, 1 passed, 0 not run",
     ]
@@ -521,6 +534,132 @@ def test_terminal_table(tmp_path: Path) -> None:
     assert "router attacked: NO (no attack on the router has seen all its images)" in doubtful
     assert "! incomplete  pgd(linf(8/255), steps=50): 4 of 10 images" in doubtful
     assert "no rows yet" in doubtful
+
+
+SUITE = (("apgd-ce", 3, 5), ("square", 1, 4), ("routers", 2, 2), ("flip", 0, 2))
+"""Of 10 images, 8 of them right: what each part breaks, and how many that leaves."""
+GAP = (
+    "AutoAttack alone leaves 40.0% (16.8–68.7); with the attacks that know the router 20.0% (5.7–51.0) are left: "
+    "knowing the router costs 20.0 points (2 of 10 images)."
+)  # Wilson's intervals of 4/10 and 2/10
+
+
+def make_suite(**changes: Any) -> tuple[Header, list[Row]]:
+    """The rows of :data:`SUITE`."""
+    broke = ["clean"] * 2 + [name for name, number, _ in SUITE for _ in range(number)] + [""] * 2
+    header = make_header(
+        **{"attack": "autoattack_routing(linf(8/255))", "objective": "routing", "n": 10, "parts": [p[0] for p in SUITE],
+           "precision": "strict", "batch_size": 5, **changes}
+    )  # fmt: skip
+    route = {"router": [1, 0, 0, 0]} if header.routers else {}
+    rows = [
+        Row(i, 0, int(part == "clean"), int(bool(part)), {"linf": EPS}, dict.fromkeys(route, 0.0), 0, 0, route, route,
+            part)
+        for i, part in enumerate(broke)
+    ]  # fmt: skip
+    return header, rows
+
+
+def test_a_suite_is_shown_part_by_part(tmp_path: Path) -> None:
+    header, rows = make_suite()
+    write_rows(tmp_path / "suite", "suite", header, rows, [R1])
+    page, numbers, text, source = made(tmp_path / "suite", tmp_path)
+    shown = re.findall(
+        r'<tr(?: class="idle")?><th scope="row">([^<]+)</th><td>(\d*)</td><td>([\d.]+%)</td>'
+        r'<td class="soft">([\d.]+–[\d.]+)</td></tr>',
+        source,
+    )
+    assert [(name, broke, left) for name, broke, left, _ in shown] == [
+        ("clean", "", "80.0%"),
+        *((name, str(broke), f"{10 * left:.1f}%") for name, broke, left in SUITE),
+    ]
+    assert [between for *_, between in shown][-2:] == ["5.7–51.0", "5.7–51.0"]
+    assert source.index("AutoAttack</th>") < source.index(">apgd-ce<") < source.index("know the router</th>")
+    assert source.index(">square<") < source.index("know the router</th>") < source.index(">routers<")
+    assert GAP in page.text
+    assert GAP in text
+    assert "| square | 1 | 40.0% (16.8–68.7) |" in text
+    attack = numbers["runs"][0]["threats"][0]["attacks"][0]
+    assert [(part["name"], part["broken"], part["left"]["count"]) for part in attack["parts"]] == list(SUITE)
+    gap = attack["routing_gap"]
+    assert (gap["autoattack"]["count"], gap["all"]["count"], gap["points"]) == (4, 2, pytest.approx(20.0))
+    assert (attack["precision"], attack["batch_size"]) == ("strict", 5)
+    assert f"  {GAP}" in summary_table([Result(header, rows, Checks([R1], 1.0))]).splitlines()
+
+
+def test_suites_without_a_gap(tmp_path: Path) -> None:
+    """A suite that is not ours has parts and no sentence, an unfinished one neither, a simple attack nothing."""
+    header, rows = make_suite(attack="a_suite(linf(8/255))")
+    write_rows(tmp_path / "other", "suite", header, rows, [R1])
+    page, numbers, text, source = made(tmp_path / "other", tmp_path)
+    assert source.count("part by part") == 1
+    assert '<th scope="row">routers</th><td>2</td>' in source
+    assert "knowing the router costs" not in page.text + text
+    assert 'scope="rowgroup"' not in source
+    assert numbers["runs"][0]["threats"][0]["attacks"][0]["routing_gap"] is None
+    header, rows = make_suite()
+    write_rows(tmp_path / "half", "suite", header, rows[:5], None)
+    page, numbers, text, _ = made(tmp_path / "half", tmp_path)
+    assert "part by part Told once every image has its row." in page.text
+    assert "part by part" not in text
+    assert numbers["runs"][0]["threats"][0]["attacks"][0]["parts"] == []
+    page, _, _, _ = made(make_run(tmp_path, n=10, curve=False, training=False, examples=False), tmp_path)
+    assert "part by part" not in page.text
+
+
+def test_the_page_tells_precision_and_batch_size(tmp_path: Path) -> None:
+    run = make_run(tmp_path, n=20, curve=False, precision="fast", batch_size=250)
+    page, _, text, _ = made(run, tmp_path)
+    assert "evaluation precision fast (attacks climb a half-precision copy, the model confirms)" in page.text
+    assert "evaluation batch size 250" in page.text
+    assert "training batch size 128" in page.text
+    assert "training precision bf16" in page.text
+    assert "| evaluation batch size | 250 |" in text
+    old, _, _, _ = made(make_run(tmp_path, name="old", n=20, curve=False), tmp_path)
+    assert "evaluation precision fp32 (attacks climb the model itself)" in old.text
+    assert "evaluation batch size" not in old.text  # a file of version 1 does not tell
+
+
+def test_deep_checks_are_folded_unless_they_speak(tmp_path: Path) -> None:
+    run = make_run(tmp_path, n=20, curve=False, training=False, examples=False)
+    header = read(run / "rows" / "attack0.jsonl").header
+    deep = [Check(f"X{at}", f"deep {at}", "pass", at, f"Deep sentence {at}.") for at in (10, 9)]
+    deep.append(Check("X1", "deep warning", "warn", {"text": "long " * 10}, "Look at this."))
+    deep.append(Check("X2", "deep skip", "not run", None, "Nothing to do."))
+    write_audit(run, Audit(header.model_hash, ["fgsm"], 64, 0, deep))
+    page, numbers, text, source = made(run, tmp_path)
+    for document in (source, text):
+        opened, *folded = document[document.index("Checks" if document is text else "Can the numbers") :].split(
+            "<details><summary>"
+        )
+        assert "Look at this." in opened
+        assert "attack converged" in opened  # a warning of the attacks themselves
+        assert "inside the ball" not in opened
+        passed, skipped = folded
+        assert passed.startswith("5 checks passed</summary>")  # H2, H4 and R1 of the attacks, and two deep ones
+        assert passed.index("Deep sentence 9.") < passed.index("Deep sentence 10.")
+        assert skipped.startswith("2 checks not run</summary>")  # G13 and X2
+        assert "Nothing to do." in skipped
+    assert "Look at this. robustmoe check, 64 images see JSON" in page.text
+    assert "long long" not in page.text  # the sentence says what it found; the value is in the JSON
+    assert {"attack": "robustmoe check, 64 images", **vars(deep[2])} in numbers["runs"][0]["checks"]
+    assert page.tags.count("details") == 2
+
+
+def test_a_check_counts_once_by_its_worst_answer(tmp_path: Path) -> None:
+    """R1 fails under one attack and passes under the other, which sees the router: a warning, as for the verdict."""
+    run = tmp_path / "mixed"
+    suite = make_suite(n=10)
+    header = make_header(n=10, attack="pgd(linf(8/255), steps=50)")
+    write_rows(run, "suite", *suite, [*PASSED, R1])
+    write_rows(run, "pgd", header, make_rows(header, 0.3), [*PASSED, R1_FAILED])
+    page, _, text, source = made(run, tmp_path)
+    for words in ("2 checks passed", "2 checks to look at: G5, R1", "1 check not run"):
+        assert words in page.text  # the chips
+    assert "<summary>2 checks passed</summary>" in source
+    assert "<summary>2 checks passed</summary>" in text
+    table = summary_table([read(run / "rows" / f"{name}.jsonl") for name in ("suite", "pgd")])
+    assert "5 checks: 0 failed, 2 warned, 2 passed, 1 not run (G13)" in table
 
 
 def test_words() -> None:

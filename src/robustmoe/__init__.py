@@ -9,10 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robustmoe.attacks import attack_view as attack_view
     from robustmoe.attacks import build_attack as build_attack
     from robustmoe.errors import UserError as UserError
     from robustmoe.evaluation import evaluate as evaluate
     from robustmoe.evaluation import evaluate_run as evaluate_run
+    from robustmoe.interop import as_art as as_art
+    from robustmoe.interop import as_foolbox as as_foolbox
+    from robustmoe.interop import benchmark as benchmark
     from robustmoe.models import Output as Output
     from robustmoe.models import RoutedModel as RoutedModel
     from robustmoe.models import build_model as build_model
@@ -33,6 +37,10 @@ _HOMES = {
     "Tape": "routing",
     "Trace": "routing",
     "UserError": "errors",
+    "as_art": "interop",
+    "as_foolbox": "interop",
+    "attack_view": "attacks",
+    "benchmark": "interop",
     "build_attack": "attacks",
     "build_method": "training",
     "build_model": "models",

@@ -25,9 +25,12 @@ ROUTED = Recipe(
         f"pgd({EPS}, steps=20)",
         f"pgd({EPS}, steps=20, objective=experts_only)",
         f"pgd({EPS}, steps=20, objective=router_only)",
+        f"expert_transition({EPS}, steps=20)",
     ),
 )
-"""A MoE-CNN of two pathways, adversarially trained; attacked as a whole, by its experts alone, by its router alone."""
+"""A MoE-CNN of two pathways, adversarially trained; attacked as a whole, by its experts alone, by its router alone, and
+by steering into each expert's cell.
+"""
 
 DENSE = dataclasses.replace(ROUTED, model="resnet8(width=16)", method=f"at(pgd({EPS}, steps=3, keep=last))")
 """Its dense twin: the backbone alone, the same data, attack and schedule."""

@@ -8,13 +8,14 @@ from robustmoe.analysis.conflicts import warnings
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
 from robustmoe.analysis.labels import attack_name, names
 from robustmoe.analysis.load import Load, load_by_class
-from robustmoe.analysis.parts import Part, by_part
+from robustmoe.analysis.parts import AUTOATTACK_PARTS, Part, by_part, routing_gap
 from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, inside, largest, right, robust, wilson
 from robustmoe.analysis.summaries import Summary, summary
-from robustmoe.analysis.verdict import ROUTER_OBJECTIVES, Verdict, judge
+from robustmoe.analysis.verdict import ROUTER_OBJECTIVES, Verdict, judge, worst_answers
 from robustmoe.analysis.worst import SAME_IMAGES, SAME_THREAT, Adds, WorstCase, groups, worst_case
 
 __all__ = [
+    "AUTOATTACK_PARTS",
     "BALL_TOLERANCE",
     "MONOTONE_TOLERANCE",
     "ROUTER_OBJECTIVES",
@@ -40,8 +41,10 @@ __all__ = [
     "names",
     "right",
     "robust",
+    "routing_gap",
     "summary",
     "warnings",
     "wilson",
+    "worst_answers",
     "worst_case",
 ]

@@ -11,7 +11,7 @@ def attack_name(header: Header) -> str:
     """A name for tables: the attack's spec, and the objective where the spec does not say it."""
     if header.attack is None:
         return "no attack"
-    says = header.objective in (None, "joint") or str(header.objective) in header.attack
+    says = header.objective in (None, "joint", "routing") or str(header.objective) in header.attack
     return header.attack if says else f"{header.attack}, {header.objective}"
 
 

@@ -1,11 +1,16 @@
-"""A suite of attacks in one file: what each of its parts adds."""
+"""A suite of attacks in one file: what each of its parts adds, and what those that know the router add."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from robustmoe.analysis.rates import Rate, right, robust
 from robustmoe.records import Result
+
+ROUTING_SUITE = "autoattack_routing"
+AUTOATTACK_PARTS = frozenset({"apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"})
+"""What AutoAttack's parts are called, in each of its versions; every other part of the suite knows the router."""
 
 
 @dataclass(frozen=True)
@@ -29,3 +34,15 @@ def by_part(result: Result) -> tuple[Part, ...]:
         left -= broken
         found.append(Part(name, broken, Rate(left, len(rows))))
     return tuple(found)
+
+
+def routing_gap(result: Result) -> tuple[Rate, Rate] | None:
+    """What AutoAttack alone left, and what is left after the attacks that know the router, of the same images.
+
+    None for any other suite, for a dense model (no part knows a router) and while images are missing."""
+    name = (result.header.attack or "").partition("(")[0].strip()
+    parts = by_part(result) if name == ROUTING_SUITE else ()
+    first = list(takewhile(lambda part: part.name in AUTOATTACK_PARTS, parts))
+    if not first or len(first) == len(parts):
+        return None
+    return first[-1].left, parts[-1].left

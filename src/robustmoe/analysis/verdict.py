@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from robustmoe.analysis.labels import names
 from robustmoe.analysis.rates import inside, largest
-from robustmoe.records import Audit, Result
+from robustmoe.records import Audit, Check, Result
 
 ROUTER_OBJECTIVES = ("joint", "router_only", "routing")
 
@@ -91,3 +91,16 @@ def _r1(result: Result) -> str:
     """The status of check R1 in one file."""
     found = [check.status for check in result.checks.checks if check.id == "R1"] if result.checks else []
     return found[0] if found else "not run"
+
+
+def worst_answers(checks: Sequence[Check], verdict: Verdict | None) -> dict[str, str]:
+    """The answer of each check, by its worst over attacks (one that ran anywhere is not "not run"). A failure of R1
+    counts as a warning where another attack saw the router, as in `judge`.
+    """
+    order = ("not run", "pass", "warn", "fail")
+    found: dict[str, str] = {}
+    for check in checks:
+        found[check.id] = max(found.get(check.id, "not run"), check.status, key=order.index)
+    if found.get("R1") == "fail" and verdict is not None and verdict.router_attacked:
+        found["R1"] = "warn"
+    return found

@@ -406,7 +406,7 @@ def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[A
             "the model has no router, and every attack asked for is on the routers or the experts "
             "alone; add one on the whole model, such as pgd(linf(8/255), steps=20)"
         )
-    if len(whole) < len(wanted):
+    if given and len(whole) < len(wanted):
         note(f"the model has no router: {len(wanted) - len(whole)} attack(s) on experts or routers alone left out")
     return whole
 

@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from robustmoe import analysis
+from robustmoe.records import Check, Result
 from robustmoe.reporting.collect import Group, View, comparable
-from robustmoe.reporting.provenance import commands, facts, merged
+from robustmoe.reporting.provenance import FOLDED, OPEN, commands, facts, merged, tally, where_found
 from robustmoe.reporting.verdict import story
-from robustmoe.reporting.words import GLOSSARY, eps_text, interval, percent, plain, threat
+from robustmoe.reporting.words import GLOSSARY, eps_text, gap_text, interval, percent, plural, short, threat
 
 
 def markdown(views: Sequence[View]) -> str:
@@ -34,6 +36,8 @@ def _run(view: View) -> list[str]:
     for group in view.groups:
         parts.append(f"### Attacks, {_safe(threat(group.worst.norm, group.worst.eps))}")
         parts.append(_attacks(group, view.routed))
+        for name, result in zip(group.names, group.results, strict=True):
+            parts += _suite(name, result)
         parts += [f"> **†** {_safe(sentence)}" for sentence in (*group.verdict.failed, *group.verdict.incomplete)]
         if group.verdict.router_attacked is not None:
             answer = "yes" if group.verdict.router_attacked else "**no** †"
@@ -44,12 +48,48 @@ def _run(view: View) -> list[str]:
     for curve in view.curves:
         points = [[eps_text(curve.norm, eps), f"{percent(rate)} ({interval(rate)})"] for eps, rate in curve.points]
         parts += [f"### Accuracy against eps, {_safe(curve.name)}", _table(["eps", f"accuracy, n = {curve.n}"], points)]
-    checks = [[check.id, check.name, check.status, check.sentence, plain(check.value)] for check, _ in merged(view)]
-    if checks:
-        parts += ["### Checks", _table(["id", "check", "answer", "what it found", "value"], checks)]
+    parts += _checks(view)
     parts.append("### How it was made")
     parts += ["\n".join(f"    {line}" for line in command.splitlines()) for command in commands(view)]
     parts.append(_table(["what", "value"], [list(pair) for pair in facts(view)]))
+    return parts
+
+
+def _suite(name: str, result: Result) -> list[str]:
+    found = analysis.by_part(result)
+    if not found:
+        return []
+    clean = analysis.summary(*result).clean
+    rows = [["clean", "", f"{percent(clean)} ({interval(clean)})"]]
+    rows += [[part.name, str(part.broken), f"{percent(part.left)} ({interval(part.left)})"] for part in found]
+    gap = analysis.routing_gap(result)
+    said = [_safe(gap_text(gap))] if gap is not None else []
+    return [f"#### {_safe(name)}, part by part", *said, _table(["part", "broke", "left (95 %)"], rows)]
+
+
+def _checks(view: View) -> list[str]:
+    """Failures and warnings open; what passed and what was not run folded, as on the page."""
+
+    def table(found: list[tuple[Check, list[str]]]) -> str:
+        head = ["id", "check", "answer", "what it found", "where", "value"]
+        rows = [
+            [check.id, check.name, check.status, check.sentence, where_found(view, names), short(check.value)]
+            for check, names in found
+        ]
+        return _table(head, rows)
+
+    found = merged(view)
+    if not found:
+        return []
+    loud = [pair for pair in found if pair[0].status in OPEN]
+    parts = ["### Checks", table(loud) if loud else "No check failed or warned."]
+    for status, words in FOLDED.items():
+        if quiet := [pair for pair in found if pair[0].status == status]:
+            parts += [
+                f"<details><summary>{plural(len(tally(view)[status]), 'check')} {words}</summary>",
+                table(quiet),
+                "</details>",
+            ]
     return parts
 
 

@@ -95,10 +95,26 @@ def _group(group: Group) -> dict[str, Any]:
                 "broken_alone": adds.alone,
                 "failed": list(summary.failed),
                 "incomplete": list(summary.incomplete),
+                "precision": result.header.precision,
+                "batch_size": result.header.batch_size or None,
+                "parts": [
+                    {"name": part.name, "broken": part.broken, "left": _rate(part.left)}
+                    for part in analysis.by_part(result)
+                ],
+                "routing_gap": _gap(analysis.routing_gap(result)),
             }
-            for name, summary, adds in zip(group.names, group.summaries, group.worst.adds, strict=True)
+            for name, result, summary, adds in zip(
+                group.names, group.results, group.summaries, group.worst.adds, strict=True
+            )
         ],
     }
+
+
+def _gap(gap: tuple[analysis.Rate, analysis.Rate] | None) -> dict[str, Any] | None:
+    if gap is None:
+        return None
+    alone, left = gap
+    return {"autoattack": _rate(alone), "all": _rate(left), "points": 100 * (alone.count - left.count) / left.n}
 
 
 def _rate(rate: analysis.Rate | None) -> dict[str, Any] | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
+from robustmoe import analysis
 from robustmoe.records import Check
 from robustmoe.reporting.collect import View
 from robustmoe.reporting.figures import colour
-from robustmoe.reporting.words import count, duration, number, plain, threat
+from robustmoe.reporting.words import count, duration, number, plain, plural, short, threat
 
 RECIPE = (
     "method", "optimizer", "schedule", "epochs", "batch_size", "augment", "precision", "ema", "clip", "val_attack",
@@ -16,45 +17,91 @@ RECIPE = (
 )  # fmt: skip
 
 
+_TRAINING = {"batch_size": "training batch size", "precision": "training precision"}  # an evaluation has its own
+_PRECISIONS = {
+    "strict": "strict (attacks climb a float32 copy, the model confirms)",
+    "fast": "fast (attacks climb a half-precision copy, the model confirms)",
+    "fp32": "fp32 (attacks climb the model itself)",
+}
+OPEN = ("fail", "warn")
+FOLDED = {"pass": "passed", "not run": "not run"}
+"""The answers that are shown at once, and those that are folded away."""
+
+
 def merged(view: View) -> list[tuple[Check, list[str]]]:
-    """The run's checks, worst first, with the attacks they were found under; equal answers are told once."""
+    """The run's checks, worst first and then by id, with the attacks they were found under; equal answers are told
+    once."""
     found: dict[tuple[str, str, str], tuple[Check, list[str]]] = {}
     for name, check in view.checks:
         found.setdefault((check.id, check.status, check.sentence), (check, []))[1].append(name)
-    return list(found.values())
+    order = (*OPEN, *FOLDED)
+    return sorted(found.values(), key=lambda pair: (order.index(pair[0].status), *_by_number(pair[0].id)))
+
+
+def _by_number(id: str) -> tuple[str, int]:
+    """G2 comes before G10."""
+    letters = id.rstrip("0123456789")
+    return letters, int(id[len(letters) :] or 0)
 
 
 def check_section(views: Sequence[View]) -> str:
     """The table of checks, one a run; "" if none was run."""
     body = ""
     for view in views:
-        rows = "".join(_check(view, check, names) for check, names in merged(view))
-        if rows:
+        if found := merged(view):
             title = f"<h3>{escape(view.name)}</h3>" if len(views) > 1 else ""
-            head = '<th scope="col">Check</th><th class="left" scope="col">Answer</th>'
-            head += '<th class="left" scope="col">What it found</th><th scope="col">Value</th>'
-            body += (
-                f'{title}<div class="scroll"><table class="data stack"><thead><tr>{head}</tr></thead>'
-                f"<tbody>{rows}</tbody></table></div>"
-            )
+            loud = [pair for pair in found if pair[0].status in OPEN]
+            body += title + (_checks(view, loud) if loud else '<p class="lead">No check failed or warned.</p>')
+            for status, words in FOLDED.items():
+                if quiet := [pair for pair in found if pair[0].status == status]:
+                    number_of = plural(len(tally(view)[status]), "check")
+                    body += f"<details><summary>{number_of} {words}</summary>{_checks(view, quiet)}</details>"
     if not body:
         return ""
     return (
-        '<h2>Can the numbers be believed?</h2><p class="lead">An evaluation answers these before its number is shown. '
-        f"A failed check marks the number; a check that was not run proves nothing.</p>{body}"
+        '<h2>Can the numbers be believed?</h2><p class="lead">An evaluation answers some of these before its number '
+        "is shown, <code>robustmoe check</code> the others. A failed check marks the number; a check that was not run "
+        f"proves nothing.</p>{body}"
     )
 
 
+def _checks(view: View, found: Sequence[tuple[Check, list[str]]]) -> str:
+    head = '<th scope="col">Check</th><th class="left" scope="col">Answer</th>'
+    head += '<th class="left" scope="col">What it found</th><th scope="col">Value</th>'
+    rows = "".join(_check(view, check, names) for check, names in found)
+    return (
+        f'<div class="scroll"><table class="data stack"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def tally(view: View) -> dict[str, list[str]]:
+    """The ids of the checks by answer, each once, by its worst (one that ran anywhere is not "not run")."""
+    order = ("not run", "pass", "warn", "fail")
+    verdict = view.groups[0].verdict if view.groups else None
+    worst = analysis.worst_answers([check for _, check in view.checks], verdict)
+    return {status: sorted((id for id in worst if worst[id] == status), key=_by_number) for status in order}
+
+
+def where_found(view: View, names: Sequence[str]) -> str:
+    """Under which attacks a check gave its answer, if not under all; and whether `robustmoe check` gave it."""
+    attacks = analysis.names([result.header for result in view.results])
+    deep = [name for name in names if name not in attacks]
+    under = [name for name in names if name in attacks]
+    if len(under) == len(attacks):
+        return ""
+    return "; ".join([*(["under " + "; ".join(under)] if under else []), *deep])
+
+
 def _check(view: View, check: Check, names: list[str]) -> str:
-    attacks = len(view.results)
-    where = "" if len(names) == attacks or attacks == 1 else "under " + "; ".join(names)
+    where = where_found(view, names)
     small = f"<small>{escape(where)}</small>" if where else ""
     status = check.status.replace(" ", "")
     return (
         f'<tr><th scope="row">{escape(check.name)} <code>{escape(check.id)}</code></th>'
         f'<td class="left"><span class="chip {status}">{escape(check.status)}</span></td>'
         f'<td class="left" style="min-width:260px">{escape(check.sentence)}{small}</td>'
-        f'<td data-label="Value">{escape(plain(check.value))}</td></tr>'
+        f'<td style="white-space:nowrap" data-label="Value">{escape(short(check.value))}</td></tr>'
     )
 
 
@@ -83,9 +130,14 @@ def _commands(view: View) -> str:
     return "".join(f"<pre>{escape(command)}</pre>" for command in commands(view) if command)
 
 
+def _ordered(words: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(words))
+
+
 def facts(view: View) -> list[tuple[str, str]]:
     """Names and values, as text; what is not known is left out."""
     header, config = view.header, view.config
+    headers = [result.header for result in view.results]
     times = [number(line.get("seconds")) for line in view.metrics]
     training = sum(time for time in times if time is not None)
     pairs: list[tuple[str, str]] = [
@@ -96,13 +148,19 @@ def facts(view: View) -> list[tuple[str, str]]:
     ]
     if header.method and "method" not in config:
         pairs.append(("method", header.method))
-    pairs += [(name.replace("_", " "), plain(config[name])) for name in RECIPE if config.get(name) is not None]
+    pairs += [
+        (_TRAINING.get(name, name.replace("_", " ")), plain(config[name]))
+        for name in RECIPE
+        if config.get(name) is not None
+    ]
     pairs += [
         ("training seed", plain(config.get("seed"))),
         ("training time", duration(training) if training else "–"),
         ("evaluation seed", str(header.seed)),
         ("evaluation time", duration(view.seconds) if view.seconds is not None else "unfinished"),
-        ("evaluated on", f"{header.device}, {header.threads} threads, {header.precision}"),
+        ("evaluation precision", "; ".join(_ordered(_PRECISIONS[each.precision] for each in headers))),
+        ("evaluation batch size", ", ".join(_ordered(str(each.batch_size) for each in headers if each.batch_size))),
+        ("evaluated on", f"{header.device}, {plural(header.threads, 'thread')}"),
         ("started", header.started),
         ("versions", plain(header.versions)),
         ("commit", header.commit or "unknown"),

@@ -68,6 +68,11 @@ table.data th:first-child,table.data td:first-child,table.data .left{text-align:
 table.data tbody th{font-weight:500;min-width:150px}table.data.attacks tbody th{min-width:250px}
 table.data.tight tbody th{min-width:0}table.tight td small{display:inline!important;margin-left:10px}
 h2+.scroll{margin-top:14px}
+h3.suite{margin-top:30px}h3.suite+.lead{margin-bottom:10px}.gap{max-width:72ch;margin:0 0 14px}
+.scroll.fit{max-width:600px;margin-bottom:26px}table.data.parts th,table.data.parts td{padding:6px 16px}
+table.data.parts tr.head th{background:var(--tint);color:var(--soft);font-size:13px;font-weight:600}
+table.data.parts tr.idle>*,table.data.parts td.soft{color:var(--soft)}
+details{margin:14px 0 0}summary{cursor:pointer;font-weight:600;font-size:15px;padding:4px 0;margin-bottom:8px}
 table.data tbody tr:last-child>*{border-bottom:0}
 table.data tr.worst>*{background:var(--tint);font-weight:700}
 table.data td small,table.data th small{display:block;color:var(--soft);font-size:12px;font-weight:400;
@@ -137,6 +142,7 @@ table.stack tbody th{display:block;text-align:left;padding-bottom:6px}
 table.stack td::before{content:attr(data-label);color:var(--soft);font-weight:400;text-align:left}
 table.stack tr.worst{background:var(--tint)}table.stack td small{display:inline;margin-left:6px}
 table.stack td.left{display:block;text-align:left}table.stack td.left::before{display:none}
+table.stack td.left small{display:block;margin:2px 0 0}
 table.data td.none{display:none}table.data.attacks tbody th,table.data tbody th{min-width:0}
 .made{grid-template-columns:1fr}.made dt{border:0;padding-bottom:0}.made dd{padding-top:0}}
 @media print{:root{--paper:#fff}body{font-size:12px}section,header.top{margin-top:20px}nav{display:none}

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from robustmoe import analysis
+from robustmoe.records import Result
 from robustmoe.reporting.collect import Group, View, strongest
 from robustmoe.reporting.figures import colour
-from robustmoe.reporting.words import GLOSSARY, count, duration, interval, percent, plural, threat
+from robustmoe.reporting.words import GLOSSARY, count, duration, gap_text, interval, percent, plural, threat
 
 _OBJECTIVES = {
     "joint": "aims at router and experts",
     "experts_only": "aims at the experts only",
     "router_only": "aims at the router only",
+    "routing": "made for routed models",
 }
 
 
@@ -32,6 +34,7 @@ def section(views: Sequence[View]) -> str:
             if len(view.groups) > 1:
                 parts.append(f"<h3>{escape(threat(group.worst.norm, group.worst.eps))}</h3>")
             parts.append(_attacks(group, view.routed))
+            parts += [_suite(*pair) for pair in zip(group.names, group.results, strict=True) if pair[1].header.parts]
         if not view.groups:
             parts.append('<p class="lead">No attack was run.</p>')
     parts.append(_terms(routed))
@@ -102,6 +105,43 @@ def _worst_row(group: Group, routed: bool) -> str:
     cells.append(_cell("", "", kind="none"))
     cells.append(_cell("Images", count(worst.robust.n)))
     return f'<tr class="worst"><th scope="row">{title}<small>{why}</small></th>{"".join(cells)}</tr>'
+
+
+def _suite(name: str, result: Result) -> str:
+    """The parts of a suite, in order; with attacks that know the router: under two heads, and what they cost."""
+    title = f'<h3 class="suite"><code>{escape(name)}</code> part by part</h3>'
+    found = analysis.by_part(result)
+    if not found:
+        return f'{title}<p class="lead">Told once every image has its row.</p>'
+    gap = analysis.routing_gap(result)
+    clean = analysis.summary(*result).clean
+    start = f'<tr><th scope="row">clean</th><td></td>{_left(clean)}</tr>'
+    blocks = [("", found)]
+    if gap is not None:
+        plain = [part.name in analysis.AUTOATTACK_PARTS for part in found].index(False)
+        blocks = [("AutoAttack", found[:plain]), ("Attacks that know the router", found[plain:])]
+    body = "".join(
+        (f'<tr class="head"><th colspan="4" scope="rowgroup">{head}</th></tr>' if head else "")
+        + "".join(_suite_row(part) for part in block)
+        for head, block in blocks
+    )
+    said = f'<p class="gap">{escape(gap_text(gap))}</p>' if gap is not None else ""
+    columns = '<th scope="col">Part</th><th scope="col">Broke</th><th scope="col">Left</th>'
+    columns += '<th scope="col">95 %</th>'
+    return (
+        f'{title}<p class="lead">Each part attacks only the images that those above it left.</p>{said}'
+        f'<div class="scroll fit"><table class="data tight parts"><thead><tr>{columns}</tr></thead>'
+        f"<tbody>{start}{body}</tbody></table></div>"
+    )
+
+
+def _suite_row(part: analysis.Part) -> str:
+    kind = "" if part.broken else ' class="idle"'
+    return f'<tr{kind}><th scope="row">{escape(part.name)}</th><td>{count(part.broken)}</td>{_left(part.left)}</tr>'
+
+
+def _left(rate: analysis.Rate) -> str:
+    return f'<td>{percent(rate)}</td><td class="soft">{interval(rate)}</td>'
 
 
 # Several runs ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from robustmoe import analysis
 from robustmoe.records import STATUSES, Audit, Result
-from robustmoe.reporting.words import eps_text, interval, percent, plural, threat
+from robustmoe.reporting.words import eps_text, gap_text, interval, percent, plural, threat
 
 
 def summary_table(results: Sequence[Result], audit: Audit | None = None) -> str:
@@ -55,8 +55,11 @@ def _block(group: list[Result], audit: Audit | None) -> list[str]:
                 f"  {part.name.ljust(width)}  broke {part.broken:>5}, left {percent(part.left)} ({interval(part.left)})"
                 for part in parts
             ]
+            if gap := analysis.routing_gap(result):
+                lines.append(f"  {gap_text(gap)}")
+    lines.append(f"verdict: {'no check speaks against this number' if verdict.trusted else 'do NOT quote this number'}")
     if verdict.router_attacked is None:
-        lines.append("no router: the model is dense")
+        lines.append("no router declared: the model is dense, or hides its routing")
     else:
         lines.append(f"router attacked: {'yes' if verdict.router_attacked else 'NO'} ({verdict.reason})")
     lines += [f"! fail  {sentence}" for sentence in verdict.failed]
@@ -65,15 +68,12 @@ def _block(group: list[Result], audit: Audit | None) -> list[str]:
     checks = [check for result in group if result.checks is not None for check in result.checks.checks]
     if audit is not None and audit.model_hash == group[0].header.model_hash:
         checks += audit.checks
-    worst_answer: dict[str, str] = {}
-    for check in checks:
-        known = worst_answer.setdefault(check.id, check.status)
-        worst_answer[check.id] = max(known, check.status, key=("not run", "pass", "warn", "fail").index)
-    counts = {status: sum(found == status for found in worst_answer.values()) for status in STATUSES}
-    skipped = ", ".join(sorted(key for key, status in worst_answer.items() if status == "not run"))
+    found = analysis.worst_answers(checks, verdict)
+    counts = {status: sum(one == status for one in found.values()) for status in STATUSES}
+    skipped = ", ".join(sorted(key for key, status in found.items() if status == "not run"))
     lines.append(
-        f"{plural(len(worst_answer), 'check')}: {counts['fail']} failed, {counts['warn']} warned, {counts['pass']} passed, "
-        f"{counts['not run']} not run" + (f" ({skipped})" if skipped else "")
+        f"{plural(len(found), 'check')}: {counts['fail']} failed, {counts['warn']} warned, "
+        f"{counts['pass']} passed, {counts['not run']} not run" + (f" ({skipped})" if skipped else "")
     )
     return lines
 

@@ -8,6 +8,7 @@ from html import escape
 from robustmoe import analysis
 from robustmoe.reporting.collect import View, comparable
 from robustmoe.reporting.figures import colour
+from robustmoe.reporting.provenance import tally
 from robustmoe.reporting.words import interval, percent, plural, threat
 
 _STATUSES = (("pass", "passed"), ("warn", "to look at"), ("fail", "failed"), ("not run", "not run"))
@@ -107,12 +108,12 @@ def _bar(view: View, number: int, trusted: bool) -> str:
 
 
 def _chips(view: View) -> str:
-    found = {status: {check.id for _, check in view.checks if check.status == status} for status, _ in _STATUSES}
+    found = tally(view)
     chips = []
     for status, words in _STATUSES:
         if found[status]:
             noun = "check" if len(found[status]) == 1 else "checks"
-            listed = f": {', '.join(sorted(found[status]))}" if status in ("warn", "fail") else ""
+            listed = f": {', '.join(found[status])}" if status in ("warn", "fail") else ""
             chips.append((status.replace(" ", ""), f"{len(found[status])} {noun} {words}{listed}"))
     if not view.checks:
         chips.append(("fail", "no checks were run"))

@@ -52,6 +52,18 @@ def interval(rate: Rate | None) -> str:
     return f"{100 * low:.1f}–{100 * high:.1f}"
 
 
+def gap_text(gap: tuple[Rate, Rate]) -> str:
+    """What AutoAttack alone left and what knowing the router costs (:func:`robustmoe.analysis.routing_gap`), as one
+    sentence."""
+    alone, left = gap
+    lost = Rate(alone.count - left.count, left.n)
+    return (
+        f"AutoAttack alone leaves {percent(alone)} ({interval(alone)}); with the attacks that know the router "
+        f"{percent(left)} ({interval(left)}) are left: knowing the router costs {100 * lost.value:.1f} points "
+        f"({count(lost.count)} of {plural(lost.n, 'image')})."
+    )
+
+
 def eps_text(norm: str, eps: float) -> str:
     """ "8/255" for an eps of the sup-norm that is (a hundredth of) a whole number of grey levels, else the number."""
     levels = eps * 255
@@ -103,6 +115,12 @@ def number(value: Any) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
+
+
+def short(value: Any) -> str:
+    """:func:`plain`, or where to find it if that does not fit into a cell."""
+    text = plain(value)
+    return text if len(text) <= 24 else "see JSON"
 
 
 def plain(value: Any) -> str:
