@@ -24,6 +24,7 @@ from robustmoe.attacks.views import (
     changed,
     each_expert,
 )
+from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel
 from robustmoe.routing import Routing, Tape, soft, to_expert, top_k
 
@@ -336,3 +337,11 @@ def test_a_rule_tape_keeps_the_fresh_decisions_and_the_forced_ones(images: Calla
     assert torch.equal(tape.fresh["layer0.router"].index, free["layer0.router"].index)
     assert sorted(tape.fresh) == sorted(tape.trace) == ["layer0.router", "layer1.router"]
     assert all(bool((routing.index == 2).all()) for routing in tape.trace.values())
+
+
+def test_a_view_can_be_written(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
+    model, x = tiny("ensemble_hard"), images(4)
+    for text, view in (("soft(0.3)", Soft(0.3)), ("expert(1)", ExpertView(1)), ("straight_through", StraightThrough())):
+        assert torch.equal(attack_view(model, text)(x), attack_view(model, view)(x))
+    with pytest.raises(UserError, match="did you mean 'soft'"):
+        attack_view(model, "sofd(1)")

@@ -12,12 +12,13 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from robustmoe import spec as specs
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.surrogate import Surrogate, exact_of
@@ -188,12 +189,15 @@ def _uncounted(n: int, gradient: bool) -> None:
     pass
 
 
-def attack_view(model: RoutedModel, view: View) -> Surrogate:
-    """``model`` as ``view`` shows it, judged by ``model``; of a `Surrogate`, its climbed part, judged by its exact one.
+def attack_view(model: RoutedModel, view: View | str) -> Surrogate:
+    """``model`` as ``view`` (or its spec, "soft(0.3)") shows it, judged by ``model``; of a `Surrogate`, its climbed
+    part, judged by its exact one.
 
     Where the view keeps the values, the judge is asked only about images that the view calls broken; otherwise about
     all. A dense model looks the same in every view.
     """
+    if isinstance(view, str):
+        view = cast(View, specs.build(view, "view"))
     given = isinstance(model, Surrogate)
     if isinstance(view, Exact) and isinstance(model, Surrogate):
         return model

@@ -272,7 +272,8 @@ def unbounded(case: Subject) -> Check:
 
 def radii(case: Subject, radii: int = 8) -> Check:
     """G8: accuracy does not rise with the radius, and the minimal-norm attack (FMN, Pintor et al. 2021) breaks nothing
-    within a radius that the climb at that radius does not (more than 0.5 point).
+    within the evaluation's radius that the evaluation missed (more than 0.5 point). Where it breaks more within some
+    radius than the climb at that radius, the check warns: other attacks of the evaluation may stand in for the climb.
     """
     n, top = len(case.batch), 1.0 if case.threat.norm == "linf" else math.inf
     values = sorted({min(top, 2 * case.threat.eps * (i + 1) / radii) for i in range(radii)})
@@ -285,9 +286,12 @@ def radii(case: Subject, radii: int = 8) -> Check:
     size = minimal.threat.size(left.x_adv - case.batch.x)
     found = [int((left.broken & (size <= eps * (1 + 1e-5) + 1e-7)).sum()) for eps in values]
     below = max(hits - (n - count) for hits, count in zip(found, counts))
-    status = max((graded(images, n, 0.5) for images in (rise, below)), key=("pass", "warn", "fail").index)
-    text += f"; FMN breaks at most {max(below, 0)} more within a radius"
-    return check("G8", status, {"radii": values, "accuracy": [c / n for c in counts], "fmn": below}, text)
+    gained = case.gained(left.broken & (size <= case.threat.eps * (1 + 1e-5) + 1e-7))
+    weaker = "pass" if below <= 0 else "warn"
+    grades = (weaker, *(graded(images, n, 0.5) for images in (rise, gained)))
+    text += f"; FMN breaks at most {max(below, 0)} more within a radius, and at the evaluation's own {gained} it missed"
+    value = {"radii": values, "accuracy": [c / n for c in counts], "fmn": below, "missed": gained}
+    return check("G8", max(grades, key=("pass", "warn", "fail").index), value, text)
 
 
 def converged(case: Subject) -> Check:
