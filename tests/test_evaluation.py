@@ -653,3 +653,15 @@ def test_a_router_that_no_attack_feels_is_not_attacked(tmp_path: Path) -> None:
     judged = analysis.judge(rows_of(tmp_path))
     assert (judged.router_attacked, judged.trusted) == (False, False)
     assert sum(sentence.startswith("R1") for sentence in judged.failed) == 3
+
+
+def test_a_curve_is_never_of_a_suite(tmp_path: Path) -> None:
+    """A suite at every radius would take hours: none by default, and asking for one is refused before any work."""
+    run = make_run(tmp_path / "run", "linear")
+    suite = "autoattack(linf(0.1), version=rand)"
+    results = evaluate_run(run, attacks=[suite, "fgsm(linf(0.1))"], limit=2)
+    assert {result.header.attack.partition("(")[0] for result in results if result.header.role == "curve"} == {"fgsm"}
+    assert len(evaluate_run(run, attacks=[suite], limit=2)) == 1
+    with pytest.raises(UserError, match="a curve needs a simple attack beside the suite"):
+        evaluate_run(run, attacks=[suite], limit=2, curve=[0.05], out=tmp_path / "rows")
+    assert not (tmp_path / "rows").exists()

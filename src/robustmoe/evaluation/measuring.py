@@ -220,8 +220,12 @@ def evaluate_model(
     end = "" if split == "test" else f"-{split}"
     routed = as_routed(model)
     with _borrowed(routed, where), distributed.session(where):
-        chosen = [seeded(a, seed) for a in attacks_for(_look(routed, images, where).trace, given, threat)]
+        output = _look(routed, images, where)
+        chosen = [seeded(attack, seed) for attack in attacks_for(output.trace, given, threat)]
         _one_norm(chosen, certified)
+        simple = [len(attack.parts(output)) == 1 for attack in chosen]  # a suite at every radius would take hours
+        if curve and not any(simple):
+            raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
         radii = {attack.threat: _radii(attack.threat, curve) for attack in chosen}
 
         def one(attack: Attack, images: ImageSet, end: str, role: str) -> Result:
@@ -229,12 +233,10 @@ def evaluate_model(
             return measure(routed, images, attack, path, where, batch_size, about, role, precision, certified)
 
         results = [one(attack, images, end, "main") for attack in chosen]
-        simple = [pair for pair in zip(chosen, results) if not pair[1].header.parts]  # a suite again takes hours
-        if curve and not simple:
-            raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
         curves: list[Attack] = []
-        if simple:
-            strongest, _ = min(simple, key=lambda pair: sum(map(robust, pair[1].rows)))
+        if any(simple):
+            pairs = [pair for pair, alone in zip(zip(chosen, results), simple) if alone]
+            strongest, _ = min(pairs, key=lambda pair: sum(map(robust, pair[1].rows)))
             curves = [_at(strongest, radius) for radius in radii[strongest.threat]]
         few = images.head(CURVE_LIMIT)
         return results + [one(attack, few, f"{end}-curve", "curve") for attack in curves]
