@@ -78,8 +78,8 @@ class Clock(logging.Handler):
             self.parts[words[3].rstrip(":").lower()] = (time.perf_counter() - self.start, left)
 
 
-def by_peer(model: RoutedModel, eps: float, batch: Batch) -> Found:
-    """pyautoattack's standard version, all images in one batch."""
+def by_peer(model: RoutedModel, eps: float, batch: Batch, seed: int, parts: list[str]) -> Found:
+    """pyautoattack's standard version, or the first ``parts`` of it, all images in one batch."""
     import pyautoattack
 
     clock, logger = Clock(len(batch)), logging.getLogger("auto-attack")
@@ -87,7 +87,8 @@ def by_peer(model: RoutedModel, eps: float, batch: Batch) -> Found:
     logger.propagate = False
     logger.addHandler(clock)
     start = time.perf_counter()
-    attack = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=0)
+    attack = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=seed)
+    attack.attacks_to_run = parts
     x_adv = attack.run_standard_evaluation(batch.x, batch.y, batch_size=len(batch))[0]
     seconds = time.perf_counter() - start
     logger.removeHandler(clock)
@@ -98,10 +99,11 @@ def by_peer(model: RoutedModel, eps: float, batch: Batch) -> Found:
 class Ours:
     """AutoAttack of this project, part by part; the copy is made once, in the first chunk's time."""
 
-    def __init__(self, model: RoutedModel, eps: float, mode: str) -> None:
+    def __init__(self, model: RoutedModel, eps: float, mode: str, seed: int, parts: list[str]) -> None:
         self.model, self.eps, self.mode = model, eps, mode
         self.climbed: RoutedModel | None = model if mode == "autoattack" else None
-        self.attack = AutoAttack(linf(eps), rng="autoattack" if mode == "autoattack" else "image")
+        self.attack = AutoAttack(linf(eps), rng="autoattack" if mode == "autoattack" else "image", seed=seed)
+        self.parts = parts
 
     def __call__(self, batch: Batch) -> Found:
         begin = time.perf_counter()
@@ -110,8 +112,8 @@ class Ours:
         with torch.no_grad():
             output = self.model.run(batch.x)
         found = Found(output.logits.argmax(1) == batch.y)
-        noise = Noise.of(batch.index, 0)
-        for name, part in self.attack.parts(output):
+        noise = Noise.of(batch.index, self.attack.seed)
+        for name, part in ((name, part) for name, part in self.attack.parts(output) if name in self.parts):
             start, left = time.perf_counter(), torch.nonzero(found.robust)[:, 0]
             if len(left):
                 x, y = batch.x[left], batch.y[left]
@@ -168,19 +170,19 @@ def table(rows: list[list[str]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-def show(found: dict[str, list[Found]], n: int, clean: int) -> None:
+def show(found: dict[str, list[Found]], n: int, clean: int, names: list[str]) -> None:
     """Two tables: time, ratio, robust accuracy after each part and agreement; then the seconds part by part."""
     reference = "peer" if "peer" in found else next(iter(found))
     masks = {mode: torch.cat([one.robust for one in chunks]) for mode, chunks in found.items()}
     seconds = {mode: sum(one.seconds for one in chunks) for mode, chunks in found.items()}
-    spent = {m: {p: sum(one.parts.get(p, (0.0, 0))[0] for one in c) for p in PARTS} for m, c in found.items()}
-    rows = [["mode", "seconds", f"{reference} takes", *(f"robust after {p}" for p in PARTS), "other verdicts"]]
+    spent = {m: {p: sum(one.parts.get(p, (0.0, 0))[0] for one in c) for p in names} for m, c in found.items()}
+    rows = [["mode", "seconds", f"{reference} takes", *(f"robust after {p}" for p in names), "other verdicts"]]
     for mode, chunks in found.items():
         left = []
-        for place, part in enumerate(PARTS):  # the peer stops, and logs no more parts, where nothing is left
+        for place, part in enumerate(names):  # the peer stops, and logs no more parts, where nothing is left
             counts = [one.parts[part][1] if part in one.parts else 0 for one in chunks]
             left.append(f"{100 * sum(counts) / n:.1f} %")
-            assert place < len(PARTS) - 1 or sum(counts) == int(masks[mode].sum()), f"{mode}: counts do not add up"
+            assert place < len(names) - 1 or sum(counts) == int(masks[mode].sum()), f"{mode}: counts do not add up"
         weaker = int((masks[mode] & ~masks[reference]).sum())
         stronger = int((~masks[mode] & masks[reference]).sum())
         ratio = f"{seconds[reference] / seconds[mode]:.2f} times"
@@ -188,9 +190,9 @@ def show(found: dict[str, list[Found]], n: int, clean: int) -> None:
     print(f"clean accuracy {100 * clean / n:.1f} % of {n} images\n")
     table(rows)
     print(f"\nSeconds part by part (and how many times as long the {reference} takes):\n")
-    rows = [["mode", *PARTS, "the rest (copies, checks)"]]
+    rows = [["mode", *names, "the rest (copies, checks)"]]
     for mode in found:
-        cells = [f"{spent[mode][p]:.1f} ({spent[reference][p] / max(spent[mode][p], 1e-9):.2f})" for p in PARTS]
+        cells = [f"{spent[mode][p]:.1f} ({spent[reference][p] / max(spent[mode][p], 1e-9):.2f})" for p in names]
         rows.append([mode, *cells, f"{seconds[mode] - sum(spent[mode].values()):.1f}"])
     table(rows)
 
@@ -204,35 +206,49 @@ def main() -> None:
     parser.add_argument("--eps", type=radius, help="8/255 for a run folder, 0.1 for digits and fashion")
     parser.add_argument("--modes", default=",".join(MODES), help="which, and in which order")
     parser.add_argument("--own", action="store_true", help="the model as this project builds it")
+    parser.add_argument("--seed", type=int, default=0, help="of every random draw, the peer's too")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="the first parts of AutoAttack alone, such as apgd-ce,apgd-t"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="rows are added to this .jsonl file")
     args = parser.parse_args()
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise UserError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
+    parts = args.parts.split(",")
+    if parts != list(PARTS[: len(parts)]):
+        raise UserError(f"--parts must be the first of {', '.join(PARTS)}; got {args.parts!r}")
     if "peer" in modes:
         import pyautoattack  # noqa: F401 (missing: better now than after the training)
     torch.set_num_threads(args.threads)
     model, data, eps = net(args.net, args.data, args.eps)
     model = model if args.own else plain(model)
-    tools: dict[str, Any] = {m: Ours(model, eps, m) for m in modes if m != "peer"}
+    tools: dict[str, Any] = {m: Ours(model, eps, m, args.seed, parts) for m in modes if m != "peer"}
     found: dict[str, list[Found]] = {mode: [] for mode in modes}
     clean, n = 0, 0
     for turn, batch in enumerate(batches(data.test.head(args.limit), args.batch)):
         clean, n, first = clean + int(right(model, batch.x, batch.y).sum()), n + len(batch), turn % len(modes)
         for mode in modes[first:] + modes[:first]:
-            one = tools[mode](batch) if mode in tools else by_peer(model, eps, batch)
+            one = tools[mode](batch) if mode in tools else by_peer(model, eps, batch, args.seed, parts)
             found[mode].append(one)
             print(f"chunk {turn}, {mode}: {one.seconds:.1f} s, {int(one.robust.sum())} robust", file=sys.stderr)
             if args.out is not None:
                 with args.out.open("a") as file:
                     for part, (seconds, left) in one.parts.items():
-                        row = {"net": args.net, "eps": eps, "threads": args.threads, "mode": mode, "chunk": turn}
+                        row = {
+                            "net": args.net,
+                            "eps": eps,
+                            "seed": args.seed,
+                            "threads": args.threads,
+                            "mode": mode,
+                            "chunk": turn,
+                        }
                         row |= {"n": len(batch), "part": part, "seconds": round(seconds, 3), "robust": left}
                         file.write(json.dumps(row) + "\n")
     kind = "as this project builds it" if args.own else "a plain module"
     print(f"AutoAttack standard, linf {eps:.4g}, {args.net} ({kind}), batch {args.batch}, threads {args.threads}")
-    show(found, n, clean)
+    show(found, n, clean, parts)
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ def test_a_loss_that_is_not_finite_stops_the_attack() -> None:
         value = x.flatten(1).sum(1)
         return torch.stack([value, torch.full_like(value, torch.nan)], 1)
 
-    with pytest.raises(NotFiniteError, match="loss is not finite"):
+    with pytest.raises(NotFiniteError, match="loss or gradient is not finite"):
         Square(linf(0.1), steps=5)(model, grey(2), torch.ones(2, dtype=torch.long))
 
 

@@ -66,7 +66,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's three ways to say "not here"
         raise UserError(
             f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, cuda or cuda:N"
         ) from error

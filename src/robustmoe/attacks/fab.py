@@ -13,7 +13,7 @@ from torch import Tensor
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.boundary import dual_size, projection
 from robustmoe.attacks.objectives import Joint
-from robustmoe.attacks.pgd import NotFiniteError
+from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Norm, Threat, size
 from robustmoe.models.base import Output, RoutedModel
@@ -249,8 +249,5 @@ def _gradient(values: Tensor, at: Tensor, more: bool = False) -> Tensor:
 
 
 def _finite(boundary: _Boundary) -> _Boundary:
-    if not bool((torch.isfinite(boundary.gap).all() & torch.isfinite(boundary.slope).all()).item()):
-        raise NotFiniteError(
-            "the model's logits or their gradient are not finite (NaN or infinite); no robust accuracy can be measured"
-        )
+    require_finite(boundary.gap, boundary.slope)
     return boundary

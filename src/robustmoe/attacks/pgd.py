@@ -19,6 +19,15 @@ class NotFiniteError(RuntimeError):
     """An attack met a loss or gradient that is not finite: the robust accuracy it gave would mean nothing."""
 
 
+def require_finite(*values: Tensor) -> None:
+    """Raises `NotFiniteError` unless every number is finite."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise NotFiniteError(
+            "the attack's loss or gradient is not finite; the model's outputs are broken (NaN or infinite logits), and "
+            "no robust accuracy can be measured"
+        )
+
+
 def ascend(inner: Inner, x_adv: Tensor, rows: Tensor | None = None) -> tuple[Score, Tensor]:
     """The score at x_adv and the gradient of its loss, image by image, in the dtype of x_adv. ``rows``: see `Inner`.
 
@@ -29,11 +38,7 @@ def ascend(inner: Inner, x_adv: Tensor, rows: Tensor | None = None) -> tuple[Sco
     score = inner(x_adv) if rows is None else inner(x_adv, rows)
     found = torch.autograd.grad(score.loss.sum(), x_adv, allow_unused=True)[0] if score.loss.requires_grad else None
     gradient = torch.zeros_like(x_adv) if found is None else found
-    if not bool((torch.isfinite(score.loss).all() & torch.isfinite(gradient).all()).item()):
-        raise NotFiniteError(
-            "the attack's loss or gradient is not finite; the model's outputs are broken (NaN or infinite logits), and "
-            "no robust accuracy can be measured"
-        )
+    require_finite(score.loss, gradient)
     return Score(score.loss.detach(), score.fooled), gradient
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from robustmoe.attacks.apgd import l1_excess
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
-from robustmoe.attacks.pgd import NotFiniteError
+from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.threat import Norm, Threat
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -378,11 +378,7 @@ def _leave(search: Search, fooled: Tensor, x_adv: Tensor) -> Search:
 
 
 def _finite(score: Score) -> Score:
-    if not bool(torch.isfinite(score.loss).all()):
-        raise NotFiniteError(
-            "the attack's loss is not finite; the model's outputs are broken (NaN or infinite logits), and no robust "
-            "accuracy can be measured"
-        )
+    require_finite(score.loss)
     return score
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from robustmoe import spec as specs
 from robustmoe.attacks.base import Attack
+from robustmoe.attacks.fmn import FMN
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.surrogate import Surrogate, exact_of
 from robustmoe.attacks.threat import Threat
@@ -67,8 +68,10 @@ class View(ABC):
     def rule(self, name: str, fresh: Routing) -> Routing:
         """What to use for a router's own decision."""
 
-    def body(self, model: RoutedModel, x: Tensor, tape: Tape, count: Count) -> Float[Tensor, "n c"]:
-        """The logits seen. ``count(n, gradient)`` is called for every pass after the first."""
+    def body(self, model: RoutedModel, x: Tensor, tape: Tape, count: Count, sole: str | None) -> Float[Tensor, "n c"]:
+        """The logits seen. ``count(n, gradient)`` is called for every pass after the first. ``sole``: the model's
+        `sole_router`.
+        """
         return model.body(x, RuleTape(self.rule, tape))
 
     def passes(self, output: Output) -> int:
@@ -119,19 +122,17 @@ class Soft(View):
     def rule(self, name: str, fresh: Routing) -> Routing:
         return soft(fresh.logits, self.temperature)
 
-    def body(self, model: RoutedModel, x: Tensor, tape: Tape, count: Count) -> Float[Tensor, "n c"]:
-        with torch.no_grad():
-            name = sole_router(model.run(x[:1]).trace)  # which way to mix: one image tells
-        if name is None:
+    def body(self, model: RoutedModel, x: Tensor, tape: Tape, count: Count, sole: str | None) -> Float[Tensor, "n c"]:
+        if sole is None:
             return model.body(x, RuleTape(self.rule, tape))
         first = RuleTape(ExpertView(0).rule)
         outputs = [wide(model.body(x, first))]
-        given = self.rule(name, first.fresh[name])
-        used = tape(name, given)
+        given = self.rule(sole, first.fresh[sole])
+        used = tape(sole, given)
         gradient = torch.is_grad_enabled() and x.requires_grad
         if used is not given:  # the route is held from outside
             count(len(x), gradient)
-            return model.body(x, Tape({name: used}))
+            return model.body(x, Tape({sole: used}))
         for expert in range(1, given.num_experts):
             count(len(x), gradient)
             outputs.append(wide(model.body(x, RuleTape(ExpertView(expert).rule))))
@@ -173,16 +174,20 @@ VIEWS: dict[str, Callable[..., View]] = {
 
 
 class _Seen(RoutedModel):
-    """``model`` through ``view``. ``count``: see `View.body`."""
+    """``model`` through ``view``. ``count``: see `View.body`. How many routers a model has, one image tells, once."""
 
     def __init__(self, model: RoutedModel, view: View, count: Count) -> None:
         super().__init__()
         self.model = model
         self.view = view
         self.count = count
+        self._sole: list[str | None] = []
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        return self.view.body(self.model, x, tape, self.count)
+        if not self._sole:
+            with torch.no_grad():
+                self._sole.append(sole_router(self.model.run(x[:1]).trace))
+        return self.view.body(self.model, x, tape, self.count, self._sole[0])
 
 
 def _uncounted(n: int, gradient: bool) -> None:
@@ -248,6 +253,15 @@ def changed(attack: Attack, **fields: object) -> Attack:
         return Viewed(attack.view, changed(attack.attack, **fields))
     new: Attack = dataclasses.replace(attack, **fields)  # type: ignore[type-var]
     return new
+
+
+def at_radius(attack: Attack, eps: float) -> Attack:
+    """The attack at another radius, in pixels; a step size that it names is scaled with it."""
+    changes: dict[str, object] = {"threat": dataclasses.replace(attack.threat, eps=eps)}
+    step = getattr(attack.attack if isinstance(attack, Viewed) else attack, "step_size", None)
+    if step is not None and attack.threat.eps > 0 and not isinstance(attack, FMN):  # FMN's search knows no eps
+        changes["step_size"] = step * eps / attack.threat.eps
+    return changed(attack, **changes)
 
 
 def each_expert(attack: Attack, output: Output) -> list[tuple[str, Attack]]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import hashlib
 import itertools
 import json
-import math
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,38 +21,26 @@ from robustmoe import distributed, provenance
 from robustmoe import spec as specs
 from robustmoe.analysis import Summary, robust, summary
 from robustmoe.attacks import (
-    PGD,
     Attack,
-    AutoAttackRouting,
-    ExpertTransition,
-    Objective,
-    RouteBeam,
     Surrogate,
     Threat,
+    at_radius,
     build_attack,
-    changed,
-    experts_only,
-    joint,
     linf,
-    router_only,
-    sole_router,
 )
 from robustmoe.data import Batch, Data, ImageSet, from_arrays
 from robustmoe.errors import UserError
 from robustmoe.evaluation import checks, engine
+from robustmoe.evaluation.choosing import attacks_for, one_norm, radii_of, seeded, slug, threat_of, written
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models.base import Output, RoutedModel, as_routed
-from robustmoe.progress import note
 from robustmoe.records import PRECISIONS, Check, Header, Result, RouterInfo, Writer, examples_path
-from robustmoe.routing import Tape, Trace
+from robustmoe.routing import Tape
 from robustmoe.training.checkpoint import load_model, read_config
 
 SPLITS = ("test", "val", "train")
 PROBE = 32
 """Images the checks of a model look at."""
-
-CURVE = (0.25, 0.5, 1.5, 2.0)
-"""Radii of the accuracy curve, as multiples of the attack's own, unless told."""
 
 CURVE_LIMIT = 256
 BATCH = 128
@@ -105,7 +90,7 @@ def evaluate(
     ):
         output = _look(routed, images, where)
         chosen = attacks_for(output.trace, chosen, linf(8 / 255))
-        _one_norm(chosen, certified)
+        one_norm(chosen, certified)
         paths = [Path(out or scratch) / f"{slug(attack)}.jsonl" for attack in chosen]
         return [
             summary(
@@ -222,11 +207,11 @@ def evaluate_model(
     with _borrowed(routed, where), distributed.session(where):
         output = _look(routed, images, where)
         chosen = [seeded(attack, seed) for attack in attacks_for(output.trace, given, threat)]
-        _one_norm(chosen, certified)
+        one_norm(chosen, certified)
         simple = [len(attack.parts(output)) == 1 for attack in chosen]  # a suite at every radius would take hours
         if curve and not any(simple):
             raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
-        radii = {attack.threat: _radii(attack.threat, curve) for attack in chosen}
+        radii = {attack.threat: radii_of(attack.threat, curve) for attack in chosen}
 
         def one(attack: Attack, images: ImageSet, end: str, role: str) -> Result:
             path = Path(out) / f"{slug(attack)}{end}.jsonl"
@@ -237,7 +222,7 @@ def evaluate_model(
         if any(simple):
             pairs = [pair for pair, alone in zip(zip(chosen, results), simple) if alone]
             strongest, _ = min(pairs, key=lambda pair: sum(map(robust, pair[1].rows)))
-            curves = [_at(strongest, radius) for radius in radii[strongest.threat]]
+            curves = [at_radius(strongest, radius) for radius in radii[strongest.threat]]
         few = images.head(CURVE_LIMIT)
         return results + [one(attack, few, f"{end}-curve", "curve") for attack in curves]
 
@@ -386,95 +371,6 @@ def _look(model: RoutedModel, images: ImageSet, device: torch.device) -> Output:
             f"label {highest} is out of range: the model has {classes} classes; expected labels 0 to {classes - 1}"
         )
     return output
-
-
-def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[Attack]:
-    """The attacks to run, each once: the given ones, or the default; those that need a router are left out for a dense
-    model, and that is said.
-    """
-    objectives: tuple[Objective, ...] = (joint(), experts_only(), router_only())
-    wanted: list[Attack] = []
-    default: list[Attack] = [PGD(threat, steps=20, objective=o) for o in objectives]
-    if trace:
-        default.append(ExpertTransition(threat) if sole_router(trace) else RouteBeam(threat))
-    for attack in given or default:
-        if attack not in wanted:
-            wanted.append(attack)
-    if trace:
-        return wanted
-    whole = [a for a in wanted if a.objective.name == "joint" or isinstance(a, AutoAttackRouting)]
-    if not whole:
-        raise UserError(
-            "the model has no router, and every attack asked for is on the routers or the experts "
-            "alone; add one on the whole model, such as pgd(linf(8/255), steps=20)"
-        )
-    if given and len(whole) < len(wanted):
-        note(f"the model has no router: {len(wanted) - len(whole)} attack(s) on experts or routers alone left out")
-    return whole
-
-
-def _one_norm(attacks: Sequence[Attack], certified: Mapping[int, float] | None) -> None:
-    """UserError where radii of one norm are given for attacks of several."""
-    norms = {attack.threat.norm for attack in attacks}
-    if certified and len(norms) > 1:
-        raise UserError(
-            f"the certified radii are of one norm, the attacks of {' and '.join(sorted(norms))}; evaluate one norm "
-            "at a time"
-        )
-
-
-def seeded(attack: Attack, seed: int) -> Attack:
-    """With ``seed``, unless its spec gives one of its own."""
-    return attack if attack.seed else changed(attack, seed=seed)
-
-
-def threat_of(config: dict[str, Any]) -> Threat:
-    """The threat a run was trained for, as its recipe says it; linf 8/255 where it says none."""
-    method = specs.build(config["method"], "method") if config.get("method") else None
-    if method is not None and method.attack is not None:
-        threat: Threat = method.attack.threat
-        return threat
-    return build_attack(config["val_attack"]).threat if config.get("val_attack") else linf(8 / 255)
-
-
-def _radii(threat: Threat, radii: Sequence[float] | None) -> list[float]:
-    """The radii of a curve around ``threat``, without its own and without 0. UserError for one its norm cannot have."""
-    top = 1.0 if threat.norm == "linf" else math.inf
-    if radii is None:
-        radii = [threat.eps * factor for factor in CURVE if threat.eps * factor <= top]
-    for radius in radii:
-        if not 0 <= radius <= top or radius == math.inf:
-            limits = "from 0 to 1" if threat.norm == "linf" else "0 or more"
-            raise UserError(
-                f"{radius:g} is no radius of the {threat.norm} curve; expected numbers {limits}, in pixels of [0, 1] "
-                "(8/255)"
-            )
-    return [radius for radius in dict.fromkeys(radii) if radius > 0 and abs(radius - threat.eps) > 1e-12]
-
-
-def _at(attack: Attack, eps: float) -> Attack:
-    changes: dict[str, Any] = {"threat": dataclasses.replace(attack.threat, eps=eps)}
-    step = getattr(attack, "step_size", None)
-    if step is not None and attack.threat.eps > 0:
-        changes["step_size"] = step * eps / attack.threat.eps
-    return changed(attack, **changes)
-
-
-def written(attack: Attack) -> str:
-    """The attack's spec; for a user's own class, which has none, its representation (its name where that would hold an
-    address).
-    """
-    try:
-        return specs.text(attack)
-    except UserError:
-        return repr(attack) if dataclasses.is_dataclass(attack) else type(attack).__name__
-
-
-def slug(attack: Attack) -> str:
-    """A file name from the attack's spec."""
-    text = written(attack)
-    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _header(

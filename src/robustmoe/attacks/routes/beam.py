@@ -10,16 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.base import Attack
-from robustmoe.attacks.objectives import Objective, loss_of
+from robustmoe.attacks.objectives import loss_of
+from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.cells import (
     GRID,
     Goal,
     RouteLoss,
     Standing,
-    Steering,
     Target,
-    check,
     climbable,
     decisions,
     forced_pass,
@@ -28,7 +26,6 @@ from robustmoe.attacks.routes.cells import (
     spread,
 )
 from robustmoe.attacks.routes.flip import rivals, swapped
-from robustmoe.attacks.routes.objectives import RoutingLoss
 from robustmoe.attacks.threat import Norm, Threat, size
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -106,7 +103,7 @@ def _distance(gap: Float[Tensor, " n"], at: Tensor, norm: Norm) -> Float[Tensor,
 
 
 @dataclass(frozen=True)
-class RouteBeam(Attack):
+class RouteBeam(RouteAttack):
     """For routers of many items, or many routers: a beam search over sets of up to ``depth`` flipped decisions.
 
     First the loss is ascended freely (the empty set), which is all there is where every gate always uses all experts.
@@ -131,18 +128,10 @@ class RouteBeam(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.steps, self.restarts, self.step_size, self.grid)
+        self._check()
         for field in ("beam", "depth", "candidates", "rivals"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}")
-
-    @property
-    def objective(self) -> Objective:  # type: ignore[override]
-        return RoutingLoss(self.loss)
-
-    def _steering(self) -> Steering:
-        step_size = self.threat.eps / 4 if self.step_size is None else self.step_size
-        return Steering(self.threat, self.steps, step_size, self.grid, self.loss)
 
     def queries(self, output: Output) -> int:
         """Candidates with a gradient each, the forced passes of the search, and a climb for each set."""

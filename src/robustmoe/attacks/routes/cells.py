@@ -310,13 +310,3 @@ def free_trace(model: RoutedModel, x: Tensor, attack: str) -> Trace:
 def narrowed(trace: Trace) -> Trace:
     """The routers that choose: fewer experts than there are."""
     return {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
-
-
-def check(steps: int, restarts: int, step_size: float | None, grid: tuple[float, ...] = GRID) -> None:
-    """ValueError for numbers that no attack can have."""
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps and restarts must be at least 1; got {steps} and {restarts}")
-    if step_size is not None and not step_size > 0:
-        raise ValueError(f"step_size must be above 0, in pixels of [0, 1]; got {step_size}")
-    if not grid or list(grid) != sorted(grid) or not grid[0] >= 0:
-        raise ValueError(f"grid must be numbers from 0 up, in rising order; got {grid}")

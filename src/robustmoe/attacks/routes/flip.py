@@ -10,17 +10,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from robustmoe.attacks.base import Attack, evaluating
-from robustmoe.attacks.objectives import Objective
+from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.cells import (
     GRID,
     Goal,
     RouteLoss,
     Standing,
-    Steering,
     alike,
     broken,
-    check,
     climbable,
     decisions,
     free_trace,
@@ -28,7 +26,6 @@ from robustmoe.attacks.routes.cells import (
     narrowed,
     pieces,
 )
-from robustmoe.attacks.routes.objectives import RoutingLoss
 from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.noise import Noise
@@ -45,7 +42,7 @@ class Flip(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RouteFlip(Attack):
+class RouteFlip(RouteAttack):
     """For each router, and each of its ``rivals`` best experts that are not chosen: raise the rival over the weakest
     chosen expert until the route flips; ascend the loss behind the boundary (see `Steering`); then ascend it freely.
 
@@ -66,17 +63,9 @@ class RouteFlip(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.steps, self.restarts, self.step_size, self.grid)
+        self._check()
         if self.rivals < 1:
             raise ValueError(f"rivals must be at least 1; got {self.rivals}")
-
-    @property
-    def objective(self) -> Objective:  # type: ignore[override]
-        return RoutingLoss(self.loss)
-
-    def _steering(self) -> Steering:
-        step_size = self.threat.eps / 4 if self.step_size is None else self.step_size
-        return Steering(self.threat, self.steps, step_size, self.grid, self.loss)
 
     def _pairs(self, trace: Trace) -> Iterator[tuple[str, int]]:
         """Every router that chooses, with each rank of rival it has."""

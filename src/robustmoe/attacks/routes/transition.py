@@ -7,19 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustmoe.attacks.base import Attack
-from robustmoe.attacks.objectives import Objective
-from robustmoe.attacks.routes.cells import GRID, Goal, RouteLoss, Standing, Steering, check, climbable, free_trace
+from robustmoe.attacks.routes.base import RouteAttack
+from robustmoe.attacks.routes.cells import GRID, Goal, RouteLoss, Standing, climbable, free_trace
 from robustmoe.attacks.routes.flip import RouteFlip
-from robustmoe.attacks.routes.objectives import RoutingLoss
 from robustmoe.attacks.threat import Threat
+from robustmoe.attacks.views import sole_router
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Trace
 
 
 @dataclass(frozen=True)
-class ExpertTransition(Attack):
+class ExpertTransition(RouteAttack):
     """For models with one router that sends the image to one expert: for each expert in turn, from the clean router's
     first choice to its last (or only the first ``experts``), ascend the loss of that expert inside its cell (see
     `Steering`).
@@ -40,17 +39,9 @@ class ExpertTransition(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self.steps, self.restarts, self.step_size, self.grid)
+        self._check()
         if self.experts is not None and self.experts < 1:
             raise ValueError(f"experts must be at least 1; got {self.experts}")
-
-    @property
-    def objective(self) -> Objective:  # type: ignore[override]
-        return RoutingLoss(self.loss)
-
-    def _steering(self) -> Steering:
-        step_size = self.threat.eps / 4 if self.step_size is None else self.step_size
-        return Steering(self.threat, self.steps, step_size, self.grid, self.loss)
 
     def _general(self, trace: Trace) -> RouteFlip:
         most = max(routing.num_experts for routing in trace.values())
@@ -64,7 +55,7 @@ class ExpertTransition(Attack):
 
     def queries(self, output: Output) -> int:
         """A step: one forward pass, two gradients from it, and the judge's."""
-        name = _sole(output.trace)
+        name = sole_router(output.trace)
         if name is None:
             return self._general(output.trace).queries(output) if output.trace else 0
         return 2 + self.restarts * self._tries(output.trace[name].num_experts) * (6 * self.steps + 1)
@@ -72,7 +63,7 @@ class ExpertTransition(Attack):
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         model = climbable(model)
         trace = free_trace(model, x, "expert_transition")
-        name = _sole(trace)
+        name = sole_router(trace)
         if name is None:
             return self._general(trace).perturb(model, x, y, noise)
         clean, steer = trace[name], self._steering()
@@ -89,11 +80,3 @@ class ExpertTransition(Attack):
                 goal = Goal.of(clean[rows], index, torch.ones_like(index[..., 0], dtype=torch.bool))
                 standing.record(rows, *steer(model, x[rows], y[rows], start, {name: goal}))
         return standing.x_adv
-
-
-def _sole(trace: Trace) -> str | None:
-    """The name of the only router, where it picks one of several experts once an image."""
-    for name, routing in trace.items():
-        if len(trace) == 1 and tuple(routing.index.shape[1:]) == (1, 1) and routing.num_experts > 1:
-            return name
-    return None

@@ -15,6 +15,7 @@ from robustmoe.data import Batch, Data
 from robustmoe.errors import UserError, nearest
 from robustmoe.evaluation.checks import harness, routing, strength
 from robustmoe.evaluation.checks.subject import ALL, NAMES, Subject, check, inside, not_run
+from robustmoe.evaluation.choosing import attacks_for, seeded, threat_of, written
 from robustmoe.models.base import RoutedModel
 from robustmoe.progress import progress
 from robustmoe.records import Audit, Check
@@ -163,8 +164,6 @@ def check_run(
     """Every check on a run folder, in order. ``attacks``: specs; by default what `evaluate_run` would run. ``limit``:
     the first images of the test split. ``only``: ids. Takes minutes on one thread.
     """
-    from robustmoe.evaluation import measuring
-
     _known(only)
     folder = Path(run)
     config = read_config(folder)
@@ -174,11 +173,11 @@ def check_run(
     images = data.test.head(limit)
     batch = images.batch(list(range(len(images)))).to(where)
     given = [build_attack(text) for text in attacks or config.get("attacks") or ()]
-    chosen = measuring.attacks_for(model.run(batch.x[:2]).trace, given, measuring.threat_of(config))
-    chosen = [measuring.seeded(one, seed) for one in chosen]
+    chosen = attacks_for(model.run(batch.x[:2]).trace, given, threat_of(config))
+    chosen = [seeded(one, seed) for one in chosen]
     log = folder / "metrics.jsonl"
     metrics = records.read_jsonl(log) if log.exists() else []
     best = [line for line in metrics if line.get("best")]
     more = {"metrics": metrics, "val": data.val.head(config.get("val_limit")), "logged": best[-1] if best else None}
     found = deep(model, batch, chosen, seed, only, **more)
-    return Audit(harness.weights_hash(model), [measuring.written(one) for one in chosen], len(images), seed, found)
+    return Audit(harness.weights_hash(model), [written(one) for one in chosen], len(images), seed, found)

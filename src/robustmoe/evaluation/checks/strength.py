@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustmoe import analysis
 from robustmoe import spec as specs
-from robustmoe.attacks import FGSM, PGD, Attack, Joint, Targeted, evaluating
+from robustmoe.attacks import FGSM, PGD, Attack, Joint, Targeted, at_radius, changed, evaluating
 from robustmoe.attacks.apgd import APGD, TargetedAPGD
 from robustmoe.attacks.fab import FAB
 from robustmoe.attacks.fmn import FMN
@@ -27,7 +27,6 @@ from robustmoe.evaluation.checks.subject import (
     Found,
     Subject,
     Watched,
-    at_radius,
     check,
     doubled,
     few,
@@ -36,7 +35,6 @@ from robustmoe.evaluation.checks.subject import (
     inside,
     not_run,
     percent,
-    replaced,
     rows_of,
     with_loss,
 )
@@ -301,8 +299,8 @@ def converged(case: Subject) -> Check:
     n, climb = len(case.batch), cast(PGD, case.quick)
     one = FGSM(case.threat, objective=climb.objective, seed=climb.seed)
     ahead = int(case.under(one).broken.sum()) - int(case.under(climb).broken.sum())
-    longer = case.under(replaced(climb, steps=2 * climb.steps)).broken
-    often = case.under(replaced(climb, restarts=2 * climb.restarts)).broken
+    longer = case.under(changed(climb, steps=2 * climb.steps)).broken
+    often = case.under(changed(climb, restarts=2 * climb.restarts)).broken
     gain = [case.gained(broken) for broken in (longer, often)]
     status = max((graded(found, n, 0.5) for found in (ahead, *gain)), key=("pass", "warn", "fail").index)
     text = (
@@ -349,7 +347,7 @@ def losses_agree(case: Subject) -> Check:
     classes = case.clean.logits.shape[1]
     if classes >= 3:
         rival: Any = Targeted(2, "dlr" if classes >= 4 else "margin")
-        found["targeted"] = case.under(replaced(climb, objective=rival)).broken
+        found["targeted"] = case.under(changed(climb, objective=rival)).broken
     stand = {loss: int((~broken).sum()) for loss, broken in found.items()}
     spread = max(stand.values()) - min(stand.values())
     extra = case.gained(torch.stack(list(found.values())).any(0))
@@ -365,7 +363,7 @@ def losses_agree(case: Subject) -> Check:
 def seeds(case: Subject, seeds: int = 3) -> Check:
     """G12: the same climb from three seeds; a spread above 1 point (and above one image) warns."""
     n, climb = len(case.batch), case.quick
-    stand = [int((~case.under(replaced(climb, seed=climb.seed + i)).broken).sum()) for i in range(seeds)]
+    stand = [int((~case.under(changed(climb, seed=climb.seed + i)).broken).sum()) for i in range(seeds)]
     spread = max(stand) - min(stand)
     low, high = analysis.wilson(stand[0], n)
     text = (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robustmoe.attacks import PGD, Attack, Joint, missed, size
+from robustmoe.attacks import PGD, Attack, Joint, changed, missed, size
 from robustmoe.attacks.objectives import loss_of
 from robustmoe.attacks.threat import Threat
 from robustmoe.data import Batch
@@ -152,7 +152,7 @@ class Subject:
     @property
     def quick(self) -> Attack:
         """The climber, a broken image leaving at once (it breaks the same images in fewer passes)."""
-        return replaced(self.climber, keep="first")
+        return changed(self.climber, keep="first")
 
     def noise(self, seed: int) -> Noise:
         return Noise.of(self.batch.index, seed)
@@ -211,23 +211,9 @@ def gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.zeros_like(x) if found is None else found
 
 
-def replaced(attack: Attack, **changes: Any) -> Attack:
-    """The attack with other fields."""
-    return dataclasses.replace(attack, **changes)  # type: ignore[type-var]
-
-
 def with_loss(attack: Attack, loss: Any) -> Attack:
     """A climb on that loss of the whole model."""
-    return replaced(attack, objective=Joint(loss))
-
-
-def at_radius(attack: Attack, eps: float) -> Attack:
-    """The attack at another radius, a step size that it names scaled with it."""
-    changes: dict[str, Any] = {"threat": dataclasses.replace(attack.threat, eps=eps)}
-    step = getattr(attack, "step_size", None)
-    if step is not None and attack.threat.eps > 0:
-        changes["step_size"] = step * eps / attack.threat.eps
-    return replaced(attack, **changes)
+    return changed(attack, objective=Joint(loss))
 
 
 def doubled(model: RoutedModel, x: Tensor) -> RoutedModel | None:

@@ -1,0 +1,115 @@
+"""What an evaluation runs: the attacks for a model, their seeds and radii, and what they are called in files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustmoe import spec as specs
+from robustmoe.attacks import (
+    PGD,
+    Attack,
+    AutoAttackRouting,
+    ExpertTransition,
+    Objective,
+    RouteBeam,
+    Threat,
+    build_attack,
+    changed,
+    experts_only,
+    joint,
+    linf,
+    router_only,
+    sole_router,
+)
+from robustmoe.errors import UserError
+from robustmoe.progress import note
+from robustmoe.routing import Trace
+
+CURVE = (0.25, 0.5, 1.5, 2.0)
+"""Radii of the accuracy curve, as multiples of the attack's own, unless told."""
+
+
+def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[Attack]:
+    """The attacks to run, each once: the given ones, or the default; those that need a router are left out for a dense
+    model, and that is said.
+    """
+    objectives: tuple[Objective, ...] = (joint(), experts_only(), router_only())
+    wanted: list[Attack] = []
+    default: list[Attack] = [PGD(threat, steps=20, objective=o) for o in objectives]
+    if trace:
+        default.append(ExpertTransition(threat) if sole_router(trace) else RouteBeam(threat))
+    for attack in given or default:
+        if attack not in wanted:
+            wanted.append(attack)
+    if trace:
+        return wanted
+    whole = [a for a in wanted if a.objective.name == "joint" or isinstance(a, AutoAttackRouting)]
+    if not whole:
+        raise UserError(
+            "the model has no router, and every attack asked for is on the routers or the experts "
+            "alone; add one on the whole model, such as pgd(linf(8/255), steps=20)"
+        )
+    if given and len(whole) < len(wanted):
+        note(f"the model has no router: {len(wanted) - len(whole)} attack(s) on experts or routers alone left out")
+    return whole
+
+
+def one_norm(attacks: Sequence[Attack], certified: Mapping[int, float] | None) -> None:
+    """UserError where radii of one norm are given for attacks of several."""
+    norms = {attack.threat.norm for attack in attacks}
+    if certified and len(norms) > 1:
+        raise UserError(
+            f"the certified radii are of one norm, the attacks of {' and '.join(sorted(norms))}; evaluate one norm "
+            "at a time"
+        )
+
+
+def seeded(attack: Attack, seed: int) -> Attack:
+    """With ``seed``, unless its spec gives one of its own."""
+    return attack if attack.seed else changed(attack, seed=seed)
+
+
+def threat_of(config: dict[str, Any]) -> Threat:
+    """The threat a run was trained for, as its recipe says it; linf 8/255 where it says none."""
+    method = specs.build(config["method"], "method") if config.get("method") else None
+    if method is not None and method.attack is not None:
+        threat: Threat = method.attack.threat
+        return threat
+    return build_attack(config["val_attack"]).threat if config.get("val_attack") else linf(8 / 255)
+
+
+def radii_of(threat: Threat, radii: Sequence[float] | None) -> list[float]:
+    """The radii of a curve around ``threat``, without its own and without 0. UserError for one its norm cannot have."""
+    top = 1.0 if threat.norm == "linf" else math.inf
+    if radii is None:
+        radii = [threat.eps * factor for factor in CURVE if threat.eps * factor <= top]
+    for radius in radii:
+        if not 0 <= radius <= top or radius == math.inf:
+            limits = "from 0 to 1" if threat.norm == "linf" else "0 or more"
+            raise UserError(
+                f"{radius:g} is no radius of the {threat.norm} curve; expected numbers {limits}, in pixels of [0, 1] "
+                "(8/255)"
+            )
+    return [radius for radius in dict.fromkeys(radii) if radius > 0 and abs(radius - threat.eps) > 1e-12]
+
+
+def written(attack: Attack) -> str:
+    """The attack's spec; for a user's own class, which has none, its representation (its name where that would hold an
+    address).
+    """
+    try:
+        return specs.text(attack)
+    except UserError:
+        return repr(attack) if dataclasses.is_dataclass(attack) else type(attack).__name__
+
+
+def slug(attack: Attack) -> str:
+    """A file name from the attack's spec."""
+    text = written(attack)
+    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
