@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planted_models import ATTACK, Capacity, Dynamic, Mix, Noisy, Pair, case
+from faulty_models import ATTACK, Capacity, Dynamic, Mix, Noisy, Pair, case
 from robustmoe import analysis
 from robustmoe.attacks import Attack, Objective, Threat, linf
 from robustmoe.attacks.objectives import Joint

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planted_models import ATTACK, EPS, GATES, Capacity, Constant, Dead, Large, Mix, Pair, Stale, case
+from faulty_models import ATTACK, EPS, GATES, Capacity, Constant, Dead, Large, Mix, Pair, Stale, case
 from robustmoe import recipe, training
 from robustmoe.attacks import PGD, Joint, Objective, Score, experts_only, l1, l2, linf, router_only
 from robustmoe.attacks.objectives import Inner

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from planted_models import ATTACK, EPS, Large, Masked, Mix, Quantised, Shattered, Single, case
+from faulty_models import ATTACK, EPS, Large, Masked, Mix, Quantised, Shattered, Single, case
 from robustmoe.attacks import PGD, Attack, AutoAttack, Joint, Objective, Threat, experts_only, l1, l2, linf
 from robustmoe.attacks.apgd import APGD
 from robustmoe.attacks.base import Suite

@@ -343,6 +343,8 @@ def test_a_close_surrogates_judge_is_asked_inside_the_ball_alone(
 
     class Counted(Surrogate):
         def confirm(self, x_adv: Tensor, y: Tensor, claim: Tensor, forced: None = None) -> Tensor:
+            away = (x_adv[:, None] - x).abs().flatten(2).amax(2).amin(1)
+            assert (away[claim] <= 0.02 * (1 + 1e-6)).all(), "nobody asks about a point outside the ball"
             asked.append(int(claim.sum()))
             return super().confirm(x_adv, y, claim, forced)
 
