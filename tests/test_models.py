@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robustmoe import spec as specs
 from robustmoe.models import MODELS, Output, Pathway, ResNet, RoutedModel, as_routed, build_model, resnet18, resnet20
-from robustmoe.models.convolution import Conv, RoutedConv, Segments
-from robustmoe.models.resnet import BLOCKS, ResNetNetwork
+from robustmoe.models.convolution import Layers, RoutedConv, Segments, routed_layers
+from robustmoe.models.resnet import BLOCKS
 from robustmoe.routing import Tape, soft, to_expert, to_rank, top_k
 
 # ------------------------------------------------------------------------------------------------ forced runs
@@ -65,7 +65,7 @@ def test_forcing_expert_i_of_a_pathway_is_a_slim_dense_network(spec: str, images
     backbone = specs.build(spec, "model")
     answers = []
     for i in range(3):
-        slim = backbone.routed_network(4, (3, 8, 8), Conv, 0.5).eval()
+        slim = backbone.make(4, (3, 8, 8), Layers(routed=True), 0.5).eval()
         bank = {
             name.replace(f".experts.{i}.", "."): value
             for name, value in model.network.state_dict().items()
@@ -289,7 +289,7 @@ def test_counts_are_those_of_the_paper(
     spec = ResNet(depth, 64)
     with torch.device("meta"):
         network = spec.network(10, (3, 32, 32)).eval()
-        routed = spec.routed_network(10, (3, 32, 32), lambda *a: RoutedConv(2, *a), 0.5).eval()
+        routed = spec.make(10, (3, 32, 32), routed_layers(2), 0.5).eval()
     assert parameters(network) == dense == formula(depth, 64, 10)
     assert parameters(routed) == formula(depth, 64, 10, experts=2, ratio=0.5)
     assert parameters(routed) == pytest.approx(moe, rel=1e-4)
@@ -317,13 +317,13 @@ def test_the_papers_router_and_its_whole_model() -> None:
 @pytest.mark.parametrize("width, ratio, experts", [(4, 1.0, 1), (8, 0.5, 3), (5, 0.7, 2)])
 def test_every_depth_has_the_formulas_parameters(depth: int, width: int, ratio: float, experts: int) -> None:
     with torch.device("meta"):
-        network = ResNet(depth, width).routed_network(7, (3, 8, 8), lambda *a: RoutedConv(experts, *a), ratio)
+        network = ResNet(depth, width).make(7, (3, 8, 8), routed_layers(experts), ratio)
     assert parameters(network) == formula(depth, width, 7, experts, ratio)
 
 
 def test_padded_shortcuts_by_hand() -> None:
     """Subsampled, and the two new channels are zeros, one on either side."""
-    block = ResNetNetwork(ResNet(20, 2, "pad"), 3, 1).blocks[3].shortcut
+    block = ResNet(20, 2, "pad").make(3, (1, 4, 4)).stages[1][0].shortcut
     x = torch.arange(2 * 16.0).view(1, 2, 4, 4)
     out = block(x)[0]
     assert out[[0, 3]].abs().max() == 0
@@ -351,9 +351,13 @@ CASES = {
         "ensemble(small_cnn, experts=2, gate=vmoe, standardise=True, mix=probabilities)",
         "ensemble(linear, experts=2, gate=soft)",
     ],
+    "slim": ["slim(resnet8(width=4), ratio=0.5)"],
     "pathway": [
         "pathway(resnet8(width=4), experts=2, standardise=True)",
         "pathway(resnet50(width=4), experts=3, ratio=0.6, router=linear, standardise=True)",
+        "pathway(resnet8(width=4), experts=2, router=small_cnn, norm=own)",
+        "pathway(resnet8(width=4), experts=2, router=small_cnn, routers=stage)",
+        "pathway(resnet8(width=4), experts=2, router=small_cnn, routers=stage, norm=own)",
     ],
 }
 SPECS = [spec for cases in CASES.values() for spec in cases]
@@ -444,10 +448,12 @@ def test_the_routers_gradient_of_a_pathway_is_the_straight_through_sum() -> None
     (found,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), torch.tensor([1])), model.router.head.bias)
 
     def loss(scale: float) -> float:
-        sizes = [0, 0]
-        sizes[int(routing.index)] = 1
-        weight = torch.full((1,), scale, dtype=torch.float64, requires_grad=True)
-        logits = model.network(model.normalise(x), Segments(sizes, weight))
+        convolutions = [module for module in model.network.modules() if isinstance(module, RoutedConv)]
+        assert len(convolutions) == 6
+        hooks = [module.register_forward_hook(lambda module, args, out: scale * out) for module in convolutions]
+        logits = model(x)
+        for hook in hooks:
+            hook.remove()
         return float(nn.functional.cross_entropy(logits, torch.tensor([1])).detach())
 
     slope = (loss(1 + 1e-5) - loss(1 - 1e-5)) / 2e-5

@@ -192,7 +192,7 @@ def test_every_method_moves_its_phases_parameters_alone(
     whole = build_method(METHODS_HERE[name])
     names = [key for key, _ in model.named_parameters()]
     has_router = any(key.startswith("router.") for key in names)
-    for params in ("(?!router)", "router") if has_router else ("network.blocks",):
+    for params in ("(?!router)", "router") if has_router else ("network.stages",):
         method = Method(tuple(replace(phase, params=params) for phase in whole.phases), whole.attack)
         before = {key: value.detach().clone() for key, value in model.named_parameters()}
         noise = Noise.of(torch.arange(24), 1)

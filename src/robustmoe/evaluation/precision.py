@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import Output, Plain, RoutedModel, compact
-from robustmoe.models.convolution import Conv, RoutedConv, Segments
+from robustmoe.models.convolution import Conv, Norm, RoutedConv, Segments, weighted
 from robustmoe.models.norm import BatchNorm2d
 from robustmoe.routing import Tape, Trace, detach, to_expert
 
@@ -182,24 +182,6 @@ def _reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------ folding
 
 
-class _Weighted(torch.autograd.Function):
-    """``out`` times the route's weight (n,), which is 1 in value: nothing to compute forward. Backward, the weight's
-    gradient is <dL/dout, out - shift> an image.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
-        ctx.save_for_backward(out, shift)
-        ctx.dtype = weight.dtype
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        out, shift = ctx.saved_tensors
-        whole = (grad * out).sum((1, 2, 3), dtype=ctx.dtype)
-        return grad, whole - grad.sum((2, 3), dtype=ctx.dtype) @ shift.to(ctx.dtype), None
-
-
 class _FoldedRoutedConv(nn.Module):
     """A `RoutedConv` and the BatchNorm behind it as one: scale and shift are in each expert's filters and bias.
 
@@ -216,16 +198,14 @@ class _FoldedRoutedConv(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        used = [(expert, size) for expert, size in zip(self.experts, segments.sizes) if size]
-        if len(used) < 2:  # an empty slice would cost the gradient its channels-last memory
-            out = (used[0][0] if used else self.experts[0])(x)
-        else:
-            parts = x.split([size for _, size in used])
-            out = torch.cat([expert(part) for (expert, _), part in zip(used, parts)])
-        if not segments.weight.requires_grad:
-            return out
-        weighted: Tensor = _Weighted.apply(out, segments.weight, self.shift)
-        return weighted
+        return weighted(segments.through(self.experts, x), segments.weight, self.shift)
+
+
+class _Folded(nn.Module):
+    """In the place of a BatchNorm that is part of the convolution before it."""
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        return x
 
 
 def _fold(model: RoutedModel, answers: list[_Answer]) -> int:
@@ -238,7 +218,7 @@ def _fold(model: RoutedModel, answers: list[_Answer]) -> int:
             _absorb(single, scale, shift)
         if isinstance(conv, RoutedConv):
             _replace(model, conv, _FoldedRoutedConv(conv, shift.to(norm.running_var)))
-        _replace(model, norm, nn.Identity())
+        _replace(model, norm, _Folded())
     return len(pairs)
 
 
@@ -272,10 +252,12 @@ def _pairs(model: RoutedModel, answers: list[_Answer]) -> list[tuple[nn.Module, 
     """(convolution, BatchNorm) where the BatchNorm's input is the convolution's output, found by running the model
     again on a few of the images answered.
 
-    In every pass both are called once or neither is, and always with each other. A convolution whose output is read
-    elsewhere besides cannot be seen from here; the caller compares logits.
+    In every pass both are called equally often, each call of the BatchNorm on the output of another call of the
+    convolution (a pathway model calls a shared BatchNorm once for each expert in use). A convolution whose output is
+    read elsewhere besides cannot be seen from here; the caller compares logits.
     """
-    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept: an id is taken anew once its object is gone
+    made: dict[int, nn.Module] = {}
+    kept: list[Tensor] = []  # an id is taken anew once its object is gone
     calls: Counter[nn.Module] = Counter()
     source: dict[nn.Module, nn.Module] = {}
     refused: set[nn.Module] = set()
@@ -283,9 +265,10 @@ def _pairs(model: RoutedModel, answers: list[_Answer]) -> list[tuple[nn.Module, 
     def watch(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         calls[module] += 1
         if not isinstance(module, nn.BatchNorm2d):
-            made[id(out)] = (module, out)
+            made[id(out)] = module
+            kept.append(out)
             return
-        conv = made[id(args[0])][0] if args and id(args[0]) in made else None
+        conv = made.pop(id(args[0]), None) if args else None
         if conv is None or source.setdefault(module, conv) is not conv:
             refused.add(module)
 
@@ -294,9 +277,9 @@ def _pairs(model: RoutedModel, answers: list[_Answer]) -> list[tuple[nn.Module, 
     try:
         for x, forced, expected in answers:
             model.run(x[:FEW], forced=forced or {name: r.detach()[:FEW] for name, r in expected.trace.items()})
-            refused |= {module for module, times in calls.items() if times > 1}
             refused |= {norm for norm, conv in source.items() if calls[norm] != calls[conv]}
             made.clear()
+            kept.clear()
             calls.clear()
     finally:
         for handle in handles:
@@ -318,7 +301,7 @@ def _foldable(module: nn.Module) -> bool:
     if isinstance(module, RoutedConv):
         return all(_foldable(expert) for expert in module.experts)
     if isinstance(module, nn.BatchNorm2d):
-        return type(module) in (nn.BatchNorm2d, BatchNorm2d) and module.running_var is not None
+        return type(module) in (nn.BatchNorm2d, BatchNorm2d, Norm) and module.running_var is not None
     if not isinstance(module, nn.Conv2d) or module._parameters.get("weight") is None:
         return False
     kind = type(module)

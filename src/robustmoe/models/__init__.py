@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 
 from robustmoe import spec as specs
+from robustmoe.models.backbone import Backbone, Slim, StagedNetwork
 from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, Plain, RoutedModel, as_routed
 from robustmoe.models.ensemble import Ensemble, EnsembleModel
 from robustmoe.models.mixing import mix_reference, mix_sparse, run_sparse
 from robustmoe.models.norm import BatchNorm2d, Normalise
-from robustmoe.models.pathway import Pathway, PathwayModel
+from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
 from robustmoe.models.small import Linear, SmallCNN
 
@@ -29,6 +30,7 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
     "small_cnn": SmallCNN,
     "ensemble": Ensemble,
     "pathway": Pathway,
+    "slim": Slim,
 }
 
 
@@ -58,6 +60,7 @@ def build_model(
 
 __all__ = [
     "MODELS",
+    "Backbone",
     "BatchNorm2d",
     "Dense",
     "Ensemble",
@@ -73,7 +76,10 @@ __all__ = [
     "Plain",
     "ResNet",
     "RoutedModel",
+    "Slim",
     "SmallCNN",
+    "StagedNetwork",
+    "StagedPathwayModel",
     "as_routed",
     "build_model",
     "mix_reference",

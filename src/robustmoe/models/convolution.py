@@ -1,6 +1,7 @@
-"""Convolutions of a backbone that may be routed: a dense one, and one with an own filter bank for every expert.
+"""Convolutions and BatchNorms of a backbone that may be routed: dense ones, and ones with an own set of weights for every
+expert.
 
-A routed batch is sorted by expert once, at the entrance of the network (`Segments`), so that in every layer each
+A routed batch is sorted by expert once, at the entrance of the network (`dispatch`), so that in every layer each
 expert's images are one contiguous slice: nothing is gathered, masked or thrown away on the way.
 """
 
@@ -8,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from robustmoe.models.norm import BatchNorm2d, enters_empty
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,42 @@ class Segments:
 
     sizes: list[int]
     weight: Float[Tensor, " n"]
+
+    def through(self, modules: nn.ModuleList, x: Tensor, every: bool = False) -> Tensor:
+        """Each expert's module on its slice of x (n, d, h, w). An expert without images is left out, unless ``every``."""
+        used = [(module, size) for module, size in zip(modules, self.sizes, strict=True) if size or every]
+        if len(used) < 2:  # an empty slice would cost the gradient its channels-last memory
+            out: Tensor = (used[0][0] if used else modules[0])(x)
+            return out
+        parts = x.split([size for _, size in used])
+        return torch.cat([module(part) for (module, _), part in zip(used, parts)])
+
+
+def dispatch(
+    function: Callable[[Tensor, Segments], Tensor],
+    x: Float[Tensor, "n ..."],
+    expert: Int[Tensor, " n"],
+    weight: Float[Tensor, " n"],
+    experts: int,
+    apart: bool,
+) -> Float[Tensor, "n ..."]:
+    """``function`` on the batch sorted by expert, its result in the batch's own order.
+
+    ``apart``: one call an expert, on its slice alone, which then is a slim network of its own from end to end; right
+    where no layer looks at the whole batch (BatchNorm in eval mode, or one an expert). Otherwise one call for all.
+    """
+    sizes = torch.bincount(expert, minlength=experts).tolist()
+    if max(sizes) == len(x):  # all to one expert, or no image at all
+        return function(x, Segments(sizes, weight))
+    order = torch.argsort(expert, stable=True)
+    x, weight = x[order].contiguous(memory_format=torch.channels_last), weight[order]
+    if apart:
+        slices = zip(x.split(sizes), weight.split(sizes))
+        alone = [[size if k == j else 0 for j in range(experts)] for k, size in enumerate(sizes)]
+        out = torch.cat([function(part, Segments(own, w)) for (part, w), own in zip(slices, alone) if len(part)])
+    else:
+        out = function(x, Segments(sizes, weight))
+    return out[torch.argsort(order)]
 
 
 class Conv(nn.Conv2d):
@@ -34,13 +75,49 @@ class Conv(nn.Conv2d):
         return super().forward(x)
 
 
+class Norm(BatchNorm2d):
+    """One BatchNorm for all experts: in train mode over the whole re-assembled batch (AdvMoE's)."""
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class _Weighted(torch.autograd.Function):
+    """``out`` times the route's weight (n,), which is 1 in value: nothing to compute forward. Backward, the weight's
+    gradient is <dL/dout, out - shift> an image (``shift`` (d,): see `weighted`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
+        ctx.save_for_backward(out, shift)
+        ctx.dtype = weight.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        out, shift = ctx.saved_tensors
+        whole = (grad * out).sum((1, 2, 3), dtype=ctx.dtype)
+        if shift is not None:
+            whole = whole - grad.sum((2, 3), dtype=ctx.dtype) @ shift.to(ctx.dtype)
+        return grad, whole, None
+
+
+def weighted(out: Float[Tensor, "n d h w"], weight: Float[Tensor, " n"], shift: Tensor | None = None) -> Tensor:
+    """``out`` itself; backward, the route's weight gets <dL/dout, out> an image (<dL/dout, out - shift> with ``shift``
+    (d,)).
+    """
+    if not weight.requires_grad:
+        return out
+    through: Tensor = _Weighted.apply(out, weight, shift)
+    return through
+
+
 class RoutedConv(nn.Module):
     """One convolution an expert, equal in shape; expert k's images (n_k, d, h, w) go through expert k's filters
     alone.
 
-    Multiplies by the route's weight, 1 in value, so that the straight-through gradient to the router is sum over
-    layers of <dL/dh, h> (AdvMoE's released code; its filter banks are initialised each on its own here, not by the
-    joint fan-out).
+    The route's weight, 1 in value, gets the straight-through gradient sum over layers of <dL/dh, h> (AdvMoE's released
+    code; its filter banks are initialised each on its own here, not by the joint fan-out).
     """
 
     def __init__(self, experts: int, inputs: int, outputs: int, kernel: int, stride: int) -> None:
@@ -50,12 +127,36 @@ class RoutedConv(nn.Module):
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         if segments is None:
             raise ValueError("a routed convolution needs the batch's segments")
-        parts = zip(self.experts, x.split(segments.sizes))
-        out = torch.cat([expert(part) for expert, part in parts if len(part)]) if len(x) else self.experts[0](x)
-        if segments.weight.requires_grad:
-            out = out * segments.weight[:, None, None, None].to(out.dtype)
-        return out
+        return weighted(segments.through(self.experts, x), segments.weight)
 
 
-ConvFactory = Callable[[int, int, int, int], nn.Module]
-"""(inputs, outputs, kernel, stride) -> a module called as conv(x, segments)."""
+class RoutedNorm(nn.Module):
+    """One BatchNorm an expert (not AdvMoE's, which shares them): its statistics are of that expert's images alone."""
+
+    def __init__(self, experts: int, channels: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(BatchNorm2d(channels) for _ in range(experts))
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        if segments is None:
+            raise ValueError("a routed BatchNorm needs the batch's segments")
+        return segments.through(self.experts, x, every=enters_empty(self))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a backbone is made of. ``conv``: (inputs, outputs, kernel, stride) -> a module called as conv(x, segments);
+    ``norm``: (channels) -> one called as norm(x, segments); ``routed``: whether these have experts.
+    """
+
+    conv: Callable[[int, int, int, int], nn.Module] = Conv
+    norm: Callable[[int], nn.Module] = Norm
+    routed: bool = False
+
+
+DENSE = Layers()
+
+
+def routed_layers(experts: int, own_norm: bool = False) -> Layers:
+    """Layers with ``experts`` filter banks; BatchNorms shared, or one an expert."""
+    return Layers(partial(RoutedConv, experts), partial(RoutedNorm, experts) if own_norm else Norm, routed=True)

@@ -1,50 +1,108 @@
-"""AdvMoE's model (Zhang et al., ICCV 2023): a backbone whose convolutions keep one filter bank an expert; one image
-router picks the pathway.
+"""AdvMoE's model (Zhang et al., ICCV 2023): a backbone whose convolutions keep one filter bank an expert; a router
+picks the pathway.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe import distributed
+from robustmoe.models.backbone import Backbone, StagedNetwork, check_ratio
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
-from robustmoe.models.convolution import RoutedConv, Segments
+from robustmoe.models.convolution import Segments, dispatch, routed_layers
 from robustmoe.models.norm import Normalise, Standardise, wide
-from robustmoe.models.resnet import ResNet, resnet20
-from robustmoe.routing import Tape, straight_through
+from robustmoe.models.resnet import resnet20
+from robustmoe.routing import Routing, Tape, straight_through
 
 
 class PathwayModel(RoutedModel):
-    """One decision an image, used by every routed convolution: exactly E pathways. BatchNorms, stem, shortcuts and
-    head are shared.
+    """One decision an image, used by every routed convolution: exactly E pathways. Stem, head, and what else the
+    backbone does not route are shared; BatchNorms too, unless ``own_norm``.
 
-    In train mode a shared BatchNorm sees the whole re-assembled batch (the exact statistics of the paper's method);
-    in eval mode an image's logits do not depend on the rest of the batch.
+    In train mode a shared BatchNorm sees the whole re-assembled batch (the exact statistics of the paper's method).
+    In eval mode an image's logits do not depend on the rest of the batch, and each expert's images run through one slim
+    network.
     """
 
-    def __init__(self, router: nn.Module, network: nn.Module, experts: int, normalise: Normalise) -> None:
+    def __init__(
+        self, router: nn.Module, network: StagedNetwork, experts: int, normalise: Normalise, own_norm: bool = False
+    ) -> None:
         super().__init__()
         self.normalise = normalise
         self.router = router
         self.network = network
         self.num_experts = experts
+        self.own_norm = own_norm
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         x = compact(self.normalise(x))
-        routing = tape("router", straight_through(wide(self.router(x))[:, None]))
-        expert, weight = routing.index[:, 0, 0], routing.weight[:, 0, 0]
-        if routing.k != 1:
-            raise ValueError(f"a pathway model takes one expert an image; the routing has k = {routing.k}")
-        if tape.forced and not bool((weight == 1).all()):
-            raise ValueError("a pathway model's forced weights must be 1")
-        order = torch.argsort(expert, stable=True)
-        sizes = torch.bincount(expert, minlength=self.num_experts).tolist()
-        logits = self.network(compact(x[order]), Segments(sizes, weight[order]))
-        return logits[torch.argsort(order)]
+        routing = tape("router", decide(self.router, x))
+        expert, weight = pathway_of(routing, bool(tape.forced))
+        apart = apart_in(self, self.own_norm)
+        logits = dispatch(self.network, x, expert, weight, self.num_experts, apart)
+        return logits * weight.detach()[:, None]  # 1, or NaN of a router that is broken
+
+
+class StagedPathwayModel(RoutedModel):
+    """One decision an image and stage, by a router of each stage that sees what enters it: E^S pathways (the paper's
+    figure has routers along the network; its code has one).
+    """
+
+    def __init__(
+        self,
+        routers: list[nn.Module],
+        network: StagedNetwork,
+        experts: int,
+        normalise: Normalise,
+        own_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.routers = nn.ModuleList(routers)
+        self.network = network
+        self.num_experts = experts
+        self.own_norm = own_norm
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        x = self.network.entry(compact(self.normalise(x)))
+        apart = apart_in(self, self.own_norm)
+        last = len(self.routers) - 1
+        for position, (router, stage) in enumerate(zip(self.routers, self.network.stages)):
+
+            def function(part: Tensor, segments: Segments, stage: nn.Module = stage, place: int = position) -> Tensor:
+                out: Tensor = stage(part, segments)
+                return self.network.leave(out, segments) if place == last else out
+
+            routing = tape(f"routers.{position}", decide(router, x))
+            expert, weight = pathway_of(routing, bool(tape.forced))
+            x = dispatch(function, x, expert, weight, self.num_experts, apart)
+            x = x * weight.detach().view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        return x
+
+
+def apart_in(model: nn.Module, own_norm: bool) -> bool:
+    """Whether each expert's images may run alone: no BatchNorm looks at more of the batch than them. (One an expert,
+    in train mode on several processes, has to be entered by all of these.)
+    """
+    return not model.training or (own_norm and not distributed.active())
+
+
+def decide(router: nn.Module, x: Tensor) -> Routing:
+    return straight_through(wide(router(x))[:, None])
+
+
+def pathway_of(routing: Routing, forced: bool) -> tuple[Tensor, Tensor]:
+    """(n,) each image's expert, and its weight, 1 in value. Raises ValueError for a forced routing of another kind."""
+    if routing.k != 1:
+        raise ValueError(f"a pathway model takes one expert an image; the routing has k = {routing.k}")
+    weight = routing.weight[:, 0, 0]
+    if forced and not bool((weight == 1).all()):
+        raise ValueError("a pathway model's forced weights must be 1")
+    return routing.index[:, 0, 0], weight
 
 
 @dataclass(frozen=True)
@@ -52,26 +110,34 @@ class Pathway(ModelSpec):
     """A MoE-CNN: each convolution of ``backbone`` has ``experts`` filter banks of ``ratio`` times its width.
 
     One forward pass costs about ratio^2 of the dense backbone, plus the router, whatever the number of experts.
-    ``router``: any network; the default is the paper's ResNet-20. ``standardise``: its logits have mean 0 and
-    variance 1 over the training batches, so that no expert is dead at the start. The decision is top-1 with a
-    straight-through gradient.
+    ``router``: any network; the default is the paper's ResNet-20. ``routers``: "image", one decision for the whole
+    network (the released code), or "stage", one for each stage by a router of its own on what enters it.
+    ``norm``: BatchNorms "shared" by the experts (the paper's) or "own", one an expert. ``standardise``: router logits
+    have mean 0 and variance 1 over the training batches, so that no expert is dead at the start (not the paper's). The
+    decision is top-1 with a straight-through gradient.
     """
 
-    backbone: ResNet
+    backbone: Backbone
     experts: int = 2
     ratio: float = 0.5
     router: NetworkSpec = resnet20()  # noqa: RUF009 (a frozen value)
+    routers: Literal["image", "stage"] = "image"
+    norm: Literal["shared", "own"] = "shared"
     standardise: bool = False
 
     def __post_init__(self) -> None:
         if self.experts < 1:
             raise ValueError(f"experts must be at least 1; got {self.experts}")
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio must be in (0, 1]; got {self.ratio}")
+        check_ratio(self.ratio)
 
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
-        network = self.backbone.routed_network(num_classes, image_shape, partial(RoutedConv, self.experts), self.ratio)
+        own = self.norm == "own"
+        network = self.backbone.make(num_classes, image_shape, routed_layers(self.experts, own), self.ratio)
+        if self.routers == "image":
+            return PathwayModel(self._router(image_shape), network, self.experts, normalise, own)
+        routers = [self._router(shape) for shape in network.inputs]
+        return StagedPathwayModel(routers, network, self.experts, normalise, own)
+
+    def _router(self, image_shape: ImageShape) -> nn.Module:
         router = self.router.network(self.experts, image_shape)
-        if self.standardise:
-            router = Standardise(router, self.experts)
-        return PathwayModel(router, network, self.experts, normalise)
+        return Standardise(router, self.experts) if self.standardise else router

@@ -10,9 +10,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustmoe.models.base import ImageShape, NetworkSpec
-from robustmoe.models.convolution import Conv, ConvFactory, Segments
-from robustmoe.models.norm import BatchNorm2d
+from robustmoe.models.backbone import Backbone, Stage, StagedNetwork, initialise, scaled
+from robustmoe.models.base import ImageShape
+from robustmoe.models.convolution import DENSE, Conv, Layers, Norm, Segments
 
 BLOCKS = {
     8: (1, 1, 1),
@@ -35,7 +35,7 @@ class Projection(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv = Conv(inputs, outputs, 1, stride)
-        self.norm = BatchNorm2d(outputs)
+        self.norm = Norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -65,15 +65,15 @@ class Basic(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, conv: ConvFactory, shortcut: Shortcut) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, layers: Layers, shortcut: Shortcut) -> None:
         super().__init__()
-        self.conv1, self.norm1 = conv(inputs, width, 3, stride), BatchNorm2d(width)
-        self.conv2, self.norm2 = conv(width, width, 3, 1), BatchNorm2d(width)
+        self.conv1, self.norm1 = layers.conv(inputs, width, 3, stride), layers.norm(width)
+        self.conv2, self.norm2 = layers.conv(width, width, 3, 1), layers.norm(width)
         self.shortcut = shortcut_of(shortcut, inputs, width, stride)
 
     def forward(self, x: Tensor, segments: Segments | None) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x, segments)))
-        out = self.norm2(self.conv2(out, segments))
+        out = F.relu(self.norm1(self.conv1(x, segments), segments))
+        out = self.norm2(self.conv2(out, segments), segments)
         return F.relu(out + self.shortcut(x))
 
 
@@ -82,53 +82,57 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, conv: ConvFactory, shortcut: Shortcut) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, layers: Layers, shortcut: Shortcut) -> None:
         super().__init__()
-        self.conv1, self.norm1 = conv(inputs, width, 1, 1), BatchNorm2d(width)
-        self.conv2, self.norm2 = conv(width, width, 3, stride), BatchNorm2d(width)
-        self.conv3, self.norm3 = conv(width, 4 * width, 1, 1), BatchNorm2d(4 * width)
+        self.conv1, self.norm1 = layers.conv(inputs, width, 1, 1), layers.norm(width)
+        self.conv2, self.norm2 = layers.conv(width, width, 3, stride), layers.norm(width)
+        self.conv3, self.norm3 = layers.conv(width, 4 * width, 1, 1), layers.norm(4 * width)
         self.shortcut = shortcut_of(shortcut, inputs, 4 * width, stride)
 
     def forward(self, x: Tensor, segments: Segments | None) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x, segments)))
-        out = F.relu(self.norm2(self.conv2(out, segments)))
-        out = self.norm3(self.conv3(out, segments))
+        out = F.relu(self.norm1(self.conv1(x, segments), segments))
+        out = F.relu(self.norm2(self.conv2(out, segments), segments))
+        out = self.norm3(self.conv3(out, segments), segments)
         return F.relu(out + self.shortcut(x))
 
 
-class ResNetNetwork(nn.Module):
-    """The network of `ResNet`; ``ratio`` scales the stages (not the stem), ``conv`` makes the main-branch
-    convolutions.
+class ResNetNetwork(StagedNetwork):
+    """The network of `ResNet`. Routed: the main-branch convolutions; the stem keeps its width and the projections
+    theirs (AdvMoE's CIFAR form).
     """
 
     def __init__(
-        self, spec: ResNet, num_classes: int, channels: int, conv: ConvFactory = Conv, ratio: float = 1.0
+        self, spec: ResNet, num_classes: int, image_shape: ImageShape, layers: Layers, ratio: float = 1.0
     ) -> None:
         super().__init__()
         block = Bottleneck if spec.depth == 50 else Basic
-        self.stem, self.norm = Conv(channels, spec.width, 3, 1), BatchNorm2d(spec.width)
-        self.blocks = nn.ModuleList()
-        inputs = spec.width
-        for stage, blocks in enumerate(BLOCKS[spec.depth]):
-            width = int(ratio * spec.width * 2**stage)
+        channels, height, width = image_shape
+        inputs = spec.width if layers.routed else scaled(ratio, spec.width)
+        self.stem, self.norm = Conv(channels, inputs, 3, 1), Norm(inputs)
+        self.stages, self.inputs = nn.ModuleList(), []
+        for place, blocks in enumerate(BLOCKS[spec.depth]):
+            self.inputs.append((inputs, height, width))
+            planes = scaled(ratio, spec.width * 2**place)
+            stage = Stage()
             for position in range(blocks):
-                stride = 2 if stage > 0 and position == 0 else 1
-                self.blocks.append(block(inputs, width, stride, conv, spec.shortcut))
-                inputs = width * block.expansion
+                stride = 2 if place > 0 and position == 0 else 1
+                stage.append(block(inputs, planes, stride, layers, spec.shortcut))
+                inputs = planes * block.expansion
+                height, width = -(-height // stride), -(-width // stride)
+            self.stages.append(stage)
         self.head = nn.Linear(inputs, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        for block in self.blocks:
-            x = block(x, segments)
-        return self.head(x.mean((2, 3)))
+    def entry(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.stem(x)))
+
+    def leave(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 @dataclass(frozen=True)
-class ResNet(NetworkSpec):
+class ResNet(Backbone):
     """ResNet for small images: 3x3 stem, no max-pooling. Depths 8, 14, 20, 32 have three stages, 10, 18, 34, 50 four.
 
     ``width``: channels of the stem and first stage. ``shortcut``: "projection" (1x1 convolution) or "pad" (no
@@ -145,16 +149,10 @@ class ResNet(NetworkSpec):
         if self.width < 1:
             raise ValueError(f"width must be at least 1; got {self.width}")
 
-    def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
-        return ResNetNetwork(self, num_classes, image_shape[0])
-
-    def routed_network(
-        self, num_classes: int, image_shape: ImageShape, conv: ConvFactory, ratio: float
+    def make(
+        self, num_classes: int, image_shape: ImageShape, layers: Layers = DENSE, ratio: float = 1.0
     ) -> ResNetNetwork:
-        """The network with its stages scaled by ``ratio`` and its main-branch convolutions made by ``conv``."""
-        if int(ratio * self.width) < 1:
-            raise ValueError(f"ratio {ratio} of width {self.width} leaves no channel")
-        return ResNetNetwork(self, num_classes, image_shape[0], conv, ratio)
+        return ResNetNetwork(self, num_classes, image_shape, layers, ratio)
 
 
 def resnet8(width: int = 32) -> ResNet:
