@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench crosscheck clean
+.PHONY: demo test lint bench recipes crosscheck clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
@@ -19,6 +19,9 @@ lint: $(VENV)/.dev  ## style, format and types
 
 bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/sparse_dispatch.py
+
+recipes: $(VENV)/.dev  ## two training steps of every cell of the AdvMoE grid, at its true size
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py
 
 crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks
 	$(INSTALL) -e '.[crosscheck]'

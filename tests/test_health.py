@@ -18,7 +18,7 @@ from robustmoe.recipe import Recipe
 from robustmoe.records import read_jsonl
 from robustmoe.routing import Tape, top_k
 from robustmoe.training import train
-from robustmoe.training.health import complaints, router_health, trainable_routers, validate
+from robustmoe.training.health import Validation, complaints, router_health, trainable_routers, validate
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,12 @@ def test_validation_by_hand(batch_size: int) -> None:
     result = validate(Threshold(), images, FGSM(linf(0.1)), batch_size, CPU, seed=0)
     assert (result.clean, result.robust, result.n) == (0.8, 0.6, 5)
     assert result.load == {"router": [0.2, 0.8, 0.0]}
-    assert validate(Threshold(), images, None, batch_size, CPU, seed=0).robust is None
+    # The two best logits are 0.25 - pixel and pixel - 0.25; the attack takes pixel 0.3 to 0.4, and none over 0.25
+    gaps = [2 * abs(pixel - 0.25) for pixel in PIXELS]
+    assert result.gap == {"router": pytest.approx(sum(gaps) / 5, rel=1e-6)}
+    assert result.consistency == {"router": 1.0}
+    still = validate(Threshold(), images, None, batch_size, CPU, seed=0)
+    assert (still.robust, still.consistency) == (None, {})
 
 
 def test_an_image_is_robust_only_where_it_is_right_before_and_after() -> None:
@@ -81,16 +86,26 @@ def test_validation_does_not_depend_on_the_batch_size(
     held = from_arrays(images(11), labels(11))
     attack = PGD(linf(0.1), steps=1)
     results = [validate(routed, held, attack, size, CPU, seed=3) for size in (11, 4)]
-    assert results[0] == results[1]
+    assert results[0].gap == pytest.approx(results[1].gap, rel=1e-5)
+    assert results[0] == results[1]._replace(gap=results[0].gap)
+
+
+def test_decisions_that_an_attack_changes_are_counted() -> None:
+    """Steps of 0.1 upwards carry 0.2 and 0.16 over the routing boundary at 0.25, 0.1 not: a third stays."""
+    images = from_arrays(torch.tensor([0.2, 0.16, 0.1]).view(3, 1, 1, 1), [0, 0, 0])
+    assert validate(Threshold(), images, FGSM(linf(0.1)), 2, CPU, seed=0).consistency == {"router": 1 / 3}
 
 
 def test_router_health_by_hand() -> None:
     """Load (3/4, 1/4, 0): entropy 3/4 log(4/3) + 1/4 log 4, expert 2 dead."""
-    found = router_health({"r": [0.75, 0.25, 0.0]}, {"r": 2.0}, {"r": True}, {"r": True})["r"]
+    seen = Validation(0.9, 0.5, 8, {"r": [0.75, 0.25, 0.0]}, {"r": 1.5}, {"r": 0.625})
+    found = router_health(seen, {"r": 2.0}, {"r": True}, {"r": True})["r"]
     assert found.pop("entropy") == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
     assert found == {
         "load": [0.75, 0.25, 0.0],
         "dead": [2],
+        "gap": 1.5,
+        "consistency": 0.625,
         "grad_norm": 2.0,
         "moved": True,
         "declared_fixed": False,
@@ -110,7 +125,8 @@ def test_router_health_by_hand() -> None:
 def test_who_learns_and_who_is_complained_of(
     grad: float, moved: bool, trainable: bool, learns: bool, said: bool
 ) -> None:
-    found = router_health({"r": [0.5, 0.5]}, {"r": grad}, {"r": moved}, {"r": trainable})
+    seen = Validation(0.9, None, 8, {"r": [0.5, 0.5]}, {"r": 1.5}, {})
+    found = router_health(seen, {"r": grad}, {"r": moved}, {"r": trainable})
     assert (found["r"]["moved"], found["r"]["declared_fixed"]) == (learns, not trainable)
     assert bool(complaints(found)) == said
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"distributed", "progress", "provenance", "records", "routing", "spec", "user_model"},
     {"analysis", "data", "models", "recipe"},
     {"attacks", "reporting"},
-    {"training"},
+    {"training", "costs"},
     {"evaluation"},
     {"demo", "interop"},
     {"cli"},

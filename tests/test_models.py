@@ -341,8 +341,15 @@ CASES = {
     "resnet20": ["resnet20(width=4)"],
     "resnet34": ["resnet34(width=2)"],
     "resnet50": ["resnet50(width=2)"],
+    "wide_resnet": ["wide_resnet(depth=10, width=2)"],
+    "wrn_28_10": [],  # 36 million parameters: counted in test_backbones.py; wide_resnet is the same network, smaller
+    "vgg16": ["vgg16(width=4)"],
+    "densenet": ["densenet(depth=10, growth=4)"],
+    "densenet40": ["densenet40(growth=2)"],
+    "densenet121": [],  # 430 layers: built in test_backbones.py
     "linear": ["linear"],
     "small_cnn": ["small_cnn"],
+    "downsampled": ["downsampled(resnet8(width=4), size=6)"],
     "ensemble": [
         "ensemble(resnet8(width=4), experts=2, standardise=True)",
         "ensemble(small_cnn, experts=3, k=2, gate=hard, router=linear)",
@@ -352,12 +359,27 @@ CASES = {
         "ensemble(linear, experts=2, gate=soft)",
     ],
     "slim": ["slim(resnet8(width=4), ratio=0.5)"],
+    "pruned": ["pruned(resnet8(width=4), ratio=0.5)"],
+    "block_moe": [
+        "block_moe(resnet10(width=4), experts=2)",
+        "block_moe(resnet8(width=4), stages=(2, 3), experts=3, k=2, router=gap_fc, blocks=last)",
+        "block_moe(wide_resnet(depth=10, width=1), stages=(3,), experts=2, router=gap_fc, gate=vmoe, standardise=True)",
+    ],
+    "conv_moe": [
+        "conv_moe(resnet10(width=4), experts=2, router=gap_fc)",
+        "conv_moe(resnet8(width=4), stages=(3,), experts=3, k=3, shortcuts=True)",
+        "conv_moe(resnet8(width=4), stages=(2, 3), experts=2, convs=last, standardise=True)",
+    ],
     "pathway": [
         "pathway(resnet8(width=4), experts=2, standardise=True)",
         "pathway(resnet50(width=4), experts=3, ratio=0.6, router=linear, standardise=True)",
         "pathway(resnet8(width=4), experts=2, router=small_cnn, norm=own)",
         "pathway(resnet8(width=4), experts=2, router=small_cnn, routers=stage)",
         "pathway(resnet8(width=4), experts=2, router=small_cnn, routers=stage, norm=own)",
+        "pathway(resnet10(width=4, stem=imagenet), experts=2, router=linear)",
+        "pathway(wide_resnet(depth=10, width=1), experts=2, router=linear, norm=own)",
+        "pathway(vgg16(width=4), experts=2, router=downsampled(linear, size=4))",
+        "pathway(densenet(depth=10, growth=4), experts=2, router=linear, routers=stage)",
     ],
 }
 SPECS = [spec for cases in CASES.values() for spec in cases]

@@ -170,6 +170,7 @@ METHODS_HERE = {
     "standard": "standard(balance=0.1)",
     "at": "at(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "trades": "trades(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
+    "advmoe": "advmoe(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
 }
 
 
@@ -193,7 +194,7 @@ def test_every_method_moves_its_phases_parameters_alone(
     names = [key for key, _ in model.named_parameters()]
     has_router = any(key.startswith("router.") for key in names)
     for params in ("(?!router)", "router") if has_router else ("network.stages",):
-        method = Method(tuple(replace(phase, params=params) for phase in whole.phases), whole.attack)
+        method = Method(tuple(replace(phase, params=params, own_batch=False) for phase in whole.phases), whole.attack)
         before = {key: value.detach().clone() for key, value in model.named_parameters()}
         noise = Noise.of(torch.arange(24), 1)
         train_step(model, method, optimisers(method, model, 0.1), images(24), labels(24), noise, autocast=autocast)

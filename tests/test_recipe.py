@@ -101,3 +101,16 @@ def test_every_field_has_a_help_text() -> None:
     hints: dict[str, Any] = field_types()
     assert list(hints) == [f.name for f in dataclasses.fields(Recipe)]
     assert all(len(hint.__metadata__) == 1 and hint.__metadata__[0] for hint in hints.values())
+
+
+def test_a_bare_name_may_stand_in_a_folder_inside_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "recipes")
+    inner = write(tmp_path / "recipes" / "grid", name="cell.toml").relative_to(tmp_path)
+    assert resolve("cell") == resolve("cell.toml") == resolve("recipes/grid/cell") == inner
+    write(tmp_path / "recipes" / "grid")
+    assert resolve("digits") == Path("recipes/digits.toml"), "the one that is not in a folder comes first"
+    with pytest.raises(UserError, match=r"there is no recipe 'cel'; did you mean 'cell'"):
+        resolve("cel")
+    with pytest.raises(UserError, match="there is no recipe 'recipes/cell'"):
+        resolve("recipes/cell")

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from robustmoe.attacks import attack_view as attack_view
     from robustmoe.attacks import build_attack as build_attack
     from robustmoe.errors import UserError as UserError
+    from robustmoe.evaluation import dissect as dissect
+    from robustmoe.evaluation import dissect_run as dissect_run
     from robustmoe.evaluation import evaluate as evaluate
     from robustmoe.evaluation import evaluate_run as evaluate_run
     from robustmoe.interop import as_art as as_art
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from robustmoe.models import Output as Output
     from robustmoe.models import RoutedModel as RoutedModel
     from robustmoe.models import build_model as build_model
+    from robustmoe.models import moefy as moefy
     from robustmoe.recipe import Recipe as Recipe
     from robustmoe.reporting import report as report
     from robustmoe.routing import Routing as Routing
@@ -44,9 +47,12 @@ _HOMES = {
     "build_attack": "attacks",
     "build_method": "training",
     "build_model": "models",
+    "dissect": "evaluation",
+    "dissect_run": "evaluation",
     "evaluate": "evaluation",
     "evaluate_run": "evaluation",
     "load_model": "training",
+    "moefy": "models",
     "report": "reporting",
     "train": "training",
 }

@@ -138,6 +138,30 @@ def check(
     return f"{card(audit.checks)}\nwritten to {records.audit_path(folder)}; analyze and report show it"
 
 
+def dissect(
+    run: Annotated[str, "a run folder"],
+    attack: Annotated[
+        str | None,
+        "a pgd on the whole model, from which all attacks are made, such as pgd(linf(8/255), steps=50) (default: 20 "
+        "steps at the threat of the run)",
+    ] = None,
+    limit: Annotated[int, "images to ask about"] = 500,
+    batch_size: Annotated[int, "images at a time"] = 128,
+    seed: Annotated[int, "decides every random draw of the attacks"] = 0,
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
+) -> str:
+    """Take a routed model apart: does its router give way first, or its experts?"""
+    folder = _run_folder(run)
+    if attack is not None:
+        spec.canonical(attack)
+    from robustmoe import records
+    from robustmoe.evaluation import dissect_run
+    from robustmoe.reporting import dissection_table
+
+    found = dissect_run(folder, attack=attack, limit=limit, batch_size=batch_size, seed=seed, device=device)
+    return f"{dissection_table(found)}\n\nwritten to {records.dissection_path(folder)}; report shows it"
+
+
 def analyze(run: Annotated[str, "a run folder that was evaluated"]) -> str:
     """Print the tables of an evaluated run."""
     folder = _run_folder(run)
@@ -161,8 +185,20 @@ def report(
     return str(write(folders, Path(out)))
 
 
-def list_names(kind: Annotated[str | None, "model, attack, data, ... (default: all)"] = None) -> str:
+def list_names(
+    kind: Annotated[str | None, "model, attack, data, ... (default: all)"] = None,
+    costs: Annotated[
+        bool, "of the models: parameters and multiply-adds of every architecture (some ten seconds)"
+    ] = False,
+) -> str:
     """List what can be named: models, attacks, data sets, methods, with their arguments."""
+    if costs:
+        if kind not in ("model", "models"):
+            given = "no kind" if kind is None else repr(kind)
+            raise UserError(f"--costs are those of the models; got {given}; write: robustmoe list models --costs")
+        from robustmoe import costs as counted
+
+        return counted.table(counted.rows())
     if kind is None:
         kinds = list(spec.TABLES)
     else:
@@ -188,6 +224,7 @@ VERBS: dict[str, Callable[..., str]] = {
     "train": train,
     "evaluate": evaluate,
     "check": check,
+    "dissect": dissect,
     "analyze": analyze,
     "report": report,
     "list": list_names,
@@ -196,6 +233,7 @@ VERBS: dict[str, Callable[..., str]] = {
 _STOPPED = {
     "train": "stopped; go on with --resume",
     "evaluate": "stopped; the same command goes on where it was",
+    "dissect": "stopped; the same command goes on where it was",
 }
 
 
@@ -365,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     stopped = _STOPPED.get(argv[0], "stopped") if argv else "stopped"
     try:
-        with _terminable() if argv[:1] in (["train"], ["evaluate"]) else contextlib.nullcontext():
+        with _terminable() if argv[:1] and argv[0] in _STOPPED else contextlib.nullcontext():
             text = _run(argv)
         if first_process():
             print(text, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 import types
 import typing
@@ -35,6 +36,7 @@ class Recipe:
     ema: Annotated[float, "decay of the averaged weights; 0 = off"] = 0.0
     clip: Annotated[float, "largest norm of the gradient; 0 = off"] = 0.0
     seed: Annotated[int, "decides every random draw"] = 0
+    init: Annotated[str | None, "a run folder whose weights the training starts from; none = random ones"] = None
     val_attack: Annotated[
         str | None, "attack on the validation images after each epoch; none = clean accuracy only"
     ] = None
@@ -123,7 +125,9 @@ def folders() -> list[Path]:
 
 
 def resolve(name: str | Path) -> Path:
-    """The file of a recipe given by path, or by bare name (``digits`` for ``recipes/digits.toml``)."""
+    """The file of a recipe given by path, or by bare name (``digits`` for ``recipes/digits.toml``, or for one in a
+    folder inside ``recipes``).
+    """
     path = Path(name)
     if path.is_file():
         return path
@@ -131,13 +135,14 @@ def resolve(name: str | Path) -> Path:
         raise UserError(f"{str(path)!r} is a folder, not a recipe file")
     bare = path.name == str(path)
     file_name = path.name if path.suffix == ".toml" else f"{path.name}.toml"
+    outer: dict[str, Path] = {}
+    inner: dict[str, Path] = {}
     for folder in folders() if bare else [path.parent]:
-        if (folder / file_name).is_file():
-            return folder / file_name
-    near = {
-        f.stem if bare else str(f)
-        for folder in ([*folders()] if bare else [path.parent])
-        for f in folder.glob("*.toml")
-    }
-    known = nearest(str(path), near) if near else "there are no recipes beside it; give the path of a .toml file"
-    raise UserError(f"there is no recipe {str(name)!r}; {known}")
+        outer = {file.name: file for file in sorted(folder.glob("*.toml"))} | outer
+        inner = {file.name: file for file in sorted(folder.glob("*/*.toml")) if bare} | inner
+    if file_name in outer | inner:
+        return (inner | outer)[file_name]
+    near = {file.stem if bare else str(file) for file in outer.values()}
+    near.update(Path(close).stem for close in difflib.get_close_matches(file_name, inner, n=4))  # they are many
+    hint = nearest(str(path), near) if near else "there are no recipes beside it; give the path of a .toml file"
+    raise UserError(f"there is no recipe {str(name)!r}; {hint}")

@@ -6,6 +6,7 @@ the worst case: an image survives only if it survives every attack of the same t
 
 from robustmoe.analysis.conflicts import warnings
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
+from robustmoe.analysis.dissection import Anatomy, ExpertPart, RouterPart, anatomy, route_iou, weaker_part
 from robustmoe.analysis.labels import attack_name, names
 from robustmoe.analysis.load import Load, load_by_class
 from robustmoe.analysis.parts import AUTOATTACK_PARTS, Part, by_part, routing_gap
@@ -22,13 +23,17 @@ __all__ = [
     "SAME_IMAGES",
     "SAME_THREAT",
     "Adds",
+    "Anatomy",
     "Curve",
+    "ExpertPart",
     "Load",
     "Part",
     "Rate",
+    "RouterPart",
     "Summary",
     "Verdict",
     "WorstCase",
+    "anatomy",
     "attack_name",
     "by_part",
     "eps_curve",
@@ -41,9 +46,11 @@ __all__ = [
     "names",
     "right",
     "robust",
+    "route_iou",
     "routing_gap",
     "summary",
     "warnings",
+    "weaker_part",
     "wilson",
     "worst_answers",
     "worst_case",

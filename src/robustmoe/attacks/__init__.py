@@ -10,7 +10,9 @@ from robustmoe.attacks.autoattack import AutoAttack, AutoAttackRouting
 from robustmoe.attacks.base import Attack, Suite, evaluating, part_noise
 from robustmoe.attacks.fab import FAB
 from robustmoe.attacks.fmn import FMN, accuracy_curve
+from robustmoe.attacks.half import Bf16
 from robustmoe.attacks.objectives import (
+    Diluted,
     ExpertsOnly,
     Joint,
     Objective,
@@ -65,6 +67,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "expert_transition": ExpertTransition,
     "route_beam": RouteBeam,
     "through": Viewed,
+    "bf16": Bf16,
 }
 THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "l1": l1}
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
@@ -74,6 +77,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "router_only": router_only,
     "router_hinge": router_hinge,
     "joint_normalised": JointNormalised,
+    "diluted": Diluted,
 }
 
 
@@ -96,6 +100,8 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "AutoAttackRouting",
+    "Bf16",
+    "Diluted",
     "Exact",
     "ExpertTransition",
     "ExpertView",

@@ -112,6 +112,49 @@ class Joint(Objective):
 
 
 @dataclass(frozen=True)
+class Diluted(Objective):
+    """The whole model and its routers at once, as AdvMoE's released code attacks (``train_moe.py``): not a measure of
+    robustness.
+
+    "ce", its evaluation: CE(f(x_adv), y) + ``weight`` * CE(router logits, y mod E), with weight 6. "kl", its training:
+    KL(f clean || f attacked) + ``weight`` * KL(router clean || attacked), with weight 1. Both KL in log space and of
+    the model as it is (the released code compares with the router's train-mode logits). Where the router's term owns
+    the gradient, the budget goes into the route and the prediction is spared. Means over routers and items.
+    """
+
+    name: ClassVar[str] = "joint"
+    loss: Literal["ce", "kl"] = "ce"
+    weight: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"weight must be 0 or more; got {self.weight}")
+
+    def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
+        clean = None
+        if self.loss == "kl":
+            with torch.no_grad():
+                clean = exact_of(model).run(x)
+
+        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+            output, label = model.run(x_adv), some(y, rows)
+            before = None if clean is None else some(clean.logits, rows)
+            loss = loss_of(self.loss, output.logits, label, before)
+            parts = []
+            for name, routing in output.trace.items():
+                if clean is None:
+                    target = (label % routing.num_experts)[:, None].expand(routing.logits.shape[:2])
+                    parts.append(F.cross_entropy(routing.logits.movedim(-1, 1), target, reduction="none").mean(-1))
+                else:
+                    parts.append(kl(some(clean.trace[name].logits, rows), routing.logits).mean(-1))
+            if parts:
+                loss = loss + self.weight * torch.stack(parts).mean(0)
+            return Score(loss, missed(model, x_adv, output.logits, label))
+
+        return inner
+
+
+@dataclass(frozen=True)
 class Targeted(Objective):
     """The whole model, towards the class that is ``rank``-th most likely on the clean image (2: the first rival).
 

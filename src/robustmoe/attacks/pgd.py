@@ -64,7 +64,7 @@ class PGD(Attack):
     later ones attack only the images not yet fooled. ``keep``: "best" returns the best iterate (one forward pass
     more), "last" the final one, as adversarial training usually does; with "first" an image leaves the batch as soon
     as it is fooled (the same robust accuracy as "best" in fewer passes; the rest return their last iterate).
-    ``start``: "random" in the ball, or "clean".
+    ``start``: "random" in the ball, "clean", or "near", a normal step of deviation 0.001 (TRADES, Zhang et al. 2019).
     """
 
     threat: Threat
@@ -73,7 +73,7 @@ class PGD(Attack):
     restarts: int = 1
     objective: Objective = Joint()  # noqa: RUF009 (a frozen value)
     keep: Literal["best", "last", "first"] = "best"
-    start: Literal["random", "clean"] = "random"
+    start: Literal["random", "clean", "near"] = "random"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,9 +102,16 @@ class PGD(Attack):
             best.offer(x_adv, Score(loss, fooled))
         return best.x_adv
 
+    def _start(self, x: Tensor, noise: Noise) -> Tensor:
+        if self.start == "random":
+            return self.threat.start(x, noise)
+        if self.start == "near":
+            return self.threat.project(x + 1e-3 * noise.normal(*x.shape[1:]).to(x.dtype), x)
+        return x
+
     def _climb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> _Best:
         inner = self.objective(model, x, y)
-        x_adv = self.threat.start(x, noise) if self.start == "random" else x
+        x_adv = self._start(x, noise)
         if self.keep == "first":
             return self._until_fooled(inner, x, x_adv)
         best: _Best | None = None

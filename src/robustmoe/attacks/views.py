@@ -21,6 +21,7 @@ from torch import Tensor
 from robustmoe import spec as specs
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.fmn import FMN
+from robustmoe.attacks.half import Bf16
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.surrogate import Surrogate, exact_of
 from robustmoe.attacks.threat import Threat
@@ -248,9 +249,9 @@ class Viewed(Attack):
 
 
 def changed(attack: Attack, **fields: object) -> Attack:
-    """`dataclasses.replace`, which reaches the attack inside a `Viewed`: ``changed(attack, seed=3)``."""
-    if isinstance(attack, Viewed):
-        return Viewed(attack.view, changed(attack.attack, **fields))
+    """`dataclasses.replace`, which reaches the attack inside a `Viewed` or `Bf16`: ``changed(attack, seed=3)``."""
+    if isinstance(attack, Viewed | Bf16):
+        return dataclasses.replace(attack, attack=changed(attack.attack, **fields))
     new: Attack = dataclasses.replace(attack, **fields)  # type: ignore[type-var]
     return new
 
@@ -258,7 +259,7 @@ def changed(attack: Attack, **fields: object) -> Attack:
 def at_radius(attack: Attack, eps: float) -> Attack:
     """The attack at another radius, in pixels; a step size that it names is scaled with it."""
     changes: dict[str, object] = {"threat": dataclasses.replace(attack.threat, eps=eps)}
-    step = getattr(attack.attack if isinstance(attack, Viewed) else attack, "step_size", None)
+    step = getattr(attack.attack if isinstance(attack, Viewed | Bf16) else attack, "step_size", None)
     if step is not None and attack.threat.eps > 0 and not isinstance(attack, FMN):  # FMN's search knows no eps
         changes["step_size"] = step * eps / attack.threat.eps
     return changed(attack, **changes)

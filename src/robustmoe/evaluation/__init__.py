@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from robustmoe.evaluation.dissection import dissect, dissect_run
 from robustmoe.evaluation.measuring import evaluate, evaluate_model, evaluate_run, measure, slug
 
-__all__ = ["evaluate", "evaluate_model", "evaluate_run", "measure", "slug"]
+__all__ = ["dissect", "dissect_run", "evaluate", "evaluate_model", "evaluate_run", "measure", "slug"]

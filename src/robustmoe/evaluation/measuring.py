@@ -74,7 +74,7 @@ def evaluate(
     """
     chosen = [build_attack(attack) for attack in attacks]
     where = distributed.local_device(provenance.pick_device(device))
-    images = _images(x, y, num_classes).head(limit)
+    images = images_of(x, y, num_classes).head(limit)
     about = {
         "run": "",
         "model": type(model).__name__,
@@ -85,10 +85,10 @@ def evaluate(
     routed = as_routed(model)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        _borrowed(routed, where),
+        borrowed(routed, where),
         distributed.session(where),
     ):
-        output = _look(routed, images, where)
+        output = first_look(routed, images, where)
         chosen = attacks_for(output.trace, chosen, linf(8 / 255))
         one_norm(chosen, certified)
         paths = [Path(out or scratch) / f"{slug(attack)}.jsonl" for attack in chosen]
@@ -204,8 +204,8 @@ def evaluate_model(
     batch_size = BATCH if batch_size is None else batch_size
     end = "" if split == "test" else f"-{split}"
     routed = as_routed(model)
-    with _borrowed(routed, where), distributed.session(where):
-        output = _look(routed, images, where)
+    with borrowed(routed, where), distributed.session(where):
+        output = first_look(routed, images, where)
         chosen = [seeded(attack, seed) for attack in attacks_for(output.trace, given, threat)]
         one_norm(chosen, certified)
         simple = [len(attack.parts(output)) == 1 for attack in chosen]  # a suite at every radius would take hours
@@ -262,7 +262,7 @@ def measure(
         some = images.head(n)
         whole = n == len(images) or not plan.certified
         work = plan if whole else engine.plan(attack, model.run(probe.x), some, certified)
-        return _header(model, some, attack, work, device, batch_size, about, role, precision)
+        return header_of(model, some, attack, work, device, batch_size, about, role, precision)
 
     with contextlib.ExitStack() as stack:
         writer: Writer | None = None
@@ -315,9 +315,10 @@ def _in_order(found: list[Check]) -> list[Check]:
     return sorted(found, key=lambda check: (check.id[0], int(check.id[1:])))
 
 
-def _images(
+def images_of(
     x: Tensor | np.ndarray | ImageSet | Data, y: Tensor | np.ndarray | list[int] | None, num_classes: int | None
 ) -> ImageSet:
+    """What the caller gave as an `ImageSet`. UserError for labels beside a data set, or images without labels."""
     if isinstance(x, Data | ImageSet):
         if y is not None:
             raise UserError("labels were given beside a data set, which has its own; expected one of them")
@@ -328,7 +329,7 @@ def _images(
 
 
 @contextlib.contextmanager
-def _borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The user's model on ``device`` and in eval mode inside; after, each submodule in its own former mode, and on the
     former device. A model spread over several devices is not moved.
     """
@@ -346,7 +347,7 @@ def _borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
             model.to(places.pop())
 
 
-def _look(model: RoutedModel, images: ImageSet, device: torch.device) -> Output:
+def first_look(model: RoutedModel, images: ImageSet, device: torch.device) -> Output:
     """One pass on the first images. UserError unless the model takes them, gives logits (n, c), and has an output for
     each label.
     """
@@ -373,7 +374,7 @@ def _look(model: RoutedModel, images: ImageSet, device: torch.device) -> Output:
     return output
 
 
-def _header(
+def header_of(
     model: RoutedModel,
     images: ImageSet,
     attack: Attack,
@@ -384,6 +385,7 @@ def _header(
     role: str,
     precision: str,
 ) -> Header:
+    """The header of an evaluation; ``about``: what it says of the model. One pass of the model on a few images."""
     with torch.no_grad():
         output = model.run(images.batch(list(range(min(PROBE, len(images))))).to(device).x)
     routers = {

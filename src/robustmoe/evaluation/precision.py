@@ -14,10 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.half import Half
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import Output, Plain, RoutedModel, compact
 from robustmoe.models.convolution import Conv, Norm, RoutedConv, Segments, weighted
 from robustmoe.models.norm import BatchNorm2d
+from robustmoe.models.pruned import PrunedConv
 from robustmoe.routing import Tape, Trace, detach, to_expert
 
 Precision = Literal["strict", "fast"]
@@ -311,20 +313,6 @@ def _foldable(module: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------------------ fast
 
 
-class _Half(RoutedModel):
-    """``model`` under bf16 autocast, on float32 images; what it computes outside convolutions and products keeps its
-    dtype.
-    """
-
-    def __init__(self, model: RoutedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # frozen weights are not cached anyway
-            return self.model.body(x.float(), tape)
-
-
 def _fast(strict: _Made, owned: bool, answers: list[_Answer]) -> _Made:
     """bf16 weights under autocast; where these do not work, autocast alone; where neither does, the strict copy."""
     ways: list[tuple[str, Callable[[], RoutedModel]]] = [("autocast to bf16", lambda: _float32(strict.model, owned))]
@@ -333,7 +321,7 @@ def _fast(strict: _Made, owned: bool, answers: list[_Answer]) -> _Made:
     failed = ""
     for way, build in ways:
         try:
-            half = _Half(build())
+            half = Half(build())
             off = _deviation(half, answers).median().item()
         except Exception as error:  # a user's module may raise anything here; all mean the same
             failed += f"; not {way} ({_reason(error)})"
@@ -350,9 +338,13 @@ def _float32(model: RoutedModel, owned: bool) -> RoutedModel:
 
 
 def _bf16(model: RoutedModel) -> RoutedModel:
-    """A copy whose convolutions and linear layers hold bf16 weights: cast once, not in every pass."""
+    """A copy whose convolutions and linear layers hold bf16 weights: cast once, not in every pass. Pruning scores stay:
+    rounded, they could keep other filters.
+    """
     made = _float32(model, True)
     for module in made.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, PrunedConv):
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
             module.to(torch.bfloat16)
     return made

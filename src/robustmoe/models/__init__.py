@@ -11,12 +11,18 @@ import torch
 from robustmoe import spec as specs
 from robustmoe.models.backbone import Backbone, Slim, StagedNetwork
 from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, Plain, RoutedModel, as_routed
+from robustmoe.models.block import BlockMoE, ConvMoE, LayeredModel, RoutedLayer
+from robustmoe.models.conversion import MoefiedModel, moefy
+from robustmoe.models.densenet import DenseNet, densenet40, densenet121
 from robustmoe.models.ensemble import Ensemble, EnsembleModel
 from robustmoe.models.mixing import mix_reference, mix_sparse, run_sparse
 from robustmoe.models.norm import BatchNorm2d, Normalise
 from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
+from robustmoe.models.pruned import Pruned
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
-from robustmoe.models.small import Linear, SmallCNN
+from robustmoe.models.small import Downsampled, Linear, SmallCNN
+from robustmoe.models.vgg import VGG16
+from robustmoe.models.wide_resnet import WideResNet, wrn_28_10
 
 MODELS: dict[str, Callable[..., ModelSpec]] = {
     "resnet": ResNet,
@@ -26,11 +32,21 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
     "resnet20": resnet20,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "wide_resnet": WideResNet,
+    "wrn_28_10": wrn_28_10,
+    "vgg16": VGG16,
+    "densenet": DenseNet,
+    "densenet40": densenet40,
+    "densenet121": densenet121,
     "linear": Linear,
     "small_cnn": SmallCNN,
+    "downsampled": Downsampled,
     "ensemble": Ensemble,
     "pathway": Pathway,
     "slim": Slim,
+    "pruned": Pruned,
+    "block_moe": BlockMoE,
+    "conv_moe": ConvMoE,
 }
 
 
@@ -60,30 +76,43 @@ def build_model(
 
 __all__ = [
     "MODELS",
+    "VGG16",
     "Backbone",
     "BatchNorm2d",
+    "BlockMoE",
+    "ConvMoE",
     "Dense",
+    "DenseNet",
+    "Downsampled",
     "Ensemble",
     "EnsembleModel",
     "ImageShape",
+    "LayeredModel",
     "Linear",
     "ModelSpec",
+    "MoefiedModel",
     "NetworkSpec",
     "Normalise",
     "Output",
     "Pathway",
     "PathwayModel",
     "Plain",
+    "Pruned",
     "ResNet",
+    "RoutedLayer",
     "RoutedModel",
     "Slim",
     "SmallCNN",
     "StagedNetwork",
     "StagedPathwayModel",
+    "WideResNet",
     "as_routed",
     "build_model",
+    "densenet40",
+    "densenet121",
     "mix_reference",
     "mix_sparse",
+    "moefy",
     "resnet8",
     "resnet10",
     "resnet18",
@@ -91,4 +120,5 @@ __all__ = [
     "resnet34",
     "resnet50",
     "run_sparse",
+    "wrn_28_10",
 ]

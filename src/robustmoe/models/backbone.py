@@ -90,7 +90,9 @@ def scaled(ratio: float, width: int) -> int:
 
 
 def initialise(network: nn.Module) -> None:
-    """He initialisation by fan-out of every convolution (the field's for ResNets)."""
+    """He initialisation by fan-out of every convolution (the field's for ResNets). On the meta device there is nothing
+    to fill.
+    """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -53,6 +53,10 @@ class RoutedModel(nn.Module, ABC):
         """Logits alone."""
         return self.run(x).logits
 
+    def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
+        """The routers' decisions alone. A model whose routers need no expert may say them without running one."""
+        return self.run(x).trace
+
 
 class Dense(RoutedModel):
     """One network, no router: ``network`` on normalised images."""

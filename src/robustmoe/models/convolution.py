@@ -1,4 +1,4 @@
-"""Convolutions and BatchNorms of a backbone that may be routed: dense ones, and ones with an own set of weights for every
+"""Convolutions and BatchNorms of a backbone that may be routed: dense ones, and ones with weights of its own for every
 expert.
 
 A routed batch is sorted by expert once, at the entrance of the network (`dispatch`), so that in every layer each
@@ -29,7 +29,7 @@ class Segments:
     weight: Float[Tensor, " n"]
 
     def through(self, modules: nn.ModuleList, x: Tensor, every: bool = False) -> Tensor:
-        """Each expert's module on its slice of x (n, d, h, w). An expert without images is left out, unless ``every``."""
+        """Each expert's module on its slice of x (n, d, h, w); without images it is left out, unless ``every``."""
         used = [(module, size) for module, size in zip(modules, self.sizes, strict=True) if size or every]
         if len(used) < 2:  # an empty slice would cost the gradient its channels-last memory
             out: Tensor = (used[0][0] if used else modules[0])(x)
@@ -49,7 +49,7 @@ def dispatch(
     """``function`` on the batch sorted by expert, its result in the batch's own order.
 
     ``apart``: one call an expert, on its slice alone, which then is a slim network of its own from end to end; right
-    where no layer looks at the whole batch (BatchNorm in eval mode, or one an expert). Otherwise one call for all.
+    in eval mode, where no layer looks at the rest of the batch. Otherwise one call for all.
     """
     sizes = torch.bincount(expert, minlength=experts).tolist()
     if max(sizes) == len(x):  # all to one expert, or no image at all

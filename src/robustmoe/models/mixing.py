@@ -9,6 +9,7 @@ items that expert got, which differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -43,7 +44,8 @@ def mix_sparse(
     """The same sum, each expert run once, on just the items routed to it; summed over k in rank order."""
     chosen = run_sparse(experts, x, index)
     spread = (slice(None), slice(None), *([None] * (chosen.ndim - 2)))
-    return (chosen * weight[spread].to(chosen.dtype)).sum(1)
+    ranks = zip(chosen.unbind(1), weight[spread].to(chosen.dtype).unbind(1))
+    return reduce(torch.add, (output * each for output, each in ranks))  # keeps channels-last memory; sum(1) does not
 
 
 def run_sparse(

@@ -10,41 +10,40 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustmoe import distributed
 from robustmoe.models.backbone import Backbone, StagedNetwork, check_ratio
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
 from robustmoe.models.convolution import Segments, dispatch, routed_layers
 from robustmoe.models.norm import Normalise, Standardise, wide
 from robustmoe.models.resnet import resnet20
-from robustmoe.routing import Routing, Tape, straight_through
+from robustmoe.routing import Routing, Tape, Trace, straight_through
 
 
 class PathwayModel(RoutedModel):
     """One decision an image, used by every routed convolution: exactly E pathways. Stem, head, and what else the
-    backbone does not route are shared; BatchNorms too, unless ``own_norm``.
+    backbone does not route are shared; BatchNorms too, unless the network's layers have one an expert.
 
-    In train mode a shared BatchNorm sees the whole re-assembled batch (the exact statistics of the paper's method).
+    In train mode a shared BatchNorm sees the whole re-assembled batch (the exact statistics of the paper's method);
+    those of the stem and of unrouted shortcuts are always shared, so the batch stays whole.
     In eval mode an image's logits do not depend on the rest of the batch, and each expert's images run through one slim
     network.
     """
 
-    def __init__(
-        self, router: nn.Module, network: StagedNetwork, experts: int, normalise: Normalise, own_norm: bool = False
-    ) -> None:
+    def __init__(self, router: nn.Module, network: StagedNetwork, experts: int, normalise: Normalise) -> None:
         super().__init__()
         self.normalise = normalise
         self.router = router
         self.network = network
         self.num_experts = experts
-        self.own_norm = own_norm
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         x = compact(self.normalise(x))
         routing = tape("router", decide(self.router, x))
         expert, weight = pathway_of(routing, bool(tape.forced))
-        apart = apart_in(self, self.own_norm)
-        logits = dispatch(self.network, x, expert, weight, self.num_experts, apart)
+        logits = dispatch(self.network, x, expert, weight, self.num_experts, apart=not self.training)
         return logits * weight.detach()[:, None]  # 1, or NaN of a router that is broken
+
+    def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
+        return {"router": decide(self.router, compact(self.normalise(x)))}
 
 
 class StagedPathwayModel(RoutedModel):
@@ -52,24 +51,15 @@ class StagedPathwayModel(RoutedModel):
     figure has routers along the network; its code has one).
     """
 
-    def __init__(
-        self,
-        routers: list[nn.Module],
-        network: StagedNetwork,
-        experts: int,
-        normalise: Normalise,
-        own_norm: bool = False,
-    ) -> None:
+    def __init__(self, routers: list[nn.Module], network: StagedNetwork, experts: int, normalise: Normalise) -> None:
         super().__init__()
         self.normalise = normalise
         self.routers = nn.ModuleList(routers)
         self.network = network
         self.num_experts = experts
-        self.own_norm = own_norm
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         x = self.network.entry(compact(self.normalise(x)))
-        apart = apart_in(self, self.own_norm)
         last = len(self.routers) - 1
         for position, (router, stage) in enumerate(zip(self.routers, self.network.stages)):
 
@@ -79,16 +69,9 @@ class StagedPathwayModel(RoutedModel):
 
             routing = tape(f"routers.{position}", decide(router, x))
             expert, weight = pathway_of(routing, bool(tape.forced))
-            x = dispatch(function, x, expert, weight, self.num_experts, apart)
+            x = dispatch(function, x, expert, weight, self.num_experts, apart=not self.training)
             x = x * weight.detach().view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
         return x
-
-
-def apart_in(model: nn.Module, own_norm: bool) -> bool:
-    """Whether each expert's images may run alone: no BatchNorm looks at more of the batch than them. (One an expert,
-    in train mode on several processes, has to be entered by all of these.)
-    """
-    return not model.training or (own_norm and not distributed.active())
 
 
 def decide(router: nn.Module, x: Tensor) -> Routing:
@@ -100,7 +83,7 @@ def pathway_of(routing: Routing, forced: bool) -> tuple[Tensor, Tensor]:
     if routing.k != 1:
         raise ValueError(f"a pathway model takes one expert an image; the routing has k = {routing.k}")
     weight = routing.weight[:, 0, 0]
-    if forced and not bool((weight == 1).all()):
+    if forced and bool(((weight != 1) & ~weight.isnan()).any()):  # NaN goes on into the logits
         raise ValueError("a pathway model's forced weights must be 1")
     return routing.index[:, 0, 0], weight
 
@@ -131,12 +114,12 @@ class Pathway(ModelSpec):
         check_ratio(self.ratio)
 
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
-        own = self.norm == "own"
-        network = self.backbone.make(num_classes, image_shape, routed_layers(self.experts, own), self.ratio)
+        layers = routed_layers(self.experts, own_norm=self.norm == "own")
+        network = self.backbone.make(num_classes, image_shape, layers, self.ratio)
         if self.routers == "image":
-            return PathwayModel(self._router(image_shape), network, self.experts, normalise, own)
+            return PathwayModel(self._router(image_shape), network, self.experts, normalise)
         routers = [self._router(shape) for shape in network.inputs]
-        return StagedPathwayModel(routers, network, self.experts, normalise, own)
+        return StagedPathwayModel(routers, network, self.experts, normalise)
 
     def _router(self, image_shape: ImageShape) -> nn.Module:
         router = self.router.network(self.experts, image_shape)

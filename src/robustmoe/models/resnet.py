@@ -1,5 +1,5 @@
-"""ResNets with the CIFAR stem (He et al. 2016): any width, depths 8 to 50, dense or as the backbone of a pathway
-model.
+"""ResNets (He et al. 2016) in CIFAR and ImageNet form: any width, depths 8 to 50, dense or as the backbone of a
+pathway model.
 """
 
 from __future__ import annotations
@@ -28,17 +28,47 @@ BLOCKS = {
 
 Shortcut = Literal["projection", "pad"]
 
+Stem = Literal["cifar", "imagenet"]
+"""How a network begins: a 3x3 convolution, or a 7x7 one of stride 2 and a 3x3 max-pooling of stride 2."""
+
+
+def stem_conv(stem: Stem, channels: int, outputs: int) -> Conv:
+    """The first convolution; never routed."""
+    return Conv(channels, outputs, 7, 2) if stem == "imagenet" else Conv(channels, outputs, 3, 1)
+
+
+def stem_pool(stem: Stem, x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=2, padding=1) if stem == "imagenet" else x
+
+
+def stem_size(stem: Stem, size: int) -> int:
+    """Pixels along one side behind `stem_conv` and `stem_pool`."""
+    return halved(halved(size)) if stem == "imagenet" else size
+
+
+def halved(size: int) -> int:
+    """Pixels along one side after a stride of 2, rounded up."""
+    return -(-size // 2)
+
+
+class Same(nn.Module):
+    """The input itself."""
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        return x
+
 
 class Projection(nn.Module):
-    """1x1 convolution and BatchNorm where a block changes its shape; never routed."""
+    """1x1 convolution and BatchNorm where a block changes its shape."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, layers: Layers = DENSE) -> None:
         super().__init__()
-        self.conv = Conv(inputs, outputs, 1, stride)
-        self.norm = Norm(outputs)
+        self.conv = layers.conv(inputs, outputs, 1, stride)
+        self.norm = layers.norm(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        out: Tensor = self.norm(self.conv(x, segments), segments)
+        return out
 
 
 class Pad(nn.Module):
@@ -50,14 +80,17 @@ class Pad(nn.Module):
         self.before = (outputs - inputs) // 2
         self.after = outputs - inputs - self.before
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
-def shortcut_of(kind: Shortcut, inputs: int, outputs: int, stride: int) -> nn.Module:
+def shortcut_of(spec: ResNet, inputs: int, outputs: int, stride: int, layers: Layers) -> nn.Module:
+    """What a block adds to its branch. Projections are routed in the ImageNet form alone (AdvMoE's code)."""
     if stride == 1 and inputs == outputs:
-        return nn.Identity()
-    return Projection(inputs, outputs, stride) if kind == "projection" else Pad(inputs, outputs, stride)
+        return Same()
+    if spec.shortcut == "pad":
+        return Pad(inputs, outputs, stride)
+    return Projection(inputs, outputs, stride, layers if spec.stem == "imagenet" else DENSE)
 
 
 class Basic(nn.Module):
@@ -65,16 +98,16 @@ class Basic(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, layers: Layers, shortcut: Shortcut) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, layers: Layers, spec: ResNet) -> None:
         super().__init__()
         self.conv1, self.norm1 = layers.conv(inputs, width, 3, stride), layers.norm(width)
         self.conv2, self.norm2 = layers.conv(width, width, 3, 1), layers.norm(width)
-        self.shortcut = shortcut_of(shortcut, inputs, width, stride)
+        self.shortcut = shortcut_of(spec, inputs, width, stride, layers)
 
-    def forward(self, x: Tensor, segments: Segments | None) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x, segments), segments))
         out = self.norm2(self.conv2(out, segments), segments)
-        return F.relu(out + self.shortcut(x))
+        return F.relu(out + self.shortcut(x, segments))
 
 
 class Bottleneck(nn.Module):
@@ -82,23 +115,24 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, layers: Layers, shortcut: Shortcut) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, layers: Layers, spec: ResNet) -> None:
         super().__init__()
         self.conv1, self.norm1 = layers.conv(inputs, width, 1, 1), layers.norm(width)
         self.conv2, self.norm2 = layers.conv(width, width, 3, stride), layers.norm(width)
         self.conv3, self.norm3 = layers.conv(width, 4 * width, 1, 1), layers.norm(4 * width)
-        self.shortcut = shortcut_of(shortcut, inputs, 4 * width, stride)
+        self.shortcut = shortcut_of(spec, inputs, 4 * width, stride, layers)
 
-    def forward(self, x: Tensor, segments: Segments | None) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x, segments), segments))
         out = F.relu(self.norm2(self.conv2(out, segments), segments))
         out = self.norm3(self.conv3(out, segments), segments)
-        return F.relu(out + self.shortcut(x))
+        return F.relu(out + self.shortcut(x, segments))
 
 
 class ResNetNetwork(StagedNetwork):
-    """The network of `ResNet`. Routed: the main-branch convolutions; the stem keeps its width and the projections
-    theirs (AdvMoE's CIFAR form).
+    """The network of `ResNet`. Routed in the CIFAR form: the main-branch convolutions; the stem keeps its width, and
+    stem and projections are shared. In the ImageNet form the projections too, and the shared stem is scaled (AdvMoE's
+    code does both).
     """
 
     def __init__(
@@ -106,9 +140,12 @@ class ResNetNetwork(StagedNetwork):
     ) -> None:
         super().__init__()
         block = Bottleneck if spec.depth == 50 else Basic
-        channels, height, width = image_shape
-        inputs = spec.width if layers.routed else scaled(ratio, spec.width)
-        self.stem, self.norm = Conv(channels, inputs, 3, 1), Norm(inputs)
+        channels, *size = image_shape
+        height, width = (stem_size(spec.stem, side) for side in size)
+        whole = layers.routed and spec.stem == "cifar"
+        inputs = spec.width if whole else scaled(ratio, spec.width)
+        self.begins = spec.stem
+        self.stem, self.norm = stem_conv(spec.stem, channels, inputs), Norm(inputs)
         self.stages, self.inputs = nn.ModuleList(), []
         for place, blocks in enumerate(BLOCKS[spec.depth]):
             self.inputs.append((inputs, height, width))
@@ -116,15 +153,15 @@ class ResNetNetwork(StagedNetwork):
             stage = Stage()
             for position in range(blocks):
                 stride = 2 if place > 0 and position == 0 else 1
-                stage.append(block(inputs, planes, stride, layers, spec.shortcut))
+                stage.append(block(inputs, planes, stride, layers, spec))
                 inputs = planes * block.expansion
-                height, width = -(-height // stride), -(-width // stride)
+                height, width = (halved(height), halved(width)) if stride == 2 else (height, width)
             self.stages.append(stage)
         self.head = nn.Linear(inputs, num_classes)
         initialise(self)
 
     def entry(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.stem(x)))
+        return stem_pool(self.begins, F.relu(self.norm(self.stem(x))))
 
     def leave(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         logits: Tensor = self.head(x.mean((2, 3)))
@@ -133,15 +170,18 @@ class ResNetNetwork(StagedNetwork):
 
 @dataclass(frozen=True)
 class ResNet(Backbone):
-    """ResNet for small images: 3x3 stem, no max-pooling. Depths 8, 14, 20, 32 have three stages, 10, 18, 34, 50 four.
+    """ResNet of any depth and width, for small images or for large ones.
 
-    ``width``: channels of the stem and first stage. ``shortcut``: "projection" (1x1 convolution) or "pad" (no
-    parameters).
+    Depths 8, 14, 20, 32 have three stages, 10, 18, 34, 50 four. ``width``: channels of the stem and first stage.
+    ``shortcut``: "projection" (1x1 convolution) or "pad" (no parameters). ``stem``: "cifar" (3x3, no max-pooling;
+    also for Tiny-ImageNet's 64 pixels, which AdvMoE's code enlarges to 128) or "imagenet" (7x7 of stride 2, then
+    max-pooling of stride 2).
     """
 
     depth: int = 18
     width: int = 64
     shortcut: Shortcut = "projection"
+    stem: Stem = "cifar"
 
     def __post_init__(self) -> None:
         if self.depth not in BLOCKS:
@@ -160,14 +200,14 @@ def resnet8(width: int = 32) -> ResNet:
     return ResNet(8, width)
 
 
-def resnet10(width: int = 64) -> ResNet:
+def resnet10(width: int = 64, stem: Stem = "cifar") -> ResNet:
     """ResNet-10: four stages of one block."""
-    return ResNet(10, width)
+    return ResNet(10, width, stem=stem)
 
 
-def resnet18(width: int = 64) -> ResNet:
-    """ResNet-18 with the CIFAR stem."""
-    return ResNet(18, width)
+def resnet18(width: int = 64, stem: Stem = "cifar") -> ResNet:
+    """ResNet-18."""
+    return ResNet(18, width, stem=stem)
 
 
 def resnet20(width: int = 16, shortcut: Shortcut = "pad") -> ResNet:
@@ -175,11 +215,11 @@ def resnet20(width: int = 16, shortcut: Shortcut = "pad") -> ResNet:
     return ResNet(20, width, shortcut)
 
 
-def resnet34(width: int = 64) -> ResNet:
-    """ResNet-34 with the CIFAR stem."""
-    return ResNet(34, width)
+def resnet34(width: int = 64, stem: Stem = "cifar") -> ResNet:
+    """ResNet-34."""
+    return ResNet(34, width, stem=stem)
 
 
-def resnet50(width: int = 64) -> ResNet:
-    """ResNet-50 (bottleneck blocks) with the CIFAR stem."""
-    return ResNet(50, width)
+def resnet50(width: int = 64, stem: Stem = "cifar") -> ResNet:
+    """ResNet-50 (bottleneck blocks)."""
+    return ResNet(50, width, stem=stem)

@@ -7,6 +7,7 @@ Bad content and failed writes raise :class:`~robustmoe.errors.UserError`, one li
 """
 
 from robustmoe.records.audit import Audit, audit_path, read_audit, write_audit
+from robustmoe.records.dissection import Answers, Dissection, dissection_path, read_dissection, write_dissection
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
 from robustmoe.records.files import append_json, read_jsonl, write_atomic
 from robustmoe.records.rows import WORK, Writer, difference, merge, read
@@ -35,9 +36,11 @@ __all__ = [
     "STATUSES",
     "VERSION",
     "WORK",
+    "Answers",
     "Audit",
     "Check",
     "Checks",
+    "Dissection",
     "Example",
     "Header",
     "Passed",
@@ -49,13 +52,16 @@ __all__ = [
     "append_json",
     "audit_path",
     "difference",
+    "dissection_path",
     "examples_path",
     "merge",
     "read",
     "read_audit",
+    "read_dissection",
     "read_examples",
     "read_jsonl",
     "write_atomic",
     "write_audit",
+    "write_dissection",
     "write_examples",
 ]

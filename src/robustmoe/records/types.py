@@ -247,15 +247,21 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "list[str]": _list(_str),
     "dict[str, str]": _dict(_str),
     "dict[str, float]": _dict(_float),
+    "list[int]": _list(_int),
+    "list[float]": _list(_float),
+    "list[list[int]]": _list(_list(_int)),
+    "bool": _exactly(bool, "true or false"),
     "dict[str, list[int]]": _dict(_list(_int)),
+    "dict[str, list[float]]": _dict(_list(_float)),
+    "dict[str, list[list[int]]]": _dict(_list(_list(_int))),
     "dict[str, RouterInfo]": _dict(lambda value: build(RouterInfo, value)),
     "list[Check]": _list(Check.from_dict),
 }
 
 
-def build(cls: Callable[..., T], data: Any) -> T:
+def build(cls: Callable[..., T], data: Any, **readers: Callable[[Any], Any]) -> T:
     """An instance of a dataclass from a JSON object: every field there (those with a default may be missing), of its
-    type, and no other."""
+    type, and no other. ``readers``: of single fields, where the type does not say it; they raise TypeError."""
     kind = getattr(cls, "__name__", "object").lower()
     if not isinstance(data, dict):
         raise UserError(f"{kind}: expected an object, got {data!r}")
@@ -268,7 +274,8 @@ def build(cls: Callable[..., T], data: Any) -> T:
             raise UserError(f"{kind}: field {each.name!r} is missing")
         value = data.pop(each.name)
         try:
-            values[each.name] = _READERS[str(each.type)](value)
+            read = readers[each.name] if each.name in readers else _READERS[str(each.type)]
+            values[each.name] = read(value)
         except TypeError as error:
             raise UserError(f"{kind}: field {each.name!r} must be {error}, got {value!r:.80}") from None
     if data:

@@ -14,9 +14,9 @@ from robustmoe.reporting.collect import collect
 from robustmoe.reporting.markdown import markdown
 from robustmoe.reporting.numbers import numbers
 from robustmoe.reporting.page import page
-from robustmoe.reporting.terminal import summary_table
+from robustmoe.reporting.terminal import dissection_table, summary_table
 
-__all__ = ["report", "summary_table"]
+__all__ = ["dissection_table", "report", "summary_table"]
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:

@@ -8,19 +8,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from robustmoe import analysis
 from robustmoe.errors import UserError
 from robustmoe.records import (
     Audit,
     Check,
+    Dissection,
     Example,
     Header,
     Result,
     examples_path,
     read,
     read_audit,
+    read_dissection,
     read_examples,
     read_jsonl,
 )
@@ -37,10 +39,18 @@ class Group:
     verdict: analysis.Verdict
 
 
+class Dissected(NamedTuple):
+    """A run's dissection, and its numbers."""
+
+    record: Dissection
+    parts: analysis.Anatomy
+
+
 @dataclass(frozen=True)
 class View:
     """One run, read. ``groups[0]``, if there is an attack, is the headline. ``clean_only``: files without an attack.
-    ``checks``: (attack, check) pairs, worst first. ``notes``: what does not fit together or is missing."""
+    ``checks``: (attack, check) pairs, worst first. ``dissected``: None without a dissection of this model.
+    ``notes``: what does not fit together or is missing."""
 
     name: str
     folder: Path
@@ -53,6 +63,7 @@ class View:
     loads: list[analysis.Load]
     examples: list[Example]
     checks: list[tuple[str, Check]]
+    dissected: Dissected | None
     notes: list[str]
 
     @property
@@ -106,6 +117,7 @@ def _view(folder: Path, name: str) -> View:
     groups = [_group(members, audit) for members in analysis.groups(results)]
     head = groups[0].results[0] if groups else results[0]
     notes = [f"{path.name} has no rows yet and is left out" for path, result in everything if not result.rows]
+    dissected = _dissected(folder, head.header, notes)
     return View(
         name=name,
         folder=folder,
@@ -118,8 +130,21 @@ def _view(folder: Path, name: str) -> View:
         loads=_loads(groups[0] if groups else None, head),
         examples=_examples(kept, groups),
         checks=_checks(results, audit),
+        dissected=dissected,
         notes=notes + analysis.warnings(results),
     )
+
+
+def _dissected(folder: Path, header: Header, notes: list[str]) -> Dissected | None:
+    """The folder's dissection, if it is done and of the model of that header; else ``notes`` says why not."""
+    found = read_dissection(folder)
+    if found is None:
+        return None
+    if not found.done or found.header.model_hash != header.model_hash:
+        why = "of other weights than the evaluation" if found.done else "not finished"
+        notes.append(f"dissection.json is {why} and is left out; `robustmoe dissect {folder}` makes it")
+        return None
+    return Dissected(found, analysis.anatomy(found))
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -184,8 +184,56 @@ def shares(title: str, epochs: Sequence[float], loads: Sequence[Sequence[float]]
     return figure(title, svg(body, f"{title}. In the last epoch: {last}", NORMAL), entries, note)
 
 
+Bar = tuple[float, float, float]  # a value and its interval, in per cent
+
+
+def bars(
+    title: str,
+    groups: Sequence[str],
+    series: Sequence[tuple[str, int, Sequence[Bar]]],
+    x_label: str,
+    note: str = "",
+) -> str:
+    """Per cents side by side, with whiskers: one group a name, one bar a series (name, colour, its bars). The values of
+    more than 16 bars are tooltips alone."""
+    frame = _Frame((0.0, float(len(groups))), (0.0, 100.0), NORMAL)
+    body = frame.grid(x_label, "%", [], [0.0, 25.0, 50.0, 75.0, 100.0])
+    width = min(0.8 / len(series), 0.3)
+    for at, group in enumerate(groups):
+        body += (
+            f'<text class="tick" x="{frame.x(at + 0.5)}" y="{NORMAL[1] - BOTTOM + 17}" text-anchor="middle">'
+            f"{escape(group)}</text>"
+        )
+        for place, (name, number, values) in enumerate(series):
+            start = at + 0.5 + (place - len(series) / 2) * width
+            body += _one_bar(frame, start, width, number, f"{name}, {x_label} {group}", values[at])
+            if len(groups) * len(series) <= 16:
+                middle, above = frame.x(start + width / 2), frame.y(values[at][2]) - 4
+                body += (
+                    f'<text class="tick" x="{middle}" y="{above:.1f}" text-anchor="middle">{values[at][0]:.0f}</text>'
+                )
+    alt = f"{title}. " + "; ".join(
+        f"{name}: " + ", ".join(f"{x_label} {group} {bar[0]:.1f}%" for group, bar in zip(groups, values, strict=True))
+        for name, _, values in series
+    )
+    return figure(title, svg(body, alt, NORMAL), [(name, number, False) for name, number, _ in series], note)
+
+
+def _one_bar(frame: _Frame, start: float, width: float, number: int, name: str, bar: Bar) -> str:
+    """The bar and its whisker."""
+    value, low, high = bar
+    left, right, middle = frame.x(start + 0.04 * width), frame.x(start + 0.96 * width), frame.x(start + width / 2)
+    top, foot = frame.y(value), frame.y(0.0)
+    return (
+        f'<rect class="f{number} layer" x="{left}" y="{top}" width="{right - left:.1f}" height="{foot - top:.1f}">'
+        f"<title>{escape(name)}: {value:.1f}% ({low:.1f}–{high:.1f})</title></rect>"
+        f'<line class="whisker" x1="{middle}" x2="{middle}" y1="{frame.y(low)}" y2="{frame.y(high)}"/>'
+    )
+
+
 def heat(caption: str, rows: Sequence[str], table: Sequence[Sequence[float]], marks: Sequence[int] = ()) -> str:
-    """A heat map as a real table of per cents: one row a class, one column an expert; ``marks``: dead experts."""
+    """A heat map as a real table of per cents: one row a class, one column an expert; ``marks``: dead experts; nan is
+    shown as a dash."""
     experts = len(table[0]) if table else 0
     head = "".join(
         f'<th scope="col" class="dead" title="gets nothing">{at}†</th>' if at in marks else f'<th scope="col">{at}</th>'
@@ -194,7 +242,9 @@ def heat(caption: str, rows: Sequence[str], table: Sequence[Sequence[float]], ma
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(
-            f'<td class="{"strong" if share >= 0.55 else ""}" style="--v:{share:.3f}">{100 * share:.0f}</td>'
+            "<td>–</td>"
+            if math.isnan(share)
+            else f'<td class="{"strong" if share >= 0.55 else ""}" style="--v:{share:.3f}">{100 * share:.0f}</td>'
             for share in line
         )
         + "</tr>"

@@ -8,6 +8,7 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Check, Result
+from robustmoe.reporting import dissection
 from robustmoe.reporting.collect import Group, View, comparable
 from robustmoe.reporting.provenance import FOLDED, OPEN, commands, facts, merged, tally, where_found
 from robustmoe.reporting.verdict import story
@@ -19,6 +20,9 @@ def markdown(views: Sequence[View]) -> str:
     parts = ["# Robustness report: " + " and ".join(_safe(view.name) for view in views)]
     if len(views) > 1:
         parts += [f"> Compare with care: {_safe(reason)}." for reason in comparable(views)]
+    both = dissection.comparison(views)
+    if both is not None:
+        parts += ["## Dissections", *_grid(both)]
     for view in views:
         parts += _run(view)
     parts.append("## Words")
@@ -48,11 +52,20 @@ def _run(view: View) -> list[str]:
     for curve in view.curves:
         points = [[eps_text(curve.norm, eps), f"{percent(rate)} ({interval(rate)})"] for eps, rate in curve.points]
         parts += [f"### Accuracy against eps, {_safe(curve.name)}", _table(["eps", f"accuracy, n = {curve.n}"], points)]
+    if view.dissected is not None:
+        parts += ["### Dissection", _safe(dissection.story(view.dissected))]
+        parts.append(_safe(dissection.setting(view.dissected.record)))
+        parts += [text for grid in dissection.grids(view.dissected) for text in _grid(grid)]
     parts += _checks(view)
     parts.append("### How it was made")
     parts += ["\n".join(f"    {line}" for line in command.splitlines()) for command in commands(view)]
     parts.append(_table(["what", "value"], [list(pair) for pair in facts(view)]))
     return parts
+
+
+def _grid(grid: dissection.Grid) -> list[str]:
+    rows = [[f"{value} ({small})" if small else value for value, small in row] for row in grid.rows]
+    return [f"#### {_safe(grid.title)}", _table(grid.head, rows), *([_safe(grid.note)] if grid.note else [])]
 
 
 def _suite(name: str, result: Result) -> list[str]:

@@ -3,12 +3,13 @@ plot."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from robustmoe import analysis
-from robustmoe.reporting.collect import Group, View, comparable
+from robustmoe.reporting.collect import Dissected, Group, View, comparable
 
 
 def numbers(views: Sequence[View]) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def _run(view: View) -> dict[str, Any]:
         ],
         "load": [dict(vars(load)) for load in view.loads],
         "checks": [{"attack": name, **vars(check)} for name, check in view.checks],
+        "dissection": None if view.dissected is None else _dissection(view.dissected),
         "notes": view.notes,
         "training": view.metrics,
         "config": view.config,
@@ -108,6 +110,25 @@ def _group(group: Group) -> dict[str, Any]:
             )
         ],
     }
+
+
+def _dissection(one: Dissected) -> dict[str, Any]:
+    header, parts = one.record.header, one.parts
+    means = {"mean_expert": parts.mean_expert, "mean_disagreement": parts.mean_disagreement}
+    made = {"n": header.n, "norm": header.norm, "eps": header.eps, "attack": header.attack}
+    return {**made, **_plain(parts), **means, "seconds": one.record.seconds}
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as objects, rates with their intervals; a pair of experts is named "0-1"."""
+    if isinstance(value, analysis.Rate):
+        return _rate(value)
+    if dataclasses.is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        pairs = value.items()
+        return {"-".join(map(str, key)) if isinstance(key, tuple) else key: _plain(item) for key, item in pairs}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _gap(gap: tuple[analysis.Rate, analysis.Rate] | None) -> dict[str, Any] | None:

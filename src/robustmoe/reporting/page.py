@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from robustmoe.reporting import experts, provenance, tables, training, verdict
+from robustmoe.reporting import dissection, experts, provenance, tables, training, verdict
 from robustmoe.reporting.collect import View
 from robustmoe.reporting.style import css
 
@@ -21,6 +21,7 @@ def page(views: Sequence[View]) -> str:
         ("training", "Training", training.section(views)),
         ("routers", "Router health", training.health_section(views)),
         ("experts", "Experts", experts.load_section(views)),
+        ("dissection", "Dissection", dissection.section(views)),
         ("images", "Images", experts.image_section(views)),
         ("checks", "Checks", provenance.check_section(views)),
         ("made", "How it was made", provenance.made_section(views)),

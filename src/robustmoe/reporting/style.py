@@ -95,11 +95,13 @@ figure svg{display:block;overflow:visible;width:100%;height:auto;margin-top:6px}
 .key{width:16px;height:4px;border-radius:2px;flex:none}.key.dashed{opacity:.5}
 .note{font-size:13px;color:var(--soft);margin:6px 0 2px}
 .grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
+.whisker{stroke:var(--ink);stroke-width:1.5}
 .tick,.label{font-size:12px;fill:var(--soft)}
 .line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
 .line.dashed{stroke-dasharray:2 5;opacity:.8}
 .band{opacity:.15}.layer{opacity:.82;stroke:var(--card);stroke-width:1}
 .heats{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:20px}
+.heats.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
 .heatbox{overflow:auto;max-height:560px;background:var(--card);border:1px solid var(--rule);border-radius:14px;
 padding:14px 16px 16px}
 table.heat{border-collapse:separate;border-spacing:3px;font-size:13px;width:100%}

@@ -18,6 +18,8 @@ _OBJECTIVES = {
     "routing": "made for routed models",
 }
 
+Entry = tuple[str, str]  # a value and its small print
+
 
 def section(views: Sequence[View]) -> str:
     """Comparison first (several runs), then one table a threat and a run, then the words explained."""
@@ -52,7 +54,8 @@ def _terms(routed: bool) -> str:
 # One run ---------------------------------------------------------------------------------------------------------
 
 
-def _cell(label: str, value: str, note: str = "", kind: str = "") -> str:
+def cell(label: str, value: str, note: str = "", kind: str = "") -> str:
+    """A table cell with small print; narrow screens show ``label`` beside it."""
     small = f"<small>{escape(note)}</small>" if note else ""
     cls = f' class="{kind}"' if kind else ""
     return f'<td{cls} data-label="{escape(label)}"><span>{escape(value)}{small}</span></td>'
@@ -82,15 +85,15 @@ def _attack_row(name: str, one: analysis.Summary, adds: analysis.Adds, routed: b
     state = "" if one.complete else ' <span class="chip warn">incomplete</span>'
     state += ' <span class="chip fail">check failed</span>' if one.failed else ""
     first = f'<th scope="row"><code>{escape(name)}</code>{state}<small>{escape(note)}</small></th>'
-    cells = [_cell("Clean", percent(one.clean), interval(one.clean))]
-    cells.append(_cell("Robust", percent(one.robust), interval(one.robust)))
+    cells = [cell("Clean", percent(one.clean), interval(one.clean))]
+    cells.append(cell("Robust", percent(one.robust), interval(one.robust)))
     if routed:
-        cells.append(_cell("Router’s part", percent(one.router_exposed), interval(one.router_exposed)))
-        cells.append(_cell("Experts’ part", percent(one.experts_exposed), interval(one.experts_exposed)))
+        cells.append(cell("Router’s part", percent(one.router_exposed), interval(one.router_exposed)))
+        cells.append(cell("Experts’ part", percent(one.experts_exposed), interval(one.experts_exposed)))
         broken = f"{percent(one.rerouted_broken)} broken" if one.rerouted_broken else ""
-        cells.append(_cell("Rerouted", percent(one.rerouted_mean), broken))
-    cells.append(_cell("Broken by it alone", count(adds.alone), f"of {count(adds.broken)} broken"))
-    cells.append(_cell("Images", count(one.n), "" if one.n >= one.planned else f"of {count(one.planned)}"))
+        cells.append(cell("Rerouted", percent(one.rerouted_mean), broken))
+    cells.append(cell("Broken by it alone", count(adds.alone), f"of {count(adds.broken)} broken"))
+    cells.append(cell("Images", count(one.n), "" if one.n >= one.planned else f"of {count(one.planned)}"))
     return f"<tr>{first}{''.join(cells)}</tr>"
 
 
@@ -99,11 +102,11 @@ def _worst_row(group: Group, routed: bool) -> str:
     trusted = group.verdict.trusted
     title = "Worst case over all of them" if len(group.results) > 1 else "Worst case (one attack)"
     why = "" if trusted else "† doubtful, see the verdict"
-    cells = [_cell("Clean", percent(worst.clean), interval(worst.clean))]
-    cells.append(_cell("Robust", percent(worst.robust) + ("" if trusted else "†"), interval(worst.robust)))
-    cells += [_cell("", "", kind="none")] * (3 if routed else 0)
-    cells.append(_cell("", "", kind="none"))
-    cells.append(_cell("Images", count(worst.robust.n)))
+    cells = [cell("Clean", percent(worst.clean), interval(worst.clean))]
+    cells.append(cell("Robust", percent(worst.robust) + ("" if trusted else "†"), interval(worst.robust)))
+    cells += [cell("", "", kind="none")] * (3 if routed else 0)
+    cells.append(cell("", "", kind="none"))
+    cells.append(cell("Images", count(worst.robust.n)))
     return f'<tr class="worst"><th scope="row">{title}<small>{why}</small></th>{"".join(cells)}</tr>'
 
 
@@ -146,8 +149,6 @@ def _left(rate: analysis.Rate) -> str:
 
 # Several runs ----------------------------------------------------------------------------------------------------
 
-Entry = tuple[str, str]  # a value and its small print
-
 
 def _comparison(views: Sequence[View]) -> str:
     rows: list[tuple[str, Callable[[View], Entry], bool]] = [
@@ -174,7 +175,7 @@ def _comparison(views: Sequence[View]) -> str:
     )
     body = "".join(
         f'<tr class="{"worst" if strong else "plain"}"><th scope="row">{escape(title)}</th>'
-        + "".join(_cell(view.name, *entry(view)) for view in views)
+        + "".join(cell(view.name, *entry(view)) for view in views)
         + "</tr>"
         for title, entry, strong in rows
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from robustmoe import analysis
-from robustmoe.records import STATUSES, Audit, Result
+from robustmoe.records import STATUSES, Audit, Dissection, Result
+from robustmoe.reporting import dissection
+from robustmoe.reporting.card import WIDTH
+from robustmoe.reporting.collect import Dissected
 from robustmoe.reporting.words import eps_text, gap_text, interval, percent, plural, threat
 
 
@@ -27,6 +31,16 @@ def summary_table(results: Sequence[Result], audit: Audit | None = None) -> str:
         lines.append("  " + "   ".join(f"{eps_text(curve.norm, eps)}: {percent(rate)}" for eps, rate in curve.points))
     lines += [f"note: {sentence}" for sentence in analysis.warnings(results)]
     return "\n".join(lines).rstrip()
+
+
+def dissection_table(found: Dissection) -> str:
+    """A dissection that is done: which part gives way first, and every number, as lines of text."""
+    one = Dissected(found, analysis.anatomy(found))
+    lines = [*textwrap.wrap(dissection.story(one), WIDTH), *textwrap.wrap(dissection.setting(found), WIDTH)]
+    for grid in dissection.grids(one):
+        table = [[f"{value} ({small})" if small else value for value, small in row] for row in grid.rows]
+        lines += ["", grid.title, *_aligned([list(grid.head), *table], last=False), *textwrap.wrap(grid.note, WIDTH)]
+    return "\n".join(lines)
 
 
 def _block(group: list[Result], audit: Audit | None) -> list[str]:
@@ -78,7 +92,8 @@ def _block(group: list[Result], audit: Audit | None) -> list[str]:
     return lines
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
+def _aligned(table: list[list[str]], last: bool = True) -> list[str]:
+    """Columns of equal width, a rule below the head and, with ``last``, above the last row."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(
@@ -88,4 +103,4 @@ def _aligned(table: list[list[str]]) -> list[str]:
         for row in table
     ]
     rule = "-" * sum([*widths, 2 * (len(widths) - 1)])
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    return [lines[0], rule, *lines[1:-1], *([rule] if last else []), lines[-1]]

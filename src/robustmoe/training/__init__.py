@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from robustmoe import spec as specs
+from robustmoe.training.advmoe import advmoe
 from robustmoe.training.checkpoint import load_model
 from robustmoe.training.loop import train
 from robustmoe.training.methods import at, standard, trades
 from robustmoe.training.optimisation import OPTIMIZERS, SCHEDULES, SGD, AdamW, OptimizerSpec
-from robustmoe.training.phases import Loss, Method, Phase, StepResult, TrainingStopped, train_step
+from robustmoe.training.phases import Given, Loss, Method, Phase, StepResult, TrainingStopped, train_step
 
-METHODS: dict[str, Callable[..., Method]] = {"standard": standard, "at": at, "trades": trades}
+METHODS: dict[str, Callable[..., Method]] = {"standard": standard, "at": at, "trades": trades, "advmoe": advmoe}
 
 
 def build_method(spec: str | Method) -> Method:
@@ -26,12 +27,14 @@ __all__ = [
     "SCHEDULES",
     "SGD",
     "AdamW",
+    "Given",
     "Loss",
     "Method",
     "OptimizerSpec",
     "Phase",
     "StepResult",
     "TrainingStopped",
+    "advmoe",
     "at",
     "build_method",
     "load_model",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
+from robustmoe.models.pruned import reset_scores
 from robustmoe.records import write_atomic
 
 
@@ -67,6 +68,30 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
             "differences); check the run's config.json"
         )
     model.load_state_dict(weights)
+
+
+def start_from(model: RoutedModel, run: str | Path) -> None:
+    """The weights of a run folder into a fresh model, wherever a tensor's name is one of the model's; others stay.
+
+    Scores of pruned convolutions that the run does not have are made anew from the loaded weights. Raises UserError
+    where no name is common, or a tensor of that name has another shape.
+    """
+    read_config(Path(run))
+    source = Path(run) / "model.safetensors"
+    weights, own = read_weights(source), model.state_dict()
+    common = [name for name in own if name in weights]
+    if not common:
+        raise UserError(
+            f"init: {source} has no tensor of the model's; expected the run of a model with the same layers"
+        )
+    for name in common:
+        if weights[name].shape != own[name].shape:
+            raise UserError(
+                f"init: {source}: {name!r} has shape {tuple(weights[name].shape)}, the model's is "
+                f"{tuple(own[name].shape)}; expected the run of a model with the same layers"
+            )
+    model.load_state_dict({name: weights[name] for name in common}, strict=False)
+    reset_scores(model, frozenset(weights))
 
 
 def read_config(run: Path) -> dict[str, Any]:

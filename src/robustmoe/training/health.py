@@ -13,17 +13,21 @@ from robustmoe.attacks import Attack
 from robustmoe.data import ImageSet, batches
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
+from robustmoe.routing import Routing
 
 
 class Validation(NamedTuple):
-    """Accuracies on ``n`` images (``robust`` None without an attack), and each router's load: the share of its
-    decisions that went to each expert.
+    """Accuracies on ``n`` images (``robust`` None without an attack). Of each router: ``load``, the share of its
+    decisions that went to each expert; ``gap``, best minus second logit, the mean over decisions; ``consistency``, the
+    share of decisions that are the same under the attack ({} without one).
     """
 
     clean: float
     robust: float | None
     n: int
     load: dict[str, list[float]]
+    gap: dict[str, float]
+    consistency: dict[str, float]
 
 
 def validate(
@@ -44,27 +48,34 @@ def validate(
     model.eval()
     mine = torch.arange(distributed.rank(), len(images), distributed.world())
     counts = torch.zeros(2, dtype=torch.float64, device=device)
-    load: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}  # of each router: decisions an expert, decisions, their gaps, those that stay
     with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         for batch in batches(images, batch_size, mine, device):
             with torch.no_grad():
                 clean = model.run(batch.x)
             right = _right(clean.logits, batch.y)
-            for name, routing in clean.trace.items():
-                chosen = torch.bincount(routing.index.flatten(), minlength=routing.num_experts).double()
-                load[name] = load.get(name, torch.zeros_like(chosen)) + chosen
-            held = right
+            held, after = right, clean.trace
             if attack is not None:
                 x_adv = attack(model, batch.x, batch.y, Noise.of(batch.index, seed, VALIDATION))
                 with torch.no_grad():
-                    held = right & _right(model(x_adv), batch.y)
+                    attacked = model.run(x_adv)
+                held, after = right & _right(attacked.logits, batch.y), attacked.trace
+            for name, routing in clean.trace.items():
+                sums[name] = sums.get(name, 0) + _sums(routing, after[name])
             counts += torch.stack([right.sum(), held.sum()])
-    if not load:
-        load = _empty_load(model, images, device)
+    if not sums:
+        sums = _no_sums(model, images, device)
     distributed.all_reduce_sum(counts)
-    shares = {name: _share(distributed.all_reduce_sum(load[name])) for name in sorted(load)}
+    found = {name: distributed.all_reduce_sum(sums[name]).tolist() for name in sorted(sums)}
     clean_share, robust_share = (counts / len(images)).tolist()
-    return Validation(clean_share, robust_share if attack is not None else None, len(images), shares)
+    return Validation(
+        clean_share,
+        robust_share if attack is not None else None,
+        len(images),
+        {name: [n / max(1, sum(load)) for n in load] for name, (*load, _, _, _) in found.items()},
+        {name: gap / max(1, n) for name, (*_, n, gap, _) in found.items()},
+        {name: same / max(1, n) for name, (*_, n, _, same) in found.items()} if attack is not None else {},
+    )
 
 
 VALIDATION = 4
@@ -75,15 +86,20 @@ def _right(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
 
 
-def _empty_load(model: RoutedModel, images: ImageSet, device: torch.device) -> dict[str, Tensor]:
+def _sums(clean: Routing, attacked: Routing) -> Tensor:
+    """(e + 3,): how often each expert was chosen, the decisions, the sum of their gaps, how many stayed."""
+    chosen = torch.bincount(clean.index.flatten(), minlength=clean.num_experts).double()
+    best = clean.logits.double().topk(min(2, clean.num_experts), dim=-1).values
+    same = (clean.chosen() == attacked.chosen()).all(-1)
+    rest = torch.stack([best.new_tensor(same.numel()), (best[..., 0] - best[..., -1]).sum(), same.double().sum()])
+    return torch.cat([chosen, rest])
+
+
+def _no_sums(model: RoutedModel, images: ImageSet, device: torch.device) -> dict[str, Tensor]:
     """Zeros for each router: a process without an image still has to take part in the sums."""
     with torch.no_grad():
         trace = model.run(images.batch([0]).to(device).x).trace
-    return {name: torch.zeros(r.num_experts, dtype=torch.float64, device=device) for name, r in trace.items()}
-
-
-def _share(counts: Tensor) -> list[float]:
-    return (counts / counts.sum().clamp(min=1)).tolist()
+    return {name: torch.zeros(r.num_experts + 3, dtype=torch.float64, device=device) for name, r in trace.items()}
 
 
 def trainable_routers(model: RoutedModel, x: Tensor) -> dict[str, bool]:
@@ -94,21 +110,23 @@ def trainable_routers(model: RoutedModel, x: Tensor) -> dict[str, bool]:
 
 
 def router_health(
-    load: dict[str, list[float]], grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]
+    found: Validation, grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]
 ) -> dict[str, Any]:
-    """The routers' part of a metrics line: load, its entropy in nats, dead experts, gradient norm, and whether the
-    router learned.
+    """The routers' part of a metrics line: load, its entropy in nats, dead experts, gap and consistency (None without
+    an attack), gradient norm, and whether the router learned.
     """
     return {
         name: {
             "load": shares,
             "entropy": -sum(s * math.log(s) for s in shares if s > 0),
             "dead": [expert for expert, share in enumerate(shares) if share == 0],
+            "gap": found.gap[name],
+            "consistency": found.consistency.get(name),
             "grad_norm": grad.get(name, 0.0),
             "moved": moved[name] and grad.get(name, 0.0) > 0,
             "declared_fixed": not trainable[name],
         }
-        for name, shares in load.items()
+        for name, shares in found.load.items()
     }
 
 

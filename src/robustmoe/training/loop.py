@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -28,10 +29,13 @@ from robustmoe.recipe import Recipe
 from robustmoe.records import append_json, read_jsonl, write_atomic
 from robustmoe.training import checkpoint, health
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
-from robustmoe.training.phases import Method, StepResult, TrainingStopped, train_step
+from robustmoe.training.phases import Given, Method, StepResult, TrainingStopped, train_step
 
 ORDER, AUGMENT, TRAIN = 1, 2, 3
 """Keys under which a run draws its random numbers, beside its seed and the epoch (see `robustmoe.noise`)."""
+
+SECOND = 1
+"""Further key of a step's second mini-batch."""
 
 FREE = {"device", "threads", "checkpoint_every", "attacks", "max_steps", "data"}
 """Recipe fields that may differ between a run and its continuation; the data are compared by their contents."""
@@ -99,7 +103,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
     _check_folder(out, resume)
     with distributed.session(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # for a model's own draws (dropout); ours come from robustmoe.noise
-        parts = _build(recipe, device)
+        parts = _build(recipe, device, fresh=not (resume and (out / "state.pt").exists()))
         state = _prepare(parts, out, resume)
         while state.epoch < recipe.epochs and (state.step or _steps_to_do(parts, state)):
             if not _epoch(parts, state, out):
@@ -116,7 +120,8 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise UserError(f"{out} already holds a run; add --resume to go on, or choose another --out")
 
 
-def _build(recipe: Recipe, device: torch.device) -> Parts:
+def _build(recipe: Recipe, device: torch.device, fresh: bool) -> Parts:
+    """``fresh``: no checkpoint will be loaded over the model's first weights."""
     described = {
         kind: specs.build(text, kind)
         for kind, text in (("method", recipe.method), ("optimizer", recipe.optimizer), ("schedule", recipe.schedule))
@@ -128,6 +133,8 @@ def _build(recipe: Recipe, device: torch.device) -> Parts:
     specs.build(recipe.model, "model")  # a misspelt model should not wait for the data
     data: Data = specs.build(recipe.data, "data")
     model = build_model(recipe.model, data.num_classes, data.image_shape, data.mean, data.std, recipe.seed).to(device)
+    if recipe.init is not None and fresh:
+        checkpoint.start_from(model, recipe.init)
     parts = Parts(
         recipe=recipe,
         data=data,
@@ -251,15 +258,17 @@ def _steps_to_do(parts: Parts, state: State) -> int:
     return max(0, last - state.step)
 
 
-def _training_batches(parts: Parts, state: State) -> Iterator[Batch]:
-    """This process's share of the batches to do in this epoch: rank r has the r-th part of each."""
-    order = permutation(len(parts.data.train), parts.recipe.seed, ORDER, state.epoch)
+def _training_batches(parts: Parts, state: State, *key: int) -> Iterator[Batch]:
+    """This process's share of the batches to do in this epoch: rank r has the r-th part of each. ``key``: another
+    order and augmentation of the same images.
+    """
+    order = permutation(len(parts.data.train), parts.recipe.seed, ORDER, state.epoch, *key)
     shared = order[: parts.steps * parts.batch_size].view(parts.steps, distributed.world(), -1)
     mine = shared[state.step : state.step + _steps_to_do(parts, state), distributed.rank()]
     for batch in batches(parts.data.train, mine.shape[1], mine.reshape(-1), parts.device):
         x = batch.x
         if parts.augment is not None:
-            x = parts.augment(x, Noise.of(batch.index, parts.recipe.seed, AUGMENT, state.epoch))
+            x = parts.augment(x, Noise.of(batch.index, parts.recipe.seed, AUGMENT, state.epoch, *key))
         yield Batch(x, batch.y, batch.index)
 
 
@@ -271,8 +280,9 @@ def _epoch(parts: Parts, state: State, out: Path) -> bool:
     with progress(parts.steps, f"epoch {state.epoch + 1}/{recipe.epochs}", unit="steps") as bar:
         bar.advance(state.step)
         started = time.monotonic()
-        for batch in _training_batches(parts, state):
-            result = _step(parts, state, batch, list(routers))
+        seconds = _training_batches(parts, state, SECOND) if parts.method.two_batches else itertools.repeat(None)
+        for batch, second in zip(_training_batches(parts, state), seconds):
+            result = _step(parts, state, batch, second, list(routers))
             for name, norm in result.router_grad.items():
                 state.router_grad[name] = max(state.router_grad.get(name, 0.0), float(norm))
             _show(bar, state)
@@ -292,13 +302,13 @@ def _epoch(parts: Parts, state: State, out: Path) -> bool:
     return True
 
 
-def _step(parts: Parts, state: State, batch: Batch, routers: list[str]) -> StepResult:
+def _step(parts: Parts, state: State, batch: Batch, second: Batch | None, routers: list[str]) -> StepResult:
     done = state.epoch * parts.steps + state.step
     lr = parts.base_lr * parts.schedule(done / (parts.recipe.epochs * parts.steps))
-    for optimiser in parts.optimisers:
+    for phase, optimiser in zip(parts.method.phases, parts.optimisers):
         for group in optimiser.param_groups:
-            group["lr"] = lr
-    noise = Noise.of(batch.index, parts.recipe.seed, TRAIN, state.epoch)
+            group["lr"] = lr * phase.lr
+    key = (parts.recipe.seed, TRAIN, state.epoch)
     try:
         result = train_step(
             parts.model,
@@ -306,7 +316,8 @@ def _step(parts: Parts, state: State, batch: Batch, routers: list[str]) -> StepR
             parts.optimisers,
             batch.x,
             batch.y,
-            noise,
+            Noise.of(batch.index, *key),
+            second=None if second is None else Given(second.x, second.y, Noise.of(second.index, *key, SECOND)),
             autocast=parts.autocast,
             clip=parts.recipe.clip,
             routers=routers,
@@ -360,7 +371,7 @@ def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool
     best = score > state.best if whole else state.best < 0
     shared = _over_processes(parts, state)
     losses = [sums["loss"] / state.step for sums in shared.sums.values()]
-    router_lines = health.router_health(result.load, state.router_grad, state.router_moved, routers)
+    router_lines = health.router_health(result, state.router_grad, state.router_moved, routers)
     seconds = state.seconds + time.monotonic() - started
     line: dict[str, Any] = {
         "epoch": state.epoch + 1,

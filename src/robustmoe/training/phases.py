@@ -19,11 +19,11 @@ from robustmoe.noise import Noise
 
 class Loss(NamedTuple):
     """What a phase's loss gives: ``value``, the scalar to be minimised (a mean over the batch), and ``correct``, how
-    many images of the batch the model got right on the input it was trained on.
+    many images of the batch the model got right on the input it was trained on (None: it was not asked).
     """
 
     value: Tensor
-    correct: Tensor
+    correct: Tensor | None
 
 
 LossFunction = Callable[[RoutedModel, Tensor, Tensor, Noise], Loss]
@@ -33,12 +33,14 @@ LossFunction = Callable[[RoutedModel, Tensor, Tensor, Noise], Loss]
 @dataclass(frozen=True)
 class Phase:
     """``params``: a regular expression; the parameters whose name it matches from the start (re.match) move, on
-    ``loss``, and no others.
+    ``loss``, and no others. ``own_batch``: on the step's second mini-batch. ``lr``: times the run's learning rate.
     """
 
     name: str
     params: str
     loss: LossFunction
+    own_batch: bool = False
+    lr: float = 1.0
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that move, by name. Raises UserError where there are none."""
@@ -57,10 +59,23 @@ class Method:
     phases: tuple[Phase, ...]
     attack: Attack | None = None
 
+    @property
+    def two_batches(self) -> bool:
+        """Whether a step needs a second mini-batch."""
+        return any(phase.own_batch for phase in self.phases)
+
+
+class Given(NamedTuple):
+    """A mini-batch: images x (n, ch, h, w) in [0, 1], labels y (n), one random stream an image."""
+
+    x: Tensor
+    y: Tensor
+    noise: Noise
+
 
 class StepResult(NamedTuple):
-    """Of one batch, by phase name: the loss and the gradient norm; images right and seen in the last phase, on this
-    process; by router, the sum over phases of its gradient norms. All norms are before clipping.
+    """Of one batch, by phase name: the loss and the gradient norm; images right and seen in the last phase that says,
+    on this process; by router, the sum over phases of its gradient norms. All norms are before clipping.
     """
 
     loss: dict[str, Tensor]
@@ -82,11 +97,13 @@ def train_step(
     y: Tensor,
     noise: Noise,
     *,
+    second: Given | None = None,
     autocast: torch.dtype | None = None,
     clip: float = 0.0,
     routers: Sequence[str] = (),
 ) -> StepResult:
-    """Every phase of ``method`` once, on images x (n, ch, h, w) in [0, 1] and labels y (n).
+    """Every phase of ``method`` once, on images x (n, ch, h, w) in [0, 1] and labels y (n), or on the ``second``
+    mini-batch where a phase wants one of its own.
 
     ``autocast``: the network's compute dtype; images, perturbations and parameters stay float32. ``clip``: largest
     gradient norm of a phase (0: none). On several processes each holds its share of the batch, and a phase's
@@ -96,12 +113,15 @@ def train_step(
     losses: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     router_grad: dict[str, Tensor] = {}
-    correct = torch.zeros((), device=x.device)
+    correct, seen = torch.zeros((), device=x.device), 0
     for position, (phase, optimiser) in enumerate(zip(method.phases, optimisers)):
         named = phase.parameters(model)
+        given = second if phase.own_batch else Given(x, y, noise)
+        if given is None:
+            raise ValueError(f"phase {phase.name!r} trains on a mini-batch of its own; give train_step second=")
         try:
             with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = phase.loss(model, x, y, noise.fold(position))
+                loss = phase.loss(model, given.x, given.y, given.noise.fold(position))
         except NotFiniteError as error:
             raise TrainingStopped(_not_attackable(phase, error, model)) from error
         gradients = _gradients(loss.value, named)
@@ -119,8 +139,9 @@ def train_step(
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         losses[phase.name], norms[phase.name] = loss.value.detach(), norm
-        correct = loss.correct
-    return StepResult(losses, norms, correct, len(x), router_grad)
+        if loss.correct is not None:
+            correct, seen = loss.correct, len(given.x)
+    return StepResult(losses, norms, correct, seen, router_grad)
 
 
 def _gradients(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:

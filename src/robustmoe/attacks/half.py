@@ -1,0 +1,65 @@
+"""Attacks made in bf16: the network's products in half precision; the image, its gradient and the steps in full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from robustmoe.attacks.base import Attack
+from robustmoe.attacks.objectives import Objective
+from robustmoe.attacks.surrogate import Surrogate
+from robustmoe.attacks.threat import Threat
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.noise import Noise
+from robustmoe.routing import Tape
+
+
+class Half(RoutedModel):
+    """``model`` under bf16 autocast, on float32 images; what it computes outside convolutions and products keeps its
+    dtype. The weights are the model's own.
+    """
+
+    def __init__(self, model: RoutedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # the cache outlives an optimiser step
+            return self.model.body(x.float(), tape)
+
+
+@dataclass(frozen=True)
+class Bf16(Attack):
+    """``attack`` made on the network in bf16: cheaper examples for training, whose loss then asks the exact model.
+
+    The attack itself asks the bf16 network what is fooled. A `Surrogate` (what evaluation attacks: see its
+    ``precision``) is attacked as it is. Threat, objective, seed and parts are the attack's; `changed` replaces them.
+    """
+
+    attack: Attack
+
+    @property
+    def threat(self) -> Threat:  # type: ignore[override]
+        return self.attack.threat
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        return self.attack.objective
+
+    @property
+    def seed(self) -> int:  # type: ignore[override]
+        return self.attack.seed
+
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        parts = self.attack.parts(output)
+        return [("", self)] if parts == [("", self.attack)] else [(name, Bf16(part)) for name, part in parts]
+
+    def queries(self, output: Output) -> int:
+        return self.attack.queries(output)
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return self.attack(model if isinstance(model, Surrogate) else Half(model), x, y, noise)

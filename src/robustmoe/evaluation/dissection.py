@@ -1,0 +1,407 @@
+"""A routed model taken apart: attacks on the whole, on the route, on each expert alone, and what the model answers.
+
+AdvMoE (Zhang et al., ICCV 2023) asks which part of an MoE breaks, the router or the experts. How its paper measures
+that is not known to us: the metrics here are ours, but for the router's accuracy on y mod E, which is its released
+code's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustmoe import analysis, distributed, provenance, records
+from robustmoe import spec as specs
+from robustmoe.attacks import (
+    PGD,
+    Attack,
+    ExpertTransition,
+    Joint,
+    Objective,
+    RouteFlip,
+    Score,
+    Surrogate,
+    Threat,
+    build_attack,
+    exact_of,
+    experts_only,
+    kl,
+    linf,
+    missed,
+)
+from robustmoe.attacks.objectives import Inner, Loss, loss_of, some, some_routes
+from robustmoe.attacks.routes.cells import decisions, lead
+from robustmoe.data import Batch, Data, ImageSet, batches
+from robustmoe.errors import UserError
+from robustmoe.evaluation import engine
+from robustmoe.evaluation.attacked import Attacked, attack_batch, look, predictions, routes
+from robustmoe.evaluation.choosing import seeded, threat_of, written
+from robustmoe.evaluation.measuring import BATCH, PROBE, borrowed, first_look, header_of, images_of
+from robustmoe.evaluation.precision import frozen
+from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.noise import Noise
+from robustmoe.progress import note, progress
+from robustmoe.records import Answers, Dissection, Header
+from robustmoe.records.dissection import CLEAN
+from robustmoe.routing import Routing, Trace, detach, rerouted, to_expert
+from robustmoe.training.checkpoint import load_model, read_config
+
+LIMIT, STEPS = 500, 20
+"""Images, and steps of each attack, unless told."""
+
+
+# ------------------------------------------------------------------------------------------------ what is climbed
+
+
+@dataclass(frozen=True)
+class Rerouting(Objective):
+    """`RouterOnly`'s departure of the routers' decisions; ``fooled``: some router of the exact model, at x_adv, decides
+    otherwise than on the clean image. So the iterate that an attack keeps is one that moves the route, whatever the
+    experts then say.
+    """
+
+    name: ClassVar[str] = "router_only"
+
+    def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
+        exact = exact_of(model)
+        with torch.no_grad():
+            trace = decisions(exact, x)
+
+        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+            held, after = some_routes(trace, rows), decisions(model, x_adv, trace)
+            parts = [_departure(routing, after[name].logits) for name, routing in held.items()]
+            with torch.no_grad():
+                moved = rerouted(held, decisions(exact, x_adv.detach(), trace))
+            return Score(torch.stack(parts).mean(0), torch.stack(list(moved.values())).amax(0) > 0)
+
+        return inner
+
+
+def _departure(clean: Routing, logits: Tensor) -> Tensor:
+    """(n,): how far one router has left its clean decision, mean over items."""
+    apart = kl(clean.logits, logits) if clean.k == clean.num_experts else -lead(logits, clean.index)
+    return apart.mean(-1)
+
+
+@dataclass(frozen=True)
+class Residue(Objective):
+    """CE(router logits, y mod E), as AdvMoE's released code attacks its router (``adv_val_router``); mean over routers.
+    ``fooled``: some router of the exact model sends the image elsewhere than to expert y mod E. For routers that
+    choose one expert an image.
+    """
+
+    name: ClassVar[str] = "router_only"
+
+    def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
+        exact = exact_of(model)
+        with torch.no_grad():
+            names = list(decisions(exact, x[:1]))
+
+        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+            label = some(y, rows)
+            parts = [_residue_loss(routing, label) for routing in decisions(model, x_adv, names).values()]
+            with torch.no_grad():
+                found = decisions(exact, x_adv.detach(), names).values()
+                off = [routing.index[:, 0, 0] != label % routing.num_experts for routing in found]
+            return Score(torch.stack(parts).mean(0), torch.stack(off).any(0))
+
+        return inner
+
+
+def _residue_loss(routing: Routing, label: Tensor) -> Tensor:
+    return F.cross_entropy(routing.logits[:, 0], label % routing.num_experts, reduction="none")
+
+
+@dataclass(frozen=True)
+class OneExpert(Objective):
+    """A loss of expert ``k`` alone, forced at every router; ``fooled`` is of this forced model."""
+
+    name: ClassVar[str] = "experts_only"
+    k: int
+    loss: Loss = "ce"
+
+    def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
+        with torch.no_grad():
+            clean = exact_of(model).run(x)
+            trace = to_expert(detach(clean.trace), self.k)
+            before = exact_of(model).run(x, forced=trace).logits
+
+        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+            held, label = some_routes(trace, rows), some(y, rows)
+            logits = model.run(x_adv, forced=held).logits
+            return Score(
+                loss_of(self.loss, logits, label, some(before, rows)), missed(model, x_adv, logits, label, held)
+            )
+
+        return inner
+
+
+def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
+    """The attacks of a dissection by name, made from one ``attack`` on the whole model (its threat, steps, step size,
+    restarts and seed), for a model with that ``trace``. "residue" only where each router chooses one expert an image.
+    """
+    loss: Loss = attack.objective.loss if isinstance(attack.objective, Joint) else "ce"
+    common: dict[str, Any] = {
+        "threat": attack.threat, "steps": attack.steps, "step_size": attack.step_size, "restarts": attack.restarts,
+        "seed": attack.seed,
+    }  # fmt: skip
+    found: dict[str, Attack] = {
+        "prediction": attack,
+        "frozen": replace(attack, objective=experts_only(loss)),
+        "steering": ExpertTransition(**common),
+        "margin": replace(attack, objective=Rerouting()),
+        "flip": RouteFlip(**common),
+    }
+    if all(tuple(routing.index.shape[1:]) == (1, 1) for routing in trace.values()):
+        found["residue"] = replace(attack, objective=Residue())
+    experts = min(routing.num_experts for routing in trace.values())
+    return found | {f"expert {k}": replace(attack, objective=OneExpert(k, loss)) for k in range(experts)}
+
+
+def _base(attack: str | Attack | None, default: Attack) -> PGD:
+    """The attack that the others are made from. UserError unless it is a `PGD` on the whole model."""
+    built = default if attack is None else build_attack(attack)
+    if not isinstance(built, PGD) or not isinstance(built.objective, Joint):
+        raise UserError(
+            f"a dissection makes its attacks from one pgd on the whole model; got {written(built)}, expected such as "
+            "pgd(linf(8/255), steps=20)"
+        )
+    return built
+
+
+# ------------------------------------------------------------------------------------------------ the public functions
+
+
+def dissect(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor | np.ndarray | ImageSet | Data,
+    y: Tensor | np.ndarray | list[int] | None = None,
+    *,
+    attack: str | Attack | None = None,
+    num_classes: int | None = None,
+    batch_size: int = BATCH,
+    limit: int | None = None,
+    device: str = "auto",
+) -> analysis.Anatomy:
+    """Take a routed model apart: how well its router keeps the route, and its experts the label, each attacked alone.
+
+    ``x``, ``y``: images (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split).
+    ``attack``: a `PGD` on the whole model, or its spec, from which the others are made (`parts_of`); default PGD-20 at
+    linf 8/255. The model is judged by itself, in its own precision; a frozen copy is climbed. It keeps its modes and
+    device. Raises UserError for a model without a router, and where `evaluate` does.
+    """
+    base = _base(attack, PGD(linf(8 / 255), steps=STEPS))
+    routed, where = as_routed(model), distributed.local_device(provenance.pick_device(device))
+    images = images_of(x, y, num_classes).head(limit)
+    about = {"run": "", "model": type(model).__name__, "split": "test"}
+    about["data"] = x.name if isinstance(x, Data) else "arrays"
+    with borrowed(routed, where):
+        return analysis.anatomy(_dissected(routed, images, base, about, where, batch_size))
+
+
+def dissect_run(
+    run: str | Path,
+    attack: str | None = None,
+    limit: int | None = LIMIT,
+    batch_size: int = BATCH,
+    seed: int = 0,
+    device: str = "auto",
+) -> Dissection:
+    """Take the model of a run folder apart on its first ``limit`` test images; writes ``RUN/dissection.json`` after
+    each attack, and a rerun goes on with the attacks that are missing.
+
+    ``attack``: the spec of a pgd on the whole model; default PGD-20 at the threat the run was trained for. ``seed``: of
+    the attacks, unless the spec gives one. `analysis.anatomy` makes numbers of the result.
+    """
+    run = Path(run)
+    config = read_config(run)
+    base = seeded(_base(attack, PGD(threat_of(config), steps=STEPS)), seed)
+    assert isinstance(base, PGD)
+    where = distributed.local_device(provenance.pick_device(device))
+    model = load_model(run, where)
+    data: Data = specs.build(config["data"], "data")
+    about = {
+        "run": str(run),
+        "model": config["model"],
+        "data": config["data"],
+        "split": "test",
+        "method": config.get("method"),
+        "classes": list(data.classes),
+    }
+    return _dissected(model, data.test.head(limit), base, about, where, batch_size, run)
+
+
+# ------------------------------------------------------------------------------------------------ the work
+
+
+def _dissected(
+    model: RoutedModel,
+    images: ImageSet,
+    base: PGD,
+    about: dict[str, Any],
+    device: torch.device,
+    batch_size: int,
+    folder: Path | None = None,
+) -> Dissection:
+    """All questions; those that stand in the folder's file are not asked again. The model is on the device."""
+    if batch_size < 1:
+        raise UserError(f"the batch size is {batch_size}, expected at least 1")
+    output = _routed(first_look(model.eval(), images, device))
+    plan = engine.plan(base, output, images)
+    header = header_of(model, images, base, plan, device, batch_size, about, "main", "strict")
+    attacks = parts_of(base, output.trace)
+    clock = time.monotonic()
+
+    def timed(found: Dissection) -> Dissection:
+        nonlocal clock
+        seconds, clock = found.seconds + time.monotonic() - clock, time.monotonic()
+        found = replace(found, seconds=seconds, done=len(found.under) == len(attacks) + 1)
+        if folder is not None:
+            records.write_dissection(folder, found)
+        return found
+
+    found = _taken_up(folder, header) or timed(_untouched(model, images, header, base.threat, device, batch_size))
+    todo = {name: attack for name, attack in attacks.items() if name not in found.under}
+    if not todo:
+        return found
+    meter = engine.Meter()
+    climbed = frozen(model, images.batch(list(range(min(PROBE, len(images))))).to(device).x, on_pass=meter.on_pass)
+    costs = {name: attack.queries(output) * len(images) for name, attack in todo.items()}
+    with progress(sum(costs.values()), "dissect", unit="passes") as bar:
+        meter.bar = bar
+        for name, attack in todo.items():
+            bar.say(name)
+            costs.pop(name)
+            answers = _asked(model, climbed, attack, name, images, device, batch_size)
+            bar.expect(meter.queries + sum(costs.values()))
+            found = timed(replace(found, under={**found.under, name: answers}))
+    return found
+
+
+def _routed(output: Output) -> Output:
+    """UserError for a dense model's."""
+    if not output.trace:
+        raise UserError("the model has no router, so there is nothing to take apart; robustmoe evaluate attacks it")
+    return output
+
+
+def _taken_up(folder: Path | None, header: Header) -> Dissection | None:
+    """What stands in the folder, if it is of the same work."""
+    old = None if folder is None else records.read_dissection(folder)
+    if old is None:
+        return None
+    other = records.difference(old.header, header)
+    if other is not None:
+        note(f"{records.dissection_path(folder or '')} is of another {other.replace('_', ' ')}; it is made anew")
+        return None
+    return old
+
+
+@torch.no_grad()
+def _untouched(
+    model: RoutedModel, images: ImageSet, header: Header, threat: Threat, device: torch.device, batch_size: int
+) -> Dissection:
+    """What is asked of the clean images."""
+    experts = min(info.experts for info in header.routers.values())
+    parts: list[Answers] = []
+    forced: list[list[int]] = [[] for _ in range(experts)]
+    narrow: dict[str, list[float]] = {}
+    wide: dict[str, list[float]] = {}
+    entropy: dict[str, list[float]] = {}
+    for batch in batches(images, batch_size, torch.arange(len(images)), device):
+        done = look(model, batch)
+        parts.append(_answers(model, done, done.clean.trace, threat))
+        for k, column in enumerate(forced):
+            column += predictions(model.run(batch.x, forced=to_expert(done.clean.trace, k)))
+        for name, routing in done.clean.trace.items():
+            log_gate = torch.log_softmax(routing.logits, -1)
+            entropy.setdefault(name, []).extend((-(log_gate.exp() * log_gate).sum(-1)).mean(-1).tolist())
+            if routing.k < routing.num_experts:
+                gap = lead(routing.logits, routing.index)
+                narrow.setdefault(name, []).extend(gap.amin(-1).tolist())
+                wide.setdefault(name, []).extend(gap.amax(-1).tolist())
+    under = {CLEAN: _joined(parts)}
+    index, labels = images.index.tolist(), images.labels.tolist()
+    return Dissection(header, index, labels, forced, narrow, wide, entropy, under, 0.0)
+
+
+def _asked(
+    model: RoutedModel,
+    climbed: Surrogate,
+    attack: Attack,
+    name: str,
+    images: ImageSet,
+    device: torch.device,
+    batch_size: int,
+) -> Answers:
+    """The answers under one attack on all images. UserError where it stops, or leaves the ball or the box."""
+    parts = []
+    for batch in batches(images, batch_size, torch.arange(len(images)), device):
+        noise = Noise.of(batch.index, attack.seed)
+        done = attack_batch(model, attack, batch, noise, climbed)
+        k = attack.objective.k if isinstance(attack, PGD) and isinstance(attack.objective, OneExpert) else None
+        held = done.clean.trace if k is None else to_expert(done.clean.trace, k)
+        answers = _answers(model, done, held, attack.threat)
+        _stay(answers.size, done.x_adv, attack, name)
+        if isinstance(attack, RouteFlip):
+            answers = replace(answers, moved=_flipped(attack, climbed, batch, noise, done.clean, answers.moved))
+        parts.append(answers)
+    return _joined(parts)
+
+
+def _stay(sizes: list[float], x_adv: Tensor, attack: Attack, name: str) -> None:
+    threat = attack.threat
+    box = float(torch.maximum(-x_adv, x_adv - 1).amax())
+    if box > 0 or not all(analysis.inside(one, threat.eps) for one in sizes):
+        raise UserError(
+            f"the attack {name!r} left the {threat.norm} ball of {threat.eps:g} or the pixel box; please report it"
+        )
+
+
+def _flipped(
+    attack: RouteFlip, climbed: Surrogate, batch: Batch, noise: Noise, clean: Output, moved: dict[str, list[float]]
+) -> dict[str, list[float]]:
+    """``moved``, with 1 where that router can be moved by an attack on it alone. The model's own class stands for the
+    label, so that images which it gets wrong are attacked too.
+    """
+    flips = attack.flips(climbed, batch.x, clean.logits.argmax(1), noise)
+    alone = {name: flip.flipped.tolist() for name, flip in flips.items()}
+    return {
+        name: [max(share, float(hit)) for share, hit in zip(shares, alone[name])] if name in alone else shares
+        for name, shares in moved.items()
+    }
+
+
+@torch.no_grad()
+def _answers(model: RoutedModel, done: Attacked, held: Trace, threat: Threat) -> Answers:
+    """See `Answers`: three passes of the exact model, the first made already. ``held``: the route of that name."""
+    x, x_adv = done.batch.x.float(), done.x_adv.float()
+    return Answers(
+        predicted=list(predictions(done.after)),
+        held=list(predictions(model.run(done.x_adv, forced=held))),
+        swapped=list(predictions(model.run(done.batch.x, forced=done.after.trace))),
+        size=threat.size(x_adv - x).tolist(),
+        routes=routes(done.after.trace),
+        moved={name: shares.tolist() for name, shares in rerouted(done.clean.trace, done.after.trace).items()},
+    )
+
+
+def _joined(parts: Sequence[Answers]) -> Answers:
+    """The batches' answers, one after the other."""
+
+    def column(field: str) -> list[Any]:
+        return [value for part in parts for value in getattr(part, field)]
+
+    def named(field: str) -> dict[str, list[Any]]:
+        return {name: [v for part in parts for v in getattr(part, field)[name]] for name in getattr(parts[0], field)}
+
+    plain = {field: column(field) for field in ("predicted", "held", "swapped", "size")}
+    return Answers(**plain, routes=named("routes"), moved=named("moved"))

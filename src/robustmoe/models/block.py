@@ -1,0 +1,228 @@
+"""MoE layers inside a CNN ("Robust Experts", ICCV workshops 2025, arXiv 2509.05086): residual blocks (`BlockMoE`) or
+single convolutions (`ConvMoE`) of late stages become experts of full width, with a router on the feature map they get.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from robustmoe.errors import UserError
+from robustmoe.models.backbone import Backbone, initialise
+from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, compact
+from robustmoe.models.convolution import Conv
+from robustmoe.models.ensemble import Gate, select
+from robustmoe.models.mixing import mix_sparse
+from robustmoe.models.norm import Normalise, Standardise, wide
+from robustmoe.routing import Routing, Tape, straight_through
+
+LayerRouter = Literal["conv_gap", "gap_fc"]
+"""Global average pooling and a linear map: "gap_fc" with a bias, "conv_gap" without.
+
+The paper's Conv-GAP is a 1x1 convolution without bias and then the average; both are linear, so the average comes first
+here, at 1 / (h w) of the cost. The two routers of the paper differ in that bias and in nothing else.
+"""
+
+
+class _Pass(NamedTuple):
+    """What the routed layers of a network need in one pass: the tape, how many images, who was called already."""
+
+    tape: Tape
+    images: int
+    called: set[str]
+
+
+_PASS: ContextVar[_Pass | None] = ContextVar("robustmoe_pass", default=None)
+
+
+@contextlib.contextmanager
+def handing_down(tape: Tape, images: int) -> Iterator[None]:
+    """Inside, every `RoutedLayer` of this thread hands its decisions to ``tape``.
+
+    A network's own forward takes no tape, so the tape travels in a context variable, for the length of one
+    `RoutedModel.body`: each thread has its own, the inner of two nested ones counts, and no module keeps anything.
+    """
+    token = _PASS.set(_Pass(tape, images, set()))
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
+
+
+class GapRouter(nn.Module):
+    """Router logits of feature maps: (n, d, h, w) -> (n, e)."""
+
+    def __init__(self, channels: int, experts: int, kind: str) -> None:
+        super().__init__()
+        self.head = nn.Linear(channels, experts, bias=kind == "gap_fc")
+
+    def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n e"]:
+        logits: Tensor = self.head(wide(x).mean((2, 3)))
+        return logits
+
+
+def layer_router(channels: int, experts: int, kind: str, standardise: bool = False) -> nn.Module:
+    """A fresh router for feature maps of so many channels."""
+    if kind not in ("conv_gap", "gap_fc"):
+        raise ValueError(f"router must be 'conv_gap' or 'gap_fc'; got {kind!r}")
+    router = GapRouter(channels, experts, kind)
+    return Standardise(router, experts) if standardise else router
+
+
+def check_experts(experts: int, k: int) -> None:
+    if not 1 <= k <= experts:
+        raise ValueError(f"k must be between 1 and the number of experts, {experts}; got {k}")
+
+
+class RoutedLayer(nn.Module):
+    """Experts in the place of one layer of a network: a feature map (n, d, h, w) goes to the k experts that the router
+    picks for it, and to no others.
+
+    ``name``: the layer's path in the `RoutedModel`, under which its router is in the trace. Raises UserError outside
+    of that model's pass (activation checkpointing calls a layer again there), in a second call in one pass, and for
+    a batch that is not the pass's images.
+    """
+
+    def __init__(self, name: str, router: nn.Module, experts: list[nn.Module], k: int, gate: Gate | None) -> None:
+        super().__init__()
+        self.name = name
+        self.router = router
+        self.experts = nn.ModuleList(experts)
+        self.k = k
+        self.gate = gate
+
+    def forward(self, x: Float[Tensor, "n d h w"], segments: None = None) -> Tensor:
+        """``segments``: there for backbones whose blocks take it; nothing else is routed in this model."""
+        now = _PASS.get()
+        if now is None:
+            raise UserError(
+                f"the routed layer {self.name!r} was called outside of its model; call the model, model(x) or "
+                "model.run(x), and not its network"
+            )
+        if self.name in now.called:
+            raise UserError(f"the routed layer {self.name!r} is called twice in one pass; expected once an image")
+        if len(x) != now.images:
+            raise UserError(
+                f"the routed layer {self.name!r} got {len(x)} items in a pass of {now.images} images; expected one "
+                "feature map an image"
+            )
+        now.called.add(self.name)
+        routing = now.tape(f"{self.name}.router", self._decide(wide(self.router(x))[:, None]))
+        return mix_sparse(list(self.experts), x, routing.index[:, 0], routing.weight[:, 0])
+
+    def _decide(self, logits: Float[Tensor, "n 1 e"]) -> Routing:
+        """By default the paper's: at k = 1 straight through the softmax, above it the chosen, renormalised."""
+        if self.gate is None and self.k == 1:
+            return straight_through(logits, surrogate="softmax")
+        return select(logits, self.gate or "renormalised", self.k)
+
+
+def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """``new`` wherever ``old`` stands in ``network``."""
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+class LayeredModel(RoutedModel):
+    """A backbone's network with `RoutedLayer`s in it: one decision an image and layer."""
+
+    def __init__(self, network: nn.Module, normalise: nn.Module) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.network = network
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        with handing_down(tape, len(x)):
+            logits: Tensor = self.network(compact(self.normalise(x)))
+        return logits
+
+
+@dataclass(frozen=True)
+class LayerMoE(ModelSpec):
+    """What `BlockMoE` and `ConvMoE` share: which stages, and the routers."""
+
+    backbone: Backbone
+    stages: tuple[int, ...] = (4,)
+    experts: int = 4
+    k: int = 1
+    router: LayerRouter = "conv_gap"
+    gate: Gate | None = None
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        check_experts(self.experts, self.k)
+        if not self.stages:
+            raise ValueError("stages names no stage; expected some, such as (4,)")
+
+    @abstractmethod
+    def places(self, stage: nn.Module) -> list[str]:
+        """The paths, inside a stage, of the layers that become experts."""
+
+    def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
+        network = self.backbone.make(num_classes, image_shape)
+        for number in sorted(set(self.stages)):
+            if not 1 <= number <= len(network.stages):
+                raise ValueError(f"stages must be between 1 and {len(network.stages)} here; got {number}")
+            stage = network.stages[number - 1]
+            for path in self.places(stage):
+                layer = stage.get_submodule(path)
+                replace(network, layer, self._experts(f"network.stages.{number - 1}.{path}", layer))
+        return LayeredModel(network, normalise)
+
+    def _experts(self, name: str, layer: nn.Module) -> RoutedLayer:
+        """Copies of the layer, the filters of each drawn anew."""
+        experts = [copy.deepcopy(layer) for _ in range(self.experts)]
+        for expert in experts:
+            initialise(expert)
+        first = next(module for module in layer.modules() if isinstance(module, nn.Conv2d))
+        router = layer_router(first.in_channels, self.experts, self.router, self.standardise)
+        return RoutedLayer(name, router, experts, self.k, self.gate)
+
+
+@dataclass(frozen=True)
+class BlockMoE(LayerMoE):
+    """Residual blocks of late stages as experts, BatchNorms included: in each of ``stages`` (1 is the first) "all"
+    blocks or the "last" one (arXiv 2509.05086, BlockMoE and its "residual" variant). Of a backbone without residual
+    blocks, what its stages consist of.
+
+    Every expert has the block's full width: with ``k`` = 1 a pass costs the dense network and the routers, and the
+    parameters grow. ``router``: "gap_fc" or "conv_gap", see `LayerRouter`. ``gate``: how the chosen are weighted, as
+    in `Ensemble`; the default is the paper's (at k = 1 weight 1, with the straight-through gradient of the softmax;
+    above it the softmax over the chosen). ``standardise``: router logits have mean 0 and variance 1 over the training
+    batches (not the paper's). Left out: the released code's noise on router logits while training with the switch
+    loss, and its capacities (off in its configuration). Filters are drawn by He's fan-out, not the paper's fan-in.
+    """
+
+    blocks: Literal["all", "last"] = "all"
+
+    def places(self, stage: nn.Module) -> list[str]:
+        found = [name for name, block in stage.named_children() if any(True for _ in block.parameters())]
+        return found if self.blocks == "all" else found[-1:]
+
+
+@dataclass(frozen=True)
+class ConvMoE(LayerMoE):
+    """Single convolutions of late stages as experts; BatchNorms stay shared (arXiv 2509.05086, ConvMoE).
+
+    ``convs``: in each of ``stages`` "all" convolutions or the "last" one. ``shortcuts``: the 1x1 convolutions of the
+    shortcuts too; the released code's filter catches these (True gives its model). The rest: see `BlockMoE`.
+    """
+
+    convs: Literal["all", "last"] = "all"
+    shortcuts: bool = False
+
+    def places(self, stage: nn.Module) -> list[str]:
+        main = [path for path, module in stage.named_modules() if isinstance(module, Conv)]
+        side = [path for path in main if "shortcut" in path.split(".")]
+        main = [path for path in main if path not in side]
+        return (main if self.convs == "all" else main[-1:]) + (side if self.shortcuts else [])

@@ -1,0 +1,675 @@
+"""MoE layers inside a CNN: identities of the tape, sparse against reference, what moves in training, and `moefy`."""
+
+from __future__ import annotations
+
+import copy
+import re
+import textwrap
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from robustmoe import evaluate, moefy, spec
+from robustmoe.errors import UserError
+from robustmoe.evaluation.precision import frozen
+from robustmoe.models import BatchNorm2d, Dense, RoutedLayer, RoutedModel, block, build_model, mix_reference
+from robustmoe.models.block import layer_router
+from robustmoe.noise import Noise
+from robustmoe.routing import Routing, Tape, Trace, detach, soft, to_expert, top_k
+from robustmoe.training import build_method, train_step
+from robustmoe.training.health import trainable_routers
+from robustmoe.training.optimisation import SGD
+
+SHAPE = (3, 8, 8)
+BACKBONE = "resnet(depth=14, width=4)"  # three stages of two blocks
+SPECS = {
+    "blocks": f"block_moe({BACKBONE}, stages=(3,), experts=3, standardise=True)",
+    "last block, k = 2": f"block_moe({BACKBONE}, stages=(3,), experts=3, k=2, blocks=last, router=gap_fc)",
+    "convolutions": f"conv_moe({BACKBONE}, stages=(3,), experts=3, router=gap_fc, standardise=True)",
+    "shortcut, k = E": f"conv_moe({BACKBONE}, stages=(3,), experts=3, k=3, convs=last, shortcuts=True)",
+}
+ROUTERS = {
+    "blocks": ["stages.2.0", "stages.2.1"],
+    "last block, k = 2": ["stages.2.1"],
+    "convolutions": ["stages.2.0.conv1", "stages.2.0.conv2", "stages.2.1.conv1", "stages.2.1.conv2"],
+    "shortcut, k = E": ["stages.2.1.conv2", "stages.2.0.shortcut.conv"],
+}
+
+
+def lived_in(model: RoutedModel, x: Tensor) -> RoutedModel:
+    """BatchNorms as after training, the routers' own too: the statistics of ``x``, random scales and shifts."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        if norm.affine:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, 0, 0.2)
+    with torch.no_grad():
+        model.train().run(x)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+@pytest.fixture(params=SPECS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(name: str, images: Callable[..., Tensor]) -> RoutedModel:
+    return lived_in(build_model(SPECS[name], 4, SHAPE), images(32))
+
+
+def spread(trace: Trace, k: int = 1) -> Trace:
+    """Other routes than the model's own: image i at router r to experts i + r, i + r + 1, ..., weights of all sizes."""
+    out = {}
+    for place, (name, routing) in enumerate(trace.items()):
+        n, _, e = routing.logits.shape
+        index = (torch.arange(n)[:, None] + torch.arange(k) + place) % e
+        weight = torch.linspace(0.5, 1.5, n * k, dtype=routing.weight.dtype).view(n, 1, k)
+        out[name] = Routing(routing.logits, index[:, None], weight)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ the tape
+
+
+@torch.no_grad()
+def test_routers_are_named_by_their_paths_and_forcing_the_own_trace_changes_nothing(
+    name: str, model: RoutedModel, images: Callable[..., Tensor]
+) -> None:
+    x = images(16)
+    free = model.run(x)
+    assert set(free.trace) == {f"network.{path}.router" for path in ROUTERS[name]}
+    assert {path for path, module in model.named_modules() if path.endswith("router")} == set(free.trace)
+    again = model.run(x, forced=free.trace)
+    assert torch.equal(again.logits, free.logits)
+    for key, routing in free.trace.items():
+        assert routing.logits.shape[:2] == (16, 1)
+        assert torch.equal(again.trace[key].logits, routing.logits)
+        assert torch.equal(again.trace[key].index, routing.index)
+    if "standardise" in SPECS[name]:
+        assert all(len(routing.index.unique()) > 1 for routing in free.trace.values())
+
+
+@torch.no_grad()
+def test_forcing_expert_i_is_the_dense_network_with_expert_i_in_place(
+    name: str, model: RoutedModel, images: Callable[..., Tensor]
+) -> None:
+    x = images(7)
+    trace, answers = model.run(x).trace, []
+    for i in range(next(iter(trace.values())).num_experts):
+        dense = build_model(BACKBONE, 4, SHAPE)
+        mine = f".experts.{i}."
+        state = {
+            key.replace(mine, "."): value
+            for key, value in model.state_dict().items()
+            if (mine in key or ".experts." not in key) and ".router." not in key
+        }
+        dense.load_state_dict(state)
+        answers.append(model.run(x, forced=to_expert(trace, i)).logits)
+        torch.testing.assert_close(answers[-1], dense(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(answers[0], answers[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_where_all_experts_are_equal_the_route_has_no_effect(
+    name: str, model: RoutedModel, images: Callable[..., Tensor]
+) -> None:
+    x = images(12)
+    for module in model.modules():
+        if isinstance(module, RoutedLayer):
+            for expert in module.experts[1:]:
+                expert.load_state_dict(module.experts[0].state_dict())
+    free = model.run(x)
+    equal = {key: top_k(r.logits.roll(1, -1), r.k, "renormalised") for key, r in free.trace.items()}
+    for forced in (to_expert(free.trace, 0), to_expert(free.trace, 1), equal):
+        torch.testing.assert_close(model.run(x, forced=forced).logits, free.logits, rtol=1e-5, atol=1e-5)
+    scaled = {key: Routing(r.logits, r.index, 0.5 * r.weight) for key, r in free.trace.items()}
+    assert not torch.allclose(model.run(x, forced=scaled).logits, free.logits, atol=1e-3)
+
+
+@torch.no_grad()
+def test_with_k_all_experts_the_layer_is_the_soft_mixture(images: Callable[..., Tensor]) -> None:
+    x = images(9)
+    model = lived_in(build_model(f"block_moe({BACKBONE}, stages=(3,), experts=3, k=3)", 4, SHAPE), images(32))
+    free = model.run(x)
+    forced = {key: soft(routing.logits) for key, routing in free.trace.items()}
+    torch.testing.assert_close(model.run(x, forced=forced).logits, free.logits)
+    assert all(float((r.weight.sum(-1) - 1).abs().max()) < 1e-6 for r in free.trace.values())
+
+
+def test_an_image_is_answered_alike_in_any_batch(model: RoutedModel, images: Callable[..., Tensor]) -> None:
+    x = images(8)
+    with torch.no_grad():
+        whole, order = model(x), torch.randperm(8)
+        torch.testing.assert_close(model(x[order]), whole[order], rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat([model(image[None]) for image in x]), whole, rtol=0, atol=1e-5)
+        assert model(images(0)).shape == model.train()(images(0)).shape == (0, 4)
+    x.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model.eval()(x).sum(), x)
+    assert gradient.is_contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ sparse, and gradients
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["block_moe", "conv_moe"])
+def test_sparse_is_the_reference_mix_in_values_and_gradients(
+    kind: str, k: int, images: Callable[..., Tensor], labels: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In eval mode and float64, on own routes and on forced ones: logits, and the gradients of image and weights."""
+    text = f"{kind}({BACKBONE}, stages=(2, 3), experts=3, k={k}, standardise=True)"
+    model = lived_in(build_model(text, 4, SHAPE), images(32)).double()
+    x, y = images(12).double().requires_grad_(True), labels(12)
+    forced = detach(spread(model.run(x).trace, k))
+    found = []
+    for mix in (block.mix_sparse, mix_reference):
+        monkeypatch.setattr(block, "mix_sparse", mix)
+        for given in (None, forced):
+            logits = model.run(x, forced=given).logits
+            loss = F.cross_entropy(logits, y)
+            found.append([logits, *torch.autograd.grad(loss, [x, *model.parameters()], materialize_grads=True)])
+    for sparse, reference in ((found[0], found[2]), (found[1], found[3])):
+        for one, other in zip(sparse, reference):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_the_routers_gradient_is_the_softmax_straight_through(images: Callable[..., Tensor]) -> None:
+    """d loss / d logit_j = g p_c ([j = c] - p_j), g = d loss / d weight by finite differences of a forced run."""
+    model = lived_in(build_model(f"block_moe({BACKBONE}, stages=(3,), experts=3, blocks=last)", 4, SHAPE), images(32))
+    model, x = model.double(), images(1).double()
+    ((key, routing),) = (output := model.run(x)).trace.items()
+    assert routing.weight.item() == 1.0
+    (found,) = torch.autograd.grad(F.cross_entropy(output.logits, torch.tensor([1])), routing.logits)
+
+    def loss(weight: float) -> float:
+        forced = {key: Routing(routing.logits, routing.index, torch.full_like(routing.weight, weight))}
+        return float(F.cross_entropy(model.run(x, forced=forced).logits, torch.tensor([1])).detach())
+
+    g = (loss(1 + 1e-6) - loss(1 - 1e-6)) / 2e-6
+    p, chosen = routing.logits[0, 0].detach().softmax(0), int(routing.index)
+    expected = g * p[chosen] * (F.one_hot(torch.tensor(chosen), 3) - p)
+    assert abs(g) > 1e-3
+    torch.testing.assert_close(found[0, 0], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_two_routers_are_the_papers(images: Callable[..., Tensor]) -> None:
+    """GAP and a linear layer with bias; a 1x1 convolution without bias and GAP, which is the same map."""
+    x = torch.randn(5, 6, 4, 3)
+    fc, conv = layer_router(6, 3, "gap_fc"), layer_router(6, 3, "conv_gap")
+    torch.testing.assert_close(fc(x), x.mean((2, 3)) @ fc.head.weight.T + fc.head.bias)
+    assert conv.head.bias is None
+    torch.testing.assert_close(conv(x), F.conv2d(x, conv.head.weight[:, :, None, None]).mean((2, 3)))
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def test_an_expert_without_images_is_left_alone(images: Callable[..., Tensor], labels: Callable[[int], Tensor]) -> None:
+    """Train mode, all images to expert 1 of 3: the others get no gradient and their BatchNorms no statistics."""
+    model = build_model(SPECS["blocks"], 4, SHAPE).train()
+    x, y = images(6), labels(6)
+    forced = detach(to_expert(model.run(x).trace, 1))
+    before = copy.deepcopy(model.state_dict())
+    F.cross_entropy(model.run(x, forced=forced).logits, y).backward()
+    for key, parameter in model.named_parameters():
+        used = ".experts.1." in key or (".experts." not in key and ".router." not in key)
+        assert used == (parameter.grad is not None and bool((parameter.grad != 0).any())), key
+    for key, value in model.state_dict().items():
+        if "experts" in key and "running" in key:
+            assert torch.equal(value, before[key]) == (".experts.1." not in key), key
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tiny_batches_train(
+    size: int, model: RoutedModel, images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    """An expert that gets one image of one pixel a channel does not stop a run."""
+    loss = F.cross_entropy(model.train().run(images(size)).logits, labels(size))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_one_step_of_adversarial_training_moves_routers_and_used_experts(
+    autocast: torch.dtype | None, model: RoutedModel, images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    x, y = images(24), labels(24)
+    method = build_method("at(pgd(linf(0.03), steps=2), balance=0.1, balance_loss=importance)")
+    with torch.no_grad():
+        routers = list(model.run(x).trace)
+    assert trainable_routers(model, x) == dict.fromkeys(routers, True)
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    optimiser = SGD(0.1, 0.0, 0.0).make(model.parameters())
+    done = train_step(
+        model, method, [optimiser], x, y, Noise.of(torch.arange(24), 1), autocast=autocast, routers=routers
+    )
+    assert set(done.router_grad) == set(routers)
+    assert all(value > 0 for value in done.router_grad.values())
+    moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
+    for key in routers:
+        assert any(other.startswith(f"{key}.") for other in moved)
+        assert any(other.startswith(key.replace("router", "experts.")) for other in moved)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ counts and refusals
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops(model: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return counter.get_total_flops()
+
+
+def test_counts_of_resnet18(images: Callable[..., Tensor]) -> None:
+    """Stage 4 four times, and one router a block (256 and 512 channels to 4 logits): the cost of a pass is the dense
+    network's and the routers'.
+    """
+    with torch.device("meta"):
+        dense = build_model("resnet18", 10, (3, 32, 32))
+        blocks = build_model("block_moe(resnet18)", 10, (3, 32, 32))
+        convs = build_model("conv_moe(resnet18, experts=2, shortcuts=True)", 10, (3, 32, 32))
+    filters = 9 * 256 * 512 + 3 * 9 * 512 * 512 + 256 * 512
+    stage = filters + 2 * 512 * 5  # five BatchNorms
+    assert parameters(dense) == 11_173_962
+    assert parameters(blocks) == 11_173_962 + 3 * stage + 4 * (256 + 512)
+    assert parameters(convs) == 11_173_962 + filters + 2 * (256 + 3 * 512 + 256)
+    small, x = build_model("block_moe(resnet10(width=4))", 4, SHAPE), images(8)
+    assert flops(small, x) == flops(build_model("resnet10(width=4)", 4, SHAPE), x) + 2 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    ["resnet50(width=2)", "wide_resnet(depth=10, width=1)", "vgg16(width=4)", "densenet(depth=10, growth=4)"],
+)
+@pytest.mark.parametrize("kind", ["block_moe", "conv_moe"])
+@torch.no_grad()
+def test_other_backbones_have_stages_too(kind: str, backbone: str, images: Callable[..., Tensor]) -> None:
+    x = images(6)
+    model, dense = build_model(f"{kind}({backbone}, stages=(3,), experts=2)", 4, SHAPE), build_model(backbone, 4, SHAPE)
+    found = model.run(x)
+    assert all(key.startswith("network.stages.2.") for key in found.trace)
+    state = {key.replace(".experts.1.", "."): value for key, value in model.state_dict().items()}
+    dense.load_state_dict({key: value for key, value in state.items() if key in dense.state_dict()})
+    torch.testing.assert_close(model.run(x, forced=to_expert(found.trace, 1)).logits, dense(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("block_moe(resnet8)", r"stages must be between 1 and 3 here; got 4"),
+        ("block_moe(resnet18, stages=())", r"stages names no stage"),
+        ("conv_moe(resnet18, experts=2, k=3)", "k must be between 1 and the number of experts, 2; got 3"),
+        ("block_moe(resnet18, router=linear)", "argument 'router'"),
+    ],
+)
+def test_bad_settings_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(text, 4, SHAPE)
+
+
+def test_a_spec_is_written_as_it_is_read() -> None:
+    text = "block_moe(resnet18(width=8), stages=(3, 4), router=gap_fc, blocks=last)"
+    assert spec.text(spec.build(text, "model")) == text
+    with pytest.raises(ValueError, match="router must be 'conv_gap' or 'gap_fc'; got 'linear'"):
+        layer_router(4, 2, "linear")
+
+
+def test_a_layer_outside_of_its_model_says_so(model: RoutedModel, images: Callable[..., Tensor]) -> None:
+    layer = next(module for module in model.modules() if isinstance(module, RoutedLayer))
+    message = re.escape(f"the routed layer {layer.name!r} was called outside of its model; call the model")
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            model.network(images(2))
+        model(images(2))
+        with pytest.raises(RuntimeError, match=r"tensor a \(5\)"):  # a pass that fails leaves nothing behind
+            model(images(2, 5, 8, 8))
+
+
+# ------------------------------------------------------------------------------------------------ moefy
+
+
+class Net(nn.Module):
+    """A user's network: a residual block, a strided convolution, plain BatchNorms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.body = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.down, self.last = nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.unused = nn.Conv2d(6, 6, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.body(x)
+        return self.head(F.relu(self.last(self.down(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> Net:
+    made = Net().eval()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+                tensor.uniform_(0.5, 1.5)
+    return made
+
+
+@pytest.mark.parametrize("k, gate", [(1, None), (2, None), (3, None), (2, "hard")])
+@pytest.mark.parametrize("layers", ["down", ["body", "d?wn"], ["body.0"], "body.[01]"])
+@torch.no_grad()
+def test_a_converted_network_answers_as_it_did(
+    k: int, gate: str | None, layers: str | list[str], net: Net, images: Callable[..., Tensor]
+) -> None:
+    x, before, state = images(12), copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    model = moefy(net, layers, SHAPE, experts=3, k=k, gate=gate, router="gap_fc", standardise=True)
+    free = model.run(x)
+    torch.testing.assert_close(free.logits, net(x), rtol=1e-5, atol=1e-6)
+    other = spread(free.trace, k)
+    ones = {key: Routing(r.logits, r.index, torch.full_like(r.weight, 1 / k)) for key, r in other.items()}
+    torch.testing.assert_close(model.run(x, forced=ones).logits, net(x), rtol=1e-5, atol=1e-6)
+    assert all(isinstance(model.get_submodule(key.removesuffix(".router")), RoutedLayer) for key in free.trace)
+    assert len(free.trace) == (2 if layers in (["body", "d?wn"], "body.[01]") else 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    # The user's network is what it was
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert {type(module) for module in net.modules()} == {
+        Net,
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.Sequential,
+        nn.ReLU,
+        nn.Linear,
+    }
+
+
+@torch.no_grad()
+def test_jitter_tells_the_experts_apart(net: Net, images: Callable[..., Tensor]) -> None:
+    """By that many standard deviations of a weight; the first stays the network's own. Seeded."""
+    model = moefy(net, ["body", "down"], SHAPE, experts=3, jitter=0.1)
+    x, layer = images(8), model.network.down
+    assert torch.equal(layer.experts[0].weight, net.down.weight)
+    for expert in layer.experts[1:]:
+        assert float((expert.weight - net.down.weight).std() / net.down.weight.std()) == pytest.approx(0.1, rel=0.2)
+    trace = model.run(x).trace
+    torch.testing.assert_close(model.run(x, forced=to_expert(trace, 0)).logits, net(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(model.run(x, forced=to_expert(trace, 1)).logits, net(x), atol=1e-3)
+    twin, other = (moefy(net, ["body", "down"], SHAPE, experts=3, jitter=0.1, seed=seed) for seed in (0, 1))
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in model.state_dict().items())
+    assert not torch.equal(other.network.down.router.head.weight, layer.router.head.weight)
+
+
+@torch.no_grad()
+def test_normalisation_and_dtype(net: Net, images: Callable[..., Tensor]) -> None:
+    from robustmoe.models import Normalise
+
+    x = images(4)
+    model = moefy(net, "down", SHAPE, normalise=Normalise((0.5,) * 3, (0.25,) * 3))
+    torch.testing.assert_close(model(x), net((x - 0.5) / 0.25), rtol=1e-5, atol=1e-6)
+    wide = moefy(net.double(), "down", SHAPE, k=2).run(x.double())
+    assert wide.logits.dtype == wide.trace["network.down.router"].logits.dtype == torch.float64
+    torch.testing.assert_close(wide.logits, net(x.double()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_trained_dense_model_of_ours_is_converted_too(images: Callable[..., Tensor]) -> None:
+    dense, x = build_model("resnet8(width=4)", 4, SHAPE), images(5)
+    model = moefy(dense, ["network.stages.1.*", "network.stages.2.0.conv?"], SHAPE, experts=2)
+    with torch.no_grad():
+        out = model.run(x)
+        torch.testing.assert_close(out.logits, dense(x), rtol=1e-5, atol=1e-6)
+    names = ["stages.1.0", "stages.2.0.conv1", "stages.2.0.conv2"]
+    assert list(out.trace) == [f"network.network.{each}.router" for each in names]
+    assert isinstance(dense, Dense)
+
+
+class Odd(Net):
+    """Layers that cannot be routed, each in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.pair, self.two = nn.ReLU(), Pair(), Two()
+        self.centre, self.inner = Centre(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        x = self.two(x, self.pair(x)[0])
+        x = self.centre(x) - 1
+        self.inner(x)  # the result is in x
+        return self.head(self.relu(self.down(x)).mean((2, 3)))
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class Centre(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5 * x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ("dwon", r"has no layer 'dwon'; did you mean 'down' or 'two'\? known: body, body.0, "),
+        (["down", "body.*.conv"], r"has no layer 'body.\*.conv'"),
+        ([], "layers names no layer"),
+        (["body", "body.0"], "the layer 'body.0' stands inside 'body'; name one of them"),
+        ("unused", "the layer 'unused' is called 0 times in one pass; expected once an image"),
+        ("relu", "the layer 'relu' is called 2 times in one pass"),
+        ("head", r"the layer 'head' gets \(2, 8\) for two images; expected one feature map"),
+        ("two", r"the layer 'two' gets \(2, 6, 8, 8\), \(2, 6, 8, 8\) for two images"),
+        ("pair", "the layer 'pair' gives tuple for two images"),
+        ("centre", "the layer 'centre' answers an image by the others of its batch"),
+        ("inner", "with inner as experts the network's logits change by .* a layer may change its input in place"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_in_one_line(layers: str | list[str], message: str) -> None:
+    network = Net() if "body" in layers else Odd()
+    with pytest.raises(UserError, match=message):
+        moefy(network, layers, SHAPE)
+
+
+def test_bad_numbers_are_refused(net: Net) -> None:
+    with pytest.raises(ValueError, match="k must be between 1 and the number of experts, 2; got 3"):
+        moefy(net, "down", SHAPE, experts=2, k=3)
+    with pytest.raises(UserError, match=r"jitter must be 0 or more; got -0\.1"):
+        moefy(net, "down", SHAPE, jitter=-0.1)
+    with pytest.raises(UserError, match="gate=vmoe multiplies an expert by its probability"):
+        moefy(net, "down", SHAPE, gate="vmoe")
+    with pytest.raises(UserError, match=r"the network fails on images \(2, 1, 8, 8\): RuntimeError: .* 3 channels"):
+        moefy(net, "down", (1, 8, 8))
+    with pytest.raises(UserError, match="takes a network without routers; this one is a MoefiedModel"):
+        moefy(moefy(net, "down", SHAPE), "network.body.0", SHAPE)
+
+
+def test_layers_called_otherwise_than_at_conversion_are_refused(net: Net, images: Callable[..., Tensor]) -> None:
+    """Twice in a pass, or not on the images: a network may decide so later."""
+
+    class Fickle(Net):
+        times, crops = 1, 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.repeat(self.crops, 1, 1, 1)
+            for _ in range(self.times):
+                x = self.stem(x)[:, :3]
+            return x.mean((2, 3))
+
+    model = moefy(Fickle(), "stem", SHAPE)
+    assert model(images(2)).shape == (2, 3)
+    model.network.times = 2
+    with pytest.raises(UserError, match=r"'network.stem' is called twice in one pass"):
+        model(images(2))
+    model.network.times, model.network.crops = 1, 3
+    with pytest.raises(UserError, match=r"'network.stem' got 6 items in a pass of 2 images"):
+        model(images(2))
+
+
+@torch.no_grad()
+def test_a_layer_under_two_names_stays_one(images: Callable[..., Tensor]) -> None:
+    class Shared(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alias = self.down
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.alias(self.stem(x)).mean((2, 3)))
+
+    network, x = Shared().eval(), images(3)
+    model = moefy(network, "down", SHAPE)
+    assert model.network.alias is model.network.down
+    assert list(model.run(x).trace) == ["network.down.router"]
+    torch.testing.assert_close(model(x), network(x), rtol=1e-5, atol=1e-6)
+
+
+def test_two_threads_keep_their_passes_apart(net: Net, images: Callable[..., Tensor]) -> None:
+    """Both are inside a pass of the same model at once: each has its own trace, for its own batch."""
+    meet = threading.Barrier(2, timeout=20)
+
+    class Meeting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                meet.wait()
+            return x
+
+    net.norm = nn.Sequential(net.norm, Meeting())
+    model = moefy(net, ["body", "down"], SHAPE, jitter=0.3, standardise=True)
+    inputs, found = {n: images(n) for n in (3, 5)}, {}
+
+    def work(n: int) -> None:
+        with torch.no_grad():
+            found[n] = model.run(inputs[n])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, x in inputs.items():
+        with torch.no_grad():
+            alone = model.run(x)
+        assert torch.equal(found[n].logits, alone.logits)
+        assert all(torch.equal(found[n].trace[key].index, r.index) for key, r in alone.trace.items())
+
+
+@torch.no_grad()
+def test_models_inside_models(net: Net, images: Callable[..., Tensor]) -> None:
+    """In a user's own routed model the traces join under prefixes; in a plain call the inner pass is its own."""
+    x = images(6)
+    inner = moefy(net, "down", SHAPE, experts=2, jitter=0.5)
+
+    class Both(RoutedModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = inner, moefy(net, "body", SHAPE, experts=2, jitter=0.5)
+
+        def body(self, x: Tensor, tape: Tape) -> Tensor:
+            return self.one.body(x, tape.under("one")) - self.two.body(x, tape.under("two"))
+
+    both = Both().eval()
+    out = both.run(x)
+    assert list(out.trace) == ["one.network.down.router", "two.network.body.router"]
+    forced = to_expert(out.trace, 1)
+    expected = inner.run(x, forced=to_expert(inner.run(x).trace, 1)).logits
+    expected = expected - both.two.run(x, forced=to_expert(both.two.run(x).trace, 1)).logits
+    torch.testing.assert_close(both.run(x, forced=forced).logits, expected)
+
+    class Wrapping(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            features, aside = self.stem(x), inner(x.flip(-1)[:2])
+            return self.head(self.down(features).mean((2, 3))) + aside[:1]
+
+    network = Wrapping().eval()
+    outer = moefy(network, ["stem", "down"], SHAPE, experts=2)
+    assert list(outer.run(x).trace) == ["network.stem.router", "network.down.router"]
+    torch.testing.assert_close(outer(x), network(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_converted_network_trains(net: Net, images: Callable[..., Tensor], labels: Callable[[int], Tensor]) -> None:
+    """Also where an expert gets one image of one pixel, which torch's own BatchNorm refuses."""
+    x, y = images(16), labels(16)
+    model = moefy(net, ["body", "down"], SHAPE, experts=3, standardise=True, jitter=0.1)
+    assert all(isinstance(module, BatchNorm2d) for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    method = build_method("at(pgd(linf(0.03), steps=2), balance=0.1, balance_loss=entropy)")
+    before = copy.deepcopy(model.state_dict())
+    optimiser = SGD(0.1, 0.0, 0.0).make(model.parameters())
+    routers = ["network.body.router", "network.down.router"]
+    done = train_step(model, method, [optimiser], x, y, Noise.of(torch.arange(16), 1), routers=routers)
+    assert all(done.router_grad[key] > 0 for key in routers)
+    for key in ("network.body.router.network.head.weight", "network.down.experts.0.weight", "network.stem.weight"):
+        assert not torch.equal(model.state_dict()[key], before[key])
+
+    pixel = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Flatten())
+    one = moefy(pixel, "1", (3, 1, 1)).train()
+    assert torch.isfinite(one(images(1, 3, 1, 1))).all()
+
+
+@pytest.mark.parametrize("kind", ["moefied", "blocks", "convolutions"])
+@pytest.mark.parametrize("precision", ["strict", "fast"])
+def test_frozen_copies_are_the_model(
+    kind: str, precision: str, net: Net, images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    """Copied, folded where a BatchNorm follows a convolution inside an expert or outside of all, and halved."""
+    x, y = images(16), labels(16)
+    if kind == "moefied":
+        model = moefy(net, ["body", "down"], SHAPE, experts=3, jitter=0.2)
+    else:
+        model = lived_in(build_model(SPECS[kind], 4, SHAPE), images(32))
+    copied = frozen(model, x, precision)
+    assert copied.folded > 0
+    assert ("bf16 weights" in copied.note) == (precision == "fast"), copied.note
+    forced = detach(spread(model.run(x).trace))
+    for given in (detach(model.run(x).trace), forced):
+        gradients = []
+        for each in (model, copied.climbed):
+            inner = x.clone().requires_grad_(True)
+            logits = each.run(inner, forced=given).logits
+            gradients.append((logits.detach(), *torch.autograd.grad(F.cross_entropy(logits, y), inner)))
+        off = [float((a - b).norm() / a.norm()) for a, b in zip(*gradients)]
+        assert max(off) < 1e-4 if precision == "strict" else off[0] < 0.05 and off[1] < 0.3, off
+
+
+def test_evaluate_attacks_its_routers(net: Net, images: Callable[..., Tensor]) -> None:
+    """Routers alone, and the beam over the cells of two routers."""
+    x = images(6)
+    model = moefy(net, ["body", "down"], SHAPE, experts=2, standardise=True, jitter=0.3)
+    lived_in(model, images(32))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    attacks = ["pgd(linf(0.1), steps=3, objective=router_only)", "route_beam(linf(0.1), steps=2)"]
+    routers, beam = evaluate(model, x, y, num_classes=4, device="cpu", attacks=attacks)
+    for summary in (routers, beam):
+        assert (summary.clean.count, summary.n) == (6, 6)
+        assert set(summary.rerouted) == {"network.body.router", "network.down.router"}
+        assert summary.router_attacked
+    assert routers.rerouted_mean > 0.1
+
+
+def test_the_example_of_the_docstring_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert moefy.__doc__ is not None
+    (code,) = re.findall(r"For example::\n\n(.*?)\n\n    ``layers``", moefy.__doc__, re.DOTALL)
+    exec(textwrap.dedent(code), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    assert sum(map(int, re.findall(r"\d+", printed.splitlines()[0]))) == 16, "each image went to one expert"
+    assert "clean 16 of 16" in printed
