@@ -113,12 +113,12 @@ import sys, time
 from robustmoe.cli import main
 from robustmoe.training import loop
 original = loop._step
-def step(parts, state, batch, routers):
+def step(parts, state, *rest):
     if state.epoch == 1:
         if state.step == 7:
             print("in the middle of epoch 2", flush=True)
         time.sleep(0.05 if state.step >= 7 else 0)
-    return original(parts, state, batch, routers)
+    return original(parts, state, *rest)
 loop._step = step
 sys.exit(main(sys.argv[1:]))
 """
@@ -398,7 +398,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
 
     def give(values: list[float]) -> None:
         rest = iter(values)
-        monkeypatch.setattr(health, "validate", lambda *a: health.Validation(next(rest), None, 10, {}))
+        monkeypatch.setattr(health, "validate", lambda *a: health.Validation(next(rest), None, 10, {}, {}, {}))
 
     return give
 

@@ -46,7 +46,7 @@ def test_kl_is_finite_for_extreme_logits() -> None:
 def test_the_table_makes_every_objective_by_its_name() -> None:
     """By what it aims at: a result counts as "joint", "experts_only" or "router_only"."""
     aims = {"joint": "joint", "targeted": "joint", "joint_normalised": "joint", "experts_only": "experts_only"}
-    aims |= {"router_only": "router_only", "router_hinge": "router_only"}
+    aims |= {"diluted": "joint", "router_only": "router_only", "router_hinge": "router_only"}
     assert {name: make().name for name, make in OBJECTIVES.items()} == aims
 
 
