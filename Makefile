@@ -19,6 +19,7 @@ lint: $(VENV)/.dev  ## style, format and types
 
 bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/sparse_dispatch.py
+	$(BIN)/python benchmarks/pathway_inference.py --repeats 5 --steps 0
 
 recipes: $(VENV)/.dev  ## two training steps of every cell of the AdvMoE grid, at its true size
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py

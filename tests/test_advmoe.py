@@ -22,7 +22,7 @@ from robustmoe.recipe import Recipe
 from robustmoe.records import read_jsonl
 from robustmoe.routing import Tape, to_expert, top_k
 from robustmoe.training import Given, Method, TrainingStopped, advmoe, build_method, train, train_step
-from robustmoe.training.advmoe import EXPERTS, ROUTERS
+from robustmoe.training.methods import EXPERTS, ROUTERS
 from robustmoe.training.optimisation import SGD
 
 SPEC = "pathway(resnet8(width=8), experts=2, router=resnet8(width=2), standardise=True)"
@@ -151,6 +151,21 @@ def test_each_phase_moves_its_own_and_nothing_else(
         assert moved
         assert moved <= (routers if phase.name == "router" else set(before) - routers)
         assert phase.params == (ROUTERS if phase.name == "router" else EXPERTS)
+
+
+@pytest.mark.parametrize("method", ["standard", "at", "trades"])
+@pytest.mark.parametrize("moves", ["experts", "routers"])
+def test_one_part_of_a_model_can_be_hardened_alone(
+    method: str, moves: str, images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    """The regimes of a router, or of experts, trained against attack with the other part as it was."""
+    model = model_of()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    attack = "" if method == "standard" else "pgd(linf(0.1), steps=1, keep=last), "
+    step(build_method(f"{method}({attack}moves={moves})"), model, images(16), labels(16))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert {name.startswith("router.") for name in moved} == {moves == "routers"}
 
 
 def test_the_bilevel_router_learns_from_the_classification_loss_and_the_released_one_does_not(

@@ -22,12 +22,8 @@ from robustmoe.models.norm import wide
 from robustmoe.noise import Noise, permutation
 from robustmoe.routing import Routing, Tape, Trace
 from robustmoe.training.auxiliary import BalanceLoss, check_balance_loss
-from robustmoe.training.methods import ALL, _check_weight, climbing, trades_loss
+from robustmoe.training.methods import ALL, EXPERTS, ROUTERS, _check_weight, climbing, trades_loss
 from robustmoe.training.phases import Loss, Method, Phase
-
-ROUTERS = r".*\brouters?\."
-EXPERTS = rf"(?!{ROUTERS})"
-"""Parameters of the routers, and all others, by their names."""
 
 Variant = Literal["bilevel", "released"]
 Target = Literal["residue", "random", "none"]

@@ -275,7 +275,11 @@ def _training_batches(parts: Parts, state: State, *key: int) -> Iterator[Batch]:
 def _epoch(parts: Parts, state: State, out: Path) -> bool:
     """The rest of an epoch and what follows it; False where ``max_steps`` ended it early."""
     recipe = parts.recipe
-    routers = health.trainable_routers(parts.model, parts.val.batch([0]).to(parts.device).x)
+    moving = {name for phase in parts.method.phases for name in phase.parameters(parts.model)}
+    routers = {
+        name: trainable and any(key.startswith(f"{name}.") for key in moving)
+        for name, trainable in health.trainable_routers(parts.model, parts.val.batch([0]).to(parts.device).x).items()
+    }
     before = {name: _router_weights(parts.model, name) for name in routers}
     with progress(parts.steps, f"epoch {state.epoch + 1}/{recipe.epochs}", unit="steps") as bar:
         bar.advance(state.step)

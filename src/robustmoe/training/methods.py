@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,12 +14,23 @@ from robustmoe.training.auxiliary import BalanceLoss, auxiliary, check_balance_l
 from robustmoe.training.auxiliary import load_balance as load_balance
 from robustmoe.training.phases import Loss, LossFunction, Method, Phase
 
-ALL = ""  # every name matches
+ROUTERS = r".*\brouters?\."
+EXPERTS = rf"(?!{ROUTERS})"
+ALL = ""
+"""Parameters by their names: the routers', all others, every one."""
+
+Moves = Literal["all", "experts", "routers"]
 
 
 def _check_weight(name: str, value: float) -> None:
     if not value >= 0:
         raise ValueError(f"{name} must be 0 or more; got {value}")
+
+
+def _one_phase(moves: Moves, loss: LossFunction, attack: Attack | None = None) -> Method:
+    """``loss`` alone, on all parameters ("experts": all but the routers')."""
+    params = {"all": ALL, "experts": EXPERTS, "routers": ROUTERS}[moves]
+    return Method((Phase(moves, params, loss),), attack)
 
 
 def _classification(
@@ -31,41 +44,59 @@ def _classification(
     return loss
 
 
-def standard(label_smoothing: float = 0.0, balance: float = 0.0, balance_loss: BalanceLoss = "switch") -> Method:
+def standard(
+    label_smoothing: float = 0.0,
+    balance: float = 0.0,
+    balance_loss: BalanceLoss = "switch",
+    moves: Moves = "all",
+) -> Method:
     """Cross-entropy on clean images. ``balance``: weight of the routers' loss of the name ``balance_loss`` (see
-    `robustmoe.training.auxiliary`).
+    `robustmoe.training.auxiliary`). ``moves``: the parameters that move, "all", the "routers" alone, or the "experts"
+    (all but the routers'): with a recipe's ``init``, to harden one part of a trained model.
     """
     _check_weight("balance", balance)
     check_balance_loss(balance_loss)
-    return Method((Phase("all", ALL, _classification(label_smoothing, balance, balance_loss, None)),))
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, None))
 
 
 def at(
-    attack: Attack, label_smoothing: float = 0.0, balance: float = 0.0, balance_loss: BalanceLoss = "switch"
+    attack: Attack,
+    label_smoothing: float = 0.0,
+    balance: float = 0.0,
+    balance_loss: BalanceLoss = "switch",
+    moves: Moves = "all",
 ) -> Method:
     """Adversarial training (Madry et al. 2018): cross-entropy on the images as ``attack`` leaves them.
 
     The attack runs on the model in eval mode. With ``pgd(linf(8/255), steps=1, step_size=10/255, keep=last)`` it is the
-    one-step training of Wong et al. 2020. ``balance``, ``balance_loss``: as in `standard`, on the attacked images.
+    one-step training of Wong et al. 2020. ``balance``, ``balance_loss``: as in `standard`, on the attacked images;
+    ``moves``: as there.
     """
     _check_weight("balance", balance)
     check_balance_loss(balance_loss)
-    return Method((Phase("all", ALL, _classification(label_smoothing, balance, balance_loss, attack)),), attack)
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, attack), attack)
 
 
-def trades(attack: Attack, beta: float = 6.0, balance: float = 0.0, balance_loss: BalanceLoss = "switch") -> Method:
+def trades(
+    attack: Attack,
+    beta: float = 6.0,
+    balance: float = 0.0,
+    balance_loss: BalanceLoss = "switch",
+    moves: Moves = "all",
+) -> Method:
     """TRADES (Zhang et al. 2019): cross-entropy on clean images + beta * KL(clean || attacked), the attack climbing
     that KL.
 
     A `PGD` whose objective is the plain cross-entropy is taken with the KL loss instead, as in the paper. The KL is a
     mean over the batch, its gradient flows through both sides (as released); the clean and the attacked batch pass in
-    train mode one after the other. ``balance``, ``balance_loss``: as in `standard`, on the clean images.
+    train mode one after the other. ``balance``, ``balance_loss``: as in `standard`, on the clean images;
+    ``moves``: as there.
     """
     _check_weight("beta", beta)
     _check_weight("balance", balance)
     check_balance_loss(balance_loss)
     climb = climbing(attack, Joint("kl"))
-    return Method((Phase("all", ALL, trades_loss(climb, beta, balance, balance_loss)),), climb)
+    return _one_phase(moves, trades_loss(climb, beta, balance, balance_loss), climb)
 
 
 def climbing(attack: Attack, objective: Objective) -> Attack:
