@@ -21,13 +21,13 @@ LAYERS = [
     {"attacks", "reporting"},
     {"training", "costs"},
     {"evaluation"},
-    {"demo", "interop"},
+    {"demo", "flags", "interop"},
     {"cli"},
     {"__main__"},
 ]
 """From the ground up. What stands in one layer imports from layers below it, and inside its own folder."""
 
-WITHOUT_TORCH = ["analysis", "cli", "errors", "progress", "recipe", "records", "reporting", "spec", "__main__"]
+WITHOUT_TORCH = ["analysis", "cli", "errors", "flags", "progress", "recipe", "records", "reporting", "spec", "__main__"]
 
 
 def statements(path: Path, nested: bool) -> Iterator[ast.Import | ast.ImportFrom]:

@@ -16,7 +16,7 @@ from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, soft, top_k
 from robustmoe.training import Method, at, build_method, standard, trades, train_step
-from robustmoe.training.methods import load_balance
+from robustmoe.training.auxiliary import load_balance
 from robustmoe.training.optimisation import SGD
 
 

@@ -6,25 +6,20 @@ exit code 2; any other exception is a bug and shows its traceback.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
 import errno
-import inspect
 import os
-import re
 import signal
 import sys
 import threading
-import types
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from robustmoe import recipe as recipes
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
+from robustmoe.flags import Verb, parse, summary
 from robustmoe.progress import first_process, note
 
 # ------------------------------------------------------------------------------------------------ verbs
@@ -219,7 +214,7 @@ def demo(out: Annotated[str, "folder of the demo"] = "runs/demo") -> str:
     return f"report: {demonstration.demo(Path(out))}"
 
 
-VERBS: dict[str, Callable[..., str]] = {
+VERBS: dict[str, Verb] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
@@ -249,126 +244,6 @@ def _run_folder(run: str) -> Path:
         raise UserError(f"{run!r} is a file, not a run folder")
     near = {str(f.parent) for place in (folder.parent, Path("runs")) for f in place.glob("*/config.json")}
     raise UserError(f"there is no run folder {run!r}" + (f"; {nearest(run, near)}" if near else ""))
-
-
-# ------------------------------------------------------------------------------------------------ flags
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flag:
-    """One argument of a verb: its name, annotation, help text, whether it stands without a flag, and its default."""
-
-    name: str
-    hint: Any
-    help: str
-    positional: bool = False
-    required: bool = False
-    default: Any = argparse.SUPPRESS
-
-    @property
-    def repeated(self) -> bool:
-        return typing.get_origin(self.hint) is tuple
-
-    @property
-    def may_be_none(self) -> bool:
-        return types.NoneType in typing.get_args(self.hint)
-
-
-def _flags(verb: Callable[..., str]) -> list[_Flag]:
-    """The flags of a verb: its parameters, and the fields of the recipe where it takes any."""
-    hints = typing.get_type_hints(verb, include_extras=True)
-    flags = []
-    for name, parameter in inspect.signature(verb).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            flags += _recipe_flags()
-            continue
-        hint, words = typing.get_args(hints[name])
-        required = parameter.default is parameter.empty
-        flags.append(_Flag(name, hint, words, required or name in ("kind", "run"), required, parameter.default))
-    return flags
-
-
-def _recipe_flags() -> list[_Flag]:
-    flags = []
-    for field, annotated in zip(dataclasses.fields(recipes.Recipe), recipes.field_types().values(), strict=True):
-        hint, words = typing.get_args(annotated)
-        default = "set by the recipe" if field.default is dataclasses.MISSING else f"recipe default: {field.default}"
-        flags.append(_Flag(field.name, hint, f"{words} ({default})"))
-    return flags
-
-
-def _parser(name: str, flags: Sequence[_Flag]) -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"robustmoe {name}", description=_summary(VERBS[name]), exit_on_error=False)
-    for flag in flags:
-        options: dict[str, Any] = {"help": flag.help}
-        if flag.positional:
-            options |= {"metavar": _metavar(flag.name), "type": str if flag.repeated else flag.hint}
-            options |= {"nargs": "+"} if flag.repeated else {} if flag.required else {"nargs": "?", "default": None}
-            parser.add_argument(flag.name, **options)
-        elif flag.hint is bool:
-            parser.add_argument(f"--{flag.name}", action="store_true", **options)
-        elif flag.repeated:
-            parser.add_argument(f"--{flag.name}", type=str, action="append", default=argparse.SUPPRESS, **options)
-        else:
-            parser.add_argument(f"--{flag.name}", type=flag.hint, default=flag.default, **options)
-    return parser
-
-
-def _metavar(name: str) -> str:
-    return name.upper().removesuffix("S")
-
-
-def _summary(verb: Callable[..., str]) -> str:
-    return (inspect.getdoc(verb) or "").partition("\n")[0]
-
-
-def _normal(argv: Sequence[str], flags: Sequence[_Flag]) -> list[str]:
-    """``argv`` with ``--batch-size`` as ``--batch_size``, "none" as jsonargparse's null; refuses unknown flags."""
-    known = {flag.name: flag for flag in flags}
-    out: list[str] = []
-    waiting: _Flag | None = None  # the flag whose value comes next
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            if key not in known and key != "help":
-                names = [f"--{f.name}" for f in flags if not f.positional]
-                raise UserError(f"unknown option '--{key}'; {nearest(f'--{key}', names)}")
-            waiting = known.get(key) if not equals else None
-            out.append(f"--{key}{equals}{_null(value, known.get(key))}")
-        else:
-            out.append(_null(word, waiting))
-            waiting = None
-    return out
-
-
-def _null(value: str, flag: _Flag | None) -> str:
-    return "null" if flag is not None and flag.may_be_none and value.lower() == "none" else value
-
-
-def _parse(name: str, argv: Sequence[str]) -> dict[str, Any]:
-    flags = _flags(VERBS[name])
-    known = {flag.name: flag for flag in flags}
-    try:
-        found = _parser(name, flags).parse_args(_normal(argv, flags))
-    except argparse.ArgumentError as e:
-        raise UserError(_one_line(str(e), name, known)) from None
-    return {key: tuple(value) if known[key].repeated else value for key, value in vars(found).items()}
-
-
-def _one_line(message: str, name: str, known: dict[str, _Flag]) -> str:
-    """What jsonargparse says, in our words."""
-    wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)\Z', message, re.DOTALL)
-    if wrong and wrong[1] in known:
-        flag = known[wrong[1]]
-        hint = spec.hint_text(flag.hint)
-        return f"{'' if flag.positional else '--'}{flag.name} must be {hint}; got {wrong[2]!r}"
-    missing = re.match(r"the following arguments are required: (.*)", message)
-    if missing:
-        return f"{name} needs {_metavar(missing[1])}; see robustmoe {name} --help"
-    return f"{message[:1].lower()}{message[1:]}; see robustmoe {name} --help"
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -436,7 +311,7 @@ def _run(argv: Sequence[str]) -> str:
         return f"robustmoe {_version()}"
     if argv[0] not in VERBS:
         raise UserError(f"unknown verb {argv[0]!r}; {nearest(argv[0], VERBS)}")
-    return VERBS[argv[0]](**_parse(argv[0], argv[1:]))
+    return VERBS[argv[0]](**parse(argv[0], VERBS[argv[0]], argv[1:]))
 
 
 def _version() -> str:
@@ -446,7 +321,7 @@ def _version() -> str:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:10}{_summary(verb)}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:10}{summary(verb)}" for name, verb in VERBS.items())
     return (
         "usage: robustmoe VERB ...\n\n"
         "Adversarially robust Mixture-of-Experts vision models: train, attack, evaluate, report, router included.\n\n"

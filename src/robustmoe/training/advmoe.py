@@ -22,7 +22,7 @@ from robustmoe.models.norm import wide
 from robustmoe.noise import Noise, permutation
 from robustmoe.routing import Routing, Tape, Trace
 from robustmoe.training.auxiliary import BalanceLoss, check_balance_loss
-from robustmoe.training.methods import ALL, EXPERTS, ROUTERS, _check_weight, climbing, trades_loss
+from robustmoe.training.methods import ALL, EXPERTS, ROUTERS, check_weight, climbing, trades_loss
 from robustmoe.training.phases import Loss, Method, Phase
 
 Variant = Literal["bilevel", "released"]
@@ -61,7 +61,7 @@ def advmoe(
     variant does not have.
     """
     for name, value in (("beta", beta), ("alpha", alpha), ("balance", balance)):
-        _check_weight(name, value)
+        check_weight(name, value)
     check_balance_loss(balance_loss)
     if not router_lr > 0:
         raise ValueError(f"router_lr must be above 0; got {router_lr}")

@@ -11,7 +11,6 @@ from robustmoe.attacks import PGD, Attack, Bf16, Joint, Objective, changed, kl
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.training.auxiliary import BalanceLoss, auxiliary, check_balance_loss
-from robustmoe.training.auxiliary import load_balance as load_balance
 from robustmoe.training.phases import Loss, LossFunction, Method, Phase
 
 ROUTERS = r".*\brouters?\."
@@ -22,7 +21,7 @@ ALL = ""
 Moves = Literal["all", "experts", "routers"]
 
 
-def _check_weight(name: str, value: float) -> None:
+def check_weight(name: str, value: float) -> None:
     if not value >= 0:
         raise ValueError(f"{name} must be 0 or more; got {value}")
 
@@ -54,7 +53,7 @@ def standard(
     `robustmoe.training.auxiliary`). ``moves``: the parameters that move, "all", the "routers" alone, or the "experts"
     (all but the routers'): with a recipe's ``init``, to harden one part of a trained model.
     """
-    _check_weight("balance", balance)
+    check_weight("balance", balance)
     check_balance_loss(balance_loss)
     return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, None))
 
@@ -72,7 +71,7 @@ def at(
     one-step training of Wong et al. 2020. ``balance``, ``balance_loss``: as in `standard`, on the attacked images;
     ``moves``: as there.
     """
-    _check_weight("balance", balance)
+    check_weight("balance", balance)
     check_balance_loss(balance_loss)
     return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, attack), attack)
 
@@ -92,8 +91,8 @@ def trades(
     train mode one after the other. ``balance``, ``balance_loss``: as in `standard`, on the clean images;
     ``moves``: as there.
     """
-    _check_weight("beta", beta)
-    _check_weight("balance", balance)
+    check_weight("beta", beta)
+    check_weight("balance", balance)
     check_balance_loss(balance_loss)
     climb = climbing(attack, Joint("kl"))
     return _one_phase(moves, trades_loss(climb, beta, balance, balance_loss), climb)
