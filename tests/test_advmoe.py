@@ -459,17 +459,17 @@ RECIPE: dict[str, Any] = {
     "model": "pathway(resnet8(width=4), experts=2, router=small_cnn(width=4), standardise=True)",
     "data": "digits",
     "epochs": 1,
-    "batch_size": 64,
+    "batch_size": 128,
     "val_limit": 32,
     "threads": 1,
 }
 
 
-@pytest.mark.parametrize("variant", ["bilevel", "released"])
-def test_a_stopped_run_goes_on_to_the_same_bits(variant: str, tmp_path: Path) -> None:
-    recipe = {**RECIPE, "method": f"advmoe({ATTACK}, variant={variant}, router_lr=0.5)"}
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Two phases, two mini-batches a step, two learning rates."""
+    recipe = {**RECIPE, "method": f"advmoe({ATTACK}, router_lr=0.5)"}
     train(Recipe(**recipe), tmp_path / "whole")
-    train(Recipe(**recipe, max_steps=7), tmp_path / "parts")
+    train(Recipe(**recipe, max_steps=4), tmp_path / "parts")
     train(Recipe(**recipe), tmp_path / "parts", resume=True)
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts

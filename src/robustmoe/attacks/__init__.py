@@ -7,7 +7,7 @@ from collections.abc import Callable
 from robustmoe import spec as specs
 from robustmoe.attacks.apgd import APGD, TargetedAPGD
 from robustmoe.attacks.autoattack import AutoAttack, AutoAttackRouting
-from robustmoe.attacks.base import Attack, Suite, evaluating, part_noise
+from robustmoe.attacks.base import Attack, Suite, Wrapped, changed, evaluating, part_noise
 from robustmoe.attacks.fab import FAB
 from robustmoe.attacks.fmn import FMN, accuracy_curve
 from robustmoe.attacks.half import Bf16
@@ -48,7 +48,6 @@ from robustmoe.attacks.views import (
     Viewed,
     at_radius,
     attack_view,
-    changed,
     each_expert,
     sole_router,
 )
@@ -126,6 +125,7 @@ __all__ = [
     "Threat",
     "View",
     "Viewed",
+    "Wrapped",
     "accuracy_curve",
     "at_radius",
     "attack_view",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -113,6 +114,48 @@ class Suite(Attack):
             x_adv[left[broken]] = attacked[broken]
             left = left[~broken]
         return x_adv
+
+
+class Wrapped(Attack):
+    """``attack`` made on another model than the one it is given. Threat, objective, seed and parts are the attack's;
+    `changed` reaches them. Subclasses are frozen dataclasses with a field ``attack`` and write `perturb`.
+    """
+
+    attack: Attack
+
+    @property
+    def inner(self) -> Attack:
+        """What is wrapped, at any depth."""
+        return self.attack.inner if isinstance(self.attack, Wrapped) else self.attack
+
+    @property
+    def threat(self) -> Threat:  # type: ignore[override]
+        return self.attack.threat
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        return self.attack.objective
+
+    @property
+    def seed(self) -> int:  # type: ignore[override]
+        return self.attack.seed
+
+    def around(self, attack: Attack) -> Attack:
+        """The same about another attack."""
+        new: Attack = dataclasses.replace(self, attack=attack)  # type: ignore[type-var]
+        return new
+
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        parts = self.attack.parts(output)
+        return [("", self)] if parts == [("", self.attack)] else [(name, self.around(part)) for name, part in parts]
+
+
+def changed(attack: Attack, **fields: object) -> Attack:
+    """`dataclasses.replace`, which reaches the attack inside a `Wrapped` one: ``changed(attack, seed=3)``."""
+    if isinstance(attack, Wrapped):
+        return attack.around(changed(attack.attack, **fields))
+    new: Attack = dataclasses.replace(attack, **fields)  # type: ignore[type-var]
+    return new
 
 
 def part_noise(noise: Noise, part: str) -> Noise:

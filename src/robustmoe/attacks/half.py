@@ -8,10 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from robustmoe.attacks.base import Attack
-from robustmoe.attacks.objectives import Objective
+from robustmoe.attacks.base import Attack, Wrapped
 from robustmoe.attacks.surrogate import Surrogate
-from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape
@@ -33,30 +31,14 @@ class Half(RoutedModel):
 
 
 @dataclass(frozen=True)
-class Bf16(Attack):
+class Bf16(Wrapped):
     """``attack`` made on the network in bf16: cheaper examples for training, whose loss then asks the exact model.
 
     The attack itself asks the bf16 network what is fooled. A `Surrogate` (what evaluation attacks: see its
-    ``precision``) is attacked as it is. Threat, objective, seed and parts are the attack's; `changed` replaces them.
+    ``precision``) is attacked as it is.
     """
 
     attack: Attack
-
-    @property
-    def threat(self) -> Threat:  # type: ignore[override]
-        return self.attack.threat
-
-    @property
-    def objective(self) -> Objective:  # type: ignore[override]
-        return self.attack.objective
-
-    @property
-    def seed(self) -> int:  # type: ignore[override]
-        return self.attack.seed
-
-    def parts(self, output: Output) -> list[tuple[str, Attack]]:
-        parts = self.attack.parts(output)
-        return [("", self)] if parts == [("", self.attack)] else [(name, Bf16(part)) for name, part in parts]
 
     def queries(self, output: Output) -> int:
         return self.attack.queries(output)

@@ -19,12 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustmoe import spec as specs
-from robustmoe.attacks.base import Attack
+from robustmoe.attacks.base import Attack, Wrapped, changed
 from robustmoe.attacks.fmn import FMN
-from robustmoe.attacks.half import Bf16
-from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.surrogate import Surrogate, exact_of
-from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.norm import wide
 from robustmoe.noise import Noise
@@ -214,30 +211,11 @@ def attack_view(model: RoutedModel, view: View | str) -> Surrogate:
 
 
 @dataclass(frozen=True)
-class Viewed(Attack):
-    """``attack`` through ``view``: the view is climbed, the exact model says what is broken.
-
-    Threat, objective, seed and parts are the attack's; `changed` replaces them.
-    """
+class Viewed(Wrapped):
+    """``attack`` through ``view``: the view is climbed, the exact model says what is broken."""
 
     view: View
     attack: Attack
-
-    @property
-    def threat(self) -> Threat:  # type: ignore[override]
-        return self.attack.threat
-
-    @property
-    def objective(self) -> Objective:  # type: ignore[override]
-        return self.attack.objective
-
-    @property
-    def seed(self) -> int:  # type: ignore[override]
-        return self.attack.seed
-
-    def parts(self, output: Output) -> list[tuple[str, Attack]]:
-        parts = self.attack.parts(output)
-        return [("", self)] if parts == [("", self.attack)] else [(n, Viewed(self.view, part)) for n, part in parts]
 
     def queries(self, output: Output) -> int:
         """The attack's passes, each as many as the view's; a view of other values is judged once a gradient."""
@@ -248,18 +226,10 @@ class Viewed(Attack):
         return self.attack(attack_view(model, self.view), x, y, noise)
 
 
-def changed(attack: Attack, **fields: object) -> Attack:
-    """`dataclasses.replace`, which reaches the attack inside a `Viewed` or `Bf16`: ``changed(attack, seed=3)``."""
-    if isinstance(attack, Viewed | Bf16):
-        return dataclasses.replace(attack, attack=changed(attack.attack, **fields))
-    new: Attack = dataclasses.replace(attack, **fields)  # type: ignore[type-var]
-    return new
-
-
 def at_radius(attack: Attack, eps: float) -> Attack:
     """The attack at another radius, in pixels; a step size that it names is scaled with it."""
     changes: dict[str, object] = {"threat": dataclasses.replace(attack.threat, eps=eps)}
-    step = getattr(attack.attack if isinstance(attack, Viewed | Bf16) else attack, "step_size", None)
+    step = getattr(attack.inner if isinstance(attack, Wrapped) else attack, "step_size", None)
     if step is not None and attack.threat.eps > 0 and not isinstance(attack, FMN):  # FMN's search knows no eps
         changes["step_size"] = step * eps / attack.threat.eps
     return changed(attack, **changes)

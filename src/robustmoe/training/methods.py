@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe.attacks import PGD, Attack, Bf16, Joint, Objective, changed, kl
+from robustmoe.attacks import PGD, Attack, Joint, Objective, Wrapped, changed, kl
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.training.auxiliary import BalanceLoss, auxiliary, check_balance_loss
@@ -100,7 +100,7 @@ def trades(
 
 def climbing(attack: Attack, objective: Objective) -> Attack:
     """``attack`` with ``objective`` where it names none of its own (a `PGD` of the plain cross-entropy)."""
-    inner = attack.attack if isinstance(attack, Bf16) else attack
+    inner = attack.inner if isinstance(attack, Wrapped) else attack
     plain = isinstance(inner, PGD) and inner.objective == Joint()
     return changed(attack, objective=objective) if plain else attack
 
