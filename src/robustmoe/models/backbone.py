@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Stage(nn.ModuleList):
         return x
 
 
-class StagedNetwork(nn.Module):
+class StagedNetwork(nn.Module, ABC):
     """A backbone's network: `entry`, ``stages``, `leave`. The image router of a pathway decides before all of it, a
     router a stage before each of ``stages``.
 
@@ -30,13 +30,13 @@ class StagedNetwork(nn.Module):
     stages: nn.ModuleList
     inputs: list[ImageShape]
 
+    @abstractmethod
     def entry(self, x: Tensor) -> Tensor:
         """(n, ch, h, w) normalised images -> what enters the first stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """What leaves the last stage -> (n, classes) logits."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         x = self.entry(x)
