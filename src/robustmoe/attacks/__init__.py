@@ -14,6 +14,7 @@ from robustmoe.attacks.half import Bf16
 from robustmoe.attacks.objectives import (
     Diluted,
     ExpertsOnly,
+    Held,
     Joint,
     Objective,
     RouterOnly,
@@ -105,6 +106,7 @@ __all__ = [
     "ExpertTransition",
     "ExpertView",
     "ExpertsOnly",
+    "Held",
     "Joint",
     "JointNormalised",
     "NotFiniteError",

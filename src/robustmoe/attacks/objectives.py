@@ -199,15 +199,37 @@ class ExpertsOnly(Objective):
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         with torch.no_grad():
             clean = exact_of(model).run(x)
-        trace = detach(clean.trace)
+        return _on_route(model, y, detach(clean.trace), self.loss, clean.logits)
 
-        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
-            held, label = some_routes(trace, rows), some(y, rows)
-            logits = model.run(x_adv, forced=held).logits
-            loss = loss_of(self.loss, logits, label, some(clean.logits, rows))
-            return Score(loss, missed(model, x_adv, logits, label, held))
 
-        return inner
+@dataclass(frozen=True)
+class Held(Objective):
+    """A loss of the model on the given route of each image (a training method's; it has no spec). ``fooled`` is of the
+    model on that route.
+    """
+
+    name: ClassVar[str] = "experts_only"
+    forced: Trace
+    loss: Loss = "ce"
+
+    def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
+        clean = None
+        if self.loss == "kl":
+            with torch.no_grad():
+                clean = model.run(x, forced=self.forced).logits
+        return _on_route(model, y, self.forced, self.loss, clean)
+
+
+def _on_route(model: RoutedModel, y: Tensor, trace: Trace, kind: Loss, clean: Tensor | None) -> Inner:
+    """The inner function of a loss on the route ``trace``."""
+
+    def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+        held, label = some_routes(trace, rows), some(y, rows)
+        logits = model.run(x_adv, forced=held).logits
+        before = None if clean is None else some(clean, rows)
+        return Score(loss_of(kind, logits, label, before), missed(model, x_adv, logits, label, held))
+
+    return inner
 
 
 @dataclass(frozen=True)

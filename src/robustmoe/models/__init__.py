@@ -1,5 +1,5 @@
-"""Models: dense networks, ensembles of whole networks, pathway MoE-CNNs. Each is written as a call and built
-anywhere.
+"""Models: dense networks, ensembles of whole networks, dual models, pathway MoE-CNNs. Each is written as a call and
+built anywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Out
 from robustmoe.models.block import BlockMoE, ConvMoE, LayeredModel, RoutedLayer
 from robustmoe.models.conversion import MoefiedModel, moefy
 from robustmoe.models.densenet import DenseNet, densenet40, densenet121
+from robustmoe.models.dual import SHARPENINGS, Dual, DualModel, Nuts, Scaled, Sharpening, blend_logits
 from robustmoe.models.ensemble import Ensemble, EnsembleModel
 from robustmoe.models.mixing import mix_reference, mix_sparse, run_sparse
 from robustmoe.models.norm import BatchNorm2d, Normalise
@@ -47,6 +48,7 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
     "pruned": Pruned,
     "block_moe": BlockMoE,
     "conv_moe": ConvMoE,
+    "dual": Dual,
 }
 
 
@@ -76,6 +78,7 @@ def build_model(
 
 __all__ = [
     "MODELS",
+    "SHARPENINGS",
     "VGG16",
     "Backbone",
     "BatchNorm2d",
@@ -84,6 +87,8 @@ __all__ = [
     "Dense",
     "DenseNet",
     "Downsampled",
+    "Dual",
+    "DualModel",
     "Ensemble",
     "EnsembleModel",
     "ImageShape",
@@ -93,6 +98,7 @@ __all__ = [
     "MoefiedModel",
     "NetworkSpec",
     "Normalise",
+    "Nuts",
     "Output",
     "Pathway",
     "PathwayModel",
@@ -101,12 +107,15 @@ __all__ = [
     "ResNet",
     "RoutedLayer",
     "RoutedModel",
+    "Scaled",
+    "Sharpening",
     "Slim",
     "SmallCNN",
     "StagedNetwork",
     "StagedPathwayModel",
     "WideResNet",
     "as_routed",
+    "blend_logits",
     "build_model",
     "densenet40",
     "densenet121",

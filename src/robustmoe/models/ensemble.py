@@ -14,7 +14,7 @@ from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedMode
 from robustmoe.models.mixing import mix_sparse, run_sparse
 from robustmoe.models.norm import Normalise, Standardise, wide
 from robustmoe.models.small import SmallCNN
-from robustmoe.routing import Routing, Tape, soft, straight_through, top_k
+from robustmoe.routing import Routing, Tape, Trace, soft, straight_through, top_k
 
 Gate = Literal["straight_through", "renormalised", "vmoe", "hard", "soft"]
 
@@ -53,12 +53,21 @@ class EnsembleModel(RoutedModel):
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         x = compact(self.normalise(x))
-        routing = tape("router", self.rule(wide(self.router(x))[:, None]))
+        routing = tape("router", self._decide(x))
         index, weight = routing.index[:, 0], routing.weight[:, 0]
         if self.mix == "logits":
             return mix_sparse(list(self.experts), x, index, weight)
         log_probabilities = torch.log_softmax(wide(run_sparse(list(self.experts), x, index)), dim=-1)
         return torch.logsumexp(log_probabilities + torch.log(weight)[:, :, None], dim=1)
+
+    def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
+        """The router's decision; no expert runs."""
+        tape = Tape()
+        tape("router", self._decide(compact(self.normalise(x))))
+        return tape.trace
+
+    def _decide(self, x: Float[Tensor, "n ch h w"]) -> Routing:
+        return self.rule(wide(self.router(x))[:, None])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Bad content and failed writes raise :class:`~robustmoe.errors.UserError`, one li
 """
 
 from robustmoe.records.audit import Audit, audit_path, read_audit, write_audit
+from robustmoe.records.blend import Blend, blend_path, read_blend, write_blend
 from robustmoe.records.dissection import Answers, Dissection, dissection_path, read_dissection, write_dissection
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
 from robustmoe.records.files import append_json, read_jsonl, write_atomic
@@ -38,6 +39,7 @@ __all__ = [
     "WORK",
     "Answers",
     "Audit",
+    "Blend",
     "Check",
     "Checks",
     "Dissection",
@@ -51,17 +53,20 @@ __all__ = [
     "Writer",
     "append_json",
     "audit_path",
+    "blend_path",
     "difference",
     "dissection_path",
     "examples_path",
     "merge",
     "read",
     "read_audit",
+    "read_blend",
     "read_dissection",
     "read_examples",
     "read_jsonl",
     "write_atomic",
     "write_audit",
+    "write_blend",
     "write_dissection",
     "write_examples",
 ]

@@ -41,6 +41,7 @@ def _table(module: str, name: str) -> Callable[[], Table]:
 
 TABLES: dict[str, Callable[[], Table]] = {
     "model": _table("robustmoe.models", "MODELS"),
+    "sharpening": _table("robustmoe.models", "SHARPENINGS"),
     "data": _table("robustmoe.data", "DATASETS"),
     "attack": _table("robustmoe.attacks", "ATTACKS"),
     "threat": _table("robustmoe.attacks", "THREATS"),

@@ -7,12 +7,21 @@ from collections.abc import Callable
 from robustmoe import spec as specs
 from robustmoe.training.advmoe import advmoe
 from robustmoe.training.checkpoint import load_model
+from robustmoe.training.jtdmoe import jtdmoe
 from robustmoe.training.loop import train
 from robustmoe.training.methods import at, standard, trades
 from robustmoe.training.optimisation import OPTIMIZERS, SCHEDULES, SGD, AdamW, OptimizerSpec
 from robustmoe.training.phases import Given, Loss, Method, Phase, StepResult, TrainingStopped, train_step
+from robustmoe.training.rt_er import rt_er
 
-METHODS: dict[str, Callable[..., Method]] = {"standard": standard, "at": at, "trades": trades, "advmoe": advmoe}
+METHODS: dict[str, Callable[..., Method]] = {
+    "standard": standard,
+    "at": at,
+    "trades": trades,
+    "advmoe": advmoe,
+    "rt_er": rt_er,
+    "jtdmoe": jtdmoe,
+}
 
 
 def build_method(spec: str | Method) -> Method:
@@ -37,7 +46,9 @@ __all__ = [
     "advmoe",
     "at",
     "build_method",
+    "jtdmoe",
     "load_model",
+    "rt_er",
     "standard",
     "trades",
     "train",

@@ -7,15 +7,14 @@ are here, told apart by name, with the controls that say what helps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from robustmoe.attacks import PGD, Attack, Diluted, Joint, Objective, Score, changed, evaluating, kl, linf, missed
-from robustmoe.attacks.objectives import Inner, some, some_routes
+from robustmoe.attacks import PGD, Attack, Diluted, Held, Joint, changed, evaluating, kl, linf
 from robustmoe.attacks.views import RuleTape
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.norm import wide
@@ -136,7 +135,7 @@ class _Released:
         return torch.stack(losses).mean()
 
     def _attacked(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise, forced: Trace) -> Tensor:
-        attack = changed(self.attack, objective=_Held(forced)) if forced else self.attack
+        attack = changed(self.attack, objective=Held(forced, "kl")) if forced else self.attack
         return attack(model, x, y, noise)
 
     def _oracle_route(self, model: RoutedModel, x: Tensor, y: Tensor) -> Trace:
@@ -169,22 +168,3 @@ def _run(model: RoutedModel, x: Tensor, forced: Trace) -> Output:
     """One pass whose logits give the routers no gradient; those of the trace do."""
     tape = RuleTape(lambda name, fresh: Routing(fresh.logits, fresh.index, fresh.weight.detach()), Tape(forced))
     return Output(wide(model.body(x, tape)), tape.trace)
-
-
-@dataclass(frozen=True)
-class _Held(Objective):
-    """KL(clean || attacked) of the model on a given route."""
-
-    name: ClassVar[str] = "experts_only"
-    forced: Trace
-
-    def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
-        with torch.no_grad():
-            clean = model.run(x, forced=self.forced).logits
-
-        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
-            held, label = some_routes(self.forced, rows), some(y, rows)
-            logits = model.run(x_adv, forced=held).logits
-            return Score(kl(some(clean, rows), logits), missed(model, x_adv, logits, label, held))
-
-        return inner

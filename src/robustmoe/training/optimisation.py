@@ -100,6 +100,19 @@ def step(milestones: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> Sc
     return lambda progress: factor ** sum(progress >= milestone for milestone in milestones)
 
 
+def cyclic(cycles: float = 1.0, low: float = 0.5) -> Schedule:
+    """Triangles between ``low`` and 1, ``cycles`` of them in the run, each rising first (Smith 2017)."""
+    _check_share("low", low)
+    if not cycles > 0:
+        raise ValueError(f"cycles must be above 0; got {cycles}")
+
+    def multiplier(progress: float) -> float:
+        place = progress * cycles % 1
+        return low + (1 - low) * (1 - abs(2 * place - 1))
+
+    return multiplier
+
+
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), a share of the run; got {value}")
@@ -109,6 +122,7 @@ OPTIMIZERS: dict[str, Callable[..., OptimizerSpec]] = {"sgd": SGD, "adamw": Adam
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
     "cosine": cosine,
+    "cyclic": cyclic,
     "one_cycle": one_cycle,
     "step": step,
 }
