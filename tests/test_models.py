@@ -347,9 +347,13 @@ CASES = {
     "densenet": ["densenet(depth=10, growth=4)"],
     "densenet40": ["densenet40(growth=2)"],
     "densenet121": [],  # 430 layers: built in test_backbones.py
+    "vit": ["vit(patch=4, width=8, depth=2, heads=2)"],
+    "vit_tiny": [],  # vit of another size: counted in test_vit.py
+    "vit_small": [],
     "linear": ["linear"],
     "small_cnn": ["small_cnn"],
     "downsampled": ["downsampled(resnet8(width=4), size=6)"],
+    "resized": ["resized(vit(patch=6, width=8, depth=1, heads=2), size=12)", "resized(resnet8(width=4), size=6)"],
     "ensemble": [
         "ensemble(resnet8(width=4), experts=2, standardise=True)",
         "ensemble(small_cnn, experts=3, k=2, gate=hard, router=linear)",
@@ -357,6 +361,7 @@ CASES = {
         "ensemble(small_cnn, experts=3, k=2, gate=renormalised)",
         "ensemble(small_cnn, experts=2, gate=vmoe, standardise=True, mix=probabilities)",
         "ensemble(linear, experts=2, gate=soft)",
+        "ensemble(vit(patch=4, width=8, depth=1, heads=2), experts=2, router=linear)",
     ],
     "slim": ["slim(resnet8(width=4), ratio=0.5)"],
     "pruned": ["pruned(resnet8(width=4), ratio=0.5)"],
@@ -380,6 +385,10 @@ CASES = {
         "pathway(wide_resnet(depth=10, width=1), experts=2, router=linear, norm=own)",
         "pathway(vgg16(width=4), experts=2, router=downsampled(linear, size=4))",
         "pathway(densenet(depth=10, growth=4), experts=2, router=linear, routers=stage)",
+    ],
+    "dual": [
+        "dual(small_cnn(width=4), ensemble(resnet8(width=4), experts=2, router=linear), alpha=0.9, sharpen=nuts)",
+        "dual(small_cnn(width=4), small_cnn(width=4), mix=logits, mixer=small_cnn(width=4))",
     ],
 }
 SPECS = [spec for cases in CASES.values() for spec in cases]

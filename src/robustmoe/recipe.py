@@ -36,7 +36,12 @@ class Recipe:
     ema: Annotated[float, "decay of the averaged weights; 0 = off"] = 0.0
     clip: Annotated[float, "largest norm of the gradient; 0 = off"] = 0.0
     seed: Annotated[int, "decides every random draw"] = 0
-    init: Annotated[str | None, "a run folder whose weights the training starts from; none = random ones"] = None
+    init: Annotated[
+        str | None,
+        "what training starts from: a run folder, a .safetensors file, or several for parts of the model, such as "
+        "'standard=runs/std, robust=runs/rt'; one network fills every expert, all equal at first; none = random "
+        "weights",
+    ] = None
     val_attack: Annotated[
         str | None, "attack on the validation images after each epoch; none = clean accuracy only"
     ] = None

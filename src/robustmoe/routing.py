@@ -7,6 +7,7 @@ a ViT), e experts, k chosen, c classes, ch h w an image, d features.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -69,8 +70,8 @@ class Tape:
 
     def under(self, prefix: str) -> Tape:
         """The same tape, with ``prefix.`` before every name."""
-        inner = Tape.__new__(Tape)
-        inner.forced, inner.trace, inner._prefix = self.forced, self.trace, f"{self._prefix}{prefix}."
+        inner = copy.copy(self)
+        inner._prefix = f"{self._prefix}{prefix}."
         return inner
 
     def __call__(self, name: str, fresh: Routing) -> Routing:

@@ -21,8 +21,9 @@ from robustmoe.models.norm import BatchNorm2d, Normalise
 from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
 from robustmoe.models.pruned import Pruned
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
-from robustmoe.models.small import Downsampled, Linear, SmallCNN
+from robustmoe.models.small import Downsampled, Linear, Resized, SmallCNN
 from robustmoe.models.vgg import VGG16
+from robustmoe.models.vit import ViT, vit_small, vit_tiny
 from robustmoe.models.wide_resnet import WideResNet, wrn_28_10
 
 MODELS: dict[str, Callable[..., ModelSpec]] = {
@@ -39,9 +40,13 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
     "densenet": DenseNet,
     "densenet40": densenet40,
     "densenet121": densenet121,
+    "vit": ViT,
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
     "linear": Linear,
     "small_cnn": SmallCNN,
     "downsampled": Downsampled,
+    "resized": Resized,
     "ensemble": Ensemble,
     "pathway": Pathway,
     "slim": Slim,
@@ -105,6 +110,7 @@ __all__ = [
     "Plain",
     "Pruned",
     "ResNet",
+    "Resized",
     "RoutedLayer",
     "RoutedModel",
     "Scaled",
@@ -113,6 +119,7 @@ __all__ = [
     "SmallCNN",
     "StagedNetwork",
     "StagedPathwayModel",
+    "ViT",
     "WideResNet",
     "as_routed",
     "blend_logits",
@@ -129,5 +136,7 @@ __all__ = [
     "resnet34",
     "resnet50",
     "run_sparse",
+    "vit_small",
+    "vit_tiny",
     "wrn_28_10",
 ]

@@ -4,6 +4,7 @@ mixed classifiers before it have it (Bai et al., arXiv 2301.12554), or in logits
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -54,7 +55,8 @@ class Nuts(Sharpening):
     logits of an image with mean 0 and variance 1 over the classes.
 
     The defaults are the values they tuned for CIFAR-10, to be used with alpha = 0.99875. Predictions stay what they
-    were where the largest v is above 0.8 - shift; below, GELU is not monotone.
+    were where the largest v is above -shift: its u is then above 0. Below, they may change, as GELU falls towards its
+    minimum at -0.752: with two classes v is (1, -1), and the default shift turns every prediction round.
     """
 
     scale: float = 5.0
@@ -205,6 +207,8 @@ class Dual(ModelSpec):
         check_alpha(self.alpha)
 
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
-        halves = [half.build(num_classes, image_shape, normalise) for half in (self.standard, self.robust)]
+        halves = [
+            half.build(num_classes, image_shape, copy.deepcopy(normalise)) for half in (self.standard, self.robust)
+        ]  # each its own: they may come from runs on different data
         mixer = None if self.mixer is None else _Mixer(self.mixer.network(1, image_shape), normalise)
         return DualModel(halves[0], halves[1], self.alpha, self.mix, self.sharpen, mixer)

@@ -1,13 +1,16 @@
-"""Small networks: routers, and experts for small images; and any network on a smaller copy of the image."""
+"""Small networks: routers, and experts for small images; and any network on a smaller or larger copy of the image."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.models.base import ImageShape, NetworkSpec
+from robustmoe.models.norm import wide
 
 
 class LinearNetwork(nn.Module):
@@ -53,16 +56,30 @@ class SmallCNN(NetworkSpec):
         return SmallCNNNetwork(image_shape[0], self.width, num_classes)
 
 
-class DownsampledNetwork(nn.Module):
-    """The network of `Downsampled`."""
+class RescaledNetwork(nn.Module):
+    """``inner`` on images that ``rescale`` brings to ``size`` (height, width)."""
 
-    def __init__(self, inner: nn.Module, size: tuple[int, int]) -> None:
+    def __init__(
+        self, inner: nn.Module, size: tuple[int, int], rescale: Callable[[Tensor, tuple[int, int]], Tensor]
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.size = size
+        self.rescale = rescale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(F.adaptive_avg_pool2d(x, self.size))
+        return self.inner(self.rescale(x, self.size))
+
+
+def bilinear(x: Float[Tensor, "n ch h w"], size: tuple[int, int]) -> Float[Tensor, "n ch a b"]:
+    """The images at ``size`` (height, width), in float32 at least; with antialiasing where a side shrinks."""
+    shrinks = size[0] < x.shape[2] or size[1] < x.shape[3]
+    return F.interpolate(wide(x), size, mode="bilinear", antialias=shrinks)
+
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}")
 
 
 @dataclass(frozen=True)
@@ -78,10 +95,29 @@ class Downsampled(NetworkSpec):
     size: int = 64
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1; got {self.size}")
+        _check_size(self.size)
 
     def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
         channels, height, width = image_shape
         size = min(height, self.size), min(width, self.size)
-        return DownsampledNetwork(self.inner.network(num_classes, (channels, *size)), size)
+        return RescaledNetwork(self.inner.network(num_classes, (channels, *size)), size, F.adaptive_avg_pool2d)
+
+
+@dataclass(frozen=True)
+class Resized(NetworkSpec):
+    """``inner`` on the image brought to ``size`` x ``size`` pixels (bilinear): for networks of a fixed size, such as
+    timm's transformers.
+
+    It happens inside the model, so that every radius is in the pixels of the original image. (Zhang et al. 2025 give
+    Tiny-ImageNet to ViT-small at 224 pixels; their released code enlarges the data.)
+    """
+
+    inner: NetworkSpec
+    size: int = 224
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+
+    def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
+        size = self.size, self.size
+        return RescaledNetwork(self.inner.network(num_classes, (image_shape[0], *size)), size, bilinear)
