@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import pytest
 import torch
@@ -28,8 +29,11 @@ from robustmoe.attacks import (
     linf,
     part_noise,
 )
+from robustmoe.attacks.objectives import Loss, loss_of
+from robustmoe.attacks.views import HalfView, Viewed
 from robustmoe.evaluation.checks import label
 from robustmoe.models import Output, Plain, RoutedModel
+from robustmoe.models.dual import DualModel, Mix
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape, top_k
 
@@ -227,8 +231,77 @@ def test_its_parts_fit_the_model(tiny: Callable[..., RoutedModel], images: Calla
     x = images(2)
     assert names(suite.routing_parts(tiny("ensemble_hard").run(x))) == [*routing, "transition"]
     assert names(suite.routing_parts(tiny("ensemble_k2").run(x))) == [*routing, "beam"]
+    layered = tiny("block_moe(resnet8(width=4), stages=(2, 3), experts=3)").run(x)
+    assert names(suite.routing_parts(layered)) == [*routing, "beam", "transition"]
     assert suite.parts(tiny("dense").run(x)) == suite.autoattack.parts(tiny("dense").run(x))
     assert suite.queries(tiny("dense").run(x)) == suite.autoattack.queries(tiny("dense").run(x))
+
+
+@pytest.mark.parametrize("standard", ["linear", "ensemble(linear, experts=3, router=linear)"])
+def test_its_parts_for_a_dual_model(
+    standard: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    """Also the halves alone, which every one of its parts can be run with. Of two dense networks there is no trace, so
+    the suite is AutoAttack, and the halves are attacked by name.
+    """
+    x, y = images(4), labels(4)
+    model = tiny(f"dual({standard}, ensemble(linear, experts=3, router=linear))")
+    found = AutoAttackRouting(linf(EPS), steps=2, temperatures=(1.0,)).routing_parts(model.run(x))
+    assert names(found)[3:7] == ["straight-through", "soft 1", "half standard", "half robust"]
+    assert names(found)[-2:] == (["flip", "transition"] if standard == "linear" else ["beam", "transition"])
+    for name, part in found:
+        assert float((part(model, x, y) - x).abs().max()) <= EPS * (1 + 1e-5), name
+    dense = tiny("dual(linear, linear)")
+    assert AutoAttackRouting(linf(EPS)).routing_parts(dense.run(x)) == []
+    through = build_attack("through(half(robust), pgd(linf(8/255), steps=2))")
+    assert torch.equal(through(dense, x, y), Viewed(HalfView("robust"), PGD(linf(EPS), steps=2))(dense, x, y))
+
+
+def dual_of_lines(margin: float, mix: Mix) -> DualModel:
+    """Two linear networks that both say class 0 with about this margin."""
+    halves = []
+    for _ in range(2):
+        layer = nn.Linear(192, 10).double()
+        with torch.no_grad():
+            layer.bias.zero_()[0] = margin
+        halves.append(Plain(nn.Sequential(nn.Flatten(), layer)))
+    return DualModel(halves[0], halves[1], 0.7, mix)
+
+
+@pytest.mark.parametrize(
+    "margin, mix, losses",
+    [
+        (10.0, "probabilities", ["ce", "dlr", "margin"]),
+        (80.0, "probabilities", ["ce", "dlr", "margin"]),
+        (100.0, "probabilities", ["dlr", "margin"]),
+        (10.0, "logits", ["ce", "dlr", "margin"]),
+        (30.0, "logits", ["dlr", "margin"]),
+        (100.0, "logits", ["dlr", "margin"]),
+    ],
+)
+def test_a_confident_blend_has_a_gradient_in_float32(
+    margin: float, mix: Mix, losses: list[Loss], images: Callable[..., Tensor]
+) -> None:
+    """The signs of the gradient in float32 are those of CE's closed form in float64, sum over wrong classes j of
+    softmax_j (z_j - z_0)', of DLR's and of the margin's, for at least 99 % of the pixels.
+
+    A mix of probabilities keeps CE usable until e^-margin is no normal float32 number (margins above 87). In a mix of
+    logits, as in any single network, CE loses the label's part from a margin of 17, where softmax rounds to 1: half of
+    the signs are wrong; AutoAttack's DLR stands in.
+    """
+    model, x, y = dual_of_lines(margin, mix), images(6), torch.zeros(6, dtype=torch.long)
+    at = x.double().requires_grad_(True)
+    z = model(at)
+    share = (z.detach() - z.detach()[:, 1:].logsumexp(1, keepdim=True)).exp()[:, 1:]  # of the wrong classes
+    closed = {"ce": (share * (z[:, 1:] - z[:, :1])).sum(1), "dlr": loss_of("dlr", z, y), "margin": z[:, 1:].amax(1)}
+    closed["margin"] = closed["margin"] - z[:, 0]
+    narrow, agree = model.float(), {}
+    for kind, value in closed.items():
+        expected = torch.autograd.grad(value.sum(), at, retain_graph=True)[0]
+        near = x.clone().requires_grad_(True)
+        found = torch.autograd.grad(loss_of(cast(Loss, kind), narrow(near), y).sum(), near)[0]
+        agree[kind] = float((found.sign() == expected.sign()).float().mean())
+    assert {kind for kind, same in agree.items() if same > 0.99} == set(losses), agree
 
 
 def test_the_exact_model_judges_a_suite(images: Callable[..., Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -27,8 +28,10 @@ from robustmoe.attacks.routes import (
 )
 from robustmoe.attacks.routes.cells import alike, forced_pass, lead, margin, reached, unit
 from robustmoe.attacks.routes.flip import rivals, swapped
+from robustmoe.attacks.routes.transition import by_sum
 from robustmoe.attacks.views import ExpertView, Soft, Viewed
 from robustmoe.models import RoutedModel
+from robustmoe.models.dual import DualModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Gating, Routing, Tape, top_k
 
@@ -193,7 +196,82 @@ def test_an_earlier_layer_that_a_later_one_looks_at() -> None:
     x, y = grey()
     assert robust(model, PGD(BALL, steps=20), x, y) == 1.0
     assert robust(model, RouteFlip(BALL, STEPS), x, y) == 0.0
-    assert robust(model, ExpertTransition(BALL, STEPS), x, y) == 0.0  # several routers: the same attack
+    assert robust(model, ExpertTransition(BALL, STEPS), x, y) == 0.0  # routers of items: the same attack
+
+
+class Side(RoutedModel):
+    """Half of a dual model. It reads one side of the image, two of its four columns: expert 1 decides where their mean
+    is above ``at``. Expert k says class 0 with the margin ``margins[k]``; a column moves that a little.
+    """
+
+    def __init__(self, columns: slice, at: float, margins: tuple[float, float]) -> None:
+        super().__init__()
+        self.columns, self.at, self.margins = columns, at, torch.tensor(margins)
+
+    def body(self, x: Tensor, tape: Tape) -> Tensor:
+        mean = x[..., self.columns].flatten(1).mean(1)
+        routing = tape("router", top_k(torch.stack([0 * mean, 50 * (mean - self.at)], 1)[:, None], 1, "hard"))
+        margin = self.margins.to(x)[routing.index[:, 0, 0]] + 0.1 * (x[:, 0, 0, self.columns].sum(1) - 1)
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+def sides(standard: tuple[float, float], robust: tuple[float, float]) -> DualModel:
+    """The blend's margin is the mean of the halves'; a side's mean moves by 0.1, its boundary is 0.08 away."""
+    left, right = Side(slice(0, 2), 0.58, standard), Side(slice(2, 4), 0.58, robust)
+    return DualModel(left, right, alpha=0.5, mix="logits")
+
+
+@pytest.mark.parametrize("attack", ROUTING, ids=names)
+def test_a_dual_model_that_only_the_second_routers_flip_breaks(attack: Attack) -> None:
+    """Margins by cell: (0, 0) 4, (1, 0) 11, (1, 1) 4, and (0, 1) -3: the standard half's flip rescues it."""
+    x, y = grey()
+    assert robust(sides((2, 9), (2, -5)), PGD(BALL, steps=20, objective=ExpertsOnly()), x, y) == 1.0
+    assert robust(sides((2, 9), (2, -5)), PGD(BALL, steps=20, restarts=2), x, y) == 1.0
+    assert robust(sides((2, 9), (2, -5)), attack, x, y) == 0.0
+
+
+def test_a_dual_model_that_only_both_flips_together_break() -> None:
+    """Margins by cell: (0, 0) 8, (0, 1) 3, (1, 0) 3, (1, 1) -2. The flip attack moves one router at a time."""
+    model, (x, y) = sides((4, -1), (4, -1)), grey()
+    assert robust(model, PGD(BALL, steps=20), x, y) == 1.0
+    assert robust(model, RouteFlip(BALL, STEPS), x, y) == 1.0
+    assert robust(model, ExpertTransition(BALL, STEPS), x, y) == 0.0
+    assert robust(model, ExpertTransition(BALL, STEPS, cells=3), x, y) == 1.0  # the fourth cell is the one
+    assert robust(model, ExpertTransition(BALL, STEPS, cells=4), x, y) == 0.0
+    assert robust(model, ExpertTransition(BALL, STEPS, experts=1), x, y) == 1.0
+
+
+@pytest.mark.parametrize("sizes", [[3], [4, 4], [2, 3, 2], [1, 3]])
+def test_cells_come_by_the_sum_of_ranks(sizes: list[int]) -> None:
+    every = sorted(product(*map(range, sizes)), key=lambda ranks: (sum(ranks), ranks))
+    assert list(by_sum(sizes)) == every
+
+
+def test_the_number_of_cells_that_are_tried(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
+    """Seen in the queries of one step, of which each cell has 7 with one router and 6 more with several."""
+    attack, many = ExpertTransition(BALL, 1, cells=5), "ensemble(linear, experts=20, router=linear, gate=hard)"
+    two = f"dual({many}, ensemble(linear, experts=3, router=linear, gate=hard))"
+    x = images(2)
+    for spec, other, cells, each in (
+        (many, attack, 20, 7),  # one router: all of its experts
+        (two, attack, 5, 13),
+        (two, ExpertTransition(BALL, 1), 16, 13),
+        (two, ExpertTransition(BALL, 1, experts=2), 4, 13),
+        ("dual", attack, 3, 7),  # the standard half's gate is soft: one router that chooses
+    ):
+        assert other.queries(tiny(spec).run(x)) == 2 + cells * each, spec
+
+
+def test_a_router_that_uses_all_experts_stays_free(
+    tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
+) -> None:
+    """With the soft standard half held constant by alpha = 1 the attack is the one on the robust half alone."""
+    model, x = tiny("dual"), images(6)
+    assert isinstance(model, DualModel)
+    with torch.no_grad():
+        y = model.robust(x).argmax(1)
+    attack = ExpertTransition(linf(0.03), 3)
+    assert torch.equal(attack(model.at(1.0), x, y), attack(model.robust, x, y))
 
 
 def test_flip_rate_and_break_rate_apart() -> None:
@@ -420,7 +498,14 @@ class Layers(RoutedModel):
         return 4 * self.head(items.mean(1))
 
 
-@pytest.fixture(params=["ensemble_hard", "ensemble_soft", "ensemble_k2", "pathway", "layers"])
+DUAL = (
+    "dual(ensemble(linear, experts=2, gate=hard, router=linear), "
+    "ensemble(linear, experts=2, gate=straight_through, router=linear))"
+)
+"""Two routers that choose."""
+
+
+@pytest.fixture(params=["ensemble_hard", "ensemble_soft", "ensemble_k2", "pathway", "layers", DUAL])
 def any_routed(request: pytest.FixtureRequest, tiny: Callable[..., RoutedModel]) -> RoutedModel:
     return Layers().eval() if request.param == "layers" else tiny(request.param)
 
@@ -506,7 +591,7 @@ def test_through_a_view_they_ask_the_exact_model(
 
 
 @pytest.mark.parametrize("attack", [*CONTRACT, PGD(linf(0.03), steps=3, keep="first")], ids=names)
-@pytest.mark.parametrize("name", ["ensemble_hard", "layers"])
+@pytest.mark.parametrize("name", ["ensemble_hard", "layers", "dual", DUAL])
 def test_queries_bound_what_a_model_is_asked(
     attack: Attack, name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
@@ -559,6 +644,7 @@ def test_a_broken_model_stops_the_attack(attack: Attack) -> None:
         (lambda: RouteFlip(BALL, step_size=0.0), "step_size must be above 0"),
         (lambda: RouteBeam(BALL, grid=(1.0, 0.0)), "grid must be numbers from 0 up, in rising order"),
         (lambda: ExpertTransition(BALL, experts=0), "experts must be at least 1; got 0"),
+        (lambda: ExpertTransition(BALL, cells=0), "cells must be at least 1; got 0"),
         (lambda: RouteFlip(BALL, rivals=0), "rivals must be at least 1; got 0"),
         (lambda: RouteBeam(BALL, depth=0), "depth must be at least 1; got 0"),
         (lambda: JointNormalised(-1.0), "weight must be 0 or more"),

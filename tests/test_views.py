@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from robustmoe.attacks import PGD, ExpertsOnly, Joint, Surrogate, exact_of, linf
 from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.half import Half
 from robustmoe.attacks.views import (
     VIEWS,
     Exact,
     ExpertView,
+    HalfView,
     RuleTape,
     Soft,
     StraightThrough,
@@ -23,9 +26,13 @@ from robustmoe.attacks.views import (
     attack_view,
     changed,
     each_expert,
+    halves,
+    image_routers,
+    sole_router,
 )
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel
+from robustmoe.models.dual import DualModel
 from robustmoe.routing import Routing, Tape, soft, to_expert, top_k
 
 EVERY = [Exact(), StraightThrough(), StraightThrough("identity"), Soft(), Soft(0.3), ExpertView(1)]
@@ -66,11 +73,12 @@ def gradient(model: RoutedModel, x: Tensor, y: Tensor) -> Tensor:
 
 
 def test_the_table_makes_every_view() -> None:
-    assert [type(VIEWS[name]()) for name in ("exact", "straight_through", "soft", "expert")] == [
+    assert [type(VIEWS[name]()) for name in ("exact", "straight_through", "soft", "expert", "half")] == [
         Exact,
         StraightThrough,
         Soft,
         ExpertView,
+        HalfView,
     ]
     with pytest.raises(ValueError, match="temperature must be above 0; got 0"):
         Soft(0.0)
@@ -197,6 +205,132 @@ def test_an_expert_that_does_not_exist_is_refused(routed: RoutedModel, images: C
         attack_view(routed, ExpertView(3))(images(2))
 
 
+# ------------------------------------------------------------------------------------------------ dual models
+
+DUAL = (
+    "dual(ensemble(linear, experts=2, gate=hard, router=linear), "
+    "ensemble(linear, experts=3, gate=straight_through, router=linear), alpha=0.6, mix={}, sharpen={})"
+)
+BLENDS = [("probabilities", "None"), ("probabilities", "nuts"), ("logits", "scaled(3)")]
+
+
+def dual(tiny: Callable[..., RoutedModel], mix: str = "probabilities", sharpen: str = "nuts") -> DualModel:
+    """Two routers of two and three experts; alpha 0.6."""
+    model = tiny(DUAL.format(mix, sharpen))
+    assert isinstance(model, DualModel)
+    return model
+
+
+@pytest.mark.parametrize("mix, sharpen", BLENDS)
+def test_soft_softens_each_half_and_blends_the_results(
+    mix: str, sharpen: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
+) -> None:
+    """By hand: log of the mixed probabilities of each half's experts, sharpened and blended as the model does."""
+    model, x = dual(tiny, mix, sharpen), images(6)
+    with torch.no_grad():
+        soft_halves = []
+        for half, experts in ((model.standard, 2), (model.robust, 3)):
+            trace = half.run(x).trace
+            gate = (trace["router"].logits[:, 0] / 0.7).softmax(-1)
+            each = [half.run(x, forced=to_expert(trace, k)).logits.softmax(-1) for k in range(experts)]
+            soft_halves.append((gate[:, :, None] * torch.stack(each, 1)).sum(1).log())
+        expected = model.blended(x, *soft_halves)
+        output = attack_view(model, Soft(0.7)).run(x)
+        torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
+        assert {name: routing.k for name, routing in output.trace.items()} == {"standard.router": 2, "robust.router": 3}
+        cold = attack_view(model, Soft(1e-4))(x).log_softmax(-1)  # no blend sees a shift of a half's logits
+        torch.testing.assert_close(cold, model(x).log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("half", ["standard", "robust"])
+def test_soft_shows_the_routers_of_both_halves(
+    half: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    """The gradient moves with the scale of either router."""
+    model, x, y = dual(tiny), images(5), labels(5)
+    before = gradient(attack_view(model, Soft()), x, y)
+    with torch.no_grad():
+        for parameter in model.get_submodule(f"{half}.router").parameters():
+            parameter.mul_(1.5)
+    assert not torch.allclose(gradient(attack_view(model, Soft()), x, y), before, rtol=1e-2)
+
+
+@pytest.mark.parametrize("half", ["standard", "robust"])
+def test_a_half_is_seen_alone_before_any_sharpening(
+    half: Literal["standard", "robust"], tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
+) -> None:
+    model, x = dual(tiny), images(5)
+    alone = model.get_submodule(half)
+    assert isinstance(alone, RoutedModel)
+    with torch.no_grad():
+        output, trace = attack_view(model, HalfView(half)).run(x), model.run(x).trace
+        assert torch.equal(output.logits, alone(x))
+        assert sorted(output.trace) == ["robust.router", "standard.router"]
+        forced = to_expert(trace, 1)
+        held = attack_view(model, f"half({half})").run(x, forced=forced).logits
+        assert torch.equal(held, alone.run(x, forced={"router": forced[f"{half}.router"]}).logits)
+        softened = attack_view(alone, Soft(0.5))(x)
+        for first, second in ((HalfView(half), Soft(0.5)), (Soft(0.5), HalfView(half))):
+            both = attack_view(attack_view(model, first), second)
+            assert exact_of(both) is model
+            torch.testing.assert_close(both(x), softened)
+    at = x.clone().requires_grad_(True)
+    logits = attack_view(model, HalfView(half))(at)
+    other = model.get_submodule("robust" if half == "standard" else "standard")
+    found = torch.autograd.grad(logits.sum(), list(other.parameters()), allow_unused=True)
+    assert all(each is None for each in found), "nothing of the other half is in the gradient"
+
+
+def test_a_half_in_bf16_stays_in_bf16(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
+    """A fast copy's climbed part is a `Half`: the views look through it, and its numbers stay those of bf16."""
+    model, x = dual(tiny), images(5)
+    with torch.no_grad():
+        seen = attack_view(Surrogate(Half(model), model, close=True), HalfView("robust"))
+        assert torch.equal(seen(x), Half(model.robust)(x))
+        assert not torch.equal(seen(x), model.robust(x))
+        soft_seen = attack_view(Surrogate(Half(model), model, close=True), Soft(0.5))
+        torch.testing.assert_close(soft_seen(x), attack_view(model, Soft(0.5))(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["dense", "ensemble_hard"])
+def test_only_dual_models_have_halves(
+    name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    attack = Viewed(HalfView("robust"), PGD(linf(0.03), steps=1))
+    with pytest.raises(UserError, match=r"half\(robust\) is one half of a dual model, .* this model is a \w+"):
+        attack(tiny(name), images(2), labels(2))
+    with pytest.raises(UserError, match="left"):
+        attack_view(tiny("dual(linear, linear)"), "half(left)")
+
+
+def test_halves_are_known_by_their_routers_names(
+    layers: Layers, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
+) -> None:
+    x = images(2)
+    two, mixed = dual(tiny).run(x).trace, tiny("dual(linear, ensemble(linear, router=linear))").run(x).trace
+    assert {half: sorted(trace) for half, trace in halves(two).items()} == {
+        "standard": ["router"],
+        "robust": ["router"],
+    }
+    assert {half: sorted(trace) for half, trace in halves(mixed).items()} == {"standard": [], "robust": ["router"]}
+    for other in (layers, tiny("ensemble_hard"), tiny("dense"), tiny("dual(linear, linear)")):
+        assert halves(other.run(x).trace) == {}
+    assert sorted(image_routers(two)) == ["robust.router", "standard.router"]
+    assert sole_router(two) is None
+    assert sole_router(mixed) == "robust.router"
+    assert image_routers(layers.run(x).trace) == image_routers(tiny("ensemble_soft").run(x).trace) == {}
+
+
+def test_the_passes_of_a_softened_dual_model(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
+    """One pass of the whole, one more of the standard half, two more of the robust half: 4, as counted."""
+    model, x, seen = dual(tiny), images(4), []
+    counted = Surrogate(model, model, close=True, on_pass=lambda n, gradient: seen.append((n, gradient)))
+    attack_view(counted, Soft())(x.clone().requires_grad_(True))
+    assert seen == [(4, True)] * 4
+    assert Soft().passes(model.run(x)) == 4
+    assert HalfView().passes(model.run(x)) == 1
+
+
 # ------------------------------------------------------------------------------------------------ forced routes win
 
 
@@ -275,7 +409,7 @@ def test_a_view_of_a_surrogate_climbs_its_copy_and_keeps_its_judge_and_counts(
     assert seen == [(4, True), (4, False)] * 2  # a gradient, and the judge
 
 
-@pytest.mark.parametrize("name", ["ensemble_hard", "ensemble_k2", "pathway"])
+@pytest.mark.parametrize("name", ["ensemble_hard", "ensemble_k2", "pathway", "dual"])
 @pytest.mark.parametrize("view", EVERY)
 def test_an_attack_through_a_view_keeps_the_contract(
     view: View,

@@ -43,6 +43,7 @@ from robustmoe.attacks.views import (
     VIEWS,
     Exact,
     ExpertView,
+    HalfView,
     Soft,
     StraightThrough,
     View,
@@ -50,6 +51,8 @@ from robustmoe.attacks.views import (
     at_radius,
     attack_view,
     each_expert,
+    halves,
+    image_routers,
     sole_router,
 )
 
@@ -106,6 +109,7 @@ __all__ = [
     "ExpertTransition",
     "ExpertView",
     "ExpertsOnly",
+    "HalfView",
     "Held",
     "Joint",
     "JointNormalised",
@@ -137,6 +141,8 @@ __all__ = [
     "evaluating",
     "exact_of",
     "experts_only",
+    "halves",
+    "image_routers",
     "joint",
     "kl",
     "l1",

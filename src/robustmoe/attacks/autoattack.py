@@ -19,7 +19,17 @@ from robustmoe.attacks.routes import (
 )
 from robustmoe.attacks.square import Square
 from robustmoe.attacks.threat import Threat
-from robustmoe.attacks.views import Soft, StraightThrough, View, Viewed, each_expert, sole_router
+from robustmoe.attacks.views import (
+    HalfView,
+    Soft,
+    StraightThrough,
+    View,
+    Viewed,
+    each_expert,
+    halves,
+    image_routers,
+    sole_router,
+)
 from robustmoe.models.base import Output
 
 Version = Literal["standard", "plus", "rand"]
@@ -105,10 +115,13 @@ class AutoAttackRouting(Suite):
     """`AutoAttack`, then the attacks that know what a router is, on what it left standing.
 
     In order: the experts on the held route; the routers alone; both losses at equal gradient size; the model seen with
-    straight-through and with soft gates at each of ``temperatures``; transfer from every single expert; route flips;
-    with one router an image the transition into each expert's cell, with token routers or several a beam over the
-    cheapest boundaries. Each success is the exact model's own error on its own route. On a dense model it is
-    AutoAttack. ``steps``: of each routing attack.
+    straight-through and with soft gates at each of ``temperatures``; of a dual model, each half alone; transfer from
+    every single expert; route flips; with token routers, several routers or k above 1 a beam over the cheapest
+    boundaries; where every router picks one expert an image, the transition into their cells. Each success is the exact
+    model's own error on its own route. ``steps``: of each routing attack.
+
+    Without a router it is AutoAttack, also on a dual model of two dense networks, which leaves no trace to be known
+    by: ``through(half(robust), apgd(...))`` is the attack on a half there.
     """
 
     threat: Threat
@@ -140,6 +153,8 @@ class AutoAttackRouting(Suite):
 
         views: list[tuple[str, View]] = [("straight-through", StraightThrough())]
         views += [(f"soft {temperature:g}", Soft(temperature)) for temperature in self.temperatures]
+        if halves(output.trace):
+            views += [("half standard", HalfView("standard")), ("half robust", HalfView("robust"))]
         found: list[tuple[str, Attack]] = [
             ("experts held", apgd(ExpertsOnly())),
             ("routers", apgd(RouterHinge())),
@@ -149,5 +164,7 @@ class AutoAttackRouting(Suite):
             ("flip", RouteFlip(self.threat, steps=self.steps, seed=self.seed)),
         ]
         if sole_router(output.trace) is None:
-            return [*found, ("beam", RouteBeam(self.threat, steps=self.steps, seed=self.seed))]
-        return [*found, ("transition", ExpertTransition(self.threat, steps=self.steps, seed=self.seed))]
+            found.append(("beam", RouteBeam(self.threat, steps=self.steps, seed=self.seed)))
+        if image_routers(output.trace):
+            found.append(("transition", ExpertTransition(self.threat, steps=self.steps, seed=self.seed)))
+        return found

@@ -91,16 +91,23 @@ class PGD(Attack):
         return self.restarts * (3 * self.steps + (self.keep != "last" or self.restarts > 1))
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        best = self._climb(model, x, y, noise.fold(0))
+        best = self._climb(model, x, y, self._start(x, noise.fold(0)))
         for restart in range(1, self.restarts):
             rest = torch.nonzero(~best.score.fooled)[:, 0]
             if len(rest) == 0:
                 break
-            again = self._climb(model, x[rest], y[rest], noise[rest].fold(restart))
+            start = self._start(x[rest], noise[rest].fold(restart))
+            again = self._climb(model, x[rest], y[rest], start)
             x_adv, loss, fooled = best.x_adv.clone(), best.score.loss.clone(), best.score.fooled.clone()
             x_adv[rest], loss[rest], fooled[rest] = again.x_adv, again.score.loss, again.score.fooled
             best.offer(x_adv, Score(loss, fooled))
         return best.x_adv
+
+    def climb(self, model: RoutedModel, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
+        """One climb from the images ``start`` (n, ch, h, w), brought into the ball of x first; nothing is drawn. The
+        model is in eval mode, as for `perturb`.
+        """
+        return self._climb(model, x, y, self.threat.project(start, x)).x_adv
 
     def _start(self, x: Tensor, noise: Noise) -> Tensor:
         if self.start == "random":
@@ -109,9 +116,8 @@ class PGD(Attack):
             return self.threat.project(x + 1e-3 * noise.normal(*x.shape[1:]).to(x.dtype), x)
         return x
 
-    def _climb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> _Best:
+    def _climb(self, model: RoutedModel, x: Tensor, y: Tensor, x_adv: Tensor) -> _Best:
         inner = self.objective(model, x, y)
-        x_adv = self._start(x, noise)
         if self.keep == "first":
             return self._until_fooled(inner, x, x_adv)
         best: _Best | None = None

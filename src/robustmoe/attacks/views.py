@@ -21,8 +21,11 @@ from torch import Tensor
 from robustmoe import spec as specs
 from robustmoe.attacks.base import Attack, Wrapped, changed
 from robustmoe.attacks.fmn import FMN
+from robustmoe.attacks.half import Half
 from robustmoe.attacks.surrogate import Surrogate, exact_of
+from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.dual import DualModel
 from robustmoe.models.norm import wide
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, Trace, soft
@@ -72,6 +75,19 @@ class View(ABC):
         """
         return model.body(x, RuleTape(self.rule, tape))
 
+    def of(self, model: RoutedModel, count: Count) -> RoutedModel:
+        """The model seen. A dual model is seen half by half, and blended as it was at this moment; bf16 stays bf16."""
+        if isinstance(model, Half):
+            return Half(self.of(model.model, count))
+        if isinstance(model, DualModel):
+            return self.of_dual(model, count)
+        return _Seen(model, self, count)
+
+    def of_dual(self, model: DualModel, count: Count) -> DualModel:
+        """Both halves seen, each with its own routers, under the model's own blend."""
+        standard, robust = self.of(model.standard, count), self.of(model.robust, count)
+        return DualModel(standard, robust, model.alpha, model.mix, model.sharpen, model.mixer)
+
     def passes(self, output: Output) -> int:
         """Passes of the model in one of the view."""
         return 1
@@ -108,7 +124,8 @@ class Soft(View):
 
     With one top-1 router that decides once an image: log sum_k softmax(g / T)_k p_k(y | x), over one forced pass for
     each expert, in log space; for T -> 0 the exact prediction. Otherwise (several routers, tokens, k above 1) the
-    experts are mixed in the layer, as the layer mixes its chosen ones.
+    experts are mixed in the layer, as the layer mixes its chosen ones. The halves of a dual model are softened each in
+    its own way, then blended; a further pass of one half counts as a pass.
     """
 
     temperature: float = 1.0
@@ -138,6 +155,9 @@ class Soft(View):
         return torch.logsumexp(gate[:, :, None] + torch.log_softmax(torch.stack(outputs, 1), -1), 1)
 
     def passes(self, output: Output) -> int:
+        parts = halves(output.trace)
+        if parts:
+            return sum(self.passes(Output(output.logits, trace)) for trace in parts.values()) - 1
         name = sole_router(output.trace)
         return 1 if name is None else output.trace[name].num_experts
 
@@ -155,12 +175,54 @@ class ExpertView(View):
         return Routing(fresh.logits, torch.full_like(ones, self.k, dtype=torch.long), ones)
 
 
+@dataclass(frozen=True)
+class HalfView(View):
+    """One half of a dual model alone, before any sharpening; the other one only records its routes. An attack on it
+    transfers to the blend, past a sharpening that hides the gradient (cf. MixedNUTS, arXiv 2402.02263).
+
+    UserError for any other model.
+    """
+
+    half: Literal["standard", "robust"] = "robust"
+
+    def rule(self, name: str, fresh: Routing) -> Routing:
+        return fresh
+
+    def of(self, model: RoutedModel, count: Count) -> RoutedModel:
+        if not isinstance(model, Half | DualModel):
+            raise UserError(
+                f"the view half({self.half}) is one half of a dual model, such as dual(resnet8, resnet8); this model "
+                f"is a {type(model).__name__}"
+            )
+        return super().of(model, count)
+
+    def of_dual(self, model: DualModel, count: Count) -> DualModel:
+        return model.at(1.0 if self.half == "robust" else 0.0)
+
+
 def sole_router(trace: Trace) -> str | None:
     """The name of the only router, where it picks one of several experts once an image."""
-    for name, routing in trace.items():
-        if len(trace) == 1 and tuple(routing.index.shape[1:]) == (1, 1) and routing.num_experts > 1:
-            return name
-    return None
+    found = image_routers(trace)
+    return next(iter(found)) if len(found) == len(trace) == 1 else None
+
+
+def image_routers(trace: Trace) -> Trace:
+    """The routers that leave experts out, where each of them picks one expert once an image; {} where one does not."""
+    found = {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
+    return found if all(tuple(routing.index.shape[1:]) == (1, 1) for routing in found.values()) else {}
+
+
+def halves(trace: Trace) -> dict[str, Trace]:
+    """The traces of a dual model's halves, "standard" and "robust", by the routers' names there; {} for another model
+    (and for a dual of two dense networks, which leaves no trace).
+    """
+    found: dict[str, Trace] = {"standard": {}, "robust": {}}
+    for full, routing in trace.items():
+        half, _, name = full.partition(".")
+        if half not in found or not name:
+            return {}
+        found[half][name] = routing
+    return found if trace else {}
 
 
 VIEWS: dict[str, Callable[..., View]] = {
@@ -168,6 +230,7 @@ VIEWS: dict[str, Callable[..., View]] = {
     "straight_through": StraightThrough,
     "soft": Soft,
     "expert": ExpertView,
+    "half": HalfView,
 }
 
 
@@ -206,7 +269,7 @@ def attack_view(model: RoutedModel, view: View | str) -> Surrogate:
         return model
     climbed, on_pass = (model.climbed, model.on_pass) if isinstance(model, Surrogate) else (model, None)
     close = view.same_value and (not given or bool(model.close))
-    seen = climbed if isinstance(view, Exact) else _Seen(climbed, view, on_pass or _uncounted)
+    seen = climbed if isinstance(view, Exact) else view.of(climbed, on_pass or _uncounted)
     return Surrogate(seen, exact_of(model), close=close, on_pass=on_pass)
 
 

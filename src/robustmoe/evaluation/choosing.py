@@ -15,16 +15,17 @@ from robustmoe.attacks import (
     Attack,
     AutoAttackRouting,
     ExpertTransition,
+    Joint,
     Objective,
     RouteBeam,
     Threat,
     build_attack,
     changed,
     experts_only,
+    image_routers,
     joint,
     linf,
     router_only,
-    sole_router,
 )
 from robustmoe.errors import UserError
 from robustmoe.progress import note
@@ -42,7 +43,7 @@ def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[A
     wanted: list[Attack] = []
     default: list[Attack] = [PGD(threat, steps=20, objective=o) for o in objectives]
     if trace:
-        default.append(ExpertTransition(threat) if sole_router(trace) else RouteBeam(threat))
+        default.append(ExpertTransition(threat) if image_routers(trace) else RouteBeam(threat))
     for attack in given or default:
         if attack not in wanted:
             wanted.append(attack)
@@ -67,6 +68,17 @@ def one_norm(attacks: Sequence[Attack], certified: Mapping[int, float] | None) -
             f"the certified radii are of one norm, the attacks of {' and '.join(sorted(norms))}; evaluate one norm "
             "at a time"
         )
+
+
+def pgd_on_the_whole(attack: str | Attack | None, default: PGD, what: str) -> PGD:
+    """The one attack that ``what`` ("a dissection") makes all its attacks from. UserError for another kind."""
+    built = default if attack is None else build_attack(attack)
+    if not isinstance(built, PGD) or not isinstance(built.objective, Joint):
+        raise UserError(
+            f"{what} makes its attacks from one pgd on the whole model; got {written(built)}, expected such as "
+            "pgd(linf(8/255), steps=20)"
+        )
+    return built
 
 
 def seeded(attack: Attack, seed: int) -> Attack:

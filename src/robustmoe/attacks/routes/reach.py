@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from robustmoe.attacks.routes.cells import decisions
+from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.threat import Norm, Threat, size
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Trace
@@ -23,12 +23,13 @@ def reachable(model: RoutedModel, x: Float[Tensor, "n ch h w"], threat: Threat) 
     """For each router and image, the experts that the router could choose somewhere in the ball: expert i unless some k
     is ahead of it everywhere, g_k - g_i > eps ||grad (g_k - g_i)||, for top-1 (for top-k, unless k of them are).
 
-    Pair by pair: a superset of what a linear router can reach, and seldom more. Raises ValueError for a router that
-    decides more than once an image.
+    Pair by pair: a superset of what a linear router can reach, and seldom more. Of the model in eval mode (in train
+    mode a BatchNorm would mix the images' gradients). Raises ValueError for a router that decides more than once an
+    image.
     """
-    with torch.enable_grad():
+    with evaluating(model):
         at = x.detach().requires_grad_(True)
-        trace = _image_routers(decisions(model, at))
+        trace = _image_routers(model.route(at))
         return {name: _reach(routing, at, threat) for name, routing in trace.items()}
 
 
@@ -48,11 +49,12 @@ def route_radius(model: RoutedModel, x: Float[Tensor, "n ch h w"], norm: Norm) -
     """For each router that leaves an expert out, how far the image is from the boundary to the next expert, in
     ``norm`` and pixels: (weakest chosen logit - best other logit) / ||gradient of it||. Differentiable in the weights.
 
-    Of a linear router the exact radius of that boundary, the box apart. Raises ValueError as `reachable` does.
+    Of a linear router the exact radius of that boundary, the box apart. Of the model in eval mode; raises ValueError as
+    `reachable` does.
     """
-    with torch.enable_grad():
+    with evaluating(model):
         at = x.detach().requires_grad_(True)
-        trace = _image_routers(decisions(model, at))
+        trace = _image_routers(model.route(at))
         narrow = {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
         found = {}
         for name, routing in narrow.items():

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.cells import GRID, Goal, RouteLoss, Standing, climbable, free_trace
 from robustmoe.attacks.routes.flip import RouteFlip
 from robustmoe.attacks.threat import Threat
-from robustmoe.attacks.views import sole_router
+from robustmoe.attacks.views import image_routers
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
-from robustmoe.routing import Trace
+from robustmoe.routing import Routing, Trace
 
 
 @dataclass(frozen=True)
 class ExpertTransition(RouteAttack):
-    """For models with one router that sends the image to one expert: for each expert in turn, from the clean router's
-    first choice to its last (or only the first ``experts``), ascend the loss of that expert inside its cell (see
-    `Steering`).
+    """For models whose routers send an image to one expert each: for each cell in turn, ascend the loss of its expert
+    inside it (see `Steering`).
 
-    The clean expert's turn is an attack on the experts alone that knows where the cell ends. A broken image leaves at
+    With one router the cells are its experts, from the clean first choice to the last, or only the first ``experts``.
+    With several (a dual model's two) they are combinations of one expert a router, by the sum of their ranks at the
+    clean image, equal sums as `by_sum` has them: the first ``cells``. Routers that use all their experts stay free.
+
+    The clean cell's turn is an attack on the experts alone that knows where the cell ends. A broken image leaves at
     once; one that is never broken comes back as the end of its last climb. Restart 0 starts at the clean image, later
-    ones at random. ``step_size``: eps / 4 by default. Several routers, tokens or k above 1: `RouteFlip`, with one rival
-    fewer than ``experts``. A gate that always uses all experts has no cells: the loss is ascended freely.
+    ones at random. ``step_size``: eps / 4 by default. Tokens or k above 1: `RouteFlip`, with one rival fewer than
+    ``experts``. Where every gate uses all experts there are no cells: the loss is ascended freely.
     """
 
     threat: Threat
@@ -37,11 +43,14 @@ class ExpertTransition(RouteAttack):
     loss: RouteLoss = "ce"
     experts: int | None = None
     seed: int = 0
+    cells: int = 16
 
     def __post_init__(self) -> None:
         self._check()
         if self.experts is not None and self.experts < 1:
             raise ValueError(f"experts must be at least 1; got {self.experts}")
+        if self.cells < 1:
+            raise ValueError(f"cells must be at least 1; got {self.cells}")
 
     def _general(self, trace: Trace) -> RouteFlip:
         most = max(routing.num_experts for routing in trace.values())
@@ -50,33 +59,62 @@ class ExpertTransition(RouteAttack):
             self.threat, self.steps, rivals, self.step_size, self.restarts, self.grid, self.loss, self.seed
         )
 
-    def _tries(self, num_experts: int) -> int:
-        return num_experts if self.experts is None else min(self.experts, num_experts)
+    def _cells(self, routers: Trace) -> list[tuple[int, ...]]:
+        """The cells to try, as the rank of each router's expert."""
+        tries = [min(self.experts or r.num_experts, r.num_experts) for r in routers.values()]
+        return list(islice(by_sum(tries), None if len(tries) == 1 else self.cells))
 
     def queries(self, output: Output) -> int:
-        """A step: one forward pass, two gradients from it, and the judge's."""
-        name = sole_router(output.trace)
-        if name is None:
+        """A step: one forward pass, two gradients from it, and the judge's; with several routers, also the passes that
+        look where a step of each lambda leads.
+        """
+        routers = image_routers(output.trace)
+        if not routers:
             return self._general(output.trace).queries(output) if output.trace else 0
-        return 2 + self.restarts * self._tries(output.trace[name].num_experts) * (6 * self.steps + 1)
+        step = 6 if len(routers) == 1 else 6 + len(self.grid) - 1
+        return 2 + self.restarts * len(self._cells(routers)) * (step * self.steps + 1)
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         model = climbable(model)
         trace = free_trace(model, x, "expert_transition")
-        name = sole_router(trace)
-        if name is None:
+        routers = image_routers(trace)
+        if not routers:
             return self._general(trace).perturb(model, x, y, noise)
-        clean, steer = trace[name], self._steering()
-        order = torch.argsort(clean.logits, dim=-1, descending=True, stable=True)
-        order = torch.cat([clean.index, order[order != clean.index].view(len(x), 1, -1)], -1)
+        steer, ranked = self._steering(), {name: ranking(clean) for name, clean in routers.items()}
         standing = Standing(model, x, y)
         for restart in range(self.restarts):
-            for rank in range(self._tries(clean.num_experts)):
+            for number, ranks in enumerate(self._cells(routers)):
                 rows = standing.rows
                 if len(rows) == 0:
                     return standing.x_adv
-                start = x[rows] if restart == 0 else self.threat.start(x[rows], noise[rows].fold(restart, rank))
-                index = order[rows, :, rank : rank + 1]
-                goal = Goal.of(clean[rows], index, torch.ones_like(index[..., 0], dtype=torch.bool))
-                standing.record(rows, *steer(model, x[rows], y[rows], start, {name: goal}))
+                start = x[rows] if restart == 0 else self.threat.start(x[rows], noise[rows].fold(restart, number))
+                target = {}
+                for (name, clean), rank in zip(routers.items(), ranks):
+                    index = ranked[name][rows, :, rank : rank + 1]
+                    target[name] = Goal.of(clean[rows], index, torch.ones_like(index[..., 0], dtype=torch.bool))
+                standing.record(rows, *steer(model, x[rows], y[rows], start, target))
         return standing.x_adv
+
+
+def ranking(routing: Routing) -> Int[Tensor, "n 1 e"]:
+    """All experts of an image router of one choice: the chosen one, then the others from best to worst."""
+    order = torch.argsort(routing.logits, dim=-1, descending=True, stable=True)
+    return torch.cat([routing.index, order[order != routing.index].view(len(order), 1, -1)], -1)
+
+
+def by_sum(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Every tuple of numbers, one below each of ``sizes``, by their sum; those of equal sum in the order of numbers
+    read from the left: (0, 0), (0, 1), (1, 0), (0, 2), ...
+    """
+    for total in range(sum(sizes) - len(sizes) + 1):
+        yield from _adding_to(total, sizes)
+
+
+def _adding_to(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    if not sizes:
+        yield ()
+        return
+    most = sum(sizes[1:]) - len(sizes) + 1  # what the others can add
+    for first in range(max(0, total - most), min(total, sizes[0] - 1) + 1):
+        for rest in _adding_to(total - first, sizes[1:]):
+            yield (first, *rest)
