@@ -75,7 +75,7 @@ def test_the_whole_model(corners: analysis.Anatomy) -> None:
     """
     assert corners.clean == Rate(7, 8)
     assert corners.frozen == Rate(5, 8)
-    assert corners.misrouted == Rate(5, 8)
+    assert corners.swapped == corners.misrouted == Rate(5, 8)
     assert corners.robust["steering"] == corners.worst == Rate(3, 8)
     assert corners.weaker == "unclear", "two images each"
 
@@ -340,14 +340,15 @@ def record(**changes: Any) -> Dissection:
     values: dict[str, Any] = {
         "header": header, "index": [0, 1, 2, 3], "labels": right, "forced": [[0, 1, 2, 2], [1, 1, 2, 3]],
         "narrow": numbers, "wide": numbers, "entropy": {"router": [0.1, 0.2, 0.3, 0.4]},
-        "under": {**dict.fromkeys(names, still), "margin": moved}, "seconds": 2.5, "done": True,
+        "under": {**dict.fromkeys(names, still), "router": moved, "margin": moved}, "seconds": 2.5, "done": True,
     }  # fmt: skip
     return Dissection(**{**values, **changes})
 
 
 def test_a_record_by_hand() -> None:
     found = anatomy(record())
-    assert (found.clean, found.frozen, found.misrouted, found.worst) == (Rate(4, 4), Rate(4, 4), Rate(3, 4), Rate(4, 4))
+    assert (found.clean, found.frozen, found.worst) == (Rate(4, 4), Rate(4, 4), Rate(4, 4))
+    assert found.swapped == found.misrouted == Rate(3, 4)
     (router,) = found.routers
     assert (router.gap_median, router.gap_max, router.ties) == (0.75, 2.0, Rate(1, 4))
     assert router.entropy == pytest.approx(0.25)
@@ -369,7 +370,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     "place, value, message",
     [
         (("kind",), "audit", "not a dissection: expected"),
-        (("version",), 2, "a dissection of version 2, this robustmoe reads version 1"),
+        (("version",), 3, "a dissection of version 3, this robustmoe reads versions 1 and 2"),
         (("header", "n"), "four", "header: field 'n' must be a whole number"),
         (("header",), 3, "field 'header' must be an object"),
         (("under",), {}, "field 'under' must begin with 'clean'"),
@@ -431,7 +432,7 @@ def test_a_stopped_dissection_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def counted(*args: Any) -> Any:
         asked.append(args[3])
-        if stop and args[3] == "steering":
+        if stop and args[3] == "router":
             raise KeyboardInterrupt
         return real(*args)
 
@@ -444,7 +445,7 @@ def test_a_stopped_dissection_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     stop = False
     asked.clear()
     whole = dissect_run(run, attack, limit=8)
-    assert asked == ["steering", "margin", "flip", "residue", "expert 0", "expert 1"]
+    assert asked == ["router", "steering", "margin", "flip", "residue", "expert 0", "expert 1"]
     assert records.read_dissection(run) == whole
     assert whole.done
     assert whole.seconds > left.seconds
@@ -519,7 +520,7 @@ def test_the_terminal_says_what_the_record_says() -> None:
     assert text.startswith(
         "Neither part clearly gives way first on 4 images. From 100.0% clean accuracy, with the route"
     )
-    assert "wrong routes alone (clean images, misrouted) take it to 75.0%; the attack on the router moves 25.0%" in text
+    assert "wrong routes alone (clean images, misrouted) take it to 75.0%; the attack on the router’s margin moves 25.0%" in text
     assert "on the router’s margin 100.0% (51.0–100.0) 75.0% (30.1–95.4)" in text, "Wilson of 4 and of 3 of 4"
     assert "median 0.75, largest 2; tied on 25.0%" in text
     assert "experts 0 and 1 50.0%" in text

@@ -68,15 +68,18 @@ class ExpertPart:
 class Anatomy:
     """A routed model taken apart; every rate is over the same images.
 
-    ``clean``: SA. ``robust``: attack -> images right before and after it (RA of the whole model). ``frozen``: the same
-    for the experts-only attack with the route held, which is another model's RA. ``misrouted``: right before, and the
-    clean image still right on the route that the router-margin attack leads to: what the router alone costs. ``worst``:
-    right under every attack of the dissection. ``disagreement``: pair of experts -> clean images on which their classes
-    differ. ``weaker``: which part gives way first, see :func:`weaker_part`."""
+    ``clean``: SA. ``robust``: attack -> images right before and after it, by the model as it is: RA under "prediction",
+    live RA-E under "frozen", live RA-R under "router". ``frozen``: RA-E of the model whose route is held at the clean
+    one, under the attack on it. ``swapped``: RA-R of the model whose experts' answers are held at the clean ones (right
+    before, and the clean image right on the route that the attack on the router alone leads to). ``misrouted``: the
+    same on the route that the router-margin attack leads to. ``worst``: right under every attack of the dissection, RA
+    by union. ``disagreement``: pair of experts -> clean images on which their classes differ. ``weaker``: which part
+    gives way first, see :func:`weaker_part`. (SA, RA, RA-E, RA-R: names of Zhang et al., ICML 2025.)"""
 
     clean: Rate
     robust: dict[str, Rate]
     frozen: Rate
+    swapped: Rate
     misrouted: Rate
     worst: Rate
     routers: tuple[RouterPart, ...]
@@ -94,6 +97,14 @@ class Anatomy:
         """The mean over pairs of experts; nan for a single one."""
         return _mean([found.value for found in self.disagreement.values()])
 
+    @property
+    def undercut(self) -> tuple[str, ...]:
+        """Attacks on one part, "frozen" and "router", that leave the model as it is fewer images than the attack on the
+        whole model, which was too weak then: RA <= min(RA-E, RA-R), both live, holds for one that is worth its name.
+        """
+        whole = self.robust["prediction"].count
+        return tuple(attack for attack in ("frozen", "router") if self.robust[attack].count < whole)
+
     def consistency(self, attack: str) -> Rate:
         """The lowest route consistency of any router under that attack."""
         return min((router.consistency[attack] for router in self.routers), key=lambda found: found.value)
@@ -103,12 +114,13 @@ def anatomy(found: Dissection) -> Anatomy:
     """The numbers of a dissection that is done."""
     rows = {attack: rows_under(found, attack) for attack in found.under}
     attacks = [attack for attack in rows if attack != CLEAN]
-    frozen, misrouted = _kept(rows["frozen"], "experts_exposed"), _kept(rows["margin"], "router_exposed")
+    frozen, swapped = _kept(rows["frozen"], "experts_exposed"), _kept(rows["router"], "router_exposed")
     return Anatomy(
         clean=rate([right(row) for row in rows[CLEAN]]),
         robust={attack: rate([robust(row) for row in rows[attack]]) for attack in attacks},
         frozen=rate(frozen),
-        misrouted=rate(misrouted),
+        swapped=rate(swapped),
+        misrouted=rate(_kept(rows["margin"], "router_exposed")),
         worst=rate([all(map(robust, same)) for same in zip(*rows.values(), strict=True)]),
         routers=tuple(_router(found, rows, name) for name in found.header.routers),
         experts=tuple(_expert(found, k) for k in range(len(found.forced))),
@@ -116,7 +128,7 @@ def anatomy(found: Dissection) -> Anatomy:
             (i, j): rate([a != b for a, b in zip(found.forced[i], found.forced[j], strict=True)])
             for i, j in combinations(range(len(found.forced)), 2)
         },
-        weaker=weaker_part(frozen, misrouted, [right(row) for row in rows[CLEAN]]),
+        weaker=weaker_part(frozen, swapped, [right(row) for row in rows[CLEAN]]),
     )
 
 
@@ -141,13 +153,13 @@ def rows_under(found: Dissection, attack: str) -> list[Row]:
     ]
 
 
-def weaker_part(frozen: Sequence[bool], misrouted: Sequence[bool], clean: Sequence[bool]) -> Weaker:
+def weaker_part(frozen: Sequence[bool], swapped: Sequence[bool], clean: Sequence[bool]) -> Weaker:
     """Which part gives way first, on the images that are right: those broken by the experts alone (the route held)
-    against those broken by the route alone (the clean image, misrouted).
+    against those broken by the router alone (the experts' answers held).
 
     Only images broken by one of the two decide (McNemar's pairing): "unclear" unless the Wilson interval of their
     shares leaves out one half; "neither" where nothing breaks."""
-    pairs = [(not f, not m) for f, m, c in zip(frozen, misrouted, clean, strict=True) if c]
+    pairs = [(not f, not m) for f, m, c in zip(frozen, swapped, clean, strict=True) if c]
     experts, router = sum(f and not m for f, m in pairs), sum(m and not f for f, m in pairs)
     if not any(f or m for f, m in pairs):
         return "neither"

@@ -1,8 +1,8 @@
 """A routed model taken apart: attacks on the whole, on the route, on each expert alone, and what the model answers.
 
-AdvMoE (Zhang et al., ICCV 2023) asks which part of an MoE breaks, the router or the experts. How its paper measures
-that is not known to us: the metrics here are ours, but for the router's accuracy on y mod E, which is its released
-code's.
+AdvMoE (Zhang et al., ICCV 2023) and the dual model's paper (Zhang et al., ICML 2025) ask which part of an MoE breaks,
+the router or the experts; the second names SA, RA, RA-E and RA-R. How far their own attacks go is not known to us: the
+metrics here are ours, but for the router's accuracy on y mod E, which is AdvMoE's released code's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from robustmoe.attacks import (
     Score,
     Surrogate,
     Threat,
-    build_attack,
     exact_of,
     experts_only,
     kl,
@@ -38,12 +37,13 @@ from robustmoe.attacks import (
     missed,
 )
 from robustmoe.attacks.objectives import Inner, Loss, loss_of, some, some_routes
+from robustmoe.attacks.routes import Misroute, Misrouting, countable
 from robustmoe.attacks.routes.cells import decisions, lead
 from robustmoe.data import Batch, Data, ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.evaluation import engine
-from robustmoe.evaluation.attacked import Attacked, attack_batch, look, predictions, routes
-from robustmoe.evaluation.choosing import seeded, threat_of, written
+from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, look, predictions, routes
+from robustmoe.evaluation.choosing import pgd_on_the_whole, seeded, threat_of
 from robustmoe.evaluation.measuring import BATCH, PROBE, borrowed, first_look, header_of, images_of
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models.base import Output, RoutedModel, as_routed
@@ -146,7 +146,8 @@ class OneExpert(Objective):
 
 def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
     """The attacks of a dissection by name, made from one ``attack`` on the whole model (its threat, steps, step size,
-    restarts and seed), for a model with that ``trace``. "residue" only where each router chooses one expert an image.
+    restarts and seed), for a model with that ``trace``. "residue" only where each router chooses one expert an image;
+    "router" is exact about the routes where these can be counted, else a gradient attack (see `Misrouting`).
     """
     loss: Loss = attack.objective.loss if isinstance(attack.objective, Joint) else "ce"
     common: dict[str, Any] = {
@@ -156,6 +157,7 @@ def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
     found: dict[str, Attack] = {
         "prediction": attack,
         "frozen": replace(attack, objective=experts_only(loss)),
+        "router": Misroute(**common) if countable(trace) else replace(attack, objective=Misrouting(loss)),
         "steering": ExpertTransition(**common),
         "margin": replace(attack, objective=Rerouting()),
         "flip": RouteFlip(**common),
@@ -164,17 +166,6 @@ def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
         found["residue"] = replace(attack, objective=Residue())
     experts = min(routing.num_experts for routing in trace.values())
     return found | {f"expert {k}": replace(attack, objective=OneExpert(k, loss)) for k in range(experts)}
-
-
-def _base(attack: str | Attack | None, default: Attack) -> PGD:
-    """The attack that the others are made from. UserError unless it is a `PGD` on the whole model."""
-    built = default if attack is None else build_attack(attack)
-    if not isinstance(built, PGD) or not isinstance(built.objective, Joint):
-        raise UserError(
-            f"a dissection makes its attacks from one pgd on the whole model; got {written(built)}, expected such as "
-            "pgd(linf(8/255), steps=20)"
-        )
-    return built
 
 
 # ------------------------------------------------------------------------------------------------ the public functions
@@ -198,7 +189,7 @@ def dissect(
     linf 8/255. The model is judged by itself, in its own precision; a frozen copy is climbed. It keeps its modes and
     device. Raises UserError for a model without a router, and where `evaluate` does.
     """
-    base = _base(attack, PGD(linf(8 / 255), steps=STEPS))
+    base = pgd_on_the_whole(attack, PGD(linf(8 / 255), steps=STEPS), "a dissection")
     routed, where = as_routed(model), distributed.local_device(provenance.pick_device(device))
     images = images_of(x, y, num_classes).head(limit)
     about = {"run": "", "model": type(model).__name__, "split": "test"}
@@ -223,7 +214,7 @@ def dissect_run(
     """
     run = Path(run)
     config = read_config(run)
-    base = seeded(_base(attack, PGD(threat_of(config), steps=STEPS)), seed)
+    base = seeded(pgd_on_the_whole(attack, PGD(threat_of(config), steps=STEPS), "a dissection"), seed)
     assert isinstance(base, PGD)
     where = distributed.local_device(provenance.pick_device(device))
     model = load_model(run, where)
@@ -282,7 +273,8 @@ def _dissected(
             costs.pop(name)
             answers = _asked(model, climbed, attack, name, images, device, batch_size)
             bar.expect(meter.queries + sum(costs.values()))
-            found = timed(replace(found, under={**found.under, name: answers}))
+            under = {**found.under, name: answers}
+            found = timed(replace(found, under={name: under[name] for name in (CLEAN, *attacks) if name in under}))
     return found
 
 
@@ -350,20 +342,11 @@ def _asked(
         k = attack.objective.k if isinstance(attack, PGD) and isinstance(attack.objective, OneExpert) else None
         held = done.clean.trace if k is None else to_expert(done.clean.trace, k)
         answers = _answers(model, done, held, attack.threat)
-        _stay(answers.size, done.x_adv, attack, name)
+        check_inside(attack.threat, done.batch.x, done.x_adv, name)
         if isinstance(attack, RouteFlip):
             answers = replace(answers, moved=_flipped(attack, climbed, batch, noise, done.clean, answers.moved))
         parts.append(answers)
     return _joined(parts)
-
-
-def _stay(sizes: list[float], x_adv: Tensor, attack: Attack, name: str) -> None:
-    threat = attack.threat
-    box = float(torch.maximum(-x_adv, x_adv - 1).amax())
-    if box > 0 or not all(analysis.inside(one, threat.eps) for one in sizes):
-        raise UserError(
-            f"the attack {name!r} left the {threat.norm} ball of {threat.eps:g} or the pixel box; please report it"
-        )
 
 
 def _flipped(

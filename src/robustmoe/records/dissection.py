@@ -13,11 +13,13 @@ from robustmoe.errors import UserError
 from robustmoe.records.files import explained, write_atomic
 from robustmoe.records.types import Header, build
 
-VERSION = 1
+VERSION = 2
+"""Version 1 had no attack "router"; such a file is read as one that is not done."""
+
 CLEAN = "clean"
 """The name of the answers to untouched images."""
 
-NEEDED = (CLEAN, "prediction", "frozen", "steering", "margin", "flip")
+NEEDED = (CLEAN, "prediction", "frozen", "router", "steering", "margin", "flip")
 """What is asked of every model, and then each "expert k" alone; "residue" only where each router chooses one expert."""
 
 
@@ -72,9 +74,11 @@ class Dissection:
         """The inverse of :meth:`to_dict`; UserError says what is wrong."""
         if not isinstance(data, dict) or data.get("kind") != "dissection":
             raise UserError('not a dissection: expected {"kind": "dissection", ...}')
-        if data.get("version") != VERSION:
-            raise UserError(f"a dissection of version {data.get('version')!r}, this robustmoe reads version {VERSION}")
+        version = data.get("version")
+        if version not in (1, VERSION):
+            raise UserError(f"a dissection of version {version!r}, this robustmoe reads versions 1 and {VERSION}")
         data = {name: value for name, value in data.items() if name != "version"}
+        data = {**data, "done": False} if version == 1 else data
         found = build(Dissection, data, header=_header, under=_under)
         for problem in _misfits(found):
             raise UserError(f"dissection: {problem}")

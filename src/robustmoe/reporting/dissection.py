@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 
 from robustmoe.analysis import Anatomy, ExpertPart, Rate, RouterPart
 from robustmoe.records import Dissection
 from robustmoe.reporting.collect import Dissected, View
 from robustmoe.reporting.figures import bars, colour, heat
-from robustmoe.reporting.tables import Entry, cell
+from robustmoe.reporting.tables import Entry, Grid, grid_html, rated
 from robustmoe.reporting.verdict import alarm
 from robustmoe.reporting.words import interval, percent, plural, threat
 
+NAMES = {"frozen": "RA-E, live", "router": "RA-R, live"}
 ROUTERS_SHOWN = 8
-WIDE = 5  # columns: beyond them, small print stands below its value
 MANY = 5  # experts: beyond them, heat maps stand two in a row
-WORST = "worst case of all"
+WORST, UNION = "worst case of all", "RA, union"
+EXPERTS_ALONE = "the experts attacked; alone: each image keeps its clean route, so only the experts can fail"
+ROUTER_ALONE = "the router attacked; alone: the experts answer as on the clean image, so only the route can fail"
 WORDS = {
     "clean": "no attack",
     "prediction": "on the prediction",
     "frozen": "on the experts, route held",
+    "router": "on the router, experts held",
     "steering": "into each expert’s cell",
     "margin": "on the router’s margin",
     "flip": "across router boundaries",
@@ -36,10 +39,11 @@ TERMS = (
         "It is the experts’ robustness, not the model’s.",
     ),
     (
-        "misrouted",
-        "the clean image, sent along the route that the attack on the router’s margin leads to: what wrong routes "
-        "cost, with experts that see nothing attacked.",
+        "experts held",
+        "the attack and the judge both see the experts’ answers to the clean image, on the route of the attacked one: "
+        "the clean image, misrouted. It is the router’s robustness, not the model’s.",
     ),
+    ("live", "the model as it is, asked about the image that the attack on one part made."),
     ("expert alone", "all images are forced to this one expert; attacked: the attack sees this expert alone."),
     (
         "IoU",
@@ -56,18 +60,6 @@ TERMS = (
 )
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table: the first entry of each row is its name; an entry is a value and its small print. ``strong``: the name
-    of the row to be read first."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[Entry, ...], ...]
-    note: str = ""
-    strong: str = ""
-
-
 # Words -----------------------------------------------------------------------------------------------------------
 
 
@@ -75,9 +67,9 @@ def story(one: Dissected) -> str:
     """Which part gives way first, as plain text; and whether the attack on the whole model alone would mislead."""
     parts = one.parts
     held = f"with the route held, an attack on the experts takes it to {percent(parts.frozen)}"
-    wrong = f"wrong routes alone (clean images, misrouted) take it to {percent(parts.misrouted)}"
+    wrong = f"wrong routes alone (clean images, misrouted) take it to {percent(parts.swapped)}"
     moved = 1 - parts.consistency("margin").value
-    moves = f"the attack on the router moves {percent(moved)} of the routes"
+    moves = f"the attack on the router’s margin moves {percent(moved)} of the routes"
     start = f"From {percent(parts.clean)} clean accuracy, "
     said = {
         "experts": f"The experts give way first. {start}{held}; {wrong}, though {moves}.",
@@ -87,7 +79,13 @@ def story(one: Dissected) -> str:
         "neither": f"Neither part gives way under these attacks. {start}{held}; {wrong}; {moves}.",
     }[parts.weaker]
     easy, worst = parts.robust["prediction"], parts.worst
-    if worst.interval[1] < easy.interval[0]:
+    if parts.undercut:
+        found = " and ".join(f"{percent(parts.robust[name])} ({NAMES[name]})" for name in parts.undercut)
+        said += (
+            f" Warning: the attack on the whole model was too weak. It leaves {percent(easy)}, an attack on one part "
+            f"leaves the same model {found}; quote the union of all, {percent(worst)}."
+        )
+    elif worst.interval[1] < easy.interval[0]:
         said += f" The attack on the prediction alone leaves {percent(easy)}, all attacks together {percent(worst)}."
     return said
 
@@ -104,10 +102,6 @@ def attack_words(name: str) -> str:
     return WORDS.get(name, f"on {name} alone")
 
 
-def _rate(rate: Rate | None) -> Entry:
-    return percent(rate), interval(rate)
-
-
 def _number(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.3g}"
 
@@ -116,9 +110,13 @@ def _number(value: float | None) -> str:
 
 
 def grids(one: Dissected) -> list[Grid]:
-    """Everything measured, as tables: the whole model, each router, the experts."""
+    """Everything measured, as tables: the parts against the whole, each attack, each router, the experts."""
     routers = one.parts.routers
-    tables = [_whole(one.parts), *(_router(router, len(routers) > 1) for router in routers[:ROUTERS_SHOWN])]
+    tables = [
+        _components(one.parts),
+        _whole(one.parts),
+        *(_router(router, len(routers) > 1) for router in routers[:ROUTERS_SHOWN]),
+    ]
     if len(routers) > ROUTERS_SHOWN:
         more = plural(len(routers) - ROUTERS_SHOWN, "more router")
         tables[-1] = replace(tables[-1], note=f"{tables[-1].note} {more} in the JSON of the report.")
@@ -126,14 +124,30 @@ def grids(one: Dissected) -> list[Grid]:
     return [*tables, *experts, *([_pairs(one.parts)] if one.parts.disagreement else [])]
 
 
+def _components(parts: Anatomy) -> Grid:
+    """SA, RA, RA-E and RA-R, a sentence each."""
+    live, none = parts.robust, ("", "")
+    rows: tuple[tuple[Entry, ...], ...] = (
+        (("SA", "no attack"), none, rated(parts.clean)),
+        (("RA", "one attack climbs the whole model, as is usual"), none, rated(live["prediction"])),
+        (("RA-E", EXPERTS_ALONE), rated(parts.frozen), rated(live["frozen"])),
+        (("RA-R", ROUTER_ALONE), rated(parts.swapped), rated(live["router"])),
+        (
+            (UNION, "right under every attack of this dissection; never above another of this column"),
+            none,
+            rated(parts.worst),
+        ),
+    )
+    return Grid("Which part breaks", ("Measure", "That part alone", "The model as it is (live)"), rows, strong=UNION)
+
+
 def _whole(parts: Anatomy) -> Grid:
-    rows: list[tuple[Entry, ...]] = [(("no attack", ""), _rate(parts.clean), ("", ""))]
+    rows: list[tuple[Entry, ...]] = [(("no attack", ""), rated(parts.clean), ("", ""))]
     rows += [
-        ((attack_words(name), ""), _rate(rate), _rate(parts.consistency(name))) for name, rate in parts.robust.items()
+        ((attack_words(name), ""), rated(rate), rated(parts.consistency(name))) for name, rate in parts.robust.items()
     ]
-    rows.append(((WORST, ""), _rate(parts.worst), ("", "")))
-    rows.append((("experts alone, route held", "another model"), _rate(parts.frozen), ("", "")))
-    rows.append((("clean images, misrouted", "the router alone"), _rate(parts.misrouted), ("", "")))
+    rows.append(((WORST, ""), rated(parts.worst), ("", "")))
+    rows.append((("clean images, misrouted", "by the margin’s attack"), rated(parts.misrouted), ("", "")))
     kept = "Route kept" if len(parts.routers) == 1 else "Route kept (lowest router)"
     return Grid(
         "The whole model under each attack", ("Attack", "Right, clean and attacked", kept), tuple(rows), strong=WORST
@@ -148,10 +162,10 @@ def _router(router: RouterPart, several: bool) -> Grid:
         entries: list[Entry] = [(attack_words(name), "")]
         if name in router.consistency:
             kept = [(percent(router.kept[name]), "")] if router.info.items > 1 else []
-            entries += [_rate(router.consistency[name]), *kept, (_number(router.iou[name]), "")]
+            entries += [rated(router.consistency[name]), *kept, (_number(router.iou[name]), "")]
         else:
             entries += [("", "")] * (len(head) - 1)
-        rows.append((*entries, *(_rate(share) for share in load)))
+        rows.append((*entries, *(rated(share) for share in load)))
     title = f"Router {router.name}" if several else "The router"
     return Grid(title, (*head, *(f"To expert {k}" for k in experts)), tuple(rows), _state(router))
 
@@ -181,13 +195,13 @@ def _experts(parts: Anatomy, router: str, several: bool) -> Grid:
         load = next(one.load["clean"] for one in parts.routers if one.name == router)
         return (
             (f"expert {expert.k}", ""),
-            _rate(load[expert.k]),
-            _rate(expert.clean),
-            _rate(expert.robust),
-            _rate(expert.own[router]),
-            _rate(expert.others[router]),
-            _rate(expert.own_residue),
-            _rate(expert.other_residues),
+            rated(load[expert.k]),
+            rated(expert.clean),
+            rated(expert.robust),
+            rated(expert.own[router]),
+            rated(expert.others[router]),
+            rated(expert.own_residue),
+            rated(expert.other_residues),
         )
 
     head = (
@@ -200,7 +214,7 @@ def _experts(parts: Anatomy, router: str, several: bool) -> Grid:
 
 
 def _pairs(parts: Anatomy) -> Grid:
-    rows = tuple(((f"experts {i} and {j}", ""), _rate(rate)) for (i, j), rate in parts.disagreement.items())
+    rows = tuple(((f"experts {i} and {j}", ""), rated(rate)) for (i, j), rate in parts.disagreement.items())
     note = f"Mean over the pairs: {percent(parts.mean_disagreement)}." if len(rows) > 1 else ""
     return Grid("How often experts disagree on clean images", ("Pair", "Disagree"), rows, note)
 
@@ -212,17 +226,19 @@ def comparison(views: Sequence[View]) -> Grid | None:
         return None
     head = (
         "Run", "Clean", "Attacked prediction", "Route kept, prediction", "Route kept, router’s margin",
-        "Experts, route held", "Worst case", "Expert alone, mean", "Disagree, mean", "Gives way first",
+        "Experts, route held", "Router, experts held", "Worst case", "Expert alone, mean", "Disagree, mean",
+        "Gives way first",
     )  # fmt: skip
     rows = tuple(
         (
             (view.name, ""),
-            _rate(parts.clean),
-            _rate(parts.robust["prediction"]),
-            _rate(parts.consistency("prediction")),
-            _rate(parts.consistency("margin")),
-            _rate(parts.frozen),
-            _rate(parts.worst),
+            rated(parts.clean),
+            rated(parts.robust["prediction"]),
+            rated(parts.consistency("prediction")),
+            rated(parts.consistency("margin")),
+            rated(parts.frozen),
+            rated(parts.swapped),
+            rated(parts.worst),
             (percent(parts.mean_expert), _span([expert.robust.value for expert in parts.experts])),
             (percent(parts.mean_disagreement), ""),
             (parts.weaker, ""),
@@ -262,14 +278,15 @@ def section(views: Sequence[View]) -> str:
     both = comparison(views)
     if both is not None:
         parts += [alarm("Compare with care", [both.note], mild=True)] if both.note else []
-        parts.append(_html(replace(both, note="")))
+        parts.append(grid_html(replace(both, note="")))
     for at, view, one in there:
         name = (
             f'<h2><i class="dotkey b{colour(at)}"></i><span>{escape(view.name)}</span></h2>' if len(views) > 1 else ""
         )
         parts.append(f'<div class="cards"><article class="card">{name}{_card(one)}</article></div>')
-        parts.append(_figures(one))
-        tables = "".join(_html(grid) for grid in grids(one))
+        first, *rest = grids(one)
+        parts += [grid_html(first), _figures(one)]
+        tables = "".join(grid_html(grid) for grid in rest)
         parts.append(f"<details{'' if len(there) > 1 else ' open'}><summary>All numbers</summary>{tables}</details>")
     dead = any(router.classes.dead for _, _, one in there for router in one.parts.routers)
     terms = "".join(
@@ -282,12 +299,12 @@ def _card(one: Dissected) -> str:
     parts = one.parts
     kept, robust = parts.consistency("margin"), [expert.robust.value for expert in parts.experts]
     cells = (
-        ("Router: route kept", "big", percent(kept), f"95 %: {interval(kept)}; its margin attacked"),
-        ("Experts: route held", "big", percent(parts.frozen), f"95 %: {interval(parts.frozen)}; they alone attacked"),
+        ("Router alone: RA-R", "big", percent(parts.swapped), f"95 %: {interval(parts.swapped)}; experts held"),
+        ("Experts alone: RA-E", "big", percent(parts.frozen), f"95 %: {interval(parts.frozen)}; route held"),
+        ("Whole model: RA, union", "word", percent(parts.worst), f"95 %: {interval(parts.worst)}"),
+        ("Clean: SA", "word", percent(parts.clean), f"95 %: {interval(parts.clean)}"),
+        ("Route kept", "word", percent(kept), f"95 %: {interval(kept)}; the router’s margin attacked"),
         ("An expert alone, attacked", "word", percent(parts.mean_expert), f"mean; {_span(robust)}".rstrip("; ")),
-        ("Whole model, worst case", "word", percent(parts.worst), f"95 %: {interval(parts.worst)}"),
-        ("Clean", "word", percent(parts.clean), f"95 %: {interval(parts.clean)}"),
-        ("Experts disagree", "word", percent(parts.mean_disagreement), "of clean images, mean over pairs"),
     )
     body = "".join(
         f'<div><dt>{escape(name)}</dt><dd class="{kind}">{escape(value)}<small>{escape(note)}</small></dd></div>'
@@ -297,28 +314,6 @@ def _card(one: Dissected) -> str:
         f'<p class="story">{escape(story(one))}</p><dl class="figures">{body}</dl>'
         f'<p class="note">{escape(setting(one.record))}</p>'
     )
-
-
-def _html(grid: Grid) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in grid.head)
-    body = "".join(_row(grid, row) for row in grid.rows)
-    note = f'<p class="note">{escape(grid.note)}</p>' if grid.note else ""
-    kind = "data stack" if len(grid.head) > WIDE else "data stack tight"
-    return (
-        f"<h3>{escape(grid.title)}</h3>"
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{note}"
-    )
-
-
-def _row(grid: Grid, row: tuple[Entry, ...]) -> str:
-    (name, small), *entries = row
-    cells = "".join(
-        cell(column, *entry, kind="" if entry[0] else "none")
-        for column, entry in zip(grid.head[1:], entries, strict=True)
-    )
-    kind = "worst" if name == grid.strong else "plain"
-    return f'<tr class="{kind}"><th scope="row">{escape(name)}<small>{escape(small)}</small></th>{cells}</tr>'
 
 
 def _figures(one: Dissected) -> str:
