@@ -165,6 +165,8 @@ def test_a_worker_does_not_refuse_the_folder_the_first_process_made_and_is_silen
         ("evaluate runs/one --attack pgd(", "cannot read 'pgd\\(': .*"),
         ("evaluate runs/one --curve 0,x", "'0,x' is not a list of numbers.*"),
         ("evaluate runs/one --split tets", "--split must be one of 'test', 'val'; got 'tets'"),
+        ("blend runs/one --clean high", "--clean must be float or None; got 'high'"),
+        ("blend runs/one runs/two", r"there is no run folder 'runs/two'; .*"),
         ("analyze runs/one", "'runs/one' has no rows yet; robustmoe evaluate runs/one makes them"),
         ("list atack", r"unknown kind 'atack'; did you mean 'attack'.*"),
         ("--verbose", "unknown verb '--verbose'; .*"),
@@ -208,6 +210,35 @@ def test_evaluate_by_default_takes_the_attacks_of_the_recipe(evaluated: Calls) -
     (none, auto) = (keywords for _, keywords in evaluated)
     assert (none["attacks"], none["curve"], none["batch_size"]) == ((), (), 128)
     assert auto["curve"] is None
+
+
+def test_blend_passes_its_flags_and_prints_the_table(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch, "robustmoe.evaluation", "blend_run")
+    calls.result = types.SimpleNamespace(header=types.SimpleNamespace(run="b"))
+    monkeypatch.setattr("robustmoe.reporting.blend_table", lambda found: f"the table of {found.header.run}")
+    assert main(["blend", "runs/one"]) == 0
+    assert capsys.readouterr().out == (
+        "the table of b\n\nrun folder: b\nnext: robustmoe evaluate b; report shows the curve\n"
+    )
+    flags = ["--alphas", "0, 1", "--attack", "pgd(l2(0.5))", "--mix", "logits", "--sharpen", "nuts", "--clean", "0.9"]
+    more = ["--limit", "5", "--batch-size", "3", "--seed", "2", "--device", "cpu", "--out", "b"]
+    assert main(["blend", "runs/one", "runs/one", *flags, *more]) == 0
+    none = dict.fromkeys(("attack", "mix", "sharpen", "clean", "out"))
+    assert calls == [
+        (
+            (Path("runs/one"),),
+            {"alphas": "0..1", "limit": 500, "batch_size": 128, "seed": 0, "device": "auto", **none},
+        ),
+        (
+            (Path("runs/one"), Path("runs/one")),
+            {"alphas": "0, 1", "attack": "pgd(l2(0.5))", "mix": "logits", "sharpen": "nuts", "clean": 0.9, "limit": 5,
+             "batch_size": 3, "seed": 2, "device": "cpu", "out": "b"},
+        ),
+    ]  # fmt: skip
+    calls.error = KeyboardInterrupt()
+    assert refused(["blend", "runs/one"], capsys, 130) == "stopped; the same command goes on where it was"
 
 
 def test_report_takes_several_runs(

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from robustmoe.attacks import attack_view as attack_view
     from robustmoe.attacks import build_attack as build_attack
     from robustmoe.errors import UserError as UserError
+    from robustmoe.evaluation import blend as blend
+    from robustmoe.evaluation import blend_run as blend_run
     from robustmoe.evaluation import dissect as dissect
     from robustmoe.evaluation import dissect_run as dissect_run
     from robustmoe.evaluation import evaluate as evaluate
@@ -44,6 +46,8 @@ _HOMES = {
     "as_foolbox": "interop",
     "attack_view": "attacks",
     "benchmark": "interop",
+    "blend": "evaluation",
+    "blend_run": "evaluation",
     "build_attack": "attacks",
     "build_method": "training",
     "build_model": "models",

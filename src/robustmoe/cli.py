@@ -157,6 +157,55 @@ def dissect(
     return f"{dissection_table(found)}\n\nwritten to {records.dissection_path(folder)}; report shows it"
 
 
+def blend(
+    runs: Annotated[tuple[str, ...], "a standard and a robust run, in this order; or one run of a dual model"],
+    alphas: Annotated[
+        str, "shares of the robust half, such as 0,0.5,0.9,1; 0..1 = 0,0.25,0.5,0.6,0.7,0.8,0.9,0.95,1"
+    ] = "0..1",
+    attack: Annotated[
+        str | None,
+        "a pgd on the whole model, from which all attacks are made, such as pgd(linf(8/255), steps=50) (default: 20 "
+        "steps at the threat of the robust run)",
+    ] = None,
+    mix: Annotated[
+        Literal["probabilities", "logits"] | None, "what is mixed (default: as the dual run does, else probabilities)"
+    ] = None,
+    sharpen: Annotated[
+        str | None, "what is done to the robust half first, such as scaled(2) or nuts (default: as the dual run does)"
+    ] = None,
+    clean: Annotated[
+        float | None, "a clean accuracy, such as 0.9; the largest alpha that has it on validation is chosen"
+    ] = None,
+    limit: Annotated[int, "test images to ask about"] = 500,
+    batch_size: Annotated[int, "images at a time"] = 128,
+    seed: Annotated[int, "decides every random draw of the attacks"] = 0,
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
+    out: Annotated[str | None, "the run folder of the blend (default: runs/blend- and the names of the runs)"] = None,
+) -> str:
+    """Blend a standard and a robust run at every alpha, and attack each: what does accuracy cost in robustness?"""
+    if len(runs) > 2:
+        raise UserError(f"blend takes two runs, or one of a dual model; got {len(runs)}")
+    folders = [_run_folder(run) for run in runs]
+    from robustmoe.evaluation import blend_run
+    from robustmoe.reporting import blend_table
+
+    found = blend_run(
+        *folders,
+        alphas=alphas,
+        attack=attack,
+        mix=mix,
+        sharpen=sharpen,
+        clean=clean,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        out=out,
+    )
+    where = found.header.run
+    return f"{blend_table(found)}\n\nrun folder: {where}\nnext: robustmoe evaluate {where}; report shows the curve"
+
+
 def analyze(run: Annotated[str, "a run folder that was evaluated"]) -> str:
     """Print the tables of an evaluated run."""
     folder = _run_folder(run)
@@ -220,6 +269,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": evaluate,
     "check": check,
     "dissect": dissect,
+    "blend": blend,
     "analyze": analyze,
     "report": report,
     "list": list_names,
@@ -229,6 +279,7 @@ _STOPPED = {
     "train": "stopped; go on with --resume",
     "evaluate": "stopped; the same command goes on where it was",
     "dissect": "stopped; the same command goes on where it was",
+    "blend": "stopped; the same command goes on where it was",
 }
 
 

@@ -4,6 +4,7 @@ An image counts as robust when the exact model is right on the clean image and o
 the worst case: an image survives only if it survives every attack of the same threat. Rates are in [0, 1].
 """
 
+from robustmoe.analysis.blend import AlphaPoint, Paired, alpha_change, alpha_curve, alpha_shown
 from robustmoe.analysis.conflicts import warnings
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
 from robustmoe.analysis.dissection import Anatomy, ExpertPart, RouterPart, anatomy, route_iou, weaker_part
@@ -23,16 +24,21 @@ __all__ = [
     "SAME_IMAGES",
     "SAME_THREAT",
     "Adds",
+    "AlphaPoint",
     "Anatomy",
     "Curve",
     "ExpertPart",
     "Load",
+    "Paired",
     "Part",
     "Rate",
     "RouterPart",
     "Summary",
     "Verdict",
     "WorstCase",
+    "alpha_change",
+    "alpha_curve",
+    "alpha_shown",
     "anatomy",
     "attack_name",
     "by_part",

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from robustmoe.evaluation.blending import blend, blend_run
 from robustmoe.evaluation.dissection import dissect, dissect_run
 from robustmoe.evaluation.measuring import evaluate, evaluate_model, evaluate_run, measure, slug
 
-__all__ = ["dissect", "dissect_run", "evaluate", "evaluate_model", "evaluate_run", "measure", "slug"]
+__all__ = [
+    "blend",
+    "blend_run",
+    "dissect",
+    "dissect_run",
+    "evaluate",
+    "evaluate_model",
+    "evaluate_run",
+    "measure",
+    "slug",
+]

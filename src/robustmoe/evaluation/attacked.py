@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robustmoe.attacks import Attack, NotFiniteError, size
+from robustmoe.analysis import inside
+from robustmoe.attacks import Attack, NotFiniteError, Threat, size
 from robustmoe.attacks.objectives import some_routes
 from robustmoe.data import Batch
 from robustmoe.errors import UserError
@@ -61,14 +62,22 @@ def attack_batch(
     model: RoutedModel, attack: Attack, batch: Batch, noise: Noise, climbed: RoutedModel | None = None
 ) -> Attacked:
     """Run the attack on ``climbed`` (a `Surrogate` of ``model``; by default the model itself), then ask the exact model
-    again, in the clean images' own precision.
+    again, in the clean images' own precision. ``noise``, and UserError: see `attacked_images`.
+    """
+    x_adv = attacked_images(model if climbed is None else climbed, attack, batch, noise)
+    with torch.no_grad():
+        return Attacked(batch, x_adv, model.run(batch.x), model.run(x_adv))
+
+
+def attacked_images(model: RoutedModel, attack: Attack, batch: Batch, noise: Noise) -> Tensor:
+    """What the attack gives, in the clean images' own precision; nobody was asked about it yet.
 
     ``noise``: one stream an image, drawn by its own index. The attack gets copies: one that writes into its input
     cannot move what its perturbation is measured from. UserError where it has no gradient to climb, or does not give
     one image for each.
     """
     try:
-        x_adv = attack(model if climbed is None else climbed, batch.x.clone(), batch.y.clone(), noise)
+        x_adv = attack(model, batch.x.clone(), batch.y.clone(), noise)
     except NotFiniteError as error:
         raise UserError(f"the attack on {attack.objective.name.replace('_', ' ')} stopped: {error}") from error
     if x_adv.shape != batch.x.shape:
@@ -76,9 +85,16 @@ def attack_batch(
             f"the attack gives a tensor of shape {tuple(x_adv.shape)}; expected an attacked image for each, "
             f"{tuple(batch.x.shape)}"
         )
-    x_adv = x_adv.detach().to(batch.x)
-    with torch.no_grad():
-        return Attacked(batch, x_adv, model.run(batch.x), model.run(x_adv))
+    return x_adv.detach().to(batch.x)
+
+
+def check_inside(threat: Threat, x: Tensor, x_adv: Tensor, name: str) -> None:
+    """UserError where an attacked image left the ball around its clean one, or the pixel box."""
+    box = float(torch.maximum(-x_adv, x_adv - 1).amax())
+    if box > 0 or not all(inside(one, threat.eps) for one in threat.size(x_adv.float() - x.float()).tolist()):
+        raise UserError(
+            f"the attack {name!r} left the {threat.norm} ball of {threat.eps:g} or the pixel box; please report it"
+        )
 
 
 @torch.no_grad()

@@ -14,16 +14,16 @@ from robustmoe.reporting.collect import collect
 from robustmoe.reporting.markdown import markdown
 from robustmoe.reporting.numbers import numbers
 from robustmoe.reporting.page import page
-from robustmoe.reporting.terminal import dissection_table, summary_table
+from robustmoe.reporting.terminal import blend_table, dissection_table, summary_table
 
-__all__ = ["dissection_table", "report", "summary_table"]
+__all__ = ["blend_table", "dissection_table", "report", "summary_table"]
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Write ``out`` (``.html`` is added if it is missing; a folder gets ``report.html``) and beside it the same name
     with ``.md`` and ``.json``; return the page's path. Several runs stand side by side.
 
-    UserError if a folder is not a run, has no rows, or the files cannot be written."""
+    UserError if a folder is not a run, nothing was measured in it, or the files cannot be written."""
     path = Path(out)
     if path.is_dir():
         path = path / "report.html"

@@ -14,6 +14,7 @@ from robustmoe import analysis
 from robustmoe.errors import UserError
 from robustmoe.records import (
     Audit,
+    Blend,
     Check,
     Dissection,
     Example,
@@ -22,6 +23,7 @@ from robustmoe.records import (
     examples_path,
     read,
     read_audit,
+    read_blend,
     read_dissection,
     read_examples,
     read_jsonl,
@@ -46,11 +48,25 @@ class Dissected(NamedTuple):
     parts: analysis.Anatomy
 
 
+class Blended(NamedTuple):
+    """A run's curve over alpha, its numbers, and the place of the alpha to look at first."""
+
+    record: Blend
+    points: tuple[analysis.AlphaPoint, ...]
+    shown: int
+
+    @property
+    def attacked(self) -> tuple[analysis.AlphaPoint, ...]:
+        """The alphas whose robust accuracy is known."""
+        return tuple(point for point in self.points if point.robust is not None)
+
+
 @dataclass(frozen=True)
 class View:
     """One run, read. ``groups[0]``, if there is an attack, is the headline. ``clean_only``: files without an attack.
-    ``checks``: (attack, check) pairs, worst first. ``dissected``: None without a dissection of this model.
-    ``notes``: what does not fit together or is missing."""
+    ``checks``: (attack, check) pairs, worst first. ``dissected``, ``blended``: None without a dissection or a
+    curve over alpha of this model; a run without ``results`` has one of them. ``notes``: what does not fit together or
+    is missing."""
 
     name: str
     folder: Path
@@ -64,12 +80,19 @@ class View:
     examples: list[Example]
     checks: list[tuple[str, Check]]
     dissected: Dissected | None
+    blended: Blended | None
     notes: list[str]
 
     @property
     def header(self) -> Header:
-        """The header that speaks for the run: the headline's."""
-        return self.groups[0].results[0].header if self.groups else self.results[0].header
+        """The header that speaks for the run: the headline's, else that of what there is."""
+        return self.groups[0].results[0].header if self.groups else self.headers[0]
+
+    @property
+    def headers(self) -> list[Header]:
+        """Every header: the rows', then the dissection's and the curve's."""
+        others = [one.record.header for one in (self.dissected, self.blended) if one is not None]
+        return [*(result.header for result in self.results), *others]
 
     @property
     def routed(self) -> bool:
@@ -78,7 +101,7 @@ class View:
 
     @property
     def clean(self) -> analysis.Rate:
-        """Clean accuracy on the headline's images."""
+        """Clean accuracy on the headline's images, of a run that has rows."""
         if self.groups:
             return self.groups[0].worst.clean
         return self.clean_only[0].clean if self.clean_only else analysis.summary(*self.results[0]).clean
@@ -91,7 +114,7 @@ class View:
 
 
 def collect(runs: Sequence[str | os.PathLike[str]]) -> list[View]:
-    """Read every run; UserError if there is none, or one is not a run folder or has no rows."""
+    """Read every run; UserError if there is none, or one is not a run folder or nothing was measured in it."""
     if not runs:
         raise UserError("nothing to report: name at least one run folder")
     folders = [Path(run) for run in runs]
@@ -110,14 +133,16 @@ def _view(folder: Path, name: str) -> View:
     files = sorted(path for path in rows_path.glob("*.jsonl") if not path.name.endswith(".examples.jsonl"))
     everything = [(path, read(path)) for path in files if path.stat().st_size > 0]
     kept = [(path, result) for path, result in everything if result.rows]
-    if not kept:
-        raise UserError(f"{folder} has no rows yet; `robustmoe evaluate {folder}` makes them")
     results = [result for _, result in kept]
     audit = read_audit(folder)
     groups = [_group(members, audit) for members in analysis.groups(results)]
-    head = groups[0].results[0] if groups else results[0]
+    head = groups[0].results[0] if groups else next(iter(results), None)
     notes = [f"{path.name} has no rows yet and is left out" for path, result in everything if not result.rows]
-    dissected = _dissected(folder, head.header, notes)
+    dissected = _dissected(folder, None if head is None else head.header, notes)
+    first = head or (None if dissected is None else dissected.record)
+    blended = _blended(folder, None if first is None else first.header, notes)
+    if head is None and dissected is None and blended is None:
+        raise UserError(f"{folder} has no rows yet; `robustmoe evaluate {folder}` makes them")
     return View(
         name=name,
         folder=folder,
@@ -131,20 +156,40 @@ def _view(folder: Path, name: str) -> View:
         examples=_examples(kept, groups),
         checks=_checks(results, audit),
         dissected=dissected,
+        blended=blended,
         notes=notes + analysis.warnings(results),
     )
 
 
-def _dissected(folder: Path, header: Header, notes: list[str]) -> Dissected | None:
-    """The folder's dissection, if it is done and of the model of that header; else ``notes`` says why not."""
+def _dissected(folder: Path, header: Header | None, notes: list[str]) -> Dissected | None:
+    """The folder's dissection, if it is done and of the model of that header (None: of any); else ``notes`` says why
+    not."""
     found = read_dissection(folder)
     if found is None:
         return None
-    if not found.done or found.header.model_hash != header.model_hash:
+    if not found.done or _strange(found.header, header):
         why = "of other weights than the evaluation" if found.done else "not finished"
         notes.append(f"dissection.json is {why} and is left out; `robustmoe dissect {folder}` makes it")
         return None
     return Dissected(found, analysis.anatomy(found))
+
+
+def _blended(folder: Path, header: Header | None, notes: list[str]) -> Blended | None:
+    """The folder's curve over alpha, if it is of the model of that header (None: of any); else ``notes`` says why
+    not."""
+    found = read_blend(folder)
+    if found is None:
+        return None
+    if not found.alphas or not found.index or _strange(found.header, header):
+        why = "of other weights than the evaluation" if found.alphas and found.index else "empty"
+        notes.append(f"blend.json is {why} and is left out; robustmoe blend makes it")
+        return None
+    return Blended(found, analysis.alpha_curve(found), analysis.alpha_shown(found))
+
+
+def _strange(found: Header, header: Header | None) -> bool:
+    """Of other weights."""
+    return header is not None and found.model_hash != header.model_hash
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -175,9 +220,11 @@ def strongest(group: Group) -> int:
     return values.index(min(values))
 
 
-def _loads(group: Group | None, head: Result) -> list[analysis.Load]:
+def _loads(group: Group | None, head: Result | None) -> list[analysis.Load]:
     """The load under the headline's strongest attack."""
     result = group.results[strongest(group)] if group is not None else head
+    if result is None:
+        return []
     return [analysis.load_by_class(result.header, result.rows, name) for name in result.header.routers]
 
 
@@ -212,7 +259,8 @@ def _checks(results: list[Result], audit: Audit | None) -> list[tuple[str, Check
 
 
 def comparable(views: Sequence[View]) -> list[str]:
-    """Why the runs cannot be compared number by number, in sentences; empty if they can."""
+    """Why the evaluations cannot be compared number by number, in sentences; empty if they can."""
+    views = [view for view in views if view.results]
     reasons = []
     for field, words in (
         ("data_hash", "data sets"),

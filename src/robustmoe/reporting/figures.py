@@ -123,8 +123,10 @@ def lines(
     whole_x: bool = False,
     note: str = "",
     size: Size = NORMAL,
+    mark: float | None = None,
 ) -> str:
-    """A line chart; y from 0 (or its least value) to a little above its greatest, unless ``y_range`` says otherwise."""
+    """A line chart; y from 0 (or its least value) to a little above its greatest, unless ``y_range`` says otherwise.
+    ``mark``: an upright line at this x."""
     series = [one for one in series if one.points]
     xs = [x for one in series for x, _ in one.points]
     y_all = [y for one in series for _, y in one.points]
@@ -134,6 +136,8 @@ def lines(
     if whole_x:
         x_ticks = [value for value in x_ticks if value == int(value)] or [xs[0]]
     body = frame.grid(x_label, unit, x_ticks, ticks(low, high))
+    if mark is not None:
+        body += f'<path class="mark" d="{frame.path([(mark, low), (mark, high)])}"/>'
     for one in series:
         body += _line(frame, one, unit)
     alt = f"{title}. " + "; ".join(
@@ -185,6 +189,77 @@ def shares(title: str, epochs: Sequence[float], loads: Sequence[Sequence[float]]
 
 
 Bar = tuple[float, float, float]  # a value and its interval, in per cent
+
+
+@dataclass(frozen=True)
+class Cross:
+    """A point with its intervals along both axes, in per cent. ``name``: written beside it. ``ring``: to be seen
+    first."""
+
+    name: str
+    x: Bar
+    y: Bar
+    ring: bool = False
+
+
+def crosses(
+    title: str,
+    curves: Sequence[tuple[str, int, Sequence[Cross]]],
+    floors: Sequence[tuple[str, int, Sequence[tuple[float, float]]]],
+    labels: tuple[str, str],
+    note: str = "",
+    size: Size = NORMAL,
+) -> str:
+    """Per cents against per cents: each curve (name, colour, points) a line with a cross a point, each floor a dashed
+    line. ``labels``: of x and of y. y starts at 0, x a little below its least."""
+    every = [point for _, _, points in curves for point in points]
+    xs = [x for point in every for x in point.x] + [x for _, _, points in floors for x, _ in points]
+    ys = [y for point in every for y in point.y] + [y for _, _, points in floors for _, y in points]
+    low, high = 5.0 * math.floor(min(xs) / 5), 5.0 * math.ceil(max(xs) / 5)
+    top = min(100.0, max(ys) * 1.06) or 1.0
+    frame = _Frame((low, high), (0.0, top), size)
+    body = frame.grid(labels[0], "%", ticks(low, high, 6), ticks(0.0, top))
+    taken: list[tuple[float, float]] = []
+    for name, number, floor in floors:
+        body += _line(frame, Series(name, tuple(floor), number, dashed=True), "%")
+    for name, number, points in curves:
+        body += f'<path class="line s{number}" d="{frame.path([(one.x[0], one.y[0]) for one in points])}"/>'
+        body += "".join(_cross(frame, name, number, labels, one) for one in points)
+    for _, number, points in curves:
+        body += "".join(_cross_name(frame, number, one, taken) for one in sorted(points, key=lambda one: not one.ring))
+    alt = f"{title}. " + "; ".join(
+        f"{name}: "
+        + ", ".join(f"{one.name}: {one.x[0]:.1f}% {labels[0]}, {one.y[0]:.1f}% {labels[1]}" for one in points)
+        for name, _, points in curves
+    )
+    entries = [(name, number, False) for name, number, _ in curves] + [
+        (name, number, True) for name, number, _ in floors
+    ]
+    return figure(title, svg(body, alt, size), entries, note)
+
+
+def _cross(frame: _Frame, name: str, number: int, labels: tuple[str, str], one: Cross) -> str:
+    x, y = frame.x(one.x[0]), frame.y(one.y[0])
+    words = "; ".join(
+        f"{label} {value:.1f}% ({low:.1f}–{high:.1f})"
+        for label, (value, low, high) in zip(labels, (one.x, one.y), strict=True)
+    )
+    ring = f'<circle class="ring" cx="{x}" cy="{y}" r="7.5"/>' if one.ring else ""
+    return (
+        f'<path class="thin s{number}" d="{frame.path([(one.x[1], one.y[0]), (one.x[2], one.y[0])])}'
+        f'{frame.path([(one.x[0], one.y[1]), (one.x[0], one.y[2])])}"/>{ring}'
+        f'<circle class="dot f{number}" cx="{x}" cy="{y}" r="4"><title>{escape(name)}, {escape(one.name)}: '
+        f"{escape(words)}</title></circle>"
+    )
+
+
+def _cross_name(frame: _Frame, number: int, one: Cross, taken: list[tuple[float, float]]) -> str:
+    """The point's name beside it, unless another stands there."""
+    x, y = frame.x(one.x[0]) + 9, frame.y(one.y[0]) - 7
+    if any(abs(x - other) < 8 * len(one.name) and abs(y - height) < 13 for other, height in taken):
+        return ""
+    taken.append((x, y))
+    return f'<text class="tick f{number}" x="{x:.1f}" y="{y:.1f}">{escape(one.name)}</text>'
 
 
 def bars(

@@ -8,9 +8,10 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Check, Result
-from robustmoe.reporting import dissection
+from robustmoe.reporting import blend, dissection
 from robustmoe.reporting.collect import Group, View, comparable
 from robustmoe.reporting.provenance import FOLDED, OPEN, commands, facts, merged, tally, where_found
+from robustmoe.reporting.tables import Grid
 from robustmoe.reporting.verdict import story
 from robustmoe.reporting.words import GLOSSARY, eps_text, gap_text, interval, percent, plural, short, threat
 
@@ -23,10 +24,14 @@ def markdown(views: Sequence[View]) -> str:
     both = dissection.comparison(views)
     if both is not None:
         parts += ["## Dissections", *_grid(both)]
+    curves = blend.comparison(views)
+    if curves is not None:
+        parts += ["## Curves over alpha", *_grid(curves)]
     for view in views:
         parts += _run(view)
     parts.append("## Words")
-    parts.append("\n".join(f"- **{term}**: {words}" for term, words in GLOSSARY))
+    terms = [*GLOSSARY, *(blend.TERMS if any(view.blended is not None for view in views) else ())]
+    parts.append("\n".join(f"- **{term}**: {words}" for term, words in terms))
     return "\n\n".join(parts) + "\n"
 
 
@@ -56,6 +61,11 @@ def _run(view: View) -> list[str]:
         parts += ["### Dissection", _safe(dissection.story(view.dissected))]
         parts.append(_safe(dissection.setting(view.dissected.record)))
         parts += [text for grid in dissection.grids(view.dissected) for text in _grid(grid)]
+    if view.blended is not None:
+        parts += ["### Clean against robust, over alpha", _safe(blend.story(view.blended))]
+        parts.append(_safe(blend.setting(view.blended.record)))
+        parts += [f"> **†** {_safe(sentence)}" for sentence in blend.doubts(view.blended)]
+        parts += [text for grid in blend.grids(view.blended) for text in _grid(grid)]
     parts += _checks(view)
     parts.append("### How it was made")
     parts += ["\n".join(f"    {line}" for line in command.splitlines()) for command in commands(view)]
@@ -63,7 +73,7 @@ def _run(view: View) -> list[str]:
     return parts
 
 
-def _grid(grid: dissection.Grid) -> list[str]:
+def _grid(grid: Grid) -> list[str]:
     rows = [[f"{value} ({small})" if small else value for value, small in row] for row in grid.rows]
     return [f"#### {_safe(grid.title)}", _table(grid.head, rows), *([_safe(grid.note)] if grid.note else [])]
 
@@ -124,6 +134,5 @@ def _attacks(group: Group, routed: bool) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head)]
-    text = ["| " + " | ".join(cells) + " |" for cells in lines]
-    return "\n".join(text + ["| " + " | ".join(_safe(cell) for cell in row) + " |" for row in rows])
+    text = ["| " + " | ".join(_safe(cell) for cell in row) + " |" for row in (head, *rows)]
+    return "\n".join([text[0], "| " + " | ".join(["---"] * len(head)) + " |", *text[1:]])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from robustmoe import analysis
-from robustmoe.reporting.collect import Dissected, Group, View, comparable
+from robustmoe.reporting.collect import Blended, Dissected, Group, View, comparable
 
 
 def numbers(views: Sequence[View]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _run(view: View) -> dict[str, Any]:
         "split": header.split,
         "routers": {name: dict(vars(info)) for name, info in header.routers.items()},
         "parameters": header.parameters,
-        "clean": _rate(view.clean),
+        "clean": _rate(view.clean) if view.results else None,
         "headline": headline,
         "threats": [_group(group) for group in view.groups],
         "curves": [
@@ -66,6 +66,7 @@ def _run(view: View) -> dict[str, Any]:
         "load": [dict(vars(load)) for load in view.loads],
         "checks": [{"attack": name, **vars(check)} for name, check in view.checks],
         "dissection": None if view.dissected is None else _dissection(view.dissected),
+        "blend": None if view.blended is None else _blend(view.blended),
         "notes": view.notes,
         "training": view.metrics,
         "config": view.config,
@@ -119,10 +120,21 @@ def _dissection(one: Dissected) -> dict[str, Any]:
     return {**made, **_plain(parts), **means, "seconds": one.record.seconds}
 
 
+def _blend(one: Blended) -> dict[str, Any]:
+    found, header = one.record, one.record.header
+    made = {"n": len(found.index), "norm": header.norm, "eps": header.eps, "attack": header.attack}
+    halves = {"standard": found.standard, "robust": found.robust, "mix": found.mix, "sharpen": found.sharpen}
+    shown = {"wanted": found.wanted, "chosen": found.chosen, "shown": one.points[one.shown].alpha}
+    points = [{**_plain(point), "broke": dict(point.broke) if point.broke else None} for point in one.points]
+    return {**made, **halves, **shown, "attacked": len(one.attacked), "points": points, "seconds": found.seconds}
+
+
 def _plain(value: Any) -> Any:
     """Dataclasses as objects, rates with their intervals; a pair of experts is named "0-1"."""
     if isinstance(value, analysis.Rate):
         return _rate(value)
+    if isinstance(value, analysis.Paired):
+        return {**vars(value), "value": value.value, "interval": list(value.interval)}
     if dataclasses.is_dataclass(value):
         return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, dict):

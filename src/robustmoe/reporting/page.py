@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from robustmoe.reporting import dissection, experts, provenance, tables, training, verdict
+from robustmoe.reporting import blend, dissection, experts, provenance, tables, training, verdict
 from robustmoe.reporting.collect import View
 from robustmoe.reporting.style import css
+from robustmoe.reporting.words import plural
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -18,6 +19,7 @@ def page(views: Sequence[View]) -> str:
         ("verdict", "Verdict", verdict.section(views)),
         ("attacks", "Attacks", tables.section(views)),
         ("eps", "Accuracy against eps", training.eps_section(views)),
+        ("blend", "Over alpha", blend.section(views)),
         ("training", "Training", training.section(views)),
         ("routers", "Router health", training.health_section(views)),
         ("experts", "Experts", experts.load_section(views)),
@@ -39,7 +41,7 @@ def page(views: Sequence[View]) -> str:
         f'<header class="top"><p class="eyebrow">Robustness report</p><h1>{escape(title)}</h1>'
         f"<nav>{links}</nav></header>"
         f"<main>{sections}</main>"
-        f"<footer>Made by robustmoe from the rows of {_files(views)}. "
+        f"<footer>Made by robustmoe from {_files(views)}. "
         "The same numbers are in the .md and .json files beside this page.</footer></body></html>\n"
     )
 
@@ -47,4 +49,9 @@ def page(views: Sequence[View]) -> str:
 def _files(views: Sequence[View]) -> str:
     files = sum(len(view.results) for view in views)
     rows = sum(len(result.rows) for view in views for result in view.results)
-    return escape(f"{files} evaluation{'' if files == 1 else 's'} ({rows:,} rows)")
+    others = (
+        (sum(view.dissected is not None for view in views), "dissection"),
+        (sum(view.blended is not None for view in views), "curve"),
+    )
+    made = [f"the rows of {plural(files, 'evaluation')} ({rows:,} rows)"] if files else []
+    return escape(" and ".join(made + [plural(number, word) for number, word in others if number]))

@@ -121,9 +121,9 @@ def _title(view: View, position: int, several: bool) -> str:
 
 
 def commands(view: View) -> list[str]:
-    """The commands that made the run, without repeats: training, then evaluations."""
+    """The commands that made the run, without repeats: training, then evaluations, dissection and blend."""
     first = [view.config["command"]] if isinstance(view.config.get("command"), str) else []
-    return list(dict.fromkeys([*first, *(result.header.command for result in view.results)]))
+    return list(dict.fromkeys([*first, *(header.command for header in view.headers)]))
 
 
 def _commands(view: View) -> str:
@@ -134,10 +134,16 @@ def _ordered(words: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
+def _evaluation_time(view: View) -> str:
+    if view.seconds is not None:
+        return duration(view.seconds)
+    return "unfinished" if view.results else ""
+
+
 def facts(view: View) -> list[tuple[str, str]]:
     """Names and values, as text; what is not known is left out."""
     header, config = view.header, view.config
-    headers = [result.header for result in view.results]
+    headers = [result.header for result in view.results] or view.headers
     times = [number(line.get("seconds")) for line in view.metrics]
     training = sum(time for time in times if time is not None)
     pairs: list[tuple[str, str]] = [
@@ -157,7 +163,8 @@ def facts(view: View) -> list[tuple[str, str]]:
         ("training seed", plain(config.get("seed"))),
         ("training time", duration(training) if training else "–"),
         ("evaluation seed", str(header.seed)),
-        ("evaluation time", duration(view.seconds) if view.seconds is not None else "unfinished"),
+        ("evaluation time", _evaluation_time(view)),
+        ("time of the curve over alpha", "" if view.blended is None else duration(view.blended.record.seconds)),
         ("evaluation precision", "; ".join(_ordered(_PRECISIONS[each.precision] for each in headers))),
         ("evaluation batch size", ", ".join(_ordered(str(each.batch_size) for each in headers if each.batch_size))),
         ("evaluated on", f"{header.device}, {plural(header.threads, 'thread')}"),

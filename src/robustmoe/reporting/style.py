@@ -97,6 +97,8 @@ figure svg{display:block;overflow:visible;width:100%;height:auto;margin-top:6px}
 .grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
 .whisker{stroke:var(--ink);stroke-width:1.5}
 .tick,.label{font-size:12px;fill:var(--soft)}
+.thin{fill:none;stroke-width:1.2;opacity:.5}.ring{fill:none;stroke:var(--ink);stroke-width:1.6}
+.mark{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:3 4}.joint{max-width:780px}
 .line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
 .line.dashed{stroke-dasharray:2 5;opacity:.8}
 .band{opacity:.15}.layer{opacity:.82;stroke:var(--card);stroke-width:1}
@@ -125,6 +127,31 @@ image-rendering:pixelated}
 .made dt{color:var(--soft);padding-right:14px}.made dd{overflow-wrap:anywhere}
 .made dt:last-of-type,.made dd:last-of-type{border-bottom:0}
 pre{background:var(--tint);border-radius:10px;padding:12px 16px;white-space:pre-wrap;margin:0 0 12px;line-height:1.5}
+.dial{border:0;margin:20px 0 0;padding:0;min-width:0}
+.dial legend{padding:0;font-size:13px;color:var(--soft);font-weight:600}
+.stops{display:flex;flex-wrap:wrap;position:relative}
+.stops>input{position:absolute;top:20px;left:0;width:1px;height:1px;margin:0;opacity:0}
+.stops>label{flex:1 0 36px;position:relative;padding:34px 2px 4px;min-height:58px;text-align:center;font-size:14px;
+color:var(--soft);cursor:pointer;font-variant-numeric:tabular-nums}
+.stops>label::before{content:"";position:absolute;top:15px;left:0;right:0;height:6px;background:var(--rule)}
+.stops>label:first-of-type::before{left:50%}.stops>label:last-of-type::before{right:50%}
+.stops>label::after{content:"";position:absolute;top:18px;left:50%;width:12px;height:12px;border-radius:50%;
+border:2px solid var(--soft);background:var(--card);transform:translate(-50%,-50%)}
+.stops>label.chosen{font-weight:700;color:var(--ink)}.stops>label.chosen::after{border-color:var(--ink);border-width:3px}
+.stops>label:has(~input:checked)::before{background:var(--soft)}
+.stops>input:not(:first-of-type):checked+label::before{
+background:linear-gradient(90deg,var(--soft) 50%,var(--rule) 50%)}
+.stops>input:checked+label:last-of-type::before{background:var(--soft)}
+.stops>label:hover,.stops>input:checked+label{color:var(--ink)}.stops>input:checked+label{font-weight:700}
+.stops>input:checked+label::after{width:24px;height:24px;border:7px solid var(--ink);z-index:1}
+.stops>input:focus-visible+label{outline:3px solid var(--c1);outline-offset:-2px;border-radius:8px}
+.panel{display:none;order:1;flex:0 0 100%;min-width:0;padding-top:4px}
+.stops>input:checked+label+.panel{display:block}
+.panel h3{font-size:19px;margin:12px 0 0;display:flex;flex-wrap:wrap;gap:4px 10px;align-items:center}
+.card>.story:last-child{margin-bottom:0}
+.panel .bar{margin:14px 0 20px}.panel h4{font-size:13px;color:var(--soft);font-weight:600;margin:8px 0 10px}
+.more{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:16px 40px;margin:22px 0 16px;
+align-items:start}.more .scroll{margin:0}
 footer{color:var(--soft);font-size:13px;padding:44px 28px 40px}
 """
 
@@ -134,6 +161,7 @@ _COLOURS = "".join(
 
 _NARROW = """
 @media (max-width:640px){svg.large .tick,svg.large .label{font-size:17px}
+svg.plot .tick,svg.plot .label{font-size:14px}
 main,header.top,footer{padding-left:16px;padding-right:16px}header.top{padding-top:26px}
 h1{font-size:26px}section{margin-top:40px}.card{padding:20px 18px}.story{font-size:16px}.figures dd.big{font-size:38px}
 table.stack thead{display:none}table.stack tr{display:block;padding:12px 16px;border-bottom:1px solid var(--rule)}
@@ -146,9 +174,11 @@ table.stack tr.worst{background:var(--tint)}table.stack td small{display:inline;
 table.stack td.left{display:block;text-align:left}table.stack td.left::before{display:none}
 table.stack td.left small{display:block;margin:2px 0 0}
 table.data td.none{display:none}table.data.attacks tbody th,table.data tbody th{min-width:0}
+.stops>label{flex-basis:33px;padding-left:0;padding-right:0;font-size:13px}
 .made{grid-template-columns:1fr}.made dt{border:0;padding-bottom:0}.made dd{padding-top:0}}
 @media print{:root{--paper:#fff}body{font-size:12px}section,header.top{margin-top:20px}nav{display:none}
 .card,figure,.shot,.heatbox,tr{break-inside:avoid}.heatbox{max-height:none;overflow:visible}.scroll{overflow:visible}
+.stops>input,.stops>label,.dial legend{display:none}.stops>.panel{display:block!important;break-inside:avoid}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from robustmoe import analysis
@@ -18,11 +19,27 @@ _OBJECTIVES = {
     "routing": "made for routed models",
 }
 
+WIDE = 5  # columns: beyond them, small print stands below its value
+
 Entry = tuple[str, str]  # a value and its small print
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A table: the first entry of each row is its name; an entry is a value and its small print. ``strong``: the name
+    of the row to be read first."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    note: str = ""
+    strong: str = ""
+
+
 def section(views: Sequence[View]) -> str:
-    """Comparison first (several runs), then one table a threat and a run, then the words explained."""
+    """Comparison first (several runs), then one table a threat and a run, then the words explained; "" without rows."""
+    if not any(view.results for view in views):
+        return ""
     parts = ["<h2>What each attack leaves</h2>"]
     if len(views) > 1:
         parts.append('<p class="lead">The runs side by side; every attack on its own is listed below.</p>')
@@ -38,7 +55,7 @@ def section(views: Sequence[View]) -> str:
             parts.append(_attacks(group, view.routed))
             parts += [_suite(*pair) for pair in zip(group.names, group.results, strict=True) if pair[1].header.parts]
         if not view.groups:
-            parts.append('<p class="lead">No attack was run.</p>')
+            parts.append(f'<p class="lead">{"No attack was run." if view.results else "It has no rows."}</p>')
     parts.append(_terms(routed))
     return "".join(parts)
 
@@ -59,6 +76,34 @@ def cell(label: str, value: str, note: str = "", kind: str = "") -> str:
     small = f"<small>{escape(note)}</small>" if note else ""
     cls = f' class="{kind}"' if kind else ""
     return f'<td{cls} data-label="{escape(label)}"><span>{escape(value)}{small}</span></td>'
+
+
+def rated(rate: analysis.Rate | None) -> Entry:
+    """A rate and its interval."""
+    return percent(rate), interval(rate)
+
+
+def grid_html(grid: Grid) -> str:
+    """The table with its title above and its note below."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in grid.head)
+    body = "".join(_grid_row(grid, row) for row in grid.rows)
+    note = f'<p class="note">{escape(grid.note)}</p>' if grid.note else ""
+    kind = "data stack" if len(grid.head) > WIDE else "data stack tight"
+    return (
+        f"<h3>{escape(grid.title)}</h3>"
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{note}"
+    )
+
+
+def _grid_row(grid: Grid, row: tuple[Entry, ...]) -> str:
+    (name, small), *entries = row
+    cells = "".join(
+        cell(column, *entry, kind="" if entry[0] else "none")
+        for column, entry in zip(grid.head[1:], entries, strict=True)
+    )
+    kind = "worst" if name == grid.strong else "plain"
+    return f'<tr class="{kind}"><th scope="row">{escape(name)}<small>{escape(small)}</small></th>{cells}</tr>'
 
 
 def _attacks(group: Group, routed: bool) -> str:
@@ -152,7 +197,7 @@ def _left(rate: analysis.Rate) -> str:
 
 def _comparison(views: Sequence[View]) -> str:
     rows: list[tuple[str, Callable[[View], Entry], bool]] = [
-        ("Clean accuracy", lambda view: (percent(view.clean), interval(view.clean)), False),
+        ("Clean accuracy", lambda view: rated(view.clean) if view.results else ("not measured", ""), False),
         ("Robust accuracy, worst case", _worst_entry, True),
     ]
     labels = list(dict.fromkeys(name for view in views for name in (view.groups[0].names if view.groups else [])))
@@ -163,7 +208,7 @@ def _comparison(views: Sequence[View]) -> str:
         ("Rerouted, strongest attack", _moved, False),
         ("Router attacked", _attacked, False),
         ("Threat", lambda view: (threat(view.header.norm, view.header.eps), ""), False),
-        ("Images", lambda view: (count(view.clean.n), ""), False),
+        ("Images", lambda view: (count(view.clean.n) if view.results else "–", ""), False),
         ("Parameters", lambda view: (count(view.header.parameters), ""), False),
         ("Time of the evaluations", lambda view: (duration(view.seconds) if view.seconds else "–", ""), False),
     ]

@@ -6,10 +6,11 @@ import textwrap
 from collections.abc import Sequence
 
 from robustmoe import analysis
-from robustmoe.records import STATUSES, Audit, Dissection, Result
-from robustmoe.reporting import dissection
+from robustmoe.records import STATUSES, Audit, Blend, Dissection, Result
+from robustmoe.reporting import blend, dissection
 from robustmoe.reporting.card import WIDTH
-from robustmoe.reporting.collect import Dissected
+from robustmoe.reporting.collect import Blended, Dissected
+from robustmoe.reporting.tables import Grid
 from robustmoe.reporting.words import eps_text, gap_text, interval, percent, plural, threat
 
 
@@ -37,10 +38,21 @@ def dissection_table(found: Dissection) -> str:
     """A dissection that is done: which part gives way first, and every number, as lines of text."""
     one = Dissected(found, analysis.anatomy(found))
     lines = [*textwrap.wrap(dissection.story(one), WIDTH), *textwrap.wrap(dissection.setting(found), WIDTH)]
-    for grid in dissection.grids(one):
-        table = [[f"{value} ({small})" if small else value for value, small in row] for row in grid.rows]
-        lines += ["", grid.title, *_aligned([list(grid.head), *table], last=False), *textwrap.wrap(grid.note, WIDTH)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line for grid in dissection.grids(one) for line in _grid(grid))])
+
+
+def blend_table(found: Blend) -> str:
+    """A curve over alpha: what is kept at the alpha to look at first, and every number, as lines of text."""
+    one = Blended(found, analysis.alpha_curve(found), analysis.alpha_shown(found))
+    lines = [*textwrap.wrap(blend.story(one), WIDTH), *textwrap.wrap(blend.setting(found), WIDTH)]
+    lines += [f"! {sentence}" for sentence in blend.doubts(one)]
+    return "\n".join([*lines, *(line for grid in blend.grids(one) for line in _grid(grid))])
+
+
+def _grid(grid: Grid) -> list[str]:
+    """A table of the report, after an empty line."""
+    table = [[f"{value} ({small})" if small else value for value, small in row] for row in grid.rows]
+    return ["", grid.title, *_aligned([list(grid.head), *table], last=False), *textwrap.wrap(grid.note, WIDTH)]
 
 
 def _block(group: list[Result], audit: Audit | None) -> list[str]:

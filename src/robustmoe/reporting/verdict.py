@@ -31,6 +31,13 @@ def alarm(title: str, sentences: Sequence[str], *, mild: bool = False) -> str:
 def story(view: View) -> str:
     """The verdict as plain text: what was trained how, on what, and what survives."""
     header = view.header
+    if not view.results:
+        there = [("its dissection", view.dissected), ("the curve of its blends over alpha", view.blended)]
+        below = " and ".join(words for words, one in there if one is not None)
+        return (
+            f"{header.model} was not evaluated as it stands (robustmoe evaluate {view.folder} does that), so there is "
+            f"no verdict on it. Below: {below}."
+        )
     made = f"{header.model} trained by {header.method}" if header.method else header.model
     clean = view.clean
     text = f"{made} gets {percent(clean)} of {plural(clean.n, 'image')} of {header.data} ({header.split}) right"
@@ -53,13 +60,16 @@ def story(view: View) -> str:
 def _card(view: View, number: int, several: bool) -> str:
     trusted = bool(view.groups) and view.groups[0].verdict.trusted
     name = f'<h2><i class="dotkey b{number}"></i><span>{escape(view.name)}</span></h2>' if several else ""
+    said = f'{name}<p class="story">{held(story(view))}</p>'
+    if not view.results:
+        return f'<article class="card">{said}{_notes(view)}</article>'
     return (
-        f'<article class="card{"" if trusted else " marked"}">{name}<p class="story">{_held(story(view))}</p>'
+        f'<article class="card{"" if trusted else " marked"}">{said}'
         f"{_figures(view, trusted)}{_bar(view, number, trusted)}{_chips(view)}{_alarms(view)}</article>"
     )
 
 
-def _held(text: str) -> str:
+def held(text: str) -> str:
     """Escaped, and a threat is not broken across lines."""
     return escape(text).replace(" ≤ ", "&nbsp;≤&nbsp;")
 
@@ -137,4 +147,8 @@ def _alarms(view: View) -> str:
     unfinished = [*judged.incomplete]
     if unfinished:
         boxes += alarm("Incomplete: run the same command again to finish", unfinished, mild=True)
-    return boxes + (alarm("Worth a look", view.notes, mild=True) if view.notes else "")
+    return boxes + _notes(view)
+
+
+def _notes(view: View) -> str:
+    return alarm("Worth a look", view.notes, mild=True) if view.notes else ""

@@ -1,0 +1,253 @@
+"""The blends of two models at many alphas: what attacks each of them, what all answer, and what is proven of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustmoe import spec as specs
+from robustmoe.attacks import (
+    PGD,
+    Attack,
+    ExpertTransition,
+    RouteBeam,
+    Surrogate,
+    Wrapped,
+    image_routers,
+    joint,
+    part_noise,
+)
+from robustmoe.attacks.objectives import loss_of
+from robustmoe.data import Batch, ImageSet, batches
+from robustmoe.errors import UserError
+from robustmoe.evaluation import engine
+from robustmoe.evaluation.attacked import attacked_images, check_inside, predictions
+from robustmoe.evaluation.measuring import PROBE
+from robustmoe.evaluation.precision import frozen
+from robustmoe.models import DualModel
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.dual import SHIFT
+from robustmoe.noise import Noise
+from robustmoe.records import Blend
+from robustmoe.routing import Trace
+
+ALPHAS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+STANDING, WRONG = -1, -2
+"""In the place of an attack that broke an image: none did; none was needed."""
+
+WARM = "warm start"
+HALVES = {"standard half": "standard", "robust half": "robust"}
+"""Attacks that climb one half alone: which."""
+
+Margins = Mapping[int, float] | Sequence[float] | Tensor
+
+
+def alphas_of(alphas: str | Sequence[float]) -> tuple[float, ...]:
+    """The alphas, rising, each once: numbers from 0 to 1, or a text of them ("0, 0.5, 1"); "0..1" is `ALPHAS`."""
+    if isinstance(alphas, str):
+        alphas = ALPHAS if alphas.replace(" ", "") == "0..1" else specs.numbers(alphas)
+    for alpha in alphas:
+        if not 0 <= alpha <= 1:
+            raise UserError(
+                f"{alpha:g} is no alpha; expected shares of the robust half, from 0 (standard) to 1 (robust)"
+            )
+    if not len(alphas):
+        raise UserError("there is no alpha; expected at least one, such as 0..1 or 0,0.5,1")
+    return tuple(sorted({float(alpha) for alpha in alphas}))
+
+
+# ------------------------------------------------------------------------------------------------ what is attacked
+
+
+@dataclass(frozen=True)
+class Work:
+    """A dual model (its own alpha does not matter), the images, the attack that the others are made from, and the
+    alphas, rising.
+    """
+
+    dual: DualModel
+    images: ImageSet
+    base: PGD
+    alphas: tuple[float, ...]
+    device: torch.device
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class From(Wrapped):
+    """``attack`` from the images ``near`` (n, ch, h, w) instead of its own start, once (no restarts)."""
+
+    attack: PGD
+    near: Tensor
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return self.attack.climb(model, x, y, self.near)
+
+
+def at(dual: DualModel, alpha: float) -> RoutedModel:
+    """The blend at ``alpha``; at 0 and 1 the half itself."""
+    if alpha in (0.0, 1.0):
+        return dual.robust if alpha else dual.standard
+    return dual.at(alpha)
+
+
+def attacks_at(work: Work, alpha: float, trace: Trace) -> dict[str, Attack]:
+    """The attacks at one alpha by name, in order, all with the threat and the steps of ``work.base``; ``trace``: of the
+    blend there.
+
+    That attack itself; the same from where the alpha above left off (not at the last alpha); with the margin loss; on
+    the routes, where there are routers; and, between 0 and 1, through each half alone.
+    """
+    base = work.base
+    found: dict[str, Attack] = {"pgd": base}
+    if alpha < work.alphas[-1]:
+        found[WARM] = base
+    found["margin"] = replace(base, objective=joint("margin"))
+    if trace:
+        common: dict[str, Any] = {
+            "threat": base.threat, "steps": base.steps, "step_size": base.step_size, "restarts": base.restarts,
+            "seed": base.seed,
+        }  # fmt: skip
+        found["routes"] = ExpertTransition(**common) if image_routers(trace) else RouteBeam(**common)
+    if 0 < alpha < 1:
+        found |= dict.fromkeys(HALVES, base)
+    return found
+
+
+def seen_by(name: str, work: Work, climbed: DualModel, alpha: float, meter: engine.Meter) -> Surrogate:
+    """What the attack of that name climbs, the blend at ``alpha`` being the judge. ``climbed``: stands in for the dual
+    model.
+    """
+    exact = at(work.dual, alpha)
+    if name in HALVES:
+        return Surrogate(getattr(climbed, HALVES[name]), exact, on_pass=meter.on_pass)
+    return Surrogate(at(climbed, alpha), exact, close=True, on_pass=meter.on_pass)
+
+
+@torch.no_grad()
+def judged(dual: DualModel, alphas: Sequence[float], x: Tensor) -> list[Tensor]:
+    """The exact logits (n, c) at every alpha; one pass of each half."""
+    standard, robust = dual.standard.run(x).logits, dual.robust.run(x).logits
+    return [dual.at(alpha).blended(x, standard, robust) for alpha in alphas]
+
+
+def classes_of(logits: Tensor) -> list[int]:
+    """See `predictions`."""
+    return predictions(Output(logits, {}))
+
+
+def climbed_halves(work: Work) -> DualModel:
+    """Frozen copies of both halves, blended alike."""
+    dual, probe = work.dual, work.images.batch(list(range(min(PROBE, len(work.images))))).to(work.device).x
+    standard, robust = (frozen(half, probe).climbed for half in (dual.standard, dual.robust))
+    return DualModel(standard, robust, mix=dual.mix, sharpen=dual.sharpen, mixer=dual.mixer).eval()
+
+
+# ------------------------------------------------------------------------------------------------ one alpha
+
+
+@dataclass
+class State:
+    """What a pass has found, and goes on from. ``near`` (n, ch, h, w), on the CPU: where the next alpha's warm starts
+    begin; None before the first and after the last.
+    """
+
+    found: Blend
+    near: Tensor | None = None
+
+
+def attack_alpha(work: Work, climbed: DualModel, state: State, attacks: dict[str, Attack], meter: engine.Meter) -> None:
+    """The next alpha: every attack on the images that stand there, each until it is broken, every attacked image put to
+    all alphas. ``attacks``: by name, in order.
+
+    The next warm start of an image is, of what attacked it here, the one nearest to breaking the next alpha; that of
+    an image which was not attacked stays as it was, at first the clean image.
+    """
+    k = len(work.alphas) - state.found.done - 1
+    broken = torch.tensor(state.found.broken)
+    near = state.near
+    if near is None:
+        near = torch.cat([batch.x.cpu() for batch in batches(work.images, work.batch_size)])
+    after = near.clone()
+    models = {name: seen_by(name, work, climbed, work.alphas[k], meter) for name in attacks}
+    standing = torch.nonzero(broken[k] == STANDING)[:, 0]
+    parts = standing.split(work.batch_size)
+    for part, batch in zip(parts, batches(work.images, work.batch_size, standing, work.device)):
+        nearest = torch.full((len(part),), -math.inf, dtype=batch.x.dtype)
+        for name, attack in attacks.items():
+            rows = torch.nonzero(broken[k, part] == STANDING)[:, 0]
+            if len(rows) == 0:
+                break
+            some, which = _only(batch, rows), part[rows]
+            if name == WARM and isinstance(attack, PGD):
+                attack = From(attack, near[which].to(work.device))
+            noise = part_noise(Noise.of(some.index, work.base.seed), f"{name} {work.alphas[k]}")
+            x_adv = attacked_images(models[name], attack, some, noise)
+            check_inside(attack.threat, some.x, x_adv, name)
+            logits = judged(work.dual, work.alphas, x_adv)
+            _mark(broken, which, logits, some.y, state.found.attacks.index(name))
+            if k:
+                value = loss_of("margin", logits[k - 1], some.y).to(nearest)
+                better = value > nearest[rows]
+                after[which[better]], nearest[rows[better]] = x_adv.cpu()[better], value[better]
+    state.found = replace(state.found, broken=broken.tolist(), done=state.found.done + 1)
+    state.near = after if k else None
+
+
+def _only(batch: Batch, rows: Tensor) -> Batch:
+    rows = rows.to(batch.x.device)
+    return Batch(batch.x[rows], batch.y[rows], batch.index[rows])
+
+
+def _mark(broken: Tensor, which: Tensor, logits: Sequence[Tensor], y: Tensor, number: int) -> None:
+    """Attack ``number`` broke, at every alpha, those of the images ``which`` that stood there and are missed."""
+    for row, each in zip(broken, logits):
+        hit = (torch.tensor(classes_of(each)) != y.cpu()) & (row[which] == STANDING)
+        row[which[hit]] = number
+
+
+# ------------------------------------------------------------------------------------------------ certificates
+
+
+def bounds_of(work: Work, margins: Margins) -> list[float]:
+    """The margin of each image, -inf where none is known."""
+    if work.dual.mix != "probabilities":
+        raise UserError("a certificate of the robust half proves nothing of a blend of logits; expected probabilities")
+    if isinstance(margins, Mapping):
+        return [float(margins.get(index, -math.inf)) for index in work.images.index.tolist()]
+    if len(margins) != len(work.images):
+        raise UserError(f"there are {len(margins)} certified margins for {len(work.images)} images; expected one each")
+    return [float(margin) for margin in margins]
+
+
+def certified_by(work: Work, found: Blend, bounds: Sequence[float]) -> list[list[bool]]:
+    """For every alpha, which images are proven right: those right when clean whose margin is above the threshold."""
+    return [
+        [margin > threshold(work.dual, alpha) and a == b for margin, a, b in zip(bounds, each, found.labels)]
+        for alpha, each in zip(found.alphas, found.predicted)
+    ]
+
+
+def threshold(dual: DualModel, alpha: float) -> float:
+    """What the robust half's margin must exceed for the blend to be proven: (1 - alpha) / alpha at the lowest alpha
+    that a mixer can set. inf where the blend is not of the half that was certified: at 0, and, sharpened, at 1.
+    """
+    if alpha == 0 or (alpha == 1 and dual.sharpen is not None):
+        return math.inf
+    return (1 - alpha) / alpha * (1.0 if dual.mixer is None else math.exp(SHIFT))
+
+
+def believe(found: Blend) -> None:
+    """UserError where an attack broke what is certified."""
+    for alpha, proven, broken in zip(found.alphas, found.certified, found.broken):
+        for index, sure, attack in zip(found.index, proven, broken):
+            if sure and attack >= 0:
+                raise UserError(
+                    f"image {index} is certified at alpha {alpha:g}, but the attack {found.attacks[attack]!r} breaks "
+                    "it there: the certificate is wrong, or is not of this robust half and ball"
+                )
