@@ -20,9 +20,10 @@ lint: $(VENV)/.dev  ## style, format and types
 bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/sparse_dispatch.py
 	$(BIN)/python benchmarks/pathway_inference.py --repeats 5 --steps 0
+	$(BIN)/python benchmarks/ensemble_step.py --width 16 --batch 32 --steps 2 --memory  # small; the issue's size: no flags
 
-recipes: $(VENV)/.dev  ## two training steps of every cell of the AdvMoE grid, at its true size
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py
+recipes: $(VENV)/.dev  ## two training steps of every published recipe, its networks at true size
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py tests/test_recipes_dual.py
 
 crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks
 	$(INSTALL) -e '.[crosscheck]'
