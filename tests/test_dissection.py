@@ -520,7 +520,8 @@ def test_the_terminal_says_what_the_record_says() -> None:
     assert text.startswith(
         "Neither part clearly gives way first on 4 images. From 100.0% clean accuracy, with the route"
     )
-    assert "wrong routes alone (clean images, misrouted) take it to 75.0%; the attack on the router’s margin moves 25.0%" in text
+    assert "wrong routes alone (clean images, misrouted) take it to 75.0%" in text
+    assert "the attack on the router’s margin moves 25.0%" in text
     assert "on the router’s margin 100.0% (51.0–100.0) 75.0% (30.1–95.4)" in text, "Wilson of 4 and of 3 of 4"
     assert "median 0.75, largest 2; tied on 25.0%" in text
     assert "experts 0 and 1 50.0%" in text

@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of an image's tokens. On CPU torch's fused attention cannot be differentiated twice."""
+    """Self-attention of an image's tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -112,9 +112,7 @@ class ViT(NetworkSpec):
 
     ``patch``: pixels a side of a patch; both sides of the image have to be a multiple of it. ``width``: of a token;
     ``depth``: blocks; ``heads``: of the attention, a divisor of ``width``; the MLP's hidden layer has ``mlp_ratio``
-    times the width. The defaults are timm's ``vit_small_patch16_224``, also in what its weights are called. As a router
-    it can be attacked and trained, but `robustmoe.attacks.routes.route_radius` needs a second derivative of it, which
-    torch's fused attention does not have on CPU.
+    times the width. The defaults are timm's ``vit_small_patch16_224``, also in what its weights are called.
     """
 
     patch: int = 16

@@ -26,12 +26,12 @@ from robustmoe.attacks.routes.cells import (
     spread,
 )
 from robustmoe.attacks.routes.flip import rivals, swapped
+from robustmoe.attacks.routes.reach import DUAL
 from robustmoe.attacks.threat import Norm, Threat, size
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Trace, detach
 
-_DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
 REACH = 2.0
 """A flip whose linear estimate of the distance is beyond this many eps is tried only after the nearer ones."""
 
@@ -98,7 +98,7 @@ def _distance(gap: Float[Tensor, " n"], at: Tensor, norm: Norm) -> Float[Tensor,
         return torch.full_like(gap, torch.inf)
     value = torch.where(there, gap, torch.zeros_like(gap)).sum()
     found = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)[0]
-    slope = torch.zeros_like(gap) if found is None else size(_DUAL[norm], found)
+    slope = torch.zeros_like(gap) if found is None else size(DUAL[norm], found)
     return torch.where(there & (slope > 0), gap.detach().clamp(min=0) / slope, torch.inf)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.threat import Norm, Threat, size
@@ -52,7 +53,7 @@ def route_radius(model: RoutedModel, x: Float[Tensor, "n ch h w"], norm: Norm) -
     Of a linear router the exact radius of that boundary, the box apart. Of the model in eval mode; raises ValueError as
     `reachable` does.
     """
-    with evaluating(model):
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative on CPU
         at = x.detach().requires_grad_(True)
         trace = _image_routers(model.route(at))
         narrow = {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
