@@ -2,9 +2,9 @@
 holds.
 
 python benchmarks/dual_study.py train --out DIR --data "cifar10(root='...')" [--seeds 3]   # hours on one core
-python benchmarks/dual_study.py evaluate --out DIR [--limit 300]                           # PGD-50, AutoAttack, routing
-python benchmarks/dual_study.py dissect --out DIR [--limit 300]                            # RA-E, RA-R
-python benchmarks/dual_study.py blend --out DIR [--limit 300]                              # the curves over alpha
+python benchmarks/dual_study.py evaluate --out DIR [--limit 150]                           # PGD-50, AutoAttack, routing
+python benchmarks/dual_study.py dissect --out DIR [--limit 150]                            # RA-E, RA-R
+python benchmarks/dual_study.py blend --out DIR [--limit 150]                              # the curves over alpha
 python benchmarks/dual_study.py table --out DIR
 
 Every verb goes on where it was. All arms have the same data, epochs (the fine-tuned ones besides), batches, optimiser
@@ -15,6 +15,8 @@ cent of the test images. "union" is per image over all attacks that the arm met.
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,8 +59,9 @@ FINE = {
 
 TRAINED, EVERY = list(ARMS), [*ARMS, "mean"]
 DENSE = ("dense_at", "dense_standard", "dense_again")
+THREAT = "linf(8/255)"
 PGD_50 = "pgd(linf(8/255), steps=50, step_size=2/255)"
-SUITE = "autoattack_routing(linf(8/255))"
+AUTOATTACK = f"autoattack({THREAT})"
 STEERED = "expert_transition(linf(8/255), steps=50)"
 DISSECTED = ("standard", "at", "rt_er", "labelled", "even", "upcycled")
 PAIRS = [
@@ -80,13 +83,15 @@ BLENDS: dict[str, dict[str, str]] = {
     "jtdmoe": {"standard": "jtdmoe"},
     "dense": {"standard": "dense_standard", "robust": "dense_at"},
     "dense, sharpened": {"standard": "dense_standard", "robust": "dense_at", "sharpen": "scaled(4)"},
-    "upcycled, sharpened": {"standard": "standard", "robust": "upcycled", "sharpen": "scaled(4)"},
+    "upcycled": {"standard": "dense_standard", "robust": "upcycled", "sharpen": "scaled(4)"},
 }
 
 
 def attacks_of(arm: str) -> dict[str, str]:
-    whole = {"PGD-50": PGD_50, "suite": SUITE}
-    return whole if arm in DENSE else {**whole, "steered": STEERED}
+    """A dense net and the mean of all experts have no route to be attacked."""
+    if arm in DENSE or arm == "mean":
+        return {"PGD-50": PGD_50, "suite": AUTOATTACK}
+    return {"PGD-50": PGD_50, "suite": f"autoattack_routing({THREAT})", "steered": STEERED}
 
 
 def study(out: Path, data: str) -> Study:
@@ -218,7 +223,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/dual_study"))
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=300)
+    parser.add_argument("--limit", type=int, default=150)
     parser.add_argument("--arms", nargs="+", choices=EVERY, default=EVERY)
     parser.add_argument("--blends", nargs="+", choices=list(BLENDS), default=list(BLENDS))
     given = parser.parse_args()

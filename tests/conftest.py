@@ -32,8 +32,12 @@ TINY = {
     "ensemble_k2": "ensemble(small_cnn(width=4), experts=3, k=2, gate=vmoe, router=small_cnn(width=4))",
     "ensemble_straight": "ensemble(small_cnn(width=4), experts=3, gate=straight_through, router=small_cnn(width=4))",
     "pathway": "pathway(resnet8(width=4), experts=3, router=small_cnn(width=4))",
+    "dual": (
+        "dual(ensemble(small_cnn(width=4), experts=3, gate=soft, router=small_cnn(width=4)), "
+        "ensemble(small_cnn(width=4), experts=3, gate=straight_through, router=linear))"
+    ),
 }
-"""Models of every kind, at most a few thousand parameters; "dense" is the one without a router."""
+"""Models of every kind, at most a few thousand parameters; "dense" is the one without a router, "dual" has two."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,17 +75,18 @@ def tiny(images: Callable[..., Tensor]) -> Callable[..., RoutedModel]:
 
     A fresh router sends every image to one expert; here its logits are shifted to mean 0 and scaled to deviation 1.
     """
-    from robustmoe.models import build_model
+    from robustmoe.models import RoutedModel, build_model
 
     def make(name: str, seed: int = 0) -> RoutedModel:
         model = build_model(TINY.get(name, name), CLASSES, IMAGE_SHAPE, seed=seed)
-        head = getattr(getattr(model, "router", None), "head", None)
-        if head is not None:
-            with torch.no_grad():
-                logits = model.router(model.normalise(images(64)))
-                scale = 1.0 / logits.std(0)
-                head.weight.mul_(scale[:, None])
-                head.bias.copy_((head.bias - logits.mean(0)) * scale)
+        for part in (model, *(half for half in model.children() if isinstance(half, RoutedModel))):
+            head = getattr(getattr(part, "router", None), "head", None)
+            if head is not None:
+                with torch.no_grad():
+                    logits = part.router(part.normalise(images(64)))
+                    scale = 1.0 / logits.std(0)
+                    head.weight.mul_(scale[:, None])
+                    head.bias.copy_((head.bias - logits.mean(0)) * scale)
         return model
 
     return make
@@ -93,7 +98,7 @@ def model(request: pytest.FixtureRequest, tiny: Callable[..., RoutedModel]) -> R
     return tiny(request.param)
 
 
-@pytest.fixture(params=sorted(set(TINY) - {"dense"}))
+@pytest.fixture(params=sorted(set(TINY) - {"dense", "dual"}))
 def routed(request: pytest.FixtureRequest, tiny: Callable[..., RoutedModel]) -> RoutedModel:
-    """Each tiny model that has a router."""
+    """Each tiny model that has one router, named "router"."""
     return tiny(request.param)

@@ -11,7 +11,7 @@ from torch import nn
 from robustmoe import spec
 from robustmoe.errors import UserError
 from robustmoe.training import SGD, AdamW
-from robustmoe.training.optimisation import Average, constant, cosine, one_cycle, step
+from robustmoe.training.optimisation import Average, constant, cosine, cyclic, one_cycle, step
 
 POINTS = [
     (constant(), {0.0: 1.0, 0.5: 1.0, 1.0: 1.0}),
@@ -21,6 +21,10 @@ POINTS = [
     (cosine(warmup=0.2), {0.0: 0.0, 0.1: 0.5, 0.2: 1.0, 0.6: 0.5, 1.0: 0.0}),
     # up to 1 at 0.4, down to 0 over 0.6: at 0.7 it is (1 - 0.7) / 0.6
     (one_cycle(), {0.0: 0.0, 0.2: 0.5, 0.4: 1.0, 0.7: 0.5, 1.0: 0.0}),
+    # two triangles from 0.5 to 1: tops at 1/4 and 3/4, half-way up (0.75) at 1/8
+    (cyclic(cycles=2.0), {0.0: 0.5, 1 / 8: 0.75, 1 / 4: 1.0, 3 / 8: 0.75, 1 / 2: 0.5, 3 / 4: 1.0, 1.0: 0.5}),
+    # one and a half: the run ends at a top; at 1/2 three quarters of the first are over, half-way down to 0.2
+    (cyclic(cycles=1.5, low=0.2), {0.0: 0.2, 1 / 3: 1.0, 1 / 2: 0.6, 2 / 3: 0.2, 1.0: 1.0}),
     (one_cycle(rise=0.0), {0.0: 1.0, 0.25: 0.75, 1.0: 0.0}),
     (step(), {0.0: 1.0, 0.49: 1.0, 0.5: 0.1, 0.74: 0.1, 0.75: 0.01, 1.0: 0.01}),
     (step((0.9, 0.3), factor=0.5), {0.29: 1.0, 0.3: 0.5, 0.9: 0.25}),
@@ -33,10 +37,32 @@ def test_schedules_at_points_worked_by_hand(schedule: object, points: dict[float
     assert {p: schedule(p) for p in points} == pytest.approx(points, abs=1e-12)
 
 
-@pytest.mark.parametrize("text", ["cosine(warmup=1.0)", "one_cycle(rise=-0.1)", "step(milestones=(0.5, 1.5))"])
+@pytest.mark.parametrize(
+    "text", ["cosine(warmup=1.0)", "one_cycle(rise=-0.1)", "step(milestones=(0.5, 1.5))", "cyclic(low=1.0)"]
+)
 def test_a_share_outside_0_to_1_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"must be in \[0, 1\), a share of the run"):
         spec.build(text, "schedule")
+
+
+@pytest.mark.parametrize("cycles", [0.0, -1.0])
+def test_no_cycle_at_all_is_refused(cycles: float) -> None:
+    with pytest.raises(UserError, match=f"cycles must be above 0; got {cycles}"):
+        spec.build(f"cyclic(cycles={cycles})", "schedule")
+
+
+def test_cyclic_is_the_schedule_of_rt_ers_released_code() -> None:
+    """Of RT-ER's code: torch's triangular CyclicLR from 5e-5 to 1e-4, 500 iterations up, over 3000 iterations."""
+    layer = nn.Linear(1, 1)
+    theirs = torch.optim.lr_scheduler.CyclicLR(
+        optimiser := torch.optim.Adam(layer.parameters()), 5e-5, 1e-4, step_size_up=500, cycle_momentum=False
+    )
+    ours, seen = cyclic(cycles=3.0, low=0.5), []
+    for _ in range(3000):
+        seen.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        theirs.step()
+    assert [1e-4 * ours(place / 3000) for place in range(3000)] == pytest.approx(seen, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,10 @@ def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[A
     wanted: list[Attack] = []
     default: list[Attack] = [PGD(threat, steps=20, objective=o) for o in objectives]
     if trace:
-        default.append(ExpertTransition(threat) if image_routers(trace) else RouteBeam(threat))
+        routers = image_routers(trace)
+        cells = math.prod(routing.num_experts for routing in routers.values())
+        every = len(routers) == 1 or 1 < cells <= ExpertTransition.cells  # no cell is left out
+        default.append(ExpertTransition(threat) if every else RouteBeam(threat))
     for attack in given or default:
         if attack not in wanted:
             wanted.append(attack)

@@ -92,7 +92,7 @@ def blend_logits(
         if alpha in (0, 1):
             return robust if alpha else standard
         alpha = standard.new_full(standard.shape[:1], alpha)
-    share = alpha[:, None].to(standard.dtype)
+    share = alpha[:, None].to(standard.dtype).clamp(max=1 - torch.finfo(standard.dtype).eps)  # log1p has a gradient
     if mix == "logits":
         return (1 - share) * standard + share * robust
     log_standard, log_robust = torch.log_softmax(standard, 1), torch.log_softmax(robust, 1)

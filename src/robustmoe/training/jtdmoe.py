@@ -25,6 +25,8 @@ from robustmoe.training.rt_er import RTER, Label, Protect, check_objective
 ROBUST, STANDARD = r"robust\.", r"standard\.|mixer\."
 """The halves' parameters by their names; a mixer moves with the standard half."""
 
+NEEDS = "a dual model, such as dual(resnet8, resnet8)"
+
 PROTECT: dict[str, Protect] = {"released": "all", "paper": "second"}
 
 
@@ -48,12 +50,16 @@ def jtdmoe(
         check_weight(name, weight)
     check_objective("jtdmoe", attack)
     robust = _Robust(RTER(attack, beta, PROTECT[variant], loss))
-    return Method((Phase("robust", ROBUST, robust), Phase("standard", STANDARD, _Standard(attack, gamma))), attack)
+    phases = (
+        Phase("robust", ROBUST, robust, needs=NEEDS),
+        Phase("standard", STANDARD, _Standard(attack, gamma), needs=NEEDS),
+    )
+    return Method(phases, attack)
 
 
 def _dual(model: RoutedModel) -> DualModel:
     if not isinstance(model, DualModel):
-        raise UserError(f"jtdmoe trains a dual model, such as dual(resnet8, resnet8); got a {type(model).__name__}")
+        raise UserError(f"jtdmoe trains {NEEDS}; got a {type(model).__name__}")
     return model
 
 

@@ -34,6 +34,7 @@ LossFunction = Callable[[RoutedModel, Tensor, Tensor, Noise], Loss]
 class Phase:
     """``params``: a regular expression; the parameters whose name it matches from the start (re.match) move, on
     ``loss``, and no others. ``own_batch``: on the step's second mini-batch. ``lr``: times the run's learning rate.
+    ``needs``: the model that has such parameters, in words.
     """
 
     name: str
@@ -41,12 +42,16 @@ class Phase:
     loss: LossFunction
     own_batch: bool = False
     lr: float = 1.0
+    needs: str = ""
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that move, by name. Raises UserError where there are none."""
         found = {name: p for name, p in model.named_parameters() if p.requires_grad and re.match(self.params, name)}
         if not found:
-            raise UserError(f"phase {self.name!r} moves the parameters that match {self.params!r}; this model has none")
+            expected = f"; expected {self.needs}" if self.needs else ""
+            raise UserError(
+                f"phase {self.name!r} moves the parameters that match {self.params!r}; this model has none{expected}"
+            )
         return found
 
 
