@@ -237,6 +237,7 @@ def test_blend_passes_its_flags_and_prints_the_table(
              "batch_size": 3, "seed": 2, "device": "cpu", "out": "b"},
         ),
     ]  # fmt: skip
+    capsys.readouterr()
     calls.error = KeyboardInterrupt()
     assert refused(["blend", "runs/one"], capsys, 130) == "stopped; the same command goes on where it was"
 
