@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe.attacks import Attack, Held, Joint, changed, evaluating, kl
+from robustmoe.attacks import Attack, Held, Joint, Wrapped, changed, evaluating, kl
 from robustmoe.attacks.routes.reach import reachable, route_radius
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
@@ -57,14 +57,19 @@ def rt_er(
 
 
 def check_objective(method: str, attack: Attack) -> None:
-    """Raises ValueError where the attack cannot be turned on one expert."""
+    """Raises ValueError where the attack cannot be turned on one expert, or starts anew on some of the images alone
+    (their routes are held for the whole batch).
+    """
     try:
-        changed(attack, objective=Joint())
+        turned = changed(attack, objective=Joint())
     except TypeError:
         raise ValueError(
             f"{method} turns its attack on single experts; expected one with an objective, such as "
             f"pgd(linf(8/255), steps=10), got a {type(attack).__name__}"
         ) from None
+    restarts = getattr(turned.inner if isinstance(turned, Wrapped) else turned, "restarts", 1)
+    if restarts != 1:
+        raise ValueError(f"{method} attacks single experts once in each step; expected restarts=1, got {restarts}")
 
 
 @dataclass(frozen=True)
