@@ -16,6 +16,7 @@ from robustmoe.attacks import (
     PGD,
     Attack,
     ExpertsOnly,
+    Held,
     Joint,
     NotFiniteError,
     RouterOnly,
@@ -30,6 +31,7 @@ from robustmoe.models import RoutedModel
 from robustmoe.models.ensemble import EnsembleModel
 from robustmoe.models.norm import Normalise
 from robustmoe.noise import Noise
+from robustmoe.routing import detach, to_rank
 
 SHAPE, SIZE = (3, 4, 4), 48
 
@@ -207,6 +209,23 @@ def test_every_restart_starts_elsewhere() -> None:
     starts = seen[::2]  # each restart asks twice: at its start, and after the step
     assert len(starts) == 3
     assert all(not torch.equal(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("keep", ["best", "first", "last"])
+def test_restarts_know_which_images_they_go_on_with(
+    keep: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    """Each image's own route is held in every restart, though later ones see some of the images: as one by one."""
+    model, x, y, noise = tiny("ensemble_hard").double(), images(8).double(), labels(8), Noise.of(torch.arange(8))
+    forced = to_rank(model.run(x).trace, torch.arange(8) % 3)
+    attack = PGD(linf(0.1), steps=2, restarts=3, keep=keep, objective=Held(detach(forced)))
+    broken = model.run(attack(model, x, y, noise), forced=forced).logits.argmax(1) != y
+    assert 0 < int(broken.sum()) < 8  # so the restarts go on with some
+    one_by_one = []
+    for row in torch.arange(8).split(1):
+        own = {name: routing[row].detach() for name, routing in forced.items()}
+        one_by_one.append(replace(attack, objective=Held(own))(model, x[row], y[row], noise[row]))
+    torch.testing.assert_close(attack(model, x, y, noise), torch.cat(one_by_one))
 
 
 def test_restarts_stop_when_all_are_broken() -> None:
@@ -400,7 +419,7 @@ def test_on_a_model_without_gradient_the_attack_stays_at_its_start(start: str, i
 # ------------------------------------------------------------------------------------------------ routers under attack
 
 
-class Held(nn.Module):
+class OnRoute(nn.Module):
     """``model`` with the routes of the images ``x``: what an attack on the experts alone is an attack on."""
 
     def __init__(self, model: RoutedModel, x: Tensor) -> None:
@@ -418,7 +437,7 @@ def test_experts_only_attacks_the_model_with_its_route_held(
 ) -> None:
     x, y = images(8), labels(8)
     attack = PGD(linf(0.05), steps=4)
-    held = attack(Held(routed, x), x, y)
+    held = attack(OnRoute(routed, x), x, y)
     torch.testing.assert_close(replace(attack, objective=ExpertsOnly())(routed, x, y), held, rtol=0, atol=1e-6)
 
 

@@ -226,8 +226,10 @@ def test_to_rank_by_hand() -> None:
         routing = to_rank(trace, rank)["router"]
         assert routing.index.flatten().tolist() == expected
         assert routing.weight.flatten().tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match="rank 3 does not exist at 'router': it has 3 experts"):
-        to_rank(trace, 3)
+    assert to_rank(trace, torch.tensor([2, 0]))["router"].index.flatten().tolist() == [0, 2]
+    for wrong in (3, torch.tensor([0, 3])):
+        with pytest.raises(ValueError, match="rank 3 does not exist at 'router': it has 3 experts"):
+            to_rank(trace, wrong)
 
 
 def test_to_expert_by_hand() -> None:

@@ -164,13 +164,18 @@ def soft(logits: Float[Tensor, "n t e"], temperature: float = 1.0) -> Routing:
     return Routing(logits, index, torch.softmax(logits / temperature, dim=-1).gather(-1, index))
 
 
-def to_rank(trace: Trace, rank: int) -> Trace:
-    """Every item to its expert of the given rank alone: 0 is the best, 1 the second (RT-ER's "second expert")."""
+def to_rank(trace: Trace, rank: int | Int[Tensor, " n"]) -> Trace:
+    """Every item to its expert of the given rank alone: 0 is the best, 1 the second (RT-ER's "second expert"); ``rank``
+    is one for all, or one an image.
+    """
     out: Trace = {}
     for name, routing in trace.items():
-        if not 0 <= rank < routing.num_experts:
-            raise ValueError(f"rank {rank} does not exist at {name!r}: it has {routing.num_experts} experts")
-        index = _ranked(routing.logits)[..., rank : rank + 1]
+        images, items = routing.logits.shape[:2]
+        ranks = torch.as_tensor(rank, device=routing.logits.device).expand(images)
+        wrong = ranks[(ranks < 0) | (ranks >= routing.num_experts)]
+        if len(wrong):
+            raise ValueError(f"rank {int(wrong[0])} does not exist at {name!r}: it has {routing.num_experts} experts")
+        index = _ranked(routing.logits).gather(-1, ranks[:, None, None].expand(images, items, 1))
         out[name] = Routing(routing.logits, index, torch.ones_like(routing.logits[..., :1]))
     return out
 

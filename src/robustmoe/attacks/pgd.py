@@ -91,13 +91,14 @@ class PGD(Attack):
         return self.restarts * (3 * self.steps + (self.keep != "last" or self.restarts > 1))
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        best = self._climb(model, x, y, self._start(x, noise.fold(0)))
+        inner = self.objective(model, x, y)
+        best = self._climb(inner, x, self._start(x, noise.fold(0)))
         for restart in range(1, self.restarts):
             rest = torch.nonzero(~best.score.fooled)[:, 0]
             if len(rest) == 0:
                 break
             start = self._start(x[rest], noise[rest].fold(restart))
-            again = self._climb(model, x[rest], y[rest], start)
+            again = self._climb(inner, x[rest], start, rest)
             x_adv, loss, fooled = best.x_adv.clone(), best.score.loss.clone(), best.score.fooled.clone()
             x_adv[rest], loss[rest], fooled[rest] = again.x_adv, again.score.loss, again.score.fooled
             best.offer(x_adv, Score(loss, fooled))
@@ -107,7 +108,7 @@ class PGD(Attack):
         """One climb from the images ``start`` (n, ch, h, w), brought into the ball of x first; nothing is drawn. The
         model is in eval mode, as for `perturb`.
         """
-        return self._climb(model, x, y, self.threat.project(start, x)).x_adv
+        return self._climb(self.objective(model, x, y), x, self.threat.project(start, x)).x_adv
 
     def _start(self, x: Tensor, noise: Noise) -> Tensor:
         if self.start == "random":
@@ -116,13 +117,13 @@ class PGD(Attack):
             return self.threat.project(x + 1e-3 * noise.normal(*x.shape[1:]).to(x.dtype), x)
         return x
 
-    def _climb(self, model: RoutedModel, x: Tensor, y: Tensor, x_adv: Tensor) -> _Best:
-        inner = self.objective(model, x, y)
+    def _climb(self, inner: Inner, x: Tensor, x_adv: Tensor, rows: Tensor | None = None) -> _Best:
+        """``rows``: which images of the objective's batch these are (None: all)."""
         if self.keep == "first":
-            return self._until_fooled(inner, x, x_adv)
+            return self._until_fooled(inner, x, x_adv, rows)
         best: _Best | None = None
         for _ in range(self.steps):
-            score, gradient = ascend(inner, x_adv)
+            score, gradient = ascend(inner, x_adv, rows)
             if best is None:
                 best = _Best(x_adv, score)
             elif self.keep == "best":
@@ -133,28 +134,29 @@ class PGD(Attack):
             best.x_adv = x_adv
             return best
         with torch.no_grad():
-            final = inner(x_adv)
+            final = inner(x_adv) if rows is None else inner(x_adv, rows)
         if self.keep == "best":
             best.offer(x_adv, final)
             return best
         return _Best(x_adv, final)
 
-    def _until_fooled(self, inner: Inner, x: Tensor, x_adv: Tensor) -> _Best:
-        """The climb in which a fooled image leaves the batch. ``rows``: the images still in it."""
-        rows, now = torch.arange(len(x), device=x.device), x_adv
-        best = _Best(x_adv.clone(), Score(x.new_zeros(len(x)), torch.zeros_like(rows, dtype=torch.bool)))
+    def _until_fooled(self, inner: Inner, x: Tensor, x_adv: Tensor, rows: Tensor | None) -> _Best:
+        """The climb in which a fooled image leaves the batch. ``place``: the images still in it."""
+        place, now = torch.arange(len(x), device=x.device), x_adv
+        best = _Best(x_adv.clone(), Score(x.new_zeros(len(x)), torch.zeros_like(place, dtype=torch.bool)))
         for step in range(self.steps + 1):
+            asked = place if rows is None else rows[place]
             if step < self.steps:
-                score, gradient = ascend(inner, now, rows)
+                score, gradient = ascend(inner, now, asked)
             else:
                 with torch.no_grad():
-                    score = inner(now, rows)
-            best.x_adv[rows], best.score.loss[rows], best.score.fooled[rows] = now, score.loss, score.fooled
+                    score = inner(now, asked)
+            best.x_adv[place], best.score.loss[place], best.score.fooled[place] = now, score.loss, score.fooled
             stay = ~score.fooled
             if step == self.steps or not bool(stay.any()):
                 break
-            rows, now, gradient = rows[stay], now[stay], gradient[stay]
-            now = self.threat.project(now + self._step_size() * self.threat.direction(gradient, now), x[rows])
+            place, now, gradient = place[stay], now[stay], gradient[stay]
+            now = self.threat.project(now + self._step_size() * self.threat.direction(gradient, now), x[place])
         return best
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustmoe.errors import UserError
-from robustmoe.records.files import explained, write_atomic
+from robustmoe.records.files import read_json, write_atomic
 from robustmoe.records.types import Check, build
 
 
@@ -37,12 +36,4 @@ def write_audit(run: str | os.PathLike[str], audit: Audit) -> None:
 
 def read_audit(run: str | os.PathLike[str]) -> Audit | None:
     """What the run's file holds; None without one. UserError if it is not such a file."""
-    path = audit_path(run)
-    if not path.is_file():
-        return None
-    with explained("read", path):
-        text = path.read_bytes()
-    try:
-        return build(Audit, json.loads(text))
-    except ValueError as error:  # UserError is one
-        raise UserError(f"{path}: {error}; `robustmoe check {run}` makes it anew") from None
+    return read_json(audit_path(run), lambda data: build(Audit, data), f"`robustmoe check {run}` makes it anew")

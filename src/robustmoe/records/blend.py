@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from robustmoe.errors import UserError
-from robustmoe.records.files import explained, write_atomic
+from robustmoe.records.files import read_json, write_atomic
 from robustmoe.records.types import Header, build
 
 VERSION = 1
@@ -61,7 +61,7 @@ class Blend:
         if data.get("version") != VERSION:
             raise UserError(f"a blend of version {data.get('version')!r}, this robustmoe reads version {VERSION}")
         data = {name: value for name, value in data.items() if name != "version"}
-        found = build(Blend, data, header=_header)
+        found = build(Blend, data)
         for problem in _misfits(found):
             raise UserError(f"blend: {problem}")
         return found
@@ -79,26 +79,14 @@ def write_blend(run: str | os.PathLike[str], blend: Blend) -> None:
 
 def read_blend(run: str | os.PathLike[str]) -> Blend | None:
     """What the run's file holds; None without one. UserError if it is not such a file."""
-    path = blend_path(run)
-    if not path.is_file():
-        return None
-    with explained("read", path):
-        text = path.read_bytes()
-    try:
-        return Blend.from_dict(json.loads(text))
-    except ValueError as error:  # UserError is one
-        raise UserError(f"{path}: {error}; delete it, and robustmoe blend makes it anew") from None
-
-
-def _header(value: Any) -> Header:
-    if not isinstance(value, dict):
-        raise TypeError("an object")
-    return Header.from_dict(value)
+    return read_json(blend_path(run), Blend.from_dict, "delete it, and robustmoe blend makes it anew")
 
 
 def _misfits(found: Blend) -> Iterator[str]:
     """What does not fit together, in words."""
     n, count = len(found.index), len(found.alphas)
+    if not found.alphas:
+        yield "there is no alpha"
     if sorted(set(found.alphas)) != found.alphas or not all(0 <= alpha <= 1 for alpha in found.alphas):
         yield "alphas must rise, from 0 to 1"
     if len(found.labels) != n:

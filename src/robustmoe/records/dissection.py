@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from robustmoe.errors import UserError
-from robustmoe.records.files import explained, write_atomic
+from robustmoe.records.files import read_json, write_atomic
 from robustmoe.records.types import Header, build
 
 VERSION = 2
@@ -79,7 +79,7 @@ class Dissection:
             raise UserError(f"a dissection of version {version!r}, this robustmoe reads versions 1 and {VERSION}")
         data = {name: value for name, value in data.items() if name != "version"}
         data = {**data, "done": False} if version == 1 else data
-        found = build(Dissection, data, header=_header, under=_under)
+        found = build(Dissection, data, under=_under)
         for problem in _misfits(found):
             raise UserError(f"dissection: {problem}")
         return found
@@ -97,21 +97,9 @@ def write_dissection(run: str | os.PathLike[str], dissection: Dissection) -> Non
 
 def read_dissection(run: str | os.PathLike[str]) -> Dissection | None:
     """What the run's file holds; None without one. UserError if it is not such a file."""
-    path = dissection_path(run)
-    if not path.is_file():
-        return None
-    with explained("read", path):
-        text = path.read_bytes()
-    try:
-        return Dissection.from_dict(json.loads(text))
-    except ValueError as error:  # UserError is one
-        raise UserError(f"{path}: {error}; delete it, and `robustmoe dissect {run}` makes it anew") from None
-
-
-def _header(value: Any) -> Header:
-    if not isinstance(value, dict):
-        raise TypeError("an object")
-    return Header.from_dict(value)
+    return read_json(
+        dissection_path(run), Dissection.from_dict, f"delete it, and `robustmoe dissect {run}` makes it anew"
+    )
 
 
 def _under(value: Any) -> dict[str, Answers]:

@@ -10,11 +10,13 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from robustmoe.errors import UserError
+
+T = TypeVar("T")
 
 _HINTS = {
     errno.ENOSPC: "free some space or choose another --out",
@@ -80,6 +82,19 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
 def dump_line(value: dict[str, Any]) -> bytes:
     """An object as one line."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def read_json(path: Path, make: Callable[[Any], T], remedy: str) -> T | None:
+    """What ``make`` builds of the JSON in a file; None without one. UserError if the file cannot be read, is no JSON or
+    is refused by ``make`` (ValueError); ``remedy`` says what to do then."""
+    if not path.is_file():
+        return None
+    with explained("read", path):
+        text = path.read_bytes()
+    try:
+        return make(json.loads(text))
+    except ValueError as error:  # UserError is one
+        raise UserError(f"{path}: {error}; {remedy}") from None
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -236,6 +236,12 @@ def _dict(read: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     return whole
 
 
+def _header(value: Any) -> Header:
+    if not isinstance(value, dict):
+        raise TypeError("an object")
+    return Header.from_dict(value)
+
+
 _int, _str = _exactly(int, "a whole number"), _exactly(str, "a text")
 _READERS: dict[str, Callable[[Any], Any]] = {
     "Any": lambda value: value,
@@ -258,6 +264,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "dict[str, list[list[int]]]": _dict(_list(_list(_int))),
     "dict[str, RouterInfo]": _dict(lambda value: build(RouterInfo, value)),
     "list[Check]": _list(Check.from_dict),
+    "Header": _header,
 }
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe.attacks import Attack, Held, Joint, Wrapped, changed, evaluating, kl
+from robustmoe.attacks import Attack, Held, Joint, changed, evaluating, kl
 from robustmoe.attacks.routes.reach import reachable, route_radius
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
-from robustmoe.routing import Routing, Trace, detach, to_expert, to_rank
+from robustmoe.routing import Trace, detach, to_expert, to_rank
 from robustmoe.training.auxiliary import BalanceLoss, auxiliary, check_balance_loss
 from robustmoe.training.methods import ALL, check_weight
 from robustmoe.training.phases import Loss, Method, Phase
@@ -57,19 +57,14 @@ def rt_er(
 
 
 def check_objective(method: str, attack: Attack) -> None:
-    """Raises ValueError where the attack cannot be turned on one expert, or starts anew on some of the images alone
-    (their routes are held for the whole batch).
-    """
+    """Raises ValueError where the attack cannot be turned on one expert."""
     try:
-        turned = changed(attack, objective=Joint())
+        changed(attack, objective=Joint())
     except TypeError:
         raise ValueError(
             f"{method} turns its attack on single experts; expected one with an objective, such as "
             f"pgd(linf(8/255), steps=10), got a {type(attack).__name__}"
         ) from None
-    restarts = getattr(turned.inner if isinstance(turned, Wrapped) else turned, "restarts", 1)
-    if restarts != 1:
-        raise ValueError(f"{method} attacks single experts once in each step; expected restarts=1, got {restarts}")
 
 
 @dataclass(frozen=True)
@@ -110,12 +105,11 @@ class RTER:
             return [(every, to_rank(trace, 1))]
         if self.protect == "random":
             rank = 1 + (noise.fold(2).uniform() * (experts - 1)).long().clamp(max=experts - 2)
-            return [(every, {name: _at_rank(routing, rank) for name, routing in trace.items()})]
+            return [(every, to_rank(trace, rank))]
         forced = [to_expert(trace, k) for k in range(experts)]
         if self.protect == "all":
             return [(every, one) for one in forced]
-        with evaluating(model):
-            within = reachable(model, x, self.attack.threat)
+        within = reachable(model, x, self.attack.threat)
         found = []
         for k, one in enumerate(forced):
             near = [within[name][:, k] & (routing.index[:, 0] != k).all(1) for name, routing in trace.items()]
@@ -142,10 +136,3 @@ def unstable(model: RoutedModel, x: Tensor, attack: Attack) -> Tensor:
     radii = route_radius(model, x, attack.threat.norm).values()
     each = [F.relu(1 - radius / attack.threat.eps).mean() for radius in radii]
     return torch.stack(each).mean() if each else x.new_zeros(())
-
-
-def _at_rank(routing: Routing, rank: Tensor) -> Routing:
-    """Each image to its expert of the given rank (n,), at all its items."""
-    order = torch.argsort(routing.logits, dim=-1, descending=True, stable=True)
-    index = order.gather(-1, rank[:, None, None].expand(*order.shape[:2], 1))
-    return Routing(routing.logits, index, torch.ones_like(routing.logits[..., :1]))
