@@ -8,6 +8,7 @@ a ViT), e experts, k chosen, c classes, ch h w an image, d features.
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from robustmoe.noise import Noise
 
 Gating = Literal["renormalised", "vmoe", "hard"]
 
@@ -24,12 +27,17 @@ class Routing:
     """The decision of one router for a batch.
 
     ``logits`` (n, t, e): the router's scores, in float32 or wider. ``index`` (n, t, k): the experts chosen, best first.
-    ``weight`` (n, t, k): what each chosen expert's output is multiplied by.
+    ``weight`` (n, t, k): what each chosen expert's output is multiplied by; 0: that expert does not get the item (it is
+    full, or it chose other items). ``noisy`` (n, t, e): the logits by which a router with training noise chose.
+    ``slots`` (n, t, s): Soft MoE's logits of items and slots, expert by expert, which also say what each slot is mixed
+    of.
     """
 
     logits: Float[Tensor, "n t e"]
     index: Int[Tensor, "n t k"]
     weight: Float[Tensor, "n t k"]
+    noisy: Float[Tensor, "n t e"] | None = None
+    slots: Float[Tensor, "n t s"] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -40,15 +48,17 @@ class Routing:
         return self.index.shape[-1]
 
     def detach(self) -> Routing:
-        return Routing(self.logits.detach(), self.index, self.weight.detach())
+        noisy, slots = (None if value is None else value.detach() for value in (self.noisy, self.slots))
+        return Routing(self.logits.detach(), self.index, self.weight.detach(), noisy, slots)
 
     def __getitem__(self, select: Tensor | slice) -> Routing:
         """The decisions for some of the images."""
-        return Routing(self.logits[select], self.index[select], self.weight[select])
+        noisy, slots = (None if value is None else value[select] for value in (self.noisy, self.slots))
+        return Routing(self.logits[select], self.index[select], self.weight[select], noisy, slots)
 
     def chosen(self) -> Tensor:
         """(n, t, e) bool: which experts each item goes to."""
-        return torch.zeros_like(self.logits, dtype=torch.bool).scatter_(-1, self.index, True)
+        return torch.zeros_like(self.logits, dtype=torch.bool).scatter_(-1, self.index, self.weight != 0)
 
 
 Trace = dict[str, Routing]
@@ -59,14 +69,20 @@ class Tape:
     """Carried down one forward pass. ``tape(name, fresh)`` records a decision, or replays a forced one, and returns
     what to use.
 
-    A replayed decision keeps the forced ``index`` and ``weight`` and records the fresh ``logits`` beside them (what
-    this router would have said of this input). Routers that ``forced`` does not name decide freely.
+    A replayed decision keeps the forced ``index``, ``weight`` and ``slots`` and records the fresh ``logits`` beside
+    them (what this router would have said of this input). Routers that ``forced`` does not name decide freely.
+    ``noise``: one random stream an image, for routers that are noisy in training; without it none is.
     """
 
-    def __init__(self, forced: Mapping[str, Routing] | None = None) -> None:
+    def __init__(self, forced: Mapping[str, Routing] | None = None, noise: Noise | None = None) -> None:
         self.forced: Mapping[str, Routing] = forced or {}
+        self.noise = noise
         self.trace: Trace = {}
         self._prefix = ""
+
+    def draws(self, name: str) -> Noise | None:
+        """The random streams of the router ``name`` in this pass."""
+        return None if self.noise is None else self.noise.fold(zlib.crc32(f"{self._prefix}{name}".encode()))
 
     def under(self, prefix: str) -> Tape:
         """The same tape, with ``prefix.`` before every name."""
@@ -92,7 +108,8 @@ class Tape:
                 raise ValueError(
                     f"the forced routing of {name!r} has {forced.num_experts} experts, the model {fresh.num_experts}"
                 )
-            used = Routing(fresh.logits, forced.index, forced.weight)
+            slots = fresh.slots if forced.slots is None else forced.slots
+            used = Routing(fresh.logits, forced.index, forced.weight, fresh.noisy, slots)
         self.trace[name] = used
         return used
 
@@ -150,10 +167,10 @@ def noisy_top_k(
     """`top_k` of ``logits + noise`` (V-MoE, Riquelme et al. 2021, uses normal noise of deviation 1/e while training).
 
     The noise is an argument: draw it with `robustmoe.noise.Noise`, so that it belongs to the image. The recorded
-    logits are the clean ones.
+    logits are the clean ones, those with noise stand beside them.
     """
     noisy = top_k(logits + noise, k, gating)
-    return Routing(logits, noisy.index, noisy.weight)
+    return Routing(logits, noisy.index, noisy.weight, noisy.logits)
 
 
 def soft(logits: Float[Tensor, "n t e"], temperature: float = 1.0) -> Routing:
@@ -198,14 +215,19 @@ def detach(trace: Trace) -> Trace:
     return {name: routing.detach() for name, routing in trace.items()}
 
 
-def rerouted(before: Trace, after: Trace) -> dict[str, Float[Tensor, " n"]]:
-    """For each router, per image, the share of items whose chosen set changed: 1 - IoU of the chosen sets, averaged
-    over items.
+def rerouted(before: Trace, after: Trace, empty: Literal["left out", "changed"] = "left out") -> dict[str, Tensor]:
+    """For each router, per image (n,), the share of items whose chosen set changed: 1 - IoU of the chosen sets,
+    averaged over items.
 
-    For top-1 this is the fraction of items sent elsewhere.
+    For top-1 this is the fraction of items sent elsewhere. An item that goes to no expert, before and after (both times
+    none had room), has no such share: it is ``empty`` = "left out" of the average (0 where all are), or counted as
+    "changed", as V-MoE's code does.
     """
     out = {}
     for name, routing in before.items():
         a, b = routing.chosen(), after[name].chosen()
-        out[name] = 1.0 - ((a & b).sum(-1) / (a | b).sum(-1)).mean(-1)
+        both, either = (a & b).sum(-1), (a | b).sum(-1)
+        change = 1.0 - both / either.clamp(min=1)
+        counted = torch.ones_like(change) if empty == "changed" else (either > 0).to(change.dtype)
+        out[name] = (change * counted).sum(-1) / counted.sum(-1).clamp(min=1)
     return out

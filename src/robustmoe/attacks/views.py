@@ -44,6 +44,7 @@ class RuleTape(Tape):
         self.rule = rule
         self.beneath = Tape() if beneath is None else beneath
         self.forced, self.trace, self._prefix = self.beneath.forced, self.beneath.trace, ""
+        self.noise = self.beneath.noise
         self.fresh: Trace = {}
 
     def under(self, prefix: str) -> RuleTape:

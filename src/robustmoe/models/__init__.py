@@ -22,8 +22,10 @@ from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
 from robustmoe.models.pruned import Pruned
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
 from robustmoe.models.small import Downsampled, Linear, Resized, SmallCNN
+from robustmoe.models.tokens import TokenExperts
 from robustmoe.models.vgg import VGG16
-from robustmoe.models.vit import ViT, vit_small, vit_tiny
+from robustmoe.models.vit import ViT, vit_base, vit_small, vit_tiny
+from robustmoe.models.vit_moe import SlotMoE, TokenMoE, ViTMoE, ViTMoEModel
 from robustmoe.models.wide_resnet import WideResNet, wrn_28_10
 
 MODELS: dict[str, Callable[..., ModelSpec]] = {
@@ -43,6 +45,8 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
     "vit": ViT,
     "vit_tiny": vit_tiny,
     "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_moe": ViTMoE,
     "linear": Linear,
     "small_cnn": SmallCNN,
     "downsampled": Downsampled,
@@ -116,10 +120,15 @@ __all__ = [
     "Scaled",
     "Sharpening",
     "Slim",
+    "SlotMoE",
     "SmallCNN",
     "StagedNetwork",
     "StagedPathwayModel",
+    "TokenExperts",
+    "TokenMoE",
     "ViT",
+    "ViTMoE",
+    "ViTMoEModel",
     "WideResNet",
     "as_routed",
     "blend_logits",
@@ -136,6 +145,7 @@ __all__ = [
     "resnet34",
     "resnet50",
     "run_sparse",
+    "vit_base",
     "vit_small",
     "vit_tiny",
     "wrn_28_10",

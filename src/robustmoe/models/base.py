@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.models.norm import Normalise, wide
+from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, Trace
 
 
@@ -36,13 +37,19 @@ class RoutedModel(nn.Module, ABC):
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         """Logits of the images; each routing decision goes through ``tape``."""
 
-    def run(self, x: Float[Tensor, "n ch h w"], forced: Mapping[str, Routing] | None = None) -> Output:
-        """One pass. Routers named in ``forced`` replay that decision; the others decide freely.
+    def run(
+        self,
+        x: Float[Tensor, "n ch h w"],
+        forced: Mapping[str, Routing] | None = None,
+        noise: Noise | None = None,
+    ) -> Output:
+        """One pass. Routers named in ``forced`` replay that decision; the others decide freely. ``noise``: one random
+        stream an image; given (in training), routers that have training noise decide with it.
 
         Raises ValueError where ``forced`` names a router that this model does not have, or is of another batch or
         number of experts.
         """
-        tape = Tape(forced)
+        tape = Tape(forced, noise)
         logits = wide(self.body(x, tape))
         unknown = set(tape.forced) - set(tape.trace)
         if unknown:

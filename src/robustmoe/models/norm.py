@@ -4,6 +4,7 @@ normalisation.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ def wide(x: Tensor) -> Tensor:
     not.
     """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Where x is, autocast is off inside."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Normalise(nn.Module):

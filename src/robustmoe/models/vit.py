@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,7 @@ class ViTNetwork(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, spec.width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], spec.width))
         self.patch_embed = PatchEmbed(channels, spec.width, spec.patch)
-        hidden = int(spec.mlp_ratio * spec.width)
-        self.blocks = nn.Sequential(*(Block(spec.width, spec.heads, hidden) for _ in range(spec.depth)))
+        self.blocks = nn.Sequential(*(Block(spec.width, spec.heads, spec.hidden) for _ in range(spec.depth)))
         self.norm = nn.LayerNorm(spec.width, eps=EPS)
         self.head = nn.Linear(spec.width, num_classes)
         self._initialise()
@@ -101,9 +101,16 @@ class ViTNetwork(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n c"]:
+        return self.classify(self.blocks(self.tokens(x)))
+
+    def tokens(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n t d"]:
+        """The class token and one a patch, positions added."""
         patches = self.patch_embed(x)
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1).to(patches), patches], 1) + self.pos_embed
-        return self.head(self.norm(self.blocks(tokens))[:, 0])
+        return torch.cat([self.cls_token.expand(len(x), -1, -1).to(patches), patches], 1) + self.pos_embed
+
+    def classify(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n c"]:
+        """Logits of the last block's tokens."""
+        return self.head(self.norm(tokens)[:, 0])
 
 
 @dataclass(frozen=True)
@@ -127,10 +134,15 @@ class ViT(NetworkSpec):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, {self.heads}; got {self.width}")
-        if int(self.mlp_ratio * self.width) < 1:
+        if self.hidden < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves no hidden unit")
 
-    def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
+    @property
+    def hidden(self) -> int:
+        """The width of the MLP's hidden layer."""
+        return int(self.mlp_ratio * self.width)
+
+    def network(self, num_classes: int, image_shape: ImageShape) -> ViTNetwork:
         channels, height, width = image_shape
         if height % self.patch or width % self.patch:
             raise ValueError(
@@ -148,6 +160,23 @@ def vit_tiny(patch: int = 16) -> ViT:
 def vit_small(patch: int = 16) -> ViT:
     """ViT-S: 12 blocks of width 384, 6 heads; for images of 32 pixels, patch=4."""
     return ViT(patch)
+
+
+def vit_base(patch: int = 16) -> ViT:
+    """ViT-B: 12 blocks of width 768, 12 heads."""
+    return ViT(patch, width=768, heads=12)
+
+
+Size = Literal["tiny", "small", "base", "vmoe_small", "vmoe_base"]
+
+SIZES: dict[Size, ViT] = {
+    "tiny": vit_tiny(),
+    "small": vit_small(),
+    "base": vit_base(),
+    "vmoe_small": ViT(width=512, depth=8, heads=8),
+    "vmoe_base": ViT(width=768, depth=12, heads=12),
+}
+"""DeiT's Ti, S and B (Touvron et al. 2021), and V-MoE's S, which has 8 blocks of width 512, and B, which is DeiT's."""
 
 
 def resample_positions(positions: Float[Tensor, "1 t d"], grid: tuple[int, int]) -> Float[Tensor, "1 s d"]:

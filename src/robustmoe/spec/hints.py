@@ -101,7 +101,8 @@ def takes_bare(name: str, hint: Any) -> bool:
     arms = arms_of(hint)
     if any(name in typing.get_args(arm) for arm in arms if typing.get_origin(arm) is Literal):
         return True
-    return str in arms and all(arm is None or arm in SCALARS or typing.get_origin(arm) is Literal for arm in arms)
+    origins = (Literal, *SEQUENCES)  # neither is ever written as a call
+    return str in arms and all(arm is None or arm in SCALARS or typing.get_origin(arm) in origins for arm in arms)
 
 
 def hint_text(hint: Any) -> str:
