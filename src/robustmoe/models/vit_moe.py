@@ -125,7 +125,7 @@ class TokenMoE(nn.Module):
         return self.experts(x.flatten(0, 1), index, weight, self._kept(weight), self.dispatch).view_as(x)
 
     def _kept(self, weight: Float[Tensor, "m k"]) -> Bool[Tensor, "m k"] | None:
-        """Which pairs run; None: all. Without values (on the meta device, where costs are counted) no token is dropped."""
+        """Which pairs run; None: all. Without values (on the meta device, where costs are counted) none is dropped."""
         if self.rule.choice == "expert" and weight.is_meta:
             raise NotImplementedError("which tokens an expert takes depends on their values")
         drops = self.rule.choice == "expert" or self.rule.room is not None

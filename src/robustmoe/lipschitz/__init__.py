@@ -1,0 +1,51 @@
+"""The Lipschitz laboratory: how much a routed layer can move, and through which of its parts."""
+
+from __future__ import annotations
+
+from robustmoe.lipschitz.parts import (
+    GELU_SLOPE,
+    Gating,
+    MixingBound,
+    Paths,
+    Shares,
+    Split,
+    attribution,
+    block_coherence,
+    expert_bound,
+    expert_jacobian_norm,
+    gates,
+    jacobian_norm,
+    jacobian_split,
+    jump,
+    jvp,
+    paths,
+    popoviciu_bound,
+    router_terms,
+    routing_radius,
+    spread,
+    vjp,
+)
+
+__all__ = [
+    "GELU_SLOPE",
+    "Gating",
+    "MixingBound",
+    "Paths",
+    "Shares",
+    "Split",
+    "attribution",
+    "block_coherence",
+    "expert_bound",
+    "expert_jacobian_norm",
+    "gates",
+    "jacobian_norm",
+    "jacobian_split",
+    "jump",
+    "jvp",
+    "paths",
+    "popoviciu_bound",
+    "router_terms",
+    "routing_radius",
+    "spread",
+    "vjp",
+]
