@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench recipes crosscheck clean
+.PHONY: demo test test-slow lint bench recipes crosscheck clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
 
 test: $(VENV)/.dev  ## the whole test suite, two processes of one thread
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.dev  ## claims about training, means over several seeds: minutes
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev  ## style, format and types
 	$(BIN)/ruff check .
@@ -23,7 +26,7 @@ bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/ensemble_step.py --width 16 --batch 32 --steps 2 --memory  # small; the issue's size: no flags
 
 recipes: $(VENV)/.dev  ## two training steps of every published recipe, its networks at true size
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py tests/test_recipes_dual.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py tests/test_recipes_dual.py tests/test_recipes_vit_moe.py
 
 crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks
 	$(INSTALL) -e '.[crosscheck]'

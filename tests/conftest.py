@@ -36,6 +36,7 @@ TINY = {
         "dual(ensemble(small_cnn(width=4), experts=3, gate=soft, router=small_cnn(width=4)), "
         "ensemble(small_cnn(width=4), experts=3, gate=straight_through, router=linear))"
     ),
+    "vit_moe": "vit_moe(patch=4, width=16, depth=2, heads=2, experts=3, k=2, placement=(1,))",
 }
 """Models of every kind, at most a few thousand parameters; "dense" is the one without a router, "dual" has two."""
 
@@ -100,5 +101,5 @@ def model(request: pytest.FixtureRequest, tiny: Callable[..., RoutedModel]) -> R
 
 @pytest.fixture(params=sorted(set(TINY) - {"dense", "dual"}))
 def routed(request: pytest.FixtureRequest, tiny: Callable[..., RoutedModel]) -> RoutedModel:
-    """Each tiny model that has one router, named "router"."""
+    """Each tiny model that has one router (a sparse transformer's is inside, and decides for 5 tokens)."""
     return tiny(request.param)

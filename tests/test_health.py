@@ -133,8 +133,8 @@ def test_who_learns_and_who_is_complained_of(
 
 def test_which_gates_declare_a_gradient(model: RoutedModel, images: Callable[..., Tensor], request: Any) -> None:
     name = request.node.callspec.params["model"]
-    routers = {"dense": [], "dual": ["standard.router", "robust.router"]}.get(name, ["router"])
-    expected = dict.fromkeys(routers, name != "ensemble_hard")
+    others = {"dense": [], "dual": ["standard.router", "robust.router"], "vit_moe": ["network.blocks.1.mlp.router"]}
+    expected = dict.fromkeys(others.get(name, ["router"]), name != "ensemble_hard")
     assert trainable_routers(model, images(1)) == expected
 
 

@@ -176,6 +176,7 @@ METHODS_HERE = {
     "advmoe": "advmoe(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "rt_er": "rt_er(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "jtdmoe": "jtdmoe(pgd(linf(0.1), steps=2, keep=last))",
+    "consistent": "consistent(at(pgd(linf(0.1), steps=2, keep=last), balance=0.1), of=model)",
 }
 
 

@@ -21,7 +21,8 @@ from robustmoe.models.convolution import Layers
 from robustmoe.models.pruned import PrunedConv
 from robustmoe.recipe import Recipe
 from robustmoe.training import load_model, train
-from robustmoe.training.checkpoint import read_state, start_from
+from robustmoe.training.checkpoint import read_state
+from robustmoe.training.starting import start_from
 
 PRUNED = "pruned(resnet8(width=8), ratio=0.5)"
 

@@ -24,8 +24,8 @@ from robustmoe.data import DATASETS
 from robustmoe.models import Dual, Ensemble, EnsembleModel, build_model, vit_small
 from robustmoe.recipe import Recipe, load
 from robustmoe.training import build_method
-from robustmoe.training.checkpoint import start_from
 from robustmoe.training.phases import StepResult, train_step
+from robustmoe.training.starting import start_from
 from test_recipes_advmoe import batch, model_spec
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "dual"

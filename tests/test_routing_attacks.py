@@ -307,11 +307,11 @@ def test_other_norms(attack: Attack, threat: object) -> None:
 def test_router_logits_are_those_of_the_run(routed: RoutedModel, images: Callable[..., Tensor]) -> None:
     x = images(5)
     with torch.no_grad():
-        trace = routed.run(x).trace
-        for asked in (None, ["router"]):
-            assert torch.equal(router_logits(routed, x, asked)["router"], trace["router"].logits)
-            assert torch.equal(decisions(routed, x, asked)["router"].index, trace["router"].index)
-    with pytest.raises(ValueError, match=r"there is no router \['gate'\], only \['router'\]"):
+        ((name, routing),) = routed.run(x).trace.items()
+        for asked in (None, [name]):
+            assert torch.equal(router_logits(routed, x, asked)[name], routing.logits)
+            assert torch.equal(decisions(routed, x, asked)[name].index, routing.index)
+    with pytest.raises(ValueError, match=rf"there is no router \['gate'\], only \['{name}'\]"):
         router_logits(routed, x, ["gate"])
 
 
@@ -329,11 +329,11 @@ def test_forcing_a_models_own_decision_changes_nothing(routed: RoutedModel, imag
     """The weights too, live: values and image gradients are those of the free pass (but a straight-through gate's)."""
     x = images(6).requires_grad_(True)
     output = routed.run(x)
-    clean = output.trace["router"]
-    goal = Goal.of(clean, clean.index, torch.ones(6, 1, dtype=torch.bool))
-    logits, fresh = forced_pass(routed, x, {"router": goal})
+    ((name, clean),) = output.trace.items()
+    goal = Goal.of(clean, clean.index, torch.ones(clean.index.shape[:2], dtype=torch.bool))
+    logits, fresh = forced_pass(routed, x, {name: goal})
     torch.testing.assert_close(logits, output.logits, rtol=1e-5, atol=1e-6)
-    assert bool(reached({"router": goal}, fresh, x).all())
+    assert bool(reached({name: goal}, fresh, x).all())
     if clean.weight.requires_grad and not bool((clean.weight == 1).all()):
         a, b = (torch.autograd.grad(v.square().sum(), x, retain_graph=True)[0] for v in (logits, output.logits))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -201,7 +201,8 @@ def test_the_expert_view_is_the_forced_run(
 
 
 def test_an_expert_that_does_not_exist_is_refused(routed: RoutedModel, images: Callable[..., Tensor]) -> None:
-    with pytest.raises(ValueError, match="expert 3 does not exist at 'router': it has experts 0 to 2"):
+    (name,) = routed.route(images(2))
+    with pytest.raises(ValueError, match=f"expert 3 does not exist at '{name}': it has experts 0 to 2"):
         attack_view(routed, ExpertView(3))(images(2))
 
 

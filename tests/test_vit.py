@@ -21,7 +21,7 @@ from robustmoe.models import RoutedModel, ViT, build_model, vit_small, vit_tiny
 from robustmoe.models.small import Linear, Resized
 from robustmoe.models.vit import ViTNetwork, resample_positions
 from robustmoe.routing import to_expert
-from robustmoe.training.checkpoint import start_from
+from robustmoe.training.starting import start_from
 
 SMALL = ViT(patch=4, width=12, depth=2, heads=3, mlp_ratio=2.0)
 TEXT = "vit(patch=4, width=12, depth=2, heads=3, mlp_ratio=2)"

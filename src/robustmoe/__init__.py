@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from robustmoe.evaluation import dissect_run as dissect_run
     from robustmoe.evaluation import evaluate as evaluate
     from robustmoe.evaluation import evaluate_run as evaluate_run
+    from robustmoe.evaluation import lipschitz_run as lipschitz_run
+    from robustmoe.evaluation import measure_lipschitz as measure_lipschitz
+    from robustmoe.evaluation import sweep as sweep
+    from robustmoe.evaluation import sweep_run as sweep_run
     from robustmoe.interop import as_art as as_art
     from robustmoe.interop import as_foolbox as as_foolbox
     from robustmoe.interop import benchmark as benchmark
@@ -55,9 +59,13 @@ _HOMES = {
     "dissect_run": "evaluation",
     "evaluate": "evaluation",
     "evaluate_run": "evaluation",
+    "measure_lipschitz": "evaluation",
+    "lipschitz_run": "evaluation",
     "load_model": "training",
     "moefy": "models",
     "report": "reporting",
+    "sweep": "evaluation",
+    "sweep_run": "evaluation",
     "train": "training",
 }
 

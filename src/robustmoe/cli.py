@@ -157,6 +157,60 @@ def dissect(
     return f"{dissection_table(found)}\n\nwritten to {records.dissection_path(folder)}; report shows it"
 
 
+def lipschitz(
+    run: Annotated[str, "a run folder"],
+    attack: Annotated[
+        str | None,
+        "the attack whose changes are split, and whose norm and eps radii are told in, such as pgd(linf(8/255), "
+        "steps=50) (default: 20 steps at the threat of the run)",
+    ] = None,
+    limit: Annotated[int, "images to measure on"] = 64,
+    batch_size: Annotated[int, "images at a time"] = 32,
+    seed: Annotated[int, "decides every random draw"] = 0,
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
+) -> str:
+    """Measure how far the model can move, through its experts and its routers: slopes, radii, jumps, loads."""
+    folder = _run_folder(run)
+    if attack is not None:
+        spec.canonical(attack)
+    from robustmoe import records
+    from robustmoe.evaluation import lipschitz_run
+    from robustmoe.reporting import lipschitz_table
+
+    found = lipschitz_run(folder, attack=attack, limit=limit, batch_size=batch_size, seed=seed, device=device)
+    return f"{lipschitz_table(found)}\n\nwritten to {records.lipschitz_path(folder)}; report shows it"
+
+
+def sweep(
+    run: Annotated[str, "a run folder"],
+    attack: Annotated[
+        tuple[str, ...],
+        "an attack, made again at every eps; repeat for more (default: vmoe_pgd(linf(8/255)), the paper's, weak, and "
+        "pgd(linf(8/255), steps=50, restarts=2))",
+    ] = (),
+    eps: Annotated[
+        str, "radii in pixels of [0, 1]; paper = 1/255 to 20/255 and six below 1/255, as in arXiv 2210.10253"
+    ] = "1/255,2/255,4/255,8/255,12/255,16/255",
+    draws: Annotated[int, "draws of random experts; 0 = nothing about redundancy"] = 5,
+    limit: Annotated[int, "images to ask about"] = 500,
+    batch_size: Annotated[int, "images at a time"] = 128,
+    seed: Annotated[int, "decides every random draw"] = 0,
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto",
+) -> str:
+    """Attack at every eps: accuracy and routes, weak beside strong; and how redundant the experts are."""
+    folder = _run_folder(run)
+    for text in attack:
+        spec.canonical(text)
+    from robustmoe import records
+    from robustmoe.evaluation import sweep_run
+    from robustmoe.reporting import sweep_table
+
+    found = sweep_run(
+        folder, attacks=attack, eps=eps, draws=draws, limit=limit, batch_size=batch_size, seed=seed, device=device
+    )
+    return f"{sweep_table(found)}\n\nwritten to {records.sweep_path(folder)}; report shows it"
+
+
 def blend(
     runs: Annotated[tuple[str, ...], "a standard and a robust run, in this order; or one run of a dual model"],
     alphas: Annotated[
@@ -229,6 +283,20 @@ def report(
     return str(write(folders, Path(out)))
 
 
+def theory(
+    experiments: Annotated[tuple[str, ...], "X1, X1b, X1c, X2 to X11 (default: all, in about a minute)"] = (),
+    seed: Annotated[int, "decides every random draw"] = 0,
+    out: Annotated[str, "folder of the figures"] = "runs/theory",
+) -> str:
+    """Check the theory of robust MoEs on synthetic data: expected beside measured, with figures."""
+    from robustmoe.reporting.theory import draw, theory_table
+    from robustmoe.theory import run
+
+    found = run(experiments, seed)
+    figures = draw(found, out)
+    return "\n".join([theory_table(found), "", *(f"figure: {path}" for path in figures)]).rstrip()
+
+
 def list_names(
     kind: Annotated[str | None, "model, attack, data, ... (default: all)"] = None,
     costs: Annotated[
@@ -269,9 +337,12 @@ VERBS: dict[str, Verb] = {
     "evaluate": evaluate,
     "check": check,
     "dissect": dissect,
+    "lipschitz": lipschitz,
+    "sweep": sweep,
     "blend": blend,
     "analyze": analyze,
     "report": report,
+    "theory": theory,
     "list": list_names,
 }
 
@@ -279,6 +350,8 @@ _STOPPED = {
     "train": "stopped; go on with --resume",
     "evaluate": "stopped; the same command goes on where it was",
     "dissect": "stopped; the same command goes on where it was",
+    "lipschitz": "stopped; the same command goes on where it was",
+    "sweep": "stopped; the same command goes on where it was",
     "blend": "stopped; the same command goes on where it was",
 }
 

@@ -48,7 +48,8 @@ def _flags(verb: Verb) -> list[Flag]:
             continue
         hint, words = typing.get_args(hints[name])
         required = parameter.default is parameter.empty
-        flags.append(Flag(name, hint, words, required or name in ("kind", "run"), required, parameter.default))
+        positional = required or name in ("kind", "run", "experiments")
+        flags.append(Flag(name, hint, words, positional, required, parameter.default))
     return flags
 
 
@@ -69,7 +70,10 @@ def _parser(name: str, verb: Verb, flags: Sequence[Flag]) -> Any:
         options: dict[str, Any] = {"help": flag.help}
         if flag.positional:
             options |= {"metavar": _metavar(flag.name), "type": str if flag.repeated else flag.hint}
-            options |= {"nargs": "+"} if flag.repeated else {} if flag.required else {"nargs": "?", "default": None}
+            if flag.repeated:
+                options |= {"nargs": "+"} if flag.required else {"nargs": "*", "default": []}
+            elif not flag.required:
+                options |= {"nargs": "?", "default": None}
             parser.add_argument(flag.name, **options)
         elif flag.hint is bool:
             parser.add_argument(f"--{flag.name}", action="store_true", **options)

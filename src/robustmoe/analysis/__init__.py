@@ -9,10 +9,12 @@ from robustmoe.analysis.conflicts import warnings
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
 from robustmoe.analysis.dissection import Anatomy, ExpertPart, RouterPart, anatomy, route_iou, weaker_part
 from robustmoe.analysis.labels import attack_name, names
+from robustmoe.analysis.lipschitz import LayerPart, Middle, Sensitivity, sensitivity
 from robustmoe.analysis.load import Load, load_by_class
 from robustmoe.analysis.parts import AUTOATTACK_PARTS, Part, by_part, routing_gap
 from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, inside, largest, right, robust, wilson
 from robustmoe.analysis.summaries import Summary, summary
+from robustmoe.analysis.sweep import Spare, SweepCurve, SweepNumbers, SweepPoint, sweep_numbers
 from robustmoe.analysis.verdict import ROUTER_OBJECTIVES, Verdict, judge, worst_answers
 from robustmoe.analysis.worst import SAME_IMAGES, SAME_THREAT, Adds, WorstCase, groups, worst_case
 
@@ -28,12 +30,19 @@ __all__ = [
     "Anatomy",
     "Curve",
     "ExpertPart",
+    "LayerPart",
     "Load",
+    "Middle",
     "Paired",
     "Part",
     "Rate",
     "RouterPart",
+    "Sensitivity",
+    "Spare",
     "Summary",
+    "SweepCurve",
+    "SweepNumbers",
+    "SweepPoint",
     "Verdict",
     "WorstCase",
     "alpha_change",
@@ -54,7 +63,9 @@ __all__ = [
     "robust",
     "route_iou",
     "routing_gap",
+    "sensitivity",
     "summary",
+    "sweep_numbers",
     "warnings",
     "weaker_part",
     "wilson",

@@ -26,7 +26,7 @@ from robustmoe.attacks.objectives import (
     router_only,
     targeted,
 )
-from robustmoe.attacks.pgd import FGSM, PGD, NotFiniteError
+from robustmoe.attacks.pgd import FGSM, PGD, NotFiniteError, vmoe_pgd
 from robustmoe.attacks.routes import (
     ExpertTransition,
     JointNormalised,
@@ -59,6 +59,7 @@ from robustmoe.attacks.views import (
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
     "pgd": PGD,
+    "vmoe_pgd": vmoe_pgd,
     "apgd": APGD,
     "apgd_t": TargetedAPGD,
     "fab": FAB,
@@ -155,4 +156,5 @@ __all__ = [
     "size",
     "sole_router",
     "targeted",
+    "vmoe_pgd",
 ]

@@ -174,3 +174,17 @@ class FGSM(Attack):
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         _, gradient = ascend(self.objective(model, x, y), x)
         return self.threat.project(x + self.threat.eps * self.threat.direction(gradient, x), x)
+
+
+def vmoe_pgd(threat: Threat, steps: int = 40, seed: int = 0) -> PGD:
+    """V-MoE's attack (Puigcerver et al. 2022): ``steps`` of eps / ``steps``, clean start; weak, for comparison only.
+
+    The schedule of the released code (vmoe/projects/adversarial_attacks), with its cross-entropy; the last iterate
+    counts. No step can be taken back and nothing is started anew: quote `PGD` with restarts or AutoAttack. The released
+    code climbs the batch's mean loss, whose gradient has in each pixel the sign of the image's own, and does not clip
+    to [0, 1]; here the box holds, as in every attack.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    step_size = threat.eps / steps if threat.eps > 0 else None
+    return PGD(threat, steps, step_size=step_size, keep="last", start="clean", seed=seed)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from robustmoe.evaluation.blending import blend, blend_run
 from robustmoe.evaluation.dissection import dissect, dissect_run
+from robustmoe.evaluation.laboratory import lipschitz_run, measure_lipschitz
 from robustmoe.evaluation.measuring import evaluate, evaluate_model, evaluate_run, measure, slug
+from robustmoe.evaluation.sweeping import sweep, sweep_run
 
 __all__ = [
     "blend",
@@ -14,6 +16,10 @@ __all__ = [
     "evaluate",
     "evaluate_model",
     "evaluate_run",
+    "lipschitz_run",
     "measure",
+    "measure_lipschitz",
     "slug",
+    "sweep",
+    "sweep_run",
 ]

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from robustmoe.lipschitz.layers import (
+    crossed,
+    disagreement,
+    layer_inputs,
+    layer_terms,
+    network_terms,
+    route_terms,
+    slope_bound,
+    slot_terms,
+)
+from robustmoe.lipschitz.norms import (
+    empirical_lipschitz,
+    local_norm,
+    margin_radius,
+    pixel_radius,
+    routing_split,
+)
 from robustmoe.lipschitz.parts import (
     GELU_SLOPE,
     Gating,
@@ -35,6 +52,9 @@ __all__ = [
     "Split",
     "attribution",
     "block_coherence",
+    "crossed",
+    "disagreement",
+    "empirical_lipschitz",
     "expert_bound",
     "expert_jacobian_norm",
     "gates",
@@ -42,10 +62,20 @@ __all__ = [
     "jacobian_split",
     "jump",
     "jvp",
+    "layer_inputs",
+    "layer_terms",
+    "local_norm",
+    "margin_radius",
+    "network_terms",
     "paths",
+    "pixel_radius",
     "popoviciu_bound",
+    "route_terms",
     "router_terms",
     "routing_radius",
+    "routing_split",
+    "slope_bound",
+    "slot_terms",
     "spread",
     "vjp",
 ]

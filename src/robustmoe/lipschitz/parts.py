@@ -202,11 +202,14 @@ def jacobian_norm(
     noise = Noise.of(torch.arange(len(x), device=x.device)) if noise is None else noise
     size = torch.zeros(len(x), dtype=output.dtype, device=x.device)
     direction = _unit(noise.normal(*x.shape[1:]).to(x))
+    dummy = torch.zeros_like(output, requires_grad=True)
+    with torch.enable_grad():
+        pulled = vjp(output, x, dummy, differentiable=True)  # linear in the dummy: one graph serves all steps of `jvp`
     for _ in range(steps):
-        pushed = jvp(output, x, direction)
+        pushed = vjp(pulled, dummy, direction)
         size = torch.maximum(size, torch.linalg.vector_norm(pushed.flatten(1), dim=1))
         direction = _unit(vjp(output, x, pushed.detach()))
-    return torch.maximum(size, torch.linalg.vector_norm(jvp(output, x, direction).flatten(1), dim=1)).detach()
+    return torch.maximum(size, torch.linalg.vector_norm(vjp(pulled, dummy, direction).flatten(1), dim=1)).detach()
 
 
 def _unit(direction: Tensor) -> Tensor:
@@ -252,7 +255,7 @@ def _distances(points: Float[Tensor, "m e d"], order: float = 2.0) -> Float[Tens
     return torch.cdist(points, points, order, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def expert_bound(w1: Float[Tensor, "... h d"], w2: Float[Tensor, "... o h"]) -> Float[Tensor, "..."]:
+def expert_bound(w1: Float[Tensor, "... h d"], w2: Float[Tensor, "... o h"]) -> Float[Tensor, ...]:
     """||W2|| 1.1289 ||W1||, which no two points' slope of x -> W2 GELU(W1 x + b1) + b2 exceeds (exact GELU). Several
     experts at once along leading dimensions; matrices may be given transposed.
     """

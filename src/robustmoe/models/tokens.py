@@ -7,6 +7,8 @@ gradients of gradients exist.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -16,12 +18,22 @@ from torch import Tensor, nn
 
 Dispatch = Literal["auto", "loop", "sorted", "grouped", "dense"]
 
+DENSE = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
+"""The tensors of `TokenExperts`, and what these are called in the one MLP that each may start as a copy of (its
+matrices transposed): sparse upcycling, Komatsuzaki et al. 2023 (a recipe's ``init`` does it).
+"""
+
+CACHED = 2**25
+"""Bytes of hidden activations up to which torch's grouped product is the fastest on a CPU: it holds those of all
+experts at once, sorted pairs one expert's at a time (measured, docs/studies/token_dispatch.md).
+"""
+
 
 class TokenExperts(nn.Module):
     """``num`` two-layer MLPs with the exact GELU: x -> GELU(x w1 + b1) w2 + b2.
 
     Expert i is ``w1[i]`` (d, h), ``b1[i]`` (h), ``w2[i]`` (h, d), ``b2[i]`` (d): a ViT's MLP with its matrices
-    transposed (see `load_dense`). ``equal``: all start the same (V-MoE's); else each is drawn.
+    transposed (see `DENSE`). ``equal``: all start the same (V-MoE's); else each is drawn.
     """
 
     def __init__(self, num: int, width: int, hidden: int, equal: bool = False) -> None:
@@ -32,9 +44,10 @@ class TokenExperts(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(num, width))
         with torch.no_grad():
             for weight in (self.w1, self.w2):
-                for expert in weight[:1] if equal else weight:
+                for expert in weight:
                     nn.init.trunc_normal_(expert, std=0.02)
-                weight.copy_(weight[:1].expand_as(weight) if equal else weight.clone())
+                if equal:
+                    weight.copy_(weight[0].clone())
 
     @property
     def num(self) -> int:
@@ -71,21 +84,27 @@ class TokenExperts(nn.Module):
 
     def apart(self, x: Float[Tensor, "e m d"]) -> Float[Tensor, "e m d"]:
         """Each expert on its own items."""
-        hidden = F.gelu(torch.matmul(x, self.w1) + self.b1[:, None].to(x.dtype))
-        return torch.matmul(hidden, self.w2) + self.b2[:, None].to(hidden.dtype)
+        before = torch.matmul(x, self.w1)
+        after = torch.matmul(F.gelu(before + self.b1[:, None].to(before.dtype)), self.w2)
+        return after + self.b2[:, None].to(after.dtype)
 
     def one(self, expert: int, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """One expert on all items."""
-        hidden = F.gelu(F.linear(x, self.w1[expert].T, self.b1[expert]))
-        return F.linear(hidden, self.w2[expert].T, self.b2[expert])
+        return _mlp(x, self.w1[expert], self.b1[expert], self.w2[expert], self.b2[expert])
+
+    def _each(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Every expert's own tensors. Taken apart at once: the backward of one `select` an expert would fill a gradient
+        of all experts' size for each.
+        """
+        return zip(self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), self.b2.unbind(), strict=True)
 
     def _looped(self, x: Tensor, index: Tensor, weight: Tensor, kept: Tensor | None) -> Tensor:
         out = x.new_zeros(x.shape)
-        for expert in range(self.num):
+        for expert, own in enumerate(self._each()):
             mine = index == expert if kept is None else (index == expert) & kept
-            rows, ranks = torch.nonzero(mine, as_tuple=True)
+            rows, ranks = (places.to(x.device) for places in torch.nonzero(mine, as_tuple=True))
             if len(rows):
-                answer = self.one(expert, x[rows])
+                answer = _mlp(x[rows], *own)
                 out = out.to(answer.dtype).index_add(0, rows, answer * weight[rows, ranks, None].to(answer.dtype))
         return out
 
@@ -96,34 +115,38 @@ class TokenExperts(nn.Module):
         sizes = torch.bincount(pairs, minlength=self.num + 1)[: self.num]
         if kept is not None:
             order = order[: int(sizes.sum())]
-        given = x[order // k]
-        answers = self._grouped(given, sizes, pairs[order]) if grouped else self._split(given, sizes.tolist())
+        given = x.index_select(0, order // k)  # its backward is faster than that of x[...]
+        answers = self._grouped(given, sizes) if grouped else self._split(given, sizes.tolist())
         if kept is None:
-            back = answers[torch.argsort(order)]
+            back = answers.index_select(0, torch.argsort(order))
         else:
             back = answers.new_zeros(len(pairs), answers.shape[1]).index_copy(0, order, answers)
         return (back.unflatten(0, (len(x), k)) * weight[..., None].to(back.dtype)).sum(1)
 
     def _split(self, given: Tensor, sizes: list[int]) -> Tensor:
-        parts = [self.one(expert, part) for expert, part in enumerate(given.split(sizes)) if len(part)]
+        parts = [_mlp(part, *own) for part, own in zip(given.split(sizes), self._each(), strict=True) if len(part)]
         return torch.cat(parts) if parts else self.one(0, given)
 
-    def _grouped(self, given: Tensor, sizes: Tensor, expert: Tensor) -> Tensor:
+    def _grouped(self, given: Tensor, sizes: Tensor) -> Tensor:
         dtype = _compute_dtype(given)
         ends = sizes.cumsum(0).to(torch.int32)
-        hidden = F.grouped_mm(given.to(dtype), self.w1.to(dtype), offs=ends) + self.b1.to(dtype)[expert]
-        return F.grouped_mm(F.gelu(hidden), self.w2.to(dtype), offs=ends) + self.b2.to(dtype)[expert]
+
+        def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            rows = bias.to(dtype).repeat_interleave(sizes, 0, output_size=len(x))
+            return F.grouped_mm(x, weight.to(dtype), offs=ends) + rows
+
+        return layer(F.gelu(layer(given.to(dtype), self.w1, self.b1)), self.w2, self.b2)
 
     def _fastest(self, x: Tensor, index: Tensor, kept: Tensor | None) -> Dispatch:
         if kept is None and index.shape[1] == self.num:
             return "dense"
-        return "grouped" if groupable(x, self.w1, self.w2) else "sorted"
+        hidden = index.numel() * self.w1.shape[2] * x.element_size()
+        streams = x.device.type == "cpu" and hidden > CACHED
+        return "grouped" if groupable(x, self.w1, self.w2) and not streams else "sorted"
 
-    @torch.no_grad()
-    def load_dense(self, fc1: nn.Linear, fc2: nn.Linear) -> None:
-        """Every expert becomes the MLP of these two layers (sparse upcycling, Komatsuzaki et al. 2023)."""
-        for own, given in ((self.w1, fc1.weight.T), (self.b1, fc1.bias), (self.w2, fc2.weight.T), (self.b2, fc2.bias)):
-            own.copy_(given)
+
+def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return torch.addmm(b2, F.gelu(torch.addmm(b1, x, w1)), w2)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -157,9 +180,9 @@ def groupable(x: Tensor, *weights: Tensor) -> bool:
 
 def capacity(items: int, experts: int, k: int, factor: float, multiple: int = 1) -> int:
     """How many items an expert has room for: ceil(items * k * factor / experts), up to a multiple of ``multiple``
-    (V-MoE's code: 4).
+    (V-MoE's code: 4). ``factor`` is taken as it is written: 1.1 of 100 items is 110, not the next number above.
     """
-    room = math.ceil(items * k * factor / experts)
+    room = math.ceil(items * k * Fraction(str(factor)) / experts)
     return math.ceil(room / multiple) * multiple
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel
+from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, compact
 from robustmoe.models.block import check_experts
 from robustmoe.models.ensemble import Gate, select
 from robustmoe.models.norm import Normalise, full_precision, wide
@@ -39,7 +40,7 @@ class TokenRouter(nn.Linear):
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t e"]:
         with full_precision(x):
-            return super().forward(wide(x))
+            return F.linear(wide(x), wide(self.weight))
 
 
 class SlotRouter(nn.Module):
@@ -52,7 +53,7 @@ class SlotRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t s"]:
         with full_precision(x):
-            return self.scale * torch.matmul(_unit(wide(x), -1), _unit(self.mu, 0))
+            return wide(self.scale) * torch.matmul(_unit(wide(x), -1), _unit(wide(self.mu), 0))
 
 
 def _unit(x: Tensor, dim: int) -> Tensor:
@@ -93,7 +94,7 @@ class Rule:
             index = free.index[rows].flatten(0, 1)
             room = capacity(len(index), free.num_experts, free.k, self.room or 0.0, self.multiple)
             first = None if best is None else best[rows].flatten()
-            kept.append(within_capacity(index, first, free.num_experts, room).unflatten(0, (len(rows), -1)))
+            kept.append(within_capacity(index, first, free.num_experts, room).view(len(rows), *free.index.shape[1:]))
         return replace(free, weight=free.weight * torch.cat(kept))
 
     def _of_experts(self, logits: Float[Tensor, "n t e"]) -> Routing:
@@ -146,15 +147,15 @@ class SlotMoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
         slots = self.router(x)
-        each = slots.unflatten(-1, (self.experts.num, -1))
-        routing = tape("router", replace(soft(torch.logsumexp(each, -1)), slots=slots))
+        experts = (self.experts.num, slots.shape[-1] // self.experts.num)
+        fresh = soft(torch.logsumexp(slots.unflatten(-1, experts), -1))
+        routing = tape("router", replace(fresh, slots=slots))
         used = slots if routing.slots is None else routing.slots
-        within = torch.softmax(used.unflatten(-1, (self.experts.num, -1)), -1)
         weight = torch.zeros_like(routing.logits).scatter_add(-1, routing.index, routing.weight)
-        combine = (weight[..., None] * within).flatten(2)
+        combine = (weight[..., None] * torch.softmax(used.unflatten(-1, experts), -1)).flatten(2)
         given = torch.einsum("nts,ntd->snd", torch.softmax(used, 1).to(x.dtype), x)
-        answers = self.experts.apart(given.unflatten(0, (self.experts.num, -1)).flatten(1, 2))
-        answers = answers.unflatten(1, (-1, len(x))).flatten(0, 1)
+        answers = self.experts.apart(given.unflatten(0, experts).flatten(1, 2))
+        answers = answers.unflatten(1, (experts[1], len(x))).flatten(0, 1)
         return torch.einsum("nts,snd->ntd", combine.to(answers.dtype), answers)
 
 
@@ -170,7 +171,7 @@ class ViTMoEModel(RoutedModel):
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         network = self.network
-        tokens = network.tokens(self.normalise(x))
+        tokens = network.tokens(compact(self.normalise(x)))
         for number, block in enumerate(network.blocks):
             assert isinstance(block, Block)
             tokens = tokens + block.attn(block.norm1(tokens))
@@ -198,8 +199,8 @@ class ViTMoE(ModelSpec):
 
     ``gating``, of token choice: what the chosen are weighted by (see `robustmoe.routing`): "vmoe", softmax over all
     experts, not renormalised; "renormalised"; "soft", all experts; "hard"; "straight_through". Expert choice takes
-    "vmoe" or "renormalised". ``noise``: in training, normal noise of deviation 1 / experts on the logits ("vmoe",
-    "renormalised" and "hard").
+    "vmoe" or "renormalised". ``noise``: in training, normal noise of deviation 1 / experts on the logits (token choice
+    by "vmoe", "renormalised" and "hard"; the others have none).
 
     ``capacity``: none, no token is dropped; else an expert has room for ceil(tokens * k * capacity / experts) of a
     group's tokens, rounded up to a multiple of ``multiple``; the rest skip the layer. ``order``: who comes first, see
@@ -258,10 +259,10 @@ class ViTMoE(ModelSpec):
                 raise ValueError(f"placement must name blocks from 0 to {depth - 1}; got {self.placement}")
             return tuple(sorted(set(self.placement)))
         odd = tuple(range(1, depth, 2))
-        last = re.fullmatch(r"last[_-](\d+)", self.placement)
+        last = re.fullmatch(r"last_(\d+)", self.placement)
         if last and 1 <= int(last[1]) <= len(odd):
             return odd[-int(last[1]) :]
-        if re.fullmatch(r"every[_-]2", self.placement) and odd:
+        if self.placement == "every_2" and odd:
             return odd
         raise ValueError(
             f"placement must be every_2, last_N with N from 1 to {len(odd)} (of {depth} blocks), or numbers of blocks "

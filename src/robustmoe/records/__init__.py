@@ -11,7 +11,9 @@ from robustmoe.records.blend import Blend, blend_path, read_blend, write_blend
 from robustmoe.records.dissection import Answers, Dissection, dissection_path, read_dissection, write_dissection
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
 from robustmoe.records.files import append_json, read_jsonl, write_atomic
+from robustmoe.records.lipschitz import Lipschitz, lipschitz_path, read_lipschitz, write_lipschitz
 from robustmoe.records.rows import WORK, Writer, difference, merge, read
+from robustmoe.records.sweep import Override, Sweep, SweepAnswers, read_sweep, sweep_path, write_sweep
 from robustmoe.records.types import (
     NORMS,
     OBJECTIVES,
@@ -45,10 +47,14 @@ __all__ = [
     "Dissection",
     "Example",
     "Header",
+    "Lipschitz",
+    "Override",
     "Passed",
     "Result",
     "RouterInfo",
     "Row",
+    "Sweep",
+    "SweepAnswers",
     "Time",
     "Writer",
     "append_json",
@@ -57,6 +63,7 @@ __all__ = [
     "difference",
     "dissection_path",
     "examples_path",
+    "lipschitz_path",
     "merge",
     "read",
     "read_audit",
@@ -64,9 +71,14 @@ __all__ = [
     "read_dissection",
     "read_examples",
     "read_jsonl",
+    "read_lipschitz",
+    "read_sweep",
+    "sweep_path",
     "write_atomic",
     "write_audit",
     "write_blend",
     "write_dissection",
     "write_examples",
+    "write_lipschitz",
+    "write_sweep",
 ]

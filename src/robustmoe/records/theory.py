@@ -1,4 +1,4 @@
-"""What an experiment of `robustmoe theory` found: numbers expected and measured, side by side, and its figure's data."""
+"""What an experiment of `robustmoe theory` found: numbers expected beside measured, and the data of its figure."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Comparison:
 
     ``kind``: how they are compared. "equal": to ``tolerance`` (absolute); "at most", "at least": on one side of
     ``expected``, with ``tolerance`` for rounding; "between": ``expected`` and ``upper``; "measured only": nothing was
-    expected, and it cannot fail. ``published``: the value of the page that the table comes from, 0 or more apart by
-    ``near``, where the page's setting is known well enough to give the same number.
+    expected, and it cannot fail (but by being nan). ``published``: what the notes that the table comes from measured;
+    ``near``: how far from it the measured number may be, by the precision stated there and by what other draws of the
+    same distribution change; None: the notes do not say what data theirs was measured on.
     """
 
     setting: str
@@ -26,7 +27,7 @@ class Comparison:
     upper: float = math.nan
     tolerance: float = 0.0
     published: float | None = None
-    near: float = 0.0
+    near: float | None = 0.0
 
     @property
     def holds(self) -> bool:
@@ -39,8 +40,10 @@ class Comparison:
 
     @property
     def reproduced(self) -> bool | None:
-        """Whether the page's number came out again; None where it gives none."""
-        return None if self.published is None else abs(self.measured - self.published) <= self.near
+        """Whether the published number came out again; None where there is none, or on unknown data."""
+        if self.published is None or self.near is None:
+            return None
+        return abs(self.measured - self.published) <= self.near
 
 
 @dataclass(frozen=True)

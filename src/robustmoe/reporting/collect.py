@@ -19,7 +19,9 @@ from robustmoe.records import (
     Dissection,
     Example,
     Header,
+    Lipschitz,
     Result,
+    Sweep,
     examples_path,
     read,
     read_audit,
@@ -27,6 +29,8 @@ from robustmoe.records import (
     read_dissection,
     read_examples,
     read_jsonl,
+    read_lipschitz,
+    read_sweep,
 )
 
 
@@ -61,12 +65,26 @@ class Blended(NamedTuple):
         return tuple(point for point in self.points if point.robust is not None)
 
 
+class Measured(NamedTuple):
+    """What the Lipschitz laboratory measured of a run, and its numbers."""
+
+    record: Lipschitz
+    numbers: analysis.Sensitivity
+
+
+class Swept(NamedTuple):
+    """A run's sweep over eps, and its numbers."""
+
+    record: Sweep
+    numbers: analysis.SweepNumbers
+
+
 @dataclass(frozen=True)
 class View:
     """One run, read. ``groups[0]``, if there is an attack, is the headline. ``clean_only``: files without an attack.
-    ``checks``: (attack, check) pairs, worst first. ``dissected``, ``blended``: None without a dissection or a
-    curve over alpha of this model; a run without ``results`` has one of them. ``notes``: what does not fit together or
-    is missing."""
+    ``checks``: (attack, check) pairs, worst first. ``dissected``, ``blended``, ``swept``, ``measured``: None without a
+    dissection, a curve over alpha, a sweep over eps or a Lipschitz file of this model; a run without ``results`` has
+    one of them. ``notes``: what does not fit together or is missing."""
 
     name: str
     folder: Path
@@ -81,6 +99,8 @@ class View:
     checks: list[tuple[str, Check]]
     dissected: Dissected | None
     blended: Blended | None
+    swept: Swept | None
+    measured: Measured | None
     notes: list[str]
 
     @property
@@ -90,8 +110,9 @@ class View:
 
     @property
     def headers(self) -> list[Header]:
-        """Every header: the rows', then the dissection's and the curve's."""
-        others = [one.record.header for one in (self.dissected, self.blended) if one is not None]
+        """Every header: the rows', then the dissection's, the curve's, the sweep's and the laboratory's."""
+        made = (self.dissected, self.blended, self.swept, self.measured)
+        others = [one.record.header for one in made if one is not None]
         return [*(result.header for result in self.results), *others]
 
     @property
@@ -141,7 +162,11 @@ def _view(folder: Path, name: str) -> View:
     dissected = _dissected(folder, None if head is None else head.header, notes)
     first = head or (None if dissected is None else dissected.record)
     blended = _blended(folder, None if first is None else first.header, notes)
-    if head is None and dissected is None and blended is None:
+    second = first or (None if blended is None else blended.record)
+    swept = _swept(folder, None if second is None else second.header, notes)
+    third = second or (None if swept is None else swept.record)
+    measured = _measured(folder, None if third is None else third.header, notes)
+    if head is None and dissected is None and blended is None and swept is None and measured is None:
         raise UserError(f"{folder} has no rows yet; `robustmoe evaluate {folder}` makes them")
     return View(
         name=name,
@@ -157,6 +182,8 @@ def _view(folder: Path, name: str) -> View:
         checks=_checks(results, audit),
         dissected=dissected,
         blended=blended,
+        swept=swept,
+        measured=measured,
         notes=notes + analysis.warnings(results),
     )
 
@@ -185,6 +212,36 @@ def _blended(folder: Path, header: Header | None, notes: list[str]) -> Blended |
         notes.append(f"blend.json is {why} and is left out; robustmoe blend makes it")
         return None
     return Blended(found, analysis.alpha_curve(found), analysis.alpha_shown(found))
+
+
+def _swept(folder: Path, header: Header | None, notes: list[str]) -> Swept | None:
+    """The folder's sweep, if something was attacked in it and it is of the model of that header (None: of any); else
+    ``notes`` says why not, and where it was stopped that it was."""
+    found = read_sweep(folder)
+    if found is None:
+        return None
+    if not found.points or _strange(found.header, header):
+        why = "of other weights than the evaluation" if found.points else "without an attack yet"
+        notes.append(f"sweep.json is {why} and is left out; `robustmoe sweep {folder}` makes it")
+        return None
+    if not found.done:
+        notes.append(f"the sweep was stopped; `robustmoe sweep {folder}` goes on with it")
+    return Swept(found, analysis.sweep_numbers(found))
+
+
+def _measured(folder: Path, header: Header | None, notes: list[str]) -> Measured | None:
+    """The folder's Lipschitz file, if there is an image in it and it is of the model of that header (None: of any);
+    else ``notes`` says why not, and where it was stopped that it was."""
+    found = read_lipschitz(folder)
+    if found is None:
+        return None
+    if not found.index or _strange(found.header, header):
+        why = "of other weights than the evaluation" if found.index else "without an image yet"
+        notes.append(f"lipschitz.json is {why} and is left out; `robustmoe lipschitz {folder}` makes it")
+        return None
+    if not found.done:
+        notes.append(f"the Lipschitz laboratory was stopped; `robustmoe lipschitz {folder}` goes on with it")
+    return Measured(found, analysis.sensitivity(found))
 
 
 def _strange(found: Header, header: Header | None) -> bool:

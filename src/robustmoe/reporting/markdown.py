@@ -8,7 +8,7 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Check, Result
-from robustmoe.reporting import blend, dissection
+from robustmoe.reporting import blend, dissection, lipschitz, sweep
 from robustmoe.reporting.collect import Group, View, comparable
 from robustmoe.reporting.provenance import FOLDED, OPEN, commands, facts, merged, tally, where_found
 from robustmoe.reporting.tables import Grid
@@ -27,6 +27,9 @@ def markdown(views: Sequence[View]) -> str:
     curves = blend.comparison(views)
     if curves is not None:
         parts += ["## Curves over alpha", *_grid(curves)]
+    swept = sweep.comparison(views)
+    if swept is not None:
+        parts += ["## Sweeps over eps", *_grid(swept)]
     for view in views:
         parts += _run(view)
     parts.append("## Words")
@@ -57,6 +60,13 @@ def _run(view: View) -> list[str]:
     for curve in view.curves:
         points = [[eps_text(curve.norm, eps), f"{percent(rate)} ({interval(rate)})"] for eps, rate in curve.points]
         parts += [f"### Accuracy against eps, {_safe(curve.name)}", _table(["eps", f"accuracy, n = {curve.n}"], points)]
+    if view.measured is not None:
+        parts += ["### Lipschitz laboratory", _safe(lipschitz.story(view.measured))]
+        parts.append(_safe(lipschitz.setting(view.measured.record)))
+        parts += [text for grid in lipschitz.grids(view.measured) for text in _grid(grid)]
+    if view.swept is not None:
+        parts += ["### Sweep over eps", _safe(sweep.story(view.swept)), _safe(sweep.setting(view.swept.record))]
+        parts += [text for grid in sweep.grids(view.swept) for text in _grid(grid)]
     if view.dissected is not None:
         parts += ["### Dissection", _safe(dissection.story(view.dissected))]
         parts.append(_safe(dissection.setting(view.dissected.record)))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from robustmoe import analysis
-from robustmoe.reporting.collect import Blended, Dissected, Group, View, comparable
+from robustmoe.reporting.collect import Blended, Dissected, Group, Measured, Swept, View, comparable
 
 
 def numbers(views: Sequence[View]) -> dict[str, Any]:
@@ -67,6 +67,8 @@ def _run(view: View) -> dict[str, Any]:
         "checks": [{"attack": name, **vars(check)} for name, check in view.checks],
         "dissection": None if view.dissected is None else _dissection(view.dissected),
         "blend": None if view.blended is None else _blend(view.blended),
+        "lipschitz": None if view.measured is None else _lipschitz(view.measured),
+        "sweep": None if view.swept is None else _sweep(view.swept),
         "notes": view.notes,
         "training": view.metrics,
         "config": view.config,
@@ -127,6 +129,18 @@ def _blend(one: Blended) -> dict[str, Any]:
     shown = {"wanted": found.wanted, "chosen": found.chosen, "shown": one.points[one.shown].alpha}
     points = [{**_plain(point), "broke": dict(point.broke) if point.broke else None} for point in one.points]
     return {**made, **halves, **shown, "attacked": len(one.attacked), "points": points, "seconds": found.seconds}
+
+
+def _lipschitz(one: Measured) -> dict[str, Any]:
+    found, header = one.record, one.record.header
+    made = {"n": len(found.index), "norm": header.norm, "eps": header.eps, "attack": header.attack}
+    return {**made, **_plain(one.numbers), "done": found.done, "seconds": found.seconds}
+
+
+def _sweep(one: Swept) -> dict[str, Any]:
+    found, header = one.record, one.record.header
+    made = {"n": header.n, "norm": header.norm, "seed": header.seed, "draws": found.draws, "left_out": found.left_out}
+    return {**made, **_plain(one.numbers), "done": found.done, "seconds": found.seconds}
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from robustmoe.reporting import blend, dissection, experts, provenance, tables, training, verdict
+from robustmoe.reporting import blend, dissection, experts, lipschitz, provenance, sweep, tables, training, verdict
 from robustmoe.reporting.collect import View
 from robustmoe.reporting.style import css
 from robustmoe.reporting.words import plural
@@ -19,11 +19,13 @@ def page(views: Sequence[View]) -> str:
         ("verdict", "Verdict", verdict.section(views)),
         ("attacks", "Attacks", tables.section(views)),
         ("eps", "Accuracy against eps", training.eps_section(views)),
+        ("sweep", "Sweep", sweep.section(views)),
         ("blend", "Over alpha", blend.section(views)),
         ("training", "Training", training.section(views)),
         ("routers", "Router health", training.health_section(views)),
         ("experts", "Experts", experts.load_section(views)),
         ("dissection", "Dissection", dissection.section(views)),
+        ("lipschitz", "Lipschitz", lipschitz.section(views)),
         ("images", "Images", experts.image_section(views)),
         ("checks", "Checks", provenance.check_section(views)),
         ("made", "How it was made", provenance.made_section(views)),
@@ -52,6 +54,8 @@ def _files(views: Sequence[View]) -> str:
     others = (
         (sum(view.dissected is not None for view in views), "dissection"),
         (sum(view.blended is not None for view in views), "curve"),
+        (sum(view.swept is not None for view in views), "sweep"),
+        (sum(view.measured is not None for view in views), "Lipschitz file"),
     )
     made = [f"the rows of {plural(files, 'evaluation')} ({rows:,} rows)"] if files else []
     return escape(" and ".join(made + [plural(number, word) for number, word in others if number]))

@@ -121,7 +121,8 @@ def _title(view: View, position: int, several: bool) -> str:
 
 
 def commands(view: View) -> list[str]:
-    """The commands that made the run, without repeats: training, then evaluations, dissection and blend."""
+    """The commands that made the run, without repeats: training, then evaluations, dissection, blend,
+    sweep and laboratory."""
     first = [view.config["command"]] if isinstance(view.config.get("command"), str) else []
     return list(dict.fromkeys([*first, *(header.command for header in view.headers)]))
 
@@ -165,6 +166,8 @@ def facts(view: View) -> list[tuple[str, str]]:
         ("evaluation seed", str(header.seed)),
         ("evaluation time", _evaluation_time(view)),
         ("time of the curve over alpha", "" if view.blended is None else duration(view.blended.record.seconds)),
+        ("time of the Lipschitz laboratory", "" if view.measured is None else duration(view.measured.record.seconds)),
+        ("time of the sweep over eps", "" if view.swept is None else duration(view.swept.record.seconds)),
         ("evaluation precision", "; ".join(_ordered(_PRECISIONS[each.precision] for each in headers))),
         ("evaluation batch size", ", ".join(_ordered(str(each.batch_size) for each in headers if each.batch_size))),
         ("evaluated on", f"{header.device}, {plural(header.threads, 'thread')}"),

@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Sequence
 
 from robustmoe import analysis
-from robustmoe.records import STATUSES, Audit, Blend, Dissection, Result
-from robustmoe.reporting import blend, dissection
+from robustmoe.records import STATUSES, Audit, Blend, Dissection, Lipschitz, Result, Sweep
+from robustmoe.reporting import blend, dissection, lipschitz, sweep
 from robustmoe.reporting.card import WIDTH
-from robustmoe.reporting.collect import Blended, Dissected
+from robustmoe.reporting.collect import Blended, Dissected, Measured, Swept
 from robustmoe.reporting.tables import Grid
 from robustmoe.reporting.words import eps_text, gap_text, interval, percent, plural, threat
 
@@ -49,10 +49,24 @@ def blend_table(found: Blend) -> str:
     return "\n".join([*lines, *(line for grid in blend.grids(one) for line in _grid(grid))])
 
 
+def lipschitz_table(found: Lipschitz) -> str:
+    """What the laboratory measured: the whole model, then its layers side by side, as lines of text."""
+    one = Measured(found, analysis.sensitivity(found))
+    lines = [*textwrap.wrap(lipschitz.story(one), WIDTH), *textwrap.wrap(lipschitz.setting(found), WIDTH)]
+    return "\n".join([*lines, *(line for grid in lipschitz.grids(one) for line in _grid(grid))])
+
+
+def sweep_table(found: Sweep) -> str:
+    """A sweep: what the weak and the strong attack leave, and every number, as lines of text."""
+    one = Swept(found, analysis.sweep_numbers(found))
+    lines = [*textwrap.wrap(sweep.story(one), WIDTH), *textwrap.wrap(sweep.setting(found), WIDTH)]
+    return "\n".join([*lines, *(line for grid in sweep.grids(one) for line in _grid(grid))])
+
+
 def _grid(grid: Grid) -> list[str]:
     """A table of the report, after an empty line."""
     table = [[f"{value} ({small})" if small else value for value, small in row] for row in grid.rows]
-    return ["", grid.title, *_aligned([list(grid.head), *table], last=False), *textwrap.wrap(grid.note, WIDTH)]
+    return ["", grid.title, *aligned([list(grid.head), *table], last=False), *textwrap.wrap(grid.note, WIDTH)]
 
 
 def _block(group: list[Result], audit: Audit | None) -> list[str]:
@@ -72,7 +86,7 @@ def _block(group: list[Result], audit: Audit | None) -> list[str]:
     mark = "" if verdict.trusted else " !"
     cells = [f"worst of {len(group)}", percent(worst.clean), percent(worst.robust) + mark, interval(worst.robust)]
     table.append([*cells, *([""] * 3 if routed else []), "", str(worst.robust.n)])
-    lines = [f"threat {threat(worst.norm, worst.eps)}", *_aligned(table)]
+    lines = [f"threat {threat(worst.norm, worst.eps)}", *aligned(table)]
     for name, result in zip(analysis.names([r.header for r in group]), group, strict=True):
         if parts := analysis.by_part(result):
             lines += [f"{name}, part by part:", f"  clean {percent(analysis.summary(*result).clean)}"]
@@ -104,7 +118,7 @@ def _block(group: list[Result], audit: Audit | None) -> list[str]:
     return lines
 
 
-def _aligned(table: list[list[str]], last: bool = True) -> list[str]:
+def aligned(table: list[list[str]], last: bool = True) -> list[str]:
     """Columns of equal width, a rule below the head and, with ``last``, above the last row."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = [

@@ -32,7 +32,12 @@ def story(view: View) -> str:
     """The verdict as plain text: what was trained how, on what, and what survives."""
     header = view.header
     if not view.results:
-        there = [("its dissection", view.dissected), ("the curve of its blends over alpha", view.blended)]
+        there = [
+            ("its dissection", view.dissected),
+            ("the curve of its blends over alpha", view.blended),
+            ("its sweep over eps", view.swept),
+            ("its Lipschitz numbers", view.measured),
+        ]
         below = " and ".join(words for words, one in there if one is not None)
         return (
             f"{header.model} was not evaluated as it stands (robustmoe evaluate {view.folder} does that), so there is "

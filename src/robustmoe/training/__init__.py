@@ -7,11 +7,12 @@ from collections.abc import Callable
 from robustmoe import spec as specs
 from robustmoe.training.advmoe import advmoe
 from robustmoe.training.checkpoint import load_model
+from robustmoe.training.consistency import consistent
 from robustmoe.training.jtdmoe import jtdmoe
 from robustmoe.training.loop import train
 from robustmoe.training.methods import at, standard, trades
 from robustmoe.training.optimisation import OPTIMIZERS, SCHEDULES, SGD, AdamW, OptimizerSpec
-from robustmoe.training.phases import Given, Loss, Method, Phase, StepResult, TrainingStopped, train_step
+from robustmoe.training.phases import Given, Loss, Method, Pair, Phase, StepResult, TrainingStopped, train_step
 from robustmoe.training.rt_er import rt_er
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "advmoe": advmoe,
     "rt_er": rt_er,
     "jtdmoe": jtdmoe,
+    "consistent": consistent,
 }
 
 
@@ -40,12 +42,14 @@ __all__ = [
     "Loss",
     "Method",
     "OptimizerSpec",
+    "Pair",
     "Phase",
     "StepResult",
     "TrainingStopped",
     "advmoe",
     "at",
     "build_method",
+    "consistent",
     "jtdmoe",
     "load_model",
     "rt_er",

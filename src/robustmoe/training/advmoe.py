@@ -6,7 +6,7 @@ are here, told apart by name, with the controls that say what helps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ from robustmoe.noise import Noise, permutation
 from robustmoe.routing import Routing, Tape, Trace
 from robustmoe.training.auxiliary import BalanceLoss, check_balance_loss
 from robustmoe.training.methods import ALL, EXPERTS, ROUTERS, check_weight, climbing, trades_loss
-from robustmoe.training.phases import Loss, Method, Phase
+from robustmoe.training.phases import Loss, Method, Pair, Phase, router_noise
 
 Variant = Literal["bilevel", "released"]
 Target = Literal["residue", "random", "none"]
@@ -103,20 +103,24 @@ class _Released:
         """CE(clean) + beta * KL(clean || attacked) of the whole model; its gradient stops at the route."""
         forced = self._oracle_route(model, x, y)
         x_adv = self._attacked(model, x, y, noise, forced)
-        return self._experts_loss(_run(model, x, forced), _run(model, x_adv, forced), y)
+        clean, attacked = (_run(model, images, forced, noise) for images in (x, x_adv))
+        return self._experts_loss(clean, attacked, y)._replace(pair=Pair(x, x_adv))
 
     def router(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
-        """alpha * CE(router, target) + beta * KL(clean || attacked) of the router; experts run in the attack alone."""
+        """alpha * CE(router, target) + beta * KL(clean || attacked) of the router; experts run in the attack alone. Of
+        what the routers decide without noise.
+        """
         x_adv = self._attacked(model, x, y, noise, self._oracle_route(model, x, y))
-        return Loss(self._router_loss(model, model.route(x), model.route(x_adv), x, y), None)
+        return Loss(self._router_loss(model, model.route(x), model.route(x_adv), x, y), None, Pair(x, x_adv))
 
     def both(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         """The sum of the two, on one attacked batch and the same passes."""
         forced = self._oracle_route(model, x, y)
         x_adv = self._attacked(model, x, y, noise, forced)
-        clean, attacked = _run(model, x, forced), _run(model, x_adv, forced)
-        value, correct = self._experts_loss(clean, attacked, y)
-        return Loss(value + self._router_loss(model, clean.trace, attacked.trace, x, y), correct)
+        clean, attacked = (_run(model, images, forced, noise) for images in (x, x_adv))
+        value, correct, _ = self._experts_loss(clean, attacked, y)
+        value = value + self._router_loss(model, clean.trace, attacked.trace, x, y)
+        return Loss(value, correct, Pair(x, x_adv))
 
     def _experts_loss(self, clean: Output, attacked: Output, y: Tensor) -> Loss:
         value = F.cross_entropy(clean.logits, y) + self.beta * kl(clean.logits, attacked.logits).mean()
@@ -164,7 +168,12 @@ PARTITION = 2308
 """The key of the random partition: the same classes go together in every run, whatever its seed."""
 
 
-def _run(model: RoutedModel, x: Tensor, forced: Trace) -> Output:
+def _without_gradient(name: str, fresh: Routing) -> Routing:
+    slots = None if fresh.slots is None else fresh.slots.detach()
+    return replace(fresh, weight=fresh.weight.detach(), slots=slots)
+
+
+def _run(model: RoutedModel, x: Tensor, forced: Trace, noise: Noise) -> Output:
     """One pass whose logits give the routers no gradient; those of the trace do."""
-    tape = RuleTape(lambda name, fresh: Routing(fresh.logits, fresh.index, fresh.weight.detach()), Tape(forced))
+    tape = RuleTape(_without_gradient, Tape(forced, router_noise(noise)))
     return Output(wide(model.body(x, tape)), tape.trace)

@@ -2,7 +2,8 @@
 climbs.
 
 Each is a function of one `Routing`; p are the softmax of its logits, P their mean over the batch's items. Over several
-processes P is that of the global batch, and the gradients' average over the processes is the global gradient.
+processes P is that of the global batch, and the gradients' average over the processes is the global gradient. V-MoE's
+code (Riquelme et al. 2021) takes means over groups of some images and averages the losses; here the batch is the group.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustmoe import distributed
+from robustmoe.errors import UserError
 from robustmoe.routing import Routing, Trace
 
-BalanceLoss = Literal["switch", "entropy", "importance", "column_entropy"]
+BalanceLoss = Literal["switch", "entropy", "importance", "column_entropy", "load", "vmoe", "gshard", "z"]
 
 
 def load_balance(routing: Routing) -> Float[Tensor, ""]:
@@ -26,8 +28,7 @@ def load_balance(routing: Routing) -> Float[Tensor, ""]:
 
     The shares carry no gradient.
     """
-    share = routing.chosen().float().mean((0, 1)) / routing.k
-    share = distributed.all_reduce_sum(share.detach()) / distributed.world()
+    share = _over_processes(routing.chosen().float().mean((0, 1)) / routing.k)
     return routing.num_experts * (share * torch.softmax(routing.logits, -1).mean((0, 1))).sum() - 1
 
 
@@ -54,11 +55,57 @@ def importance(routing: Routing) -> Float[Tensor, ""]:
     return routing.num_experts * _mean_probability(routing).square().sum() - 1
 
 
+def load(routing: Routing) -> Float[Tensor, ""]:
+    """The squared coefficient of variation, over the experts, of the mean probability of being chosen, were a router's
+    training noise drawn anew (Riquelme et al. 2021): 0 when balanced.
+
+    Expert i's probability is 1 - Phi(e * (threshold - logit i)): e, as the noise has deviation 1/e; the threshold is
+    the k-th largest logit with noise and has a gradient, the logit is the one without. Raises UserError for a router
+    that decided without noise.
+    """
+    if routing.noisy is None:
+        raise UserError(
+            "balance_loss 'load' (and 'vmoe', half of which it is) needs the training noise of the router, and this "
+            "one decides without; expected token choice with gating vmoe, renormalised or hard and noise=True; else "
+            "take balance_loss=importance or gshard"
+        )
+    threshold = routing.noisy.topk(routing.k, dim=-1).values[..., -1:]
+    chance = torch.special.ndtr((routing.logits - threshold) * routing.num_experts)
+    mean = _global_mean(chance)
+    return mean.var(correction=0) / mean.mean().square()
+
+
+def vmoe(routing: Routing) -> Float[Tensor, ""]:
+    """(importance + load) / 2: V-MoE's loss, whose weight was 0.01 (in its code, 0.005 for each)."""
+    return (importance(routing) + load(routing)) / 2
+
+
+def gshard(routing: Routing) -> Float[Tensor, ""]:
+    """e * sum over experts of (share of the items whose best expert it is) * P, with the training noise in both where
+    there is any (Lepikhin et al. 2021, as V-MoE's code has it): 1 when balanced, at most e.
+
+    The shares carry no gradient. V-MoE's code takes this loss for 2 experts, with weight 0.01.
+    """
+    best = torch.zeros_like(routing.logits).scatter_(-1, routing.index[..., :1], 1.0)
+    share = _over_processes(best.mean((0, 1)))
+    p = torch.softmax(routing.logits if routing.noisy is None else routing.noisy, -1)
+    return routing.num_experts * (share * p.mean((0, 1))).sum()
+
+
+def z_loss(routing: Routing) -> Float[Tensor, ""]:
+    """Mean of logsumexp(logits)^2: keeps the logits small, and spreads nothing (ST-MoE, Zoph et al. 2022)."""
+    return torch.logsumexp(routing.logits, -1).square().mean()
+
+
 BALANCE_LOSSES: dict[str, Callable[[Routing], Tensor]] = {
     "switch": load_balance,
     "entropy": entropy,
     "importance": importance,
     "column_entropy": column_entropy,
+    "load": load,
+    "vmoe": vmoe,
+    "gshard": gshard,
+    "z": z_loss,
 }
 
 
@@ -81,7 +128,22 @@ def _entropy(p: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _mean_probability(routing: Routing) -> Float[Tensor, " e"]:
-    """P of the global batch in value; backward, this process's items, counted as often as there are processes."""
-    local = torch.softmax(routing.logits, -1).mean((0, 1))
-    total = distributed.all_reduce_sum(local.detach().clone()) / distributed.world()
-    return total + (local - local.detach())
+    return _global_mean(torch.softmax(routing.logits, -1))
+
+
+def _global_mean(each: Float[Tensor, "n t e"]) -> Float[Tensor, " e"]:
+    """Over the items of the global batch in value; backward, this process's items, counted as often as there are
+    processes.
+    """
+    return in_global_batch(each.mean((0, 1)))
+
+
+def in_global_batch(mean: Tensor) -> Tensor:
+    """A mean over this process's items, as the one over all processes' in value (their shares are equal), and backward
+    as it was: the average over the processes of a function's gradients is then that of the global batch.
+    """
+    return _over_processes(mean) + (mean - mean.detach())
+
+
+def _over_processes(mean: Tensor) -> Tensor:
+    return distributed.all_reduce_sum(mean.detach().clone()) / distributed.world()

@@ -18,8 +18,8 @@ from robustmoe.routing import Routing
 
 class Validation(NamedTuple):
     """Accuracies on ``n`` images (``robust`` None without an attack). Of each router: ``load``, the share of its
-    decisions that went to each expert; ``gap``, best minus second logit, the mean over decisions; ``consistency``, the
-    share of decisions that are the same under the attack ({} without one).
+    decisions that went to each expert (what found no room went to none); ``gap``, best minus second logit, the mean
+    over decisions; ``consistency``, the share of decisions that are the same under the attack ({} without one).
     """
 
     clean: float
@@ -88,7 +88,7 @@ def _right(logits: Tensor, y: Tensor) -> Tensor:
 
 def _sums(clean: Routing, attacked: Routing) -> Tensor:
     """(e + 3,): how often each expert was chosen, the decisions, the sum of their gaps, how many stayed."""
-    chosen = torch.bincount(clean.index.flatten(), minlength=clean.num_experts).double()
+    chosen = clean.chosen().sum((0, 1)).double()
     best = clean.logits.double().topk(min(2, clean.num_experts), dim=-1).values
     same = (clean.chosen() == attacked.chosen()).all(-1)
     rest = torch.stack([best.new_tensor(same.numel()), (best[..., 0] - best[..., -1]).sum(), same.double().sum()])

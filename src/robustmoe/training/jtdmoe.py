@@ -19,7 +19,7 @@ from robustmoe.models.base import RoutedModel
 from robustmoe.models.dual import DualModel
 from robustmoe.noise import Noise
 from robustmoe.training.methods import check_weight
-from robustmoe.training.phases import Loss, Method, Phase
+from robustmoe.training.phases import Loss, Method, Pair, Phase, router_noise
 from robustmoe.training.rt_er import RTER, Label, Protect, check_objective
 
 ROBUST, STANDARD = r"robust\.", r"standard\.|mixer\."
@@ -69,7 +69,7 @@ class _Robust:
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         """The RT-ER loss of the robust half; the standard one takes no part."""
-        return Loss(self.loss(_dual(model).robust, x, y, noise).value, None)
+        return self.loss(_dual(model).robust, x, y, noise)._replace(correct=None)
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,17 @@ class _Standard:
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         """CE of the clean blend + gamma * CE of the attacked one, the robust half in eval mode."""
         dual = _dual(model)
-        logits = _through_standard(dual, x)
-        value = F.cross_entropy(logits, y)
-        if self.gamma:
-            x_adv = self.attack(model, x, y, noise)
-            value = value + self.gamma * F.cross_entropy(_through_standard(dual, x_adv), y)
-        return Loss(value, (logits.argmax(1) == y).sum())
+        logits = _through_standard(dual, x, noise)
+        value, right = F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
+        if not self.gamma:
+            return Loss(value, right)
+        x_adv = self.attack(model, x, y, noise)
+        value = value + self.gamma * F.cross_entropy(_through_standard(dual, x_adv, noise), y)
+        return Loss(value, right, Pair(x, x_adv))
 
 
-def _through_standard(dual: DualModel, x: Tensor) -> Tensor:
-    """The blend's logits, whose gradient stops at the robust half; that one in eval mode."""
+def _through_standard(dual: DualModel, x: Tensor, noise: Noise) -> Tensor:
+    """The blend's logits, whose gradient stops at the robust half; that one in eval mode, without noise."""
     with evaluating(dual.robust), torch.no_grad():
         robust = dual.robust(x)
-    return dual.blended(x, dual.standard(x), robust)
+    return dual.blended(x, dual.standard.run(x, noise=router_noise(noise)).logits, robust)

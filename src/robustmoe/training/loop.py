@@ -27,7 +27,7 @@ from robustmoe.noise import Noise, permutation
 from robustmoe.progress import Bar, note, progress
 from robustmoe.recipe import Recipe
 from robustmoe.records import append_json, read_jsonl, write_atomic
-from robustmoe.training import checkpoint, health
+from robustmoe.training import checkpoint, health, starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Given, Method, StepResult, TrainingStopped, train_step
 
@@ -134,7 +134,7 @@ def _build(recipe: Recipe, device: torch.device, fresh: bool) -> Parts:
     data: Data = specs.build(recipe.data, "data")
     model = build_model(recipe.model, data.num_classes, data.image_shape, data.mean, data.std, recipe.seed).to(device)
     if recipe.init is not None and fresh:
-        checkpoint.start_from(model, recipe.init)
+        starting.start_from(model, recipe.init)
     parts = Parts(
         recipe=recipe,
         data=data,

@@ -11,7 +11,8 @@ from robustmoe.attacks import PGD, Attack, Joint, Objective, Wrapped, changed, k
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.training.auxiliary import BalanceLoss, auxiliary, check_balance_loss
-from robustmoe.training.phases import Loss, LossFunction, Method, Phase
+from robustmoe.training.mixup import Labelled, mixed
+from robustmoe.training.phases import Loss, LossFunction, Method, Pair, Phase, router_noise
 
 ROUTERS = r".*\brouters?\."
 EXPERTS = rf"(?!{ROUTERS})"
@@ -33,12 +34,16 @@ def _one_phase(moves: Moves, loss: LossFunction, attack: Attack | None = None) -
 
 
 def _classification(
-    label_smoothing: float, balance: float, balance_loss: BalanceLoss, attack: Attack | None
+    label_smoothing: float, balance: float, balance_loss: BalanceLoss, mixup: float, attack: Attack | None
 ) -> LossFunction:
     def loss(model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
-        output = model.run(x if attack is None else attack(model, x, y, noise))
-        value = F.cross_entropy(output.logits, y, label_smoothing=label_smoothing)
-        return Loss(value + auxiliary(output.trace, balance, balance_loss), (output.logits.argmax(1) == y).sum())
+        given = mixed(x, y, noise, mixup) if mixup else Labelled(x, y)
+        x_adv = None if attack is None else attack(model, given.x, given.label, noise)
+        output = model.run(given.x if x_adv is None else x_adv, noise=router_noise(noise))
+        value = given.cross_entropy(output.logits, label_smoothing)
+        value = value + auxiliary(output.trace, balance, balance_loss)
+        right = (output.logits.argmax(1) == given.label).sum()
+        return Loss(value, right, None if x_adv is None else Pair(given.x, x_adv))
 
     return loss
 
@@ -48,14 +53,17 @@ def standard(
     balance: float = 0.0,
     balance_loss: BalanceLoss = "switch",
     moves: Moves = "all",
+    mixup: float = 0.0,
 ) -> Method:
     """Cross-entropy on clean images. ``balance``: weight of the routers' loss of the name ``balance_loss`` (see
     `robustmoe.training.auxiliary`). ``moves``: the parameters that move, "all", the "routers" alone, or the "experts"
-    (all but the routers'): with a recipe's ``init``, to harden one part of a trained model.
+    (all but the routers'): with a recipe's ``init``, to harden one part of a trained model. ``mixup``: above 0, images
+    and labels are mixed by shares from Beta(mixup, mixup), see `robustmoe.training.mixup`.
     """
-    check_weight("balance", balance)
+    for name, weight in (("balance", balance), ("mixup", mixup)):
+        check_weight(name, weight)
     check_balance_loss(balance_loss)
-    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, None))
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, None))
 
 
 def at(
@@ -64,16 +72,18 @@ def at(
     balance: float = 0.0,
     balance_loss: BalanceLoss = "switch",
     moves: Moves = "all",
+    mixup: float = 0.0,
 ) -> Method:
     """Adversarial training (Madry et al. 2018): cross-entropy on the images as ``attack`` leaves them.
 
     The attack runs on the model in eval mode. With ``pgd(linf(8/255), steps=1, step_size=10/255, keep=last)`` it is the
     one-step training of Wong et al. 2020. ``balance``, ``balance_loss``: as in `standard`, on the attacked images;
-    ``moves``: as there.
+    ``moves``: as there; ``mixup``: as there, the mixed image attacked as one of the label that has the larger share.
     """
-    check_weight("balance", balance)
+    for name, weight in (("balance", balance), ("mixup", mixup)):
+        check_weight(name, weight)
     check_balance_loss(balance_loss)
-    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, attack), attack)
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, attack), attack)
 
 
 def trades(
@@ -112,9 +122,10 @@ def trades_loss(
 
     def loss(model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         x_adv = attack(model, x, y, noise)
-        clean, attacked = model.run(x), model.run(x_adv).logits
+        draws = router_noise(noise)
+        clean, attacked = model.run(x, noise=draws), model.run(x_adv, noise=draws).logits
         value = F.cross_entropy(clean.logits, y) + beta * kl(clean.logits, attacked).mean()
         value = value + auxiliary(clean.trace, balance, balance_loss)
-        return Loss(value, (attacked.argmax(1) == y).sum())
+        return Loss(value, (attacked.argmax(1) == y).sum(), Pair(x, x_adv))
 
     return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,17 +18,37 @@ from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
 
 
+class Pair(NamedTuple):
+    """Images x (n, ch, h, w) in [0, 1] and the same attacked."""
+
+    x: Tensor
+    x_adv: Tensor
+
+
 class Loss(NamedTuple):
-    """What a phase's loss gives: ``value``, the scalar to be minimised (a mean over the batch), and ``correct``, how
-    many images of the batch the model got right on the input it was trained on (None: it was not asked).
+    """What a phase's loss gives: ``value``, the scalar to be minimised (a mean over the batch), ``correct``, how many
+    images of the batch the model got right on the input it was trained on (None: it was not asked), and the ``pair``
+    that it attacked (None: it attacked nothing).
     """
 
     value: Tensor
     correct: Tensor | None
+    pair: Pair | None = None
 
 
 LossFunction = Callable[[RoutedModel, Tensor, Tensor, Noise], Loss]
 """(model, x (n ch h w) in [0,1], y (n), one random stream an image) -> Loss. The model is in train mode."""
+
+
+def router_noise(noise: Noise) -> Noise:
+    """The streams of the routers' training noise in a phase with the streams ``noise``, apart from its attack's. Every
+    pass in train mode has them, the clean and the attacked one the same: what differs is the attack. Passes of an
+    attack, and others in eval mode, have none.
+    """
+    return noise.fold(ROUTER_NOISE)
+
+
+ROUTER_NOISE = zlib.crc32(b"routers")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from robustmoe.noise import Noise
 from robustmoe.routing import Trace, detach, to_expert, to_rank
 from robustmoe.training.auxiliary import BalanceLoss, auxiliary, check_balance_loss
 from robustmoe.training.methods import ALL, check_weight
-from robustmoe.training.phases import Loss, Method, Phase
+from robustmoe.training.phases import Loss, Method, Pair, Phase, router_noise
 
 Protect = Literal["second", "random", "reachable", "all"]
 Label = Literal["kl", "ce"]
@@ -82,7 +82,7 @@ class RTER:
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         """See `rt_er`."""
         x_adv = self.attack(model, x, y, noise)
-        attacked = model.run(x_adv)
+        attacked = model.run(x_adv, noise=router_noise(noise))
         value = F.cross_entropy(attacked.logits, y) + auxiliary(attacked.trace, self.balance, self.balance_loss)
         if self.stability:
             value = value + self.stability * unstable(model, x, self.attack)
@@ -91,7 +91,7 @@ class RTER:
                 trace = detach(model.route(x))
             for number, (rows, forced) in enumerate(self._experts(model, x, trace, noise)):
                 value = value + self.beta * self._of_expert(model, x, y, rows, forced, noise.fold(1, number))
-        return Loss(value, (attacked.logits.argmax(1) == y).sum())
+        return Loss(value, (attacked.logits.argmax(1) == y).sum(), Pair(x, x_adv))
 
     def _experts(self, model: RoutedModel, x: Tensor, trace: Trace, noise: Noise) -> list[tuple[Tensor, Trace]]:
         """Which images (rows of the batch) go to which expert, to be protected there. On several processes all have the
@@ -118,7 +118,9 @@ class RTER:
         return found
 
     def _of_expert(self, model: RoutedModel, x: Tensor, y: Tensor, rows: Tensor, forced: Trace, noise: Noise) -> Tensor:
-        """The sum over the images ``rows`` of the loss on the route ``forced``, over the size of the batch."""
+        """The sum over the images ``rows`` of the loss on the route ``forced``, over the size of the batch. Every
+        router's decision is given, so that none has training noise.
+        """
         images, labels = x[rows], y[rows]
         attack = changed(self.attack, objective=Held(forced))
         x_adv = attack(model, images, labels, noise[rows])

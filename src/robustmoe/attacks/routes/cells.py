@@ -83,13 +83,9 @@ class Goal:
     @classmethod
     def of(cls, before: Routing, index: Int[Tensor, "n t k"], held: Bool[Tensor, "n t"]) -> Goal:
         """``before``: a decision of the model's own for these images, from which its weights are known."""
-        logits = before.logits.detach()
-        full, among = _full(logits, before.index), _among(logits, before.index)
-        own = before.weight.detach()
-        constant = (own == 1.0).all(-1)
-        scaled = torch.isclose(own, full, rtol=1e-4, atol=1e-6).all(-1) & ~constant
-        renormalised = torch.isclose(own, among, rtol=1e-4, atol=1e-6).all(-1) & ~constant & ~scaled
-        return cls(index, held, scaled, renormalised)
+        full, among, constant = weighted_as(before)
+        scaled = full & ~constant
+        return cls(index, held, scaled, among & ~constant & ~scaled)
 
     def __getitem__(self, rows: Tensor) -> Goal:
         return Goal(self.index[rows], self.held[rows], self.scaled[rows], self.renormalised[rows])
@@ -110,6 +106,23 @@ class Goal:
 
 Target = Mapping[str, Goal]
 """Goals by router; {} is no goal at all: the free route."""
+
+
+def weighted_as(
+    decision: Routing,
+) -> tuple[Bool[Tensor, "n t"], Bool[Tensor, "n t"], Bool[Tensor, "n t"]]:
+    """How the chosen experts of each item are weighted, known from a router's own decision: by softmax over all experts
+    (V-MoE), by softmax over the chosen, and by the constant 1. Several may hold at once. Experts without room (weight
+    0) say nothing; of an item without any other, none holds.
+    """
+    logits, own = decision.logits.detach(), decision.weight.detach()
+    silent = own == 0
+
+    def like(weight: Tensor) -> Tensor:
+        return (torch.isclose(own, weight, rtol=1e-4, atol=1e-6) | silent).all(-1) & ~silent.all(-1)
+
+    constant = ((own == 1.0) | silent).all(-1) & ~silent.all(-1)
+    return like(_full(logits, decision.index)), like(_among(logits, decision.index)), constant
 
 
 def _full(logits: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""Does the number of experts buy robustness at equal compute? Dense ViTs and ViT-MoEs of E = 2, 4, 8, 16, natural and
+adversarial training, under the paper's weak attack, PGD-50 with restarts, AutoAttack and the routing attacks.
+
+python benchmarks/vit_moe_study.py train --out DIR [--data digits] [--seeds 3]       # some minutes a run on one core
+python benchmarks/vit_moe_study.py evaluate --out DIR [--limit 200]                  # one file of rows an attack
+python benchmarks/vit_moe_study.py sweep --out DIR                                   # routing changes, redundancy
+python benchmarks/vit_moe_study.py lipschitz --out DIR                               # the router's share of the damage
+python benchmarks/vit_moe_study.py table --out DIR
+
+Every verb goes on where it was. ViT of 4 blocks, width 48, 16 patches and the class token; in the MoEs blocks 1 and 3
+have experts. At k = 1 a pass costs what the dense net's does; at k = 2 no more than "dense wide" (its MLPs are twice as
+wide in all four blocks, not in two). One row an arm: mean ± standard deviation over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from robustmoe import analysis, records
+from robustmoe.evaluation import lipschitz_run, sweep_run
+from robustmoe.recipe import Recipe
+from study import Study, table
+
+SHAPE = "patch={patch}, width=48, depth=4, heads=4"
+BALANCED = "balance=0.01, balance_loss={loss}"
+EXPERTS = (2, 4, 8, 16)
+NETS = {
+    "dense": "vit({shape})",
+    "dense wide": "vit({shape}, mlp_ratio=8)",
+    **{f"E{e} k1": f"vit_moe(tiny, {{shape}}, experts={e}, k=1, placement=every_2)" for e in EXPERTS},
+    "E16 k2": "vit_moe(tiny, {shape}, experts=16, k=2, placement=every_2)",
+}
+PATCH = {"digits": 2, "fashion_mnist": 7}
+EPOCHS = {"digits": 20, "fashion_mnist": 3}
+TRAINING = ("natural", "at")
+EPS = 0.05
+"""The linf radius of every attack, in training too."""
+
+ARMS = [f"{training} {net}" for training in TRAINING for net in NETS]
+PAIRS = [
+    (f"{training} {left}", f"{training} {right}")
+    for training in TRAINING
+    for left, right in [*((f"E{e} k1", "dense") for e in EXPERTS), ("E16 k1", "E2 k1"), ("E16 k2", "dense wide")]
+]
+
+
+def parts(arm: str) -> tuple[str, str]:
+    training, _, net = arm.partition(" ")
+    return training, net
+
+
+THREAT = f"linf({EPS})"
+
+
+SUITED = ("dense", "E16 k1")
+"""The nets that meet AutoAttack too (the MoEs then the routing attacks): minutes each."""
+WEAK, STRONG = f"vmoe_pgd({THREAT})", f"pgd({THREAT}, steps=50, restarts=2)"
+
+
+def attacks(arm: str) -> dict[str, str]:
+    """The suite of a dense net has no routing attack."""
+    net = parts(arm)[1]
+    suite = f"autoattack_routing({THREAT})" if net.startswith("E") else f"autoattack({THREAT})"
+    return {"weak": WEAK, "PGD-50": STRONG, **({"suite": suite} if net in SUITED else {})}
+
+
+def recipe(arm: str, seed: int, data: str) -> Recipe:
+    training, net = parts(arm)
+    method = "standard"
+    given = []
+    if training == "at":
+        method = "at"
+        given.append(f"pgd({THREAT}, steps=2, keep=last)")
+    if net.startswith("E") and "soft" not in net:
+        given.append(BALANCED.format(loss="gshard" if net.startswith("E2") else "vmoe"))
+    return Recipe(
+        model=NETS[net].format(shape=SHAPE.format(patch=PATCH[data])),
+        data=data,
+        method=f"{method}({', '.join(given)})" if given else method,
+        optimizer="adamw(lr=4e-3, weight_decay=0.05)",
+        schedule="one_cycle",
+        epochs=EPOCHS[data],
+        batch_size=64 if data == "digits" else 128,
+        val_attack=f"pgd({THREAT}, steps=5)" if training == "at" else None,
+        val_limit=512,
+        seed=seed,
+        threads=1,
+    )
+
+
+def study(out: Path, data: str, only: tuple[str, ...] = ()) -> Study:
+    """``only``: of the attacks those with these names."""
+
+    def chosen(arm: str) -> dict[str, str]:
+        return {name: text for name, text in attacks(arm).items() if not only or name in only}
+
+    return Study(out, lambda arm, seed: recipe(arm, seed, data), chosen)
+
+
+def numbers(given: Study, arm: str, seed: int) -> dict[str, float]:
+    """Per cent of the test images, of the attacks that are done."""
+    files = given.files(arm, seed)
+    found = {}
+    if "weak" in files and "PGD-50" in files:
+        weak, strong = (analysis.summary(*files[name]) for name in ("weak", "PGD-50"))
+        found = {"clean": weak.clean.value, "weak (paper's)": weak.robust.value, "PGD-50 x 2": strong.robust.value}
+    if "suite" in files:
+        suite = analysis.routing_gap(files["suite"])
+        last = analysis.by_part(files["suite"])[-1].left
+        found |= {"AutoAttack": (suite[0] if suite else last).value, "AutoAttack + routing": last.value}
+    return {name: 100 * value for name, value in found.items()}
+
+
+def routes(given: Study, arm: str, seed: int) -> dict[str, float]:
+    """Of the sweep at `EPS`: routes under the weak and the strong attack, redundancy; of the laboratory: the router's
+    share of the change.
+    """
+    swept, measured = (read(given.folder(arm, seed)) for read in (records.read_sweep, records.read_lipschitz))
+    found: dict[str, float] = {}
+    if swept is not None and swept.done and swept.header.routers:
+        curves = analysis.sweep_numbers(swept)
+        for name, curve in zip(("weak", "PGD-50"), curves.curves):
+            point = curve.points[-1]
+            found[f"rerouted, {name}"] = statistics.mean(point.moved.values())
+            if point.held is not None:
+                found[f"right on the clean route, {name}"] = point.held.value
+                found[f"right, {name}"] = point.right.value
+            if point.swapped is not None and name == "PGD-50":
+                found["clean images, attacked route"] = point.swapped.value
+        for spare in curves.spare:
+            if spare.rule == "random" and spare.router == "":
+                found["random experts"] = spare.mean
+            if spare.rule == "without" and spare.router == "":
+                found["worst expert out"] = spare.lowest[1].value
+    if measured is not None and measured.done:
+        parts_of = analysis.sensitivity(measured)
+        fall = parts_of.fall
+        found["margin's fall by the routes"] = fall[2] / fall[0] if fall[0] else 0.0
+        shares = [layer.numbers["attack router share"].mean for layer in parts_of.layers]
+        if shares:
+            found["router's share in the layers (P8)"] = statistics.mean(shares)
+    found = {name: 100 * value for name, value in found.items()}
+    if measured is not None and measured.done:
+        found["margin gradient"] = analysis.sensitivity(measured).model["margin slope"].mean
+    return found
+
+
+def tables(out: Path, data: str, seeds: int) -> str:
+    given = study(out, data)
+    lines = []
+    for columns_of in (numbers, routes):
+        found = {arm: [each for seed in range(seeds) if (each := columns_of(given, arm, seed))] for arm in ARMS}
+        columns = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run))
+        lines += [*table(columns, found), ""]
+    for name in ("weak", "PGD-50", "suite"):
+        lines += [f"{name}:", "", *study(out, data, (name,)).differences(PAIRS, seeds), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("verb", choices=("train", "evaluate", "sweep", "lipschitz", "table"))
+    parser.add_argument("--out", type=Path, default=Path("runs/vit_moe_study"))
+    parser.add_argument("--data", choices=list(PATCH), default="digits")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    given = parser.parse_args()
+    work = study(given.out, given.data)
+    if given.verb == "train":
+        work.train(given.arms, given.seeds)
+    elif given.verb == "evaluate":
+        work.evaluate(given.arms, given.seeds, given.limit)
+    elif given.verb == "table":
+        print(tables(given.out, given.data, given.seeds))
+    else:
+        for seed in range(given.seeds):
+            for arm in given.arms:
+                if given.verb == "sweep":
+                    sweep_run(work.folder(arm, seed), attacks=(WEAK, STRONG), eps=str(EPS), limit=given.limit)
+                else:
+                    lipschitz_run(work.folder(arm, seed), attack=STRONG, limit=min(given.limit, 64))
+
+
+if __name__ == "__main__":
+    main()
