@@ -1,137 +1,317 @@
-"""Claims 28 and 30 of our page on sparse vision transformers, on digits: what training does to load, routes and slopes.
+"""What a right implementation of the V-MoE protocol must show, by the numbers of the project's list of claims (21 to 26
+in seconds; 23, 29 and 31 over several seeds under the marker "slow").
 
-Minutes: `make test-slow`. Asserted on means over seeds; what was measured is printed (pytest -s) and stands beside the
-claim.
+The nets are small vision transformers on digits (8 x 8): 4 patches and the class token, experts in some blocks.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from digits_vit import digits_batches
-from robustmoe import spec
-from robustmoe.attacks import build_attack
+from digits_vit import digits_batches, trained
+from robustmoe.analysis import SweepNumbers
+from robustmoe.attacks import Threat, build_attack
+from robustmoe.attacks.routes.reach import route_radius
+from robustmoe.data import Batch
+from robustmoe.evaluation import sweep
 from robustmoe.models import RoutedModel, build_model
-from robustmoe.noise import Noise, permutation
-from robustmoe.routing import rerouted
-from robustmoe.training import build_method, train_step
+from robustmoe.models.base import Plain
+from robustmoe.routing import Routing, rerouted
 
-pytestmark = pytest.mark.slow
-
-MODEL = "vit_moe(tiny, patch=2, width=48, depth=4, heads=4, experts=8, k=1, placement=every_2)"
-"""16 patches and the class token, blocks 1 and 3 sparse."""
-BALANCE = "balance=0.01, balance_loss=vmoe"
-ATTACK = "pgd(linf(0.05), steps=1, step_size=0.06, keep=last)"
-SEEDS = (0, 1, 2)
-BATCH = 64
+EPS = 0.1
+LARGE = "vit_moe(tiny, patch=4, width=48, depth=4, heads=4, mlp_ratio=2, experts={}, k=2, placement=every_2)"
 
 
-images = functools.cache(functools.partial(digits_batches, 200))
-"""All training images, and 200 of the test set."""
+class Net(NamedTuple):
+    """A trained net, and the images it is asked about."""
+
+    model: RoutedModel
+    x: Tensor
+    y: Tensor
 
 
-def fresh(seed: int) -> RoutedModel:
-    data = spec.build("digits", "data")
-    return build_model(MODEL, 10, data.image_shape, data.mean, data.std, seed)
+@pytest.fixture(scope="module")
+def net() -> Net:
+    """Two blocks, both with four experts, 10 epochs: some seconds."""
+    images, test = digits_batches(96)
+    text = "vit_moe(tiny, patch=4, width=32, depth=2, heads=4, mlp_ratio=2, experts=4, k=2, placement=(0, 1))"
+    return Net(trained(text, images, epochs=10, lr=1e-2, batch=128), test.x, test.y)
 
 
-def trained(model: RoutedModel, text: str, seed: int, first: int, epochs: int, lr: float) -> RoutedModel:
-    """The model after so many more epochs of AdamW; 20 steps each, on the same images in the same order for all."""
-    x, y, _ = images()[0]
-    method = build_method(text)
-    (phase,) = method.phases
-    optimiser = torch.optim.AdamW(phase.parameters(model).values(), lr=lr, weight_decay=0.05)
-    for epoch in range(first, first + epochs):
-        for rows in permutation(len(x), seed, epoch)[: len(x) // BATCH * BATCH].view(-1, BATCH):
-            train_step(model, method, [optimiser], x[rows], y[rows], Noise.of(rows, seed, epoch))
-    return model.eval()
+def fooled(net: Net, spec: str) -> Tensor:
+    """Which images the net misses under the attack."""
+
+    x_adv = build_attack(spec)(net.model, net.x, net.y)
+    return net.model(x_adv).argmax(1) != net.y
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def share(hits: Tensor) -> float:
+    return hits.float().mean().item()
 
 
-def test_claim_28_without_balance_losses_the_load_collapses_more_often() -> None:
-    """The largest share of the tokens that an expert of 8 gets (evenly: 0.125), of 3 seeds and 2 layers, after 120
-    steps. Measured: 0.33 without and 0.20 with 0.005 importance + 0.005 load; an expert with more than twice its even
-    share in 4 layers of 6, and in none; experts with less than 1 % 3, and none. So few steps do not bring it near 1.
+# ------------------------------------------------------------------------------------------------ 21: a linear model
+
+SINGLE = ["vmoe_pgd(linf(0.1))", "pgd(linf(0.1), steps=40)", "fgsm(linf(0.1))"]
+
+
+def linear(images: Tensor) -> tuple[RoutedModel, Tensor]:
+    """Class 0 by the score w x, class 1 by minus that; and w."""
+
+    w = torch.randn(images[0].numel(), generator=torch.Generator().manual_seed(3))
+    return Plain(lambda x: torch.stack([x.flatten(1) @ w, -(x.flatten(1) @ w)], 1)), w
+
+
+@pytest.mark.parametrize("spec", SINGLE)
+def test_21_the_closed_form_on_a_linear_model(spec: str, images: Callable[..., Tensor]) -> None:
+    """Inside the box the score falls to w x - eps ||w||_1 (label 0) or rises to w x + eps ||w||_1; at the box a pixel
+    stops, so the image is clip(x - eps sign(w)). The ball and the box hold.
     """
-    largest: dict[str, list[float]] = {}
-    dead: dict[str, int] = {}
-    for text in ("standard", f"standard({BALANCE})"):
-        for seed in SEEDS:
-            model = trained(fresh(seed), text, seed, first=0, epochs=6, lr=2e-3)
-            with torch.no_grad():
-                trace = model.run(images()[1].x).trace
-            shares = [routing.chosen().double().mean((0, 1)) for routing in trace.values()]
-            largest.setdefault(text, []).extend(float(share.max()) for share in shares)
-            dead[text] = dead.get(text, 0) + sum(int((share < 0.01).sum()) for share in shares)
-        print(text, [f"{share:.3f}" for share in largest[text]], "dead", dead[text])
-    without, balanced = largest.values()
-    assert mean(without) > mean(balanced) + 0.05
-    assert sum(share > 0.25 for share in without) >= 3 + sum(share > 0.25 for share in balanced)
-    assert dead["standard"] >= dead[f"standard({BALANCE})"]
+
+    inner = 0.15 + 0.7 * images(6)
+    for x, free in ((inner, True), (images(6), False)):
+        model, w = linear(x)
+        y = torch.arange(len(x)) % 2
+        sign = torch.where(y == 0, 1.0, -1.0)
+        x_adv = build_attack(spec)(model, x, y)
+        wanted = (x - EPS * sign[:, None, None, None] * w.sign().view_as(x[0])).clamp(0, 1)
+        assert torch.allclose(x_adv, wanted, atol=1e-6)
+        assert float((x_adv - x).abs().max()) <= EPS * (1 + 1e-5)
+        assert 0 <= float(x_adv.min()) <= float(x_adv.max()) <= 1
+        if free:
+            score = sign * (x_adv.flatten(1) @ w)
+            assert torch.allclose(score, sign * (x.flatten(1) @ w) - EPS * w.abs().sum(), atol=1e-3)
+        else:
+            assert bool(((x_adv == 0) | (x_adv == 1)).any()), "the box was met"
 
 
-def slope(model: RoutedModel) -> float:
-    """The median over images of the spectral norm of the Jacobian of logits by pixels: all of it, a row a class, and
-    its singular values (an exact second way beside a power iteration).
-    """
-    x = images()[1].x.clone().requires_grad_()
-    logits = model(x)
-    rows = [torch.autograd.grad(logits[:, c].sum(), x, retain_graph=True)[0].flatten(1) for c in range(10)]
-    return float(torch.linalg.matrix_norm(torch.stack(rows, 1), 2).median())
+def test_21_fgsm_is_one_step(net: Net) -> None:
+
+    found = [
+        build_attack(spec)(net.model, net.x, net.y)
+        for spec in (
+            "fgsm(linf(0.1))",
+            "vmoe_pgd(linf(0.1), steps=1)",
+            "pgd(linf(0.1), steps=1, start=clean, keep=last)",
+        )
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
-def changed_routes(model: RoutedModel, attack: str) -> float:
-    """The share of decisions that change, 1 - IoU, the mean over images and layers."""
-    x, y, _ = images()[1]
-    x_adv = build_attack(attack)(model, x, y)
+# ------------------------------------------------------------------------------------------------ 22: more is more
+
+
+def test_22_robust_accuracy_does_not_rise_with_eps(net: Net) -> None:
+
+    attacks = ["vmoe_pgd(linf(0.1), steps=5)", "pgd(linf(0.1), steps=5)"]
+    found = sweep(net.model, net.x, net.y, attacks=attacks, eps=[0.02, 0.05, 0.1, 0.15], draws=0, num_classes=10)
+    worst = [rate.count for rate in found.worst.values()]
+    assert worst == sorted(worst, reverse=True)
+    assert found.clean.count > worst[0] > worst[-1]
+    for curve in found.curves:
+        counts = [point.robust.count for point in curve.points]
+        assert counts == sorted(counts, reverse=True)
+        assert all(point.robust.count <= point.right.count for point in curve.points)
+
+
+def test_22_nor_with_steps_or_restarts(net: Net) -> None:
+    """Image by image: the first steps, and the first start, are the same."""
+    spec = "pgd(linf(0.1), steps={}, step_size=0.02, restarts={})"
+    few, more, again = (fooled(net, spec.format(*numbers)) for numbers in ((3, 1), (8, 1), (8, 3)))
+    assert bool((few <= more).all())
+    assert bool((more <= again).all())
+    assert share(few) < share(again)
+
+
+# ------------------------------------------------------------------------------------------------ 23: the weak schedule
+
+STANDARD = "pgd(linf(0.1), steps=20, step_size=0.0125, restarts=2)"
+"""Steps of 2.5 eps / 20, the worst of two random starts."""
+
+
+def test_23_the_paper_s_schedule_is_weak(net: Net) -> None:
+    """On this list's own nets 24 % are left by V-MoE's schedule and 13 % by standard PGD."""
+    weak, strong = (1 - share(fooled(net, spec)) for spec in ("vmoe_pgd(linf(0.1))", STANDARD))
+    assert strong < weak - 0.03
+
+
+# ------------------------------------------------------------------------------------------------ 24: part by part
+
+
+def moved(net: Net, spec: str, held: bool = False) -> dict[str, float]:
+    """By router, the mean routing change under the attack; ``held``: of the pass in which the clean route is forced."""
+
+    x_adv = build_attack(spec)(net.model, net.x, net.y)
     with torch.no_grad():
-        changes = rerouted(model.run(x).trace, model.run(x_adv).trace)
-    return mean([float(change.mean()) for change in changes.values()])
+        clean = net.model.run(net.x).trace
+        after = net.model.run(x_adv, forced=clean if held else None).trace
+    return {name: shares.mean().item() for name, shares in rerouted(clean, after).items()}
 
 
-def accuracy(model: RoutedModel) -> float:
-    x, y, _ = images()[1]
-    with torch.no_grad():
-        return float((model(x).argmax(1) == y).double().mean())
+def test_24_a_frozen_route_stays_and_a_router_s_attack_moves_more(net: Net) -> None:
+    frozen = "pgd(linf(0.1), steps=10, objective=experts_only)"
+    assert set(moved(net, frozen, held=True).values()) == {0.0}
+    assert all(change > 0.05 for change in moved(net, frozen).values()), "the live route does move"
+    plain = moved(net, "pgd(linf(0.1), steps=10, keep=last)")
+    router = moved(net, "pgd(linf(0.1), steps=10, objective=router_only, keep=last)")
+    assert len(plain) == 2
+    for name in plain:
+        assert router[name] > plain[name] + 0.03
 
 
-def test_claim_30_adversarial_training_flattens_and_consistency_holds_routes() -> None:
-    """From one trained model a seed, 80 more steps of each: natural training, AT, and AT with KL consistency of the
-    routers. The Jacobian's norm falls with AT; under the same attack fewer routes change with the consistency. Measured
-    (natural, AT, with consistency), means of 3 seeds: clean accuracy 0.84, 0.86, 0.83; norm 16.3, 7.5, 7.4; routes that
-    change by PGD on the loss 0.192, 0.135, 0.102, on the routers alone 0.325, 0.261, 0.214.
+# ------------------------------------------------------------------------------------------------ 25: IoU by hand
+
+
+def test_25_iou_by_hand() -> None:
+    """k = 2. Item 0 keeps one of two experts: IoU 1/3. Item 1 keeps both, in the other order: 1. Item 2 keeps none: 0.
+    Item 3 has no room before and after: left out, or 0 by the paper's rule. Item 4 loses one of two for want of room:
+    1/2; item 5 gets one after none: 0.
     """
-    methods = {
-        "natural": f"standard({BALANCE})",
-        "at": f"at({ATTACK}, {BALANCE})",
-        "consistent": f"consistent(at({ATTACK}, {BALANCE}), kl, weight=10)",
-    }
-    attacks = ("pgd(linf(0.05), steps=10)", "pgd(linf(0.05), steps=10, objective=router_only)")
-    slopes: dict[str, list[float]] = {name: [] for name in methods}
-    clean: dict[str, list[float]] = {name: [] for name in methods}
-    changes: dict[tuple[str, str], list[float]] = {(name, attack): [] for name in methods for attack in attacks}
-    for seed in SEEDS:
-        start = trained(fresh(seed), methods["natural"], seed, first=0, epochs=8, lr=2e-3)
-        for name, text in methods.items():
-            model = trained(copy.deepcopy(start), text, seed, first=8, epochs=4, lr=1e-3)
-            slopes[name].append(slope(model))
-            clean[name].append(accuracy(model))
-            for attack in attacks:
-                changes[name, attack].append(changed_routes(model, attack))
-    for name in methods:
-        parts = [
-            f"{'routers' if 'router_only' in attack else 'loss'} {mean(changes[name, attack]):.3f}"
-            for attack in attacks
-        ]
-        print(f"{name}: clean {mean(clean[name]):.3f}  norm {mean(slopes[name]):.2f}  routes changed {parts}")
-    assert min(mean(values) for values in clean.values()) > 0.75
-    assert mean(slopes["at"]) < 0.8 * mean(slopes["natural"])
-    for attack in attacks:
-        assert mean(changes["consistent", attack]) < 0.9 * mean(changes["at", attack])
+
+    def decided(index: list[list[int]], weight: list[list[float]]) -> Routing:
+        return Routing(torch.zeros(1, 6, 4), torch.tensor([index]), torch.tensor([weight]))
+
+    full, none, first = [0.5, 0.5], [0.0, 0.0], [0.5, 0.0]
+    before = decided([[0, 1], [0, 1], [0, 1], [0, 1], [0, 1], [0, 1]], [full, full, full, none, full, none])
+    after = decided([[0, 2], [1, 0], [2, 3], [2, 3], [0, 1], [0, 1]], [full, full, full, none, first, first])
+    change = 2 / 3 + 0 + 1 + 1 / 2 + 1
+    assert rerouted({"r": before}, {"r": after})["r"].item() == pytest.approx(change / 5)
+    assert rerouted({"r": before}, {"r": after}, empty="changed")["r"].item() == pytest.approx((change + 1) / 6)
+
+
+# ------------------------------------------------------------------------------------------------ 26: route radius
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("experts, k", [(2, 1), (4, 1), (4, 2)])
+def test_26_below_the_radius_no_attack_moves_a_linear_route(
+    norm: str, experts: int, k: int, images: Callable[..., Tensor]
+) -> None:
+    """P6: min over chosen i and others j of (s_i - s_j) x / ||s_i - s_j||_dual. At 0.999 of it neither an attack on the
+    router nor the shortest step across the boundary moves the chosen set; at 1.001 the step does. (A statement about
+    linear routers: for any other the radius is a first-order estimate.) `route_radius` is that of the runner-up's
+    boundary: for two experts the same, otherwise never less.
+    """
+    gate = "straight_through" if k == 1 else "renormalised"
+    spec = f"ensemble(linear, experts={experts}, k={k}, gate={gate}, router=linear)"
+    model, x = build_model(spec, 4, (1, 4, 4), seed=2).eval(), 0.3 + 0.4 * images(4, 1, 4, 4)
+    found = route_radius(model, x, norm)["router"].detach()
+    for row in range(len(x)):
+        one = x[row : row + 1]
+        radius, step = nearest_boundary(model, one, norm)
+        assert found[row].item() >= radius * (1 - 1e-4)
+        if experts == 2:
+            assert found[row].item() == pytest.approx(radius, rel=1e-4)
+        clean = model.run(one).trace
+        below = Threat(norm, 0.999 * radius)
+        attack = f"pgd({norm}({below.eps}), steps=20, objective=router_only, keep=last)"
+        tries = [build_attack(attack)(model, one, torch.tensor([0])), one + below.eps * step]
+        for x_adv in tries:
+            assert float(below.size(x_adv - one)) <= below.eps * (1 + 1e-5)
+            assert rerouted(clean, model.run(x_adv).trace)["router"].item() == 0
+        if experts == 2:
+            above = build_attack(attack.replace(str(below.eps), str(1.1 * radius)))(model, one, torch.tensor([0]))
+            assert rerouted(clean, model.run(above).trace)["router"].item() == 1, "the attack is worth its name"
+        across = one + 1.001 * radius * step
+        assert 0 <= float(across.min()) <= float(across.max()) <= 1, "the box is not in the way"
+        assert rerouted(clean, model.run(across).trace)["router"].item() > 0
+
+
+def nearest_boundary(model: RoutedModel, x: Tensor, norm: str) -> tuple[float, Tensor]:
+    """The routing radius of one image, and the unit step towards that boundary, pair by pair."""
+    at = x.clone().requires_grad_(True)
+    routing = model.run(at).trace["router"]
+    logits, chosen = routing.logits[0, 0], routing.index[0, 0].tolist()
+    best: list[tuple[float, Tensor]] = []
+    for i in chosen:
+        for j in set(range(routing.num_experts)) - set(chosen):
+            (slope,) = torch.autograd.grad(logits[i] - logits[j], at, retain_graph=True)
+            dual = slope.abs().sum() if norm == "linf" else slope.norm()
+            step = -slope.sign() if norm == "linf" else -slope / slope.norm()
+            best.append((float((logits[i] - logits[j]).detach() / dual), step))
+    return min(best, key=lambda pair: pair[0])
+
+
+# ------------------------------------------------------------------------------------------------ over several seeds
+
+
+@pytest.fixture(scope="module")
+def batches() -> tuple[Batch, Batch]:
+    return digits_batches(300)
+
+
+def large(experts: int, seed: int, batches: tuple[Batch, Batch]) -> Net:
+    """Four blocks, experts in every second one, 20 epochs: half a minute."""
+    images, test = batches
+    return Net(trained(LARGE.format(experts), images, epochs=20, lr=4e-3, seed=seed), test.x, test.y)
+
+
+@pytest.mark.slow
+def test_23_over_seeds(batches: tuple[Batch, Batch]) -> None:
+    for seed in range(3):
+        net = large(4, seed, batches)
+        weak, strong = (1 - share(fooled(net, spec)) for spec in ("vmoe_pgd(linf(0.1))", STANDARD))
+        print(f"seed {seed}: V-MoE's schedule leaves {weak:.3f}, standard PGD {strong:.3f}")
+        assert strong < weak - 0.03
+
+
+@pytest.mark.slow
+def test_29_experts_are_redundant(batches: tuple[Batch, Batch]) -> None:
+    """A random classifier loses clean - 0.1. Random experts lose less than a fifth of that, and so does the removal of
+    any one expert of a layer. (This list's own nets: from 97 % to 88 to 91 %, and at least 95 %.)
+    """
+
+    lost: dict[str, list[float]] = {"random": [], "without": []}
+    for seed in range(3):
+        net = large(8, seed, batches)
+        attack = "vmoe_pgd(linf(0.1), steps=1)"
+        found = sweep(net.model, net.x, net.y, attacks=[attack], eps=[0.1], num_classes=10)
+        span = found.clean.value - 0.1
+        for rule, losses in lost.items():
+            losses.append((found.clean.value - lowest(found, rule)) / span)
+        latest = {rule: round(losses[-1], 3) for rule, losses in lost.items()}
+        print(f"seed {seed}: clean {found.clean.value:.3f}, lost of what a random classifier would {latest}")
+        assert found.clean.value > 0.9
+    assert statistics.mean(lost["random"]) < 0.2
+    assert statistics.mean(lost["without"]) < 0.2
+
+
+def lowest(found: SweepNumbers, rule: str) -> float:
+    """The lowest clean accuracy: of all draws of random experts in all layers, of any single removal in one layer."""
+    return min(
+        one.lowest[1].value for one in found.spare if one.rule == rule and bool(one.router) == (rule == "without")
+    )
+
+
+@pytest.mark.slow
+def test_31_the_margin_s_gradient_falls_with_the_number_of_experts(batches: tuple[Batch, Batch]) -> None:
+    """At constant compute (k = 2), 5 seeds paired, 16 experts against 4: the gradient of the margin is smaller on
+    average. Robust accuracy is printed; its seeds differ as much as the arms.
+    """
+    slopes, gains = [], []
+    for seed in range(5):
+        few, many = (large(experts, seed, batches) for experts in (4, 16))
+        pair = [margin_gradient(net) for net in (few, many)]
+        robust = [1 - share(fooled(net, STANDARD)) for net in (few, many)]
+        slopes.append(pair[1] - pair[0])
+        gains.append(robust[1] - robust[0])
+        print(f"seed {seed}: gradient {pair[0]:.2f} and {pair[1]:.2f}, robust {robust[0]:.3f} and {robust[1]:.3f}")
+    print(f"mean difference: gradient {statistics.mean(slopes):.2f}, robust {statistics.mean(gains):.3f}")
+    assert statistics.mean(slopes) < 0
+
+
+def margin_gradient(net: Net) -> float:
+    """The mean Euclidean norm of the gradient of the label's logit minus the best other one."""
+    at = net.x.clone().requires_grad_(True)
+    logits = net.model(at)
+    label = F.one_hot(net.y, 10).bool()
+    margin = logits[label] - logits.masked_fill(label, -torch.inf).amax(1)
+    (gradient,) = torch.autograd.grad(margin.sum(), at)
+    return gradient.flatten(1).norm(dim=1).mean().item()
