@@ -1,10 +1,10 @@
 """Does the number of experts buy robustness at equal compute? Dense ViTs and ViT-MoEs of E = 2, 4, 8, 16, natural and
 adversarial training, under the paper's weak attack, PGD-50 with restarts, AutoAttack and the routing attacks.
 
-python benchmarks/vit_moe_study.py train --out DIR [--data digits] [--seeds 3]       # some minutes a run on one core
-python benchmarks/vit_moe_study.py evaluate --out DIR [--limit 200]                  # one file of rows an attack
-python benchmarks/vit_moe_study.py sweep --out DIR                                   # routing changes, redundancy
-python benchmarks/vit_moe_study.py lipschitz --out DIR                               # the router's share of the damage
+python benchmarks/vit_moe_study.py train --out DIR [--seeds 3]        # half a minute to two a run, of one core
+python benchmarks/vit_moe_study.py sweep --out DIR [--limit 200]      # weak and strong attack, routes, redundancy
+python benchmarks/vit_moe_study.py lipschitz --out DIR --limit 32     # slopes, the router's share of the damage
+python benchmarks/vit_moe_study.py evaluate --out DIR --limit 60      # AutoAttack and routing attacks of some arms
 python benchmarks/vit_moe_study.py table --out DIR
 
 Every verb goes on where it was. ViT of 4 blocks, width 48, 16 patches and the class token; in the MoEs blocks 1 and 3
@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
 from robustmoe import analysis, records
 from robustmoe.evaluation import lipschitz_run, sweep_run
 from robustmoe.recipe import Recipe
+from robustmoe.records import Sweep
 from study import Study, table
 
 SHAPE = "patch={patch}, width=48, depth=4, heads=4"
@@ -60,10 +62,10 @@ WEAK, STRONG = f"vmoe_pgd({THREAT})", f"pgd({THREAT}, steps=50, restarts=2)"
 
 
 def attacks(arm: str) -> dict[str, str]:
-    """The suite of a dense net has no routing attack."""
+    """The suite of a dense net has no routing attack. The weak and the strong attack are in the sweep."""
     net = parts(arm)[1]
     suite = f"autoattack_routing({THREAT})" if net.startswith("E") else f"autoattack({THREAT})"
-    return {"weak": WEAK, "PGD-50": STRONG, **({"suite": suite} if net in SUITED else {})}
+    return {"suite": suite} if net in SUITED else {}
 
 
 def recipe(arm: str, seed: int, data: str) -> Recipe:
@@ -90,23 +92,43 @@ def recipe(arm: str, seed: int, data: str) -> Recipe:
     )
 
 
-def study(out: Path, data: str, only: tuple[str, ...] = ()) -> Study:
-    """``only``: of the attacks those with these names."""
+def study(out: Path, data: str) -> Study:
+    return Study(out, lambda arm, seed: recipe(arm, seed, data), attacks)
 
-    def chosen(arm: str) -> dict[str, str]:
-        return {name: text for name, text in attacks(arm).items() if not only or name in only}
 
-    return Study(out, lambda arm, seed: recipe(arm, seed, data), chosen)
+class Swept(Study):
+    """The same runs, judged by what one attack of the sweep leaves."""
+
+    place = 0
+
+    def swept(self, arm: str, seed: int) -> Sweep | None:
+        found = records.read_sweep(self.folder(arm, seed))
+        return found if found is not None and found.done else None
+
+    def inside(self, arm: str, seed: int) -> dict[str, Any]:
+        return {"sweep": found} if (found := self.swept(arm, seed)) else {}
+
+    def survivors(self, arm: str, seed: int) -> dict[int, bool]:
+        found = self.inside(arm, seed)["sweep"]
+        attacked = found.points[self.place].predicted
+        rows = zip(found.index, found.labels, found.predicted, attacked, strict=True)
+        return {index: y == clean == after for index, y, clean, after in rows}
+
+
+class Strong(Swept):
+    place = 1
 
 
 def numbers(given: Study, arm: str, seed: int) -> dict[str, float]:
     """Per cent of the test images, of the attacks that are done."""
-    files = given.files(arm, seed)
     found = {}
-    if "weak" in files and "PGD-50" in files:
-        weak, strong = (analysis.summary(*files[name]) for name in ("weak", "PGD-50"))
-        found = {"clean": weak.clean.value, "weak (paper's)": weak.robust.value, "PGD-50 x 2": strong.robust.value}
-    if "suite" in files:
+    swept = records.read_sweep(given.folder(arm, seed))
+    if swept is not None and swept.done:
+        curves = analysis.sweep_numbers(swept)
+        found["clean"] = curves.clean.value
+        for name, curve in zip(("weak (paper's)", "PGD-50 x 2"), curves.curves, strict=True):
+            found[name] = curve.points[-1].robust.value
+    if "suite" in (files := given.files(arm, seed)):
         suite = analysis.routing_gap(files["suite"])
         last = analysis.by_part(files["suite"])[-1].left
         found |= {"AutoAttack": (suite[0] if suite else last).value, "AutoAttack + routing": last.value}
@@ -154,8 +176,9 @@ def tables(out: Path, data: str, seeds: int) -> str:
         found = {arm: [each for seed in range(seeds) if (each := columns_of(given, arm, seed))] for arm in ARMS}
         columns = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run))
         lines += [*table(columns, found), ""]
-    for name in ("weak", "PGD-50", "suite"):
-        lines += [f"{name}:", "", *study(out, data, (name,)).differences(PAIRS, seeds), ""]
+    kinds = {"weak": Swept, "PGD-50 x 2": Strong, "AutoAttack, the MoEs' with the routing attacks": Study}
+    for name, kind in kinds.items():
+        lines += [f"{name}:", "", *kind(given.out, given.recipe, given.attacks).differences(PAIRS, seeds), ""]
     return "\n".join(lines)
 
 
@@ -181,7 +204,7 @@ def main() -> None:
                 if given.verb == "sweep":
                     sweep_run(work.folder(arm, seed), attacks=(WEAK, STRONG), eps=str(EPS), limit=given.limit)
                 else:
-                    lipschitz_run(work.folder(arm, seed), attack=STRONG, limit=min(given.limit, 64))
+                    lipschitz_run(work.folder(arm, seed), attack=STRONG, limit=given.limit)
 
 
 if __name__ == "__main__":

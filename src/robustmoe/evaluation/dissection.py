@@ -44,11 +44,12 @@ from robustmoe.errors import UserError
 from robustmoe.evaluation import engine
 from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, look, predictions, routes
 from robustmoe.evaluation.choosing import pgd_on_the_whole, seeded, threat_of
+from robustmoe.evaluation.folders import about_images, about_run, taken_up
 from robustmoe.evaluation.measuring import BATCH, PROBE, borrowed, first_look, header_of, images_of
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.noise import Noise
-from robustmoe.progress import note, progress
+from robustmoe.progress import progress
 from robustmoe.records import Answers, Dissection, Header
 from robustmoe.records.dissection import CLEAN
 from robustmoe.routing import Routing, Trace, detach, rerouted, to_expert
@@ -192,8 +193,7 @@ def dissect(
     base = pgd_on_the_whole(attack, PGD(linf(8 / 255), steps=STEPS), "a dissection")
     routed, where = as_routed(model), distributed.local_device(provenance.pick_device(device))
     images = images_of(x, y, num_classes).head(limit)
-    about = {"run": "", "model": type(model).__name__, "split": "test"}
-    about["data"] = x.name if isinstance(x, Data) else "arrays"
+    about = about_images(model, x)
     with borrowed(routed, where):
         return analysis.anatomy(_dissected(routed, images, base, about, where, batch_size))
 
@@ -219,14 +219,7 @@ def dissect_run(
     where = distributed.local_device(provenance.pick_device(device))
     model = load_model(run, where)
     data: Data = specs.build(config["data"], "data")
-    about = {
-        "run": str(run),
-        "model": config["model"],
-        "data": config["data"],
-        "split": "test",
-        "method": config.get("method"),
-        "classes": list(data.classes),
-    }
+    about = about_run(run, config, data)
     return _dissected(model, data.test.head(limit), base, about, where, batch_size, run)
 
 
@@ -259,7 +252,8 @@ def _dissected(
             records.write_dissection(folder, found)
         return found
 
-    found = _taken_up(folder, header) or timed(_untouched(model, images, header, base.threat, device, batch_size))
+    old = taken_up(folder, header, records.read_dissection, records.dissection_path)
+    found = old or timed(_untouched(model, images, header, base.threat, device, batch_size))
     todo = {name: attack for name, attack in attacks.items() if name not in found.under}
     if not todo:
         return found
@@ -283,18 +277,6 @@ def _routed(output: Output) -> Output:
     if not output.trace:
         raise UserError("the model has no router, so there is nothing to take apart; robustmoe evaluate attacks it")
     return output
-
-
-def _taken_up(folder: Path | None, header: Header) -> Dissection | None:
-    """What stands in the folder, if it is of the same work."""
-    old = None if folder is None else records.read_dissection(folder)
-    if old is None:
-        return None
-    other = records.difference(old.header, header)
-    if other is not None:
-        note(f"{records.dissection_path(folder or '')} is of another {other.replace('_', ' ')}; it is made anew")
-        return None
-    return old
 
 
 @torch.no_grad()

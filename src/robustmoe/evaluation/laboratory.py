@@ -25,6 +25,7 @@ from robustmoe.errors import UserError
 from robustmoe.evaluation import engine
 from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, routes
 from robustmoe.evaluation.choosing import seeded, threat_of
+from robustmoe.evaluation.folders import about_images, about_run, taken_up
 from robustmoe.evaluation.measuring import PROBE, borrowed, first_look, header_of, images_of
 from robustmoe.evaluation.precision import frozen
 from robustmoe.lipschitz import norms
@@ -35,7 +36,7 @@ from robustmoe.lipschitz.quantities import Found, of_model, of_networks, of_pixe
 from robustmoe.models.base import RoutedModel, as_routed
 from robustmoe.models.vit_moe import SlotMoE, TokenMoE, ViTMoEModel
 from robustmoe.noise import Noise
-from robustmoe.progress import note, progress
+from robustmoe.progress import progress
 from robustmoe.records import Header, Lipschitz
 from robustmoe.records.lipschitz import MULTIPLES
 from robustmoe.training.checkpoint import load_model, read_config
@@ -76,8 +77,7 @@ def measure_lipschitz(
     base = PGD(linf(8 / 255), steps=STEPS) if attack is None else build_attack(attack)
     routed, where = _in_float32(as_routed(model)), distributed.local_device(provenance.pick_device(device))
     images = images_of(x, y, num_classes).head(limit)
-    about = {"run": "", "model": type(model).__name__, "split": "test"}
-    about["data"] = x.name if isinstance(x, Data) else "arrays"
+    about = about_images(model, x)
     with borrowed(routed, where):
         return analysis.sensitivity(_measured(routed, images, base, about, where, batch_size))
 
@@ -102,14 +102,7 @@ def lipschitz_run(
     where = distributed.local_device(provenance.pick_device(device))
     model = _in_float32(load_model(run, where))
     data: Data = specs.build(config["data"], "data")
-    about = {
-        "run": str(run),
-        "model": config["model"],
-        "data": config["data"],
-        "split": "test",
-        "method": config.get("method"),
-        "classes": list(data.classes),
-    }
+    about = about_run(run, config, data)
     return _measured(model, data.test.head(limit), base, about, where, batch_size, run)
 
 
@@ -140,7 +133,7 @@ def _measured(
     plan = engine.plan(attack, output, images)
     header = header_of(model, images, attack, plan, device, batch_size, about, "main", "strict")
     bench = Bench(model, attack, None if output.logits.shape[1] <= WHOLE_CLASSES else STEPS)
-    found = _taken_up(folder, header) or bench.empty(header)
+    found = taken_up(folder, header, records.read_lipschitz, records.lipschitz_path) or bench.empty(header)
     if found.done:
         return found
     climbed = frozen(model, images.batch(list(range(min(PROBE, len(images))))).to(device).x)
@@ -156,18 +149,6 @@ def _measured(
                 records.write_lipschitz(folder, found)
             bar.advance(len(batch))
     return found
-
-
-def _taken_up(folder: Path | None, header: Header) -> Lipschitz | None:
-    """What stands in the folder, if it is of the same work."""
-    old = None if folder is None else records.read_lipschitz(folder)
-    if old is None:
-        return None
-    other = records.difference(old.header, header)
-    if other is not None:
-        note(f"{records.lipschitz_path(folder or '')} is of another {other.replace('_', ' ')}; it is made anew")
-        return None
-    return old
 
 
 @dataclass(frozen=True)

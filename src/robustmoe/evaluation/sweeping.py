@@ -27,12 +27,13 @@ from robustmoe.errors import UserError
 from robustmoe.evaluation import engine
 from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, look, predictions
 from robustmoe.evaluation.choosing import seeded, written
+from robustmoe.evaluation.folders import about_images, about_run, taken_up
 from robustmoe.evaluation.measuring import BATCH, PROBE, borrowed, first_look, header_of, images_of
 from robustmoe.evaluation.precision import frozen
 from robustmoe.evaluation.redundancy import redundancy
 from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.noise import Noise
-from robustmoe.progress import note, progress
+from robustmoe.progress import progress
 from robustmoe.records import Header, Sweep, SweepAnswers
 from robustmoe.routing import Trace, rerouted
 from robustmoe.training.checkpoint import load_model, read_config
@@ -75,8 +76,7 @@ def sweep(
     """
     work = _work_of(attacks, eps, draws, batch_size, seed, device)
     images = images_of(x, y, num_classes).head(limit)
-    about = {"run": "", "model": type(model).__name__, "split": "test"}
-    about["data"] = x.name if isinstance(x, Data) else "arrays"
+    about = about_images(model, x)
     routed = as_routed(model)
     with borrowed(routed, work.device):
         return analysis.sweep_numbers(_swept(work, routed, images, about))
@@ -101,14 +101,7 @@ def sweep_run(
     config = read_config(run)
     model = load_model(run, work.device)
     data: Data = specs.build(config["data"], "data")
-    about = {
-        "run": str(run),
-        "model": config["model"],
-        "data": config["data"],
-        "split": "test",
-        "method": config.get("method"),
-        "classes": list(data.classes),
-    }
+    about = about_run(run, config, data)
     return _swept(work, model, data.test.head(limit), about, run)
 
 
@@ -192,7 +185,8 @@ def _swept(
             records.write_sweep(folder, found)
         return found
 
-    found = _taken_up(folder, header) or timed(_untouched(work, model, images, header))
+    old = taken_up(folder, header, records.read_sweep, records.sweep_path)
+    found = old or timed(_untouched(work, model, images, header))
     if work.draws not in (0, found.draws):
         overrides, said = redundancy(model, images, work.draws, work.seed, work.device, work.batch_size)
         found = timed(replace(found, draws=work.draws, overrides=overrides, left_out=said))
@@ -218,18 +212,6 @@ def _header(work: _Work, model: RoutedModel, images: ImageSet, about: dict[str, 
     plan = engine.plan(work.first, output, images)
     found = header_of(model, images, work.first, plan, work.device, work.batch_size, about, "main", "strict")
     return replace(found, attack=None, objective=None, eps=0.0, parts=[], seed=work.seed)
-
-
-def _taken_up(folder: Path | None, header: Header) -> Sweep | None:
-    """What stands in the folder, if it is of the same model and images."""
-    old = None if folder is None else records.read_sweep(folder)
-    if old is None:
-        return None
-    other = records.difference(old.header, header)
-    if other is not None:
-        note(f"{records.sweep_path(folder or '')} is of another {other.replace('_', ' ')}; it is made anew")
-        return None
-    return old
 
 
 def _in_order(points: list[SweepAnswers]) -> list[SweepAnswers]:

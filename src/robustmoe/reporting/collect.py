@@ -189,40 +189,30 @@ def _view(folder: Path, name: str) -> View:
 
 
 def _dissected(folder: Path, header: Header | None, notes: list[str]) -> Dissected | None:
-    """The folder's dissection, if it is done and of the model of that header (None: of any); else ``notes`` says why
-    not."""
+    """The folder's dissection, if it is done."""
     found = read_dissection(folder)
-    if found is None:
-        return None
-    if not found.done or _strange(found.header, header):
-        why = "of other weights than the evaluation" if found.done else "not finished"
-        notes.append(f"dissection.json is {why} and is left out; `robustmoe dissect {folder}` makes it")
+    if found is None or not _shown(found, header, notes, "" if found.done else "not finished", "dissect", folder):
         return None
     return Dissected(found, analysis.anatomy(found))
 
 
 def _blended(folder: Path, header: Header | None, notes: list[str]) -> Blended | None:
-    """The folder's curve over alpha, if it is of the model of that header (None: of any); else ``notes`` says why
-    not."""
+    """The folder's curve over alpha, if there is a point on it."""
     found = read_blend(folder)
     if found is None:
         return None
-    if not found.alphas or not found.index or _strange(found.header, header):
-        why = "of other weights than the evaluation" if found.alphas and found.index else "empty"
-        notes.append(f"blend.json is {why} and is left out; robustmoe blend makes it")
+    empty = "" if found.alphas and found.index else "empty"
+    if not _shown(found, header, notes, empty, "blend", None):
         return None
     return Blended(found, analysis.alpha_curve(found), analysis.alpha_shown(found))
 
 
 def _swept(folder: Path, header: Header | None, notes: list[str]) -> Swept | None:
-    """The folder's sweep, if something was attacked in it and it is of the model of that header (None: of any); else
-    ``notes`` says why not, and where it was stopped that it was."""
+    """The folder's sweep, if something was attacked in it."""
     found = read_sweep(folder)
-    if found is None:
-        return None
-    if not found.points or _strange(found.header, header):
-        why = "of other weights than the evaluation" if found.points else "without an attack yet"
-        notes.append(f"sweep.json is {why} and is left out; `robustmoe sweep {folder}` makes it")
+    if found is None or not _shown(
+        found, header, notes, "" if found.points else "without an attack yet", "sweep", folder
+    ):
         return None
     if not found.done:
         notes.append(f"the sweep was stopped; `robustmoe sweep {folder}` goes on with it")
@@ -230,23 +220,35 @@ def _swept(folder: Path, header: Header | None, notes: list[str]) -> Swept | Non
 
 
 def _measured(folder: Path, header: Header | None, notes: list[str]) -> Measured | None:
-    """The folder's Lipschitz file, if there is an image in it and it is of the model of that header (None: of any);
-    else ``notes`` says why not, and where it was stopped that it was."""
+    """The folder's Lipschitz file, if there is an image in it."""
     found = read_lipschitz(folder)
-    if found is None:
-        return None
-    if not found.index or _strange(found.header, header):
-        why = "of other weights than the evaluation" if found.index else "without an image yet"
-        notes.append(f"lipschitz.json is {why} and is left out; `robustmoe lipschitz {folder}` makes it")
+    if found is None or not _shown(
+        found, header, notes, "" if found.index else "without an image yet", "lipschitz", folder
+    ):
         return None
     if not found.done:
         notes.append(f"the Lipschitz laboratory was stopped; `robustmoe lipschitz {folder}` goes on with it")
     return Measured(found, analysis.sensitivity(found))
 
 
-def _strange(found: Header, header: Header | None) -> bool:
-    """Of other weights."""
-    return header is not None and found.model_hash != header.model_hash
+def _shown(
+    found: Dissection | Blend | Sweep | Lipschitz,
+    header: Header | None,
+    notes: list[str],
+    unfit: str,
+    verb: str,
+    folder: Path | None,
+) -> bool:
+    """Whether the record is of the model of that header (None: of any) and not ``unfit``; else ``notes`` says why not,
+    and what makes it anew.
+    """
+    if header is not None and found.header.model_hash != header.model_hash and not unfit:
+        unfit = "of other weights than the evaluation"
+    if unfit:
+        file = "dissection" if verb == "dissect" else verb
+        again = f"robustmoe {verb}" if folder is None else f"`robustmoe {verb} {folder}`"
+        notes.append(f"{file}.json is {unfit} and is left out; {again} makes it")
+    return not unfit
 
 
 def _config(path: Path) -> dict[str, Any]:
