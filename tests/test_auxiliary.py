@@ -37,8 +37,9 @@ from robustmoe.training.auxiliary import (
     vmoe,
     z_loss,
 )
+from robustmoe.training.consistency import prc
 from robustmoe.training.optimisation import SGD
-from robustmoe.training.phases import router_noise
+from robustmoe.training.phases import Pair, router_noise
 
 LOG4 = math.log(4)
 NOISY = {"load", "vmoe"}
@@ -359,6 +360,14 @@ def steps(x: Tensor, y: Tensor, index: Tensor) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def prc_and_gradient(rows: slice) -> dict[str, Tensor]:
+    """Of a router-consistency term that looks at the whole batch: its value, and gradient by these images' logits."""
+    clean, attacked = torch.randn(2, 6, 2, 4, generator=torch.Generator().manual_seed(0))[:, rows]
+    clean = clean.clone().requires_grad_()
+    value = prc(clean, attacked, Pair(torch.zeros(2, 1, 1, 2), torch.ones(2, 1, 1, 2)))
+    return {"value": value.detach(), "gradient": torch.autograd.grad(value, clean)[0]}
+
+
 def some_images() -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels, and the images' numbers."""
     x = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -372,12 +381,13 @@ def worker(out: Path) -> None:
     with distributed.session(torch.device("cpu")):
         rank = distributed.rank()
         x, y, index = (each[rank::2] for each in some_images())
-        torch.save(steps(x, y, index), out / f"{rank}.pt")
+        torch.save(steps(x, y, index) | {"prc": prc_and_gradient(slice(rank, None, 2))}, out / f"{rank}.pt")
 
 
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     """Of every loss, through a block MoE whose experts at times get no image on one of the processes; the losses of
-    noisy routers through a sparse ViT, whose training noise belongs to the image.
+    noisy routers through a sparse ViT, whose training noise belongs to the image. And of the term of `consistent` that
+    looks at the whole batch: of its own images each process has twice the global gradient, for their mean is taken.
     """
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)]
@@ -390,6 +400,10 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
         for key, gradient in one[name].items():
             torch.testing.assert_close(two[0][name][key], gradient, rtol=1e-3, atol=1e-5)
             assert torch.equal(two[0][name][key], two[1][name][key])
+    whole = prc_and_gradient(slice(None))
+    for rank in (0, 1):
+        torch.testing.assert_close(two[rank]["prc"]["value"], whole["value"])
+        torch.testing.assert_close(two[rank]["prc"]["gradient"], 2 * whole["gradient"][rank::2])
     routers = [one[name][model_for(name)[1]] for name in BALANCE_LOSSES]
     pairs = [pair for pair in itertools.combinations(routers, 2) if pair[0].shape == pair[1].shape]
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in pairs)

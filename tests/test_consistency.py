@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -274,44 +270,3 @@ def test_the_term_leaves_statistics_and_modes_alone(
     assert all(module.training for module in model.modules())
     counted = {int(v) for name, v in model.state_dict().items() if name.endswith("num_batches_tracked")}
     assert counted == {1}  # the method's own pass
-
-
-# ------------------------------------------------------------------------------------------------ two processes
-
-
-def prc_and_gradient(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    clean = clean.clone().requires_grad_()
-    value = prc(clean, attacked, PAIR)
-    return value.detach(), torch.autograd.grad(value, clean)[0]
-
-
-def halves() -> tuple[Tensor, Tensor]:
-    clean, attacked = torch.randn(2, 6, 2, 4, generator=torch.Generator().manual_seed(0))
-    return clean, attacked
-
-
-def worker(out: Path) -> None:
-    from robustmoe import distributed
-
-    torch.set_num_threads(1)
-    with distributed.session(torch.device("cpu")):
-        clean, attacked = (each[distributed.rank() :: 2] for each in halves())
-        torch.save(prc_and_gradient(clean, attacked), out / f"{distributed.rank()}.pt")
-
-
-def test_prc_of_two_processes_is_that_of_the_whole_batch(tmp_path: Path) -> None:
-    """Value, and gradient: of its own images each process has twice the global one, as the processes' mean is taken."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    value, gradient = prc_and_gradient(*halves())
-    for rank in (0, 1):
-        own_value, own_gradient = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(own_value, value)
-        torch.testing.assert_close(own_gradient, 2 * gradient[rank::2])
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
