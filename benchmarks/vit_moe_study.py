@@ -128,9 +128,10 @@ def numbers(given: Study, arm: str, seed: int) -> dict[str, float]:
         found["clean"] = curves.clean.value
         for name, curve in zip(("weak (paper's)", "PGD-50 x 2"), curves.curves, strict=True):
             found[name] = curve.points[-1].robust.value
-    if "suite" in (files := given.files(arm, seed)):
-        suite = analysis.routing_gap(files["suite"])
-        last = analysis.by_part(files["suite"])[-1].left
+    suited = given.files(arm, seed).get("suite")
+    if suited is not None and len(suited.rows) == suited.header.n:
+        suite = analysis.routing_gap(suited)
+        last = analysis.by_part(suited)[-1].left
         found |= {"AutoAttack": (suite[0] if suite else last).value, "AutoAttack + routing": last.value}
     return {name: 100 * value for name, value in found.items()}
 

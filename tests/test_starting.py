@@ -193,7 +193,7 @@ EVERY = f"vit_moe({SPARSE}, k=2, gating=renormalised)"
         f"vit_moe({SPARSE}, k=2, gating=renormalised, capacity=1.5)",
     ],
 )
-def test_experts_of_tokens_become_copies_of_the_dense_mlp(
+def test_claim_9_experts_of_tokens_become_copies_of_the_dense_mlp(
     spec: str, made: Callable[..., Path], images: Callable[..., Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights that sum to 1 and equal experts: the dense run's logits. (Capacity 3 of expert choice: every expert takes
@@ -242,7 +242,7 @@ def test_both_halves_of_a_dual_model_are_upcycled(made: Callable[..., Path], ima
 
 
 @torch.no_grad()
-def test_the_v_moe_gate_scales_an_upcycled_block(made: Callable[..., Path], images: Callable[..., Tensor]) -> None:
+def test_claim_9_the_v_moe_gate_scales_an_upcycled_block(made: Callable[..., Path], images: Callable[..., Tensor]) -> None:
     """Its weights do not sum to 1: the block's output is the dense one times the sum of the chosen gates, token by
     token, so such a start is not the dense model.
     """

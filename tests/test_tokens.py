@@ -96,7 +96,7 @@ def with_gradients(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("sizes", [ALIGNED, UNALIGNED])
-def test_every_way_is_the_loop_over_tokens(way: Dispatch, case: str, sizes: tuple[int, int]) -> None:
+def test_claim_5_every_way_is_the_loop_over_tokens(way: Dispatch, case: str, sizes: tuple[int, int]) -> None:
     items, num, make = CASES[case]
     experts, x, (index, weight, *kept) = filled(num, *sizes), torch.randn(items, sizes[0]), make()
     assert groupable(x, experts.w1, experts.w2) == (sizes == ALIGNED and items > 0)
@@ -236,7 +236,7 @@ def test_each_expert_is_drawn_or_all_are_equal() -> None:
         (64, 4, 1, 4.0, 64, 64),
     ],
 )
-def test_capacity(items: int, experts: int, k: int, factor: float, room: int, by_four: int) -> None:
+def test_claim_4_capacity(items: int, experts: int, k: int, factor: float, room: int, by_four: int) -> None:
     assert capacity(items, experts, k, factor) == room
     assert capacity(items, experts, k, factor, multiple=4) == by_four
 
@@ -261,7 +261,7 @@ def pairs(index: Tensor, kept: Tensor) -> set[tuple[int, int]]:
         (2, 2, {(0, 0), (0, 1), (1, 0), (3, 2), (4, 1)}, {(1, 0), (2, 0), (2, 1), (3, 2), (4, 1)}),
     ],
 )
-def test_who_comes_first_by_hand(
+def test_claim_3_who_comes_first_by_hand(
     k: int, room: int, vanilla: set[tuple[int, int]], priority: set[tuple[int, int]]
 ) -> None:
     """k = 2, room 2, in order: expert 0 gets 0 and 1; item 2's first choice is full and counts; of second choices,
@@ -289,7 +289,7 @@ def test_room_is_the_queue_written_out(ordered: bool) -> None:
         assert 0 < int(kept.sum()) < kept.numel()
 
 
-def test_enough_room_is_no_limit() -> None:
+def test_claim_5_enough_room_is_no_limit() -> None:
     index, weight = chosen(9, 3, 2)
     kept = within_capacity(index, None, 3, 9)
     assert kept.all()
@@ -298,7 +298,7 @@ def test_enough_room_is_no_limit() -> None:
         torch.testing.assert_close(experts(x, index, weight, kept, way), experts(x, index, weight, None, way))
 
 
-def test_experts_choose_by_hand() -> None:
+def test_claim_3_experts_choose_by_hand() -> None:
     expected = {(0, 0), (2, 0), (1, 1), (4, 1), (3, 2), (4, 2)}
     assert {(int(i), int(e)) for i, e in experts_choose(GATES, 2).nonzero()} == expected
     assert experts_choose(GATES, 9).all()

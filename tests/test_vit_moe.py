@@ -194,7 +194,7 @@ def test_forcing_expert_i_is_the_dense_model_of_that_expert(kind: str, images: C
 
 
 @torch.no_grad()
-def test_all_experts_renormalised_are_soft_and_one_is_dense() -> None:
+def test_claim_6_all_experts_renormalised_are_soft_and_one_is_dense() -> None:
     x = torch.randn(3, 7, 4, dtype=torch.float64)
     full = layer_of(4, 5, k=5, gating="renormalised")
     mixed = TokenMoE(full.router, full.experts, layer_of(4, 5, k=5, gating="soft").rule, "auto")
@@ -206,7 +206,7 @@ def test_all_experts_renormalised_are_soft_and_one_is_dense() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("given", [{"k": 2}, {"k": 2, "room": 0.6}, {"choice": "expert"}])
-def test_experts_in_another_order(given: dict[str, object]) -> None:
+def test_claim_6_experts_in_another_order(given: dict[str, object]) -> None:
     """With their router rows: the same answers; the trace names them by their new places."""
     layer, order, tape, other = layer_of(4, 5, **given), torch.tensor([3, 0, 4, 1, 2]), Tape(), Tape()
     x = torch.randn(2, 9, 4, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_experts_in_another_order(given: dict[str, object]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["token", "expert", "priority", "slots"])
-def test_tokens_in_another_order(kind: str) -> None:
+def test_claim_6_tokens_in_another_order(kind: str) -> None:
     """Answers move with the tokens, but where the first come are served (the last assertion)."""
     x, order = torch.randn(2, 9, 4, dtype=torch.float64), torch.randperm(9)
     layers = {
@@ -263,7 +263,7 @@ def test_dual_models_of_two(images: Callable[..., Tensor]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_does_not_depend_on_its_batch(kind: str, images: Callable[..., Tensor]) -> None:
+def test_claim_7_an_image_does_not_depend_on_its_batch(kind: str, images: Callable[..., Tensor]) -> None:
     """Alone, among others, in another order; no image gives no logits. Rounding apart, and routes exactly."""
     model, x = made(KINDS[kind]), images(8)
     whole = model.run(x)
@@ -302,7 +302,7 @@ def grouped(given: dict[str, object]) -> tuple[TokenMoE, Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("order", ["vanilla", "priority"])
-def test_with_shared_room_one_image_empties_anothers_experts(order: str) -> None:
+def test_claim_7_with_shared_room_one_image_empties_anothers_experts(order: str) -> None:
     """The attack across images: 16 tokens, first in the group (and sure of themselves), all on expert 0. Of its 6
     victims one was dropped before; now all are. With a group of one, nothing changes.
     """
@@ -360,7 +360,7 @@ def test_groups_are_images_in_a_row() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("experts, gating", [(3, "vmoe"), (8, "renormalised"), (5, "hard")])
-def test_training_noise_has_deviation_one_over_experts(
+def test_claim_8_training_noise_has_deviation_one_over_experts(
     experts: int, gating: str, images: Callable[..., Tensor]
 ) -> None:
     """About 64 * 65 * e numbers: 1 % is less than two standard errors. The image's own: it does not depend on the
@@ -404,7 +404,7 @@ def test_the_others_have_no_noise(kind: str, images: Callable[..., Tensor]) -> N
         ({"choice": "expert"}, True),
     ],
 )
-def test_the_routers_gradient(given: dict[str, object], moves: bool) -> None:
+def test_claim_10_the_routers_gradient(given: dict[str, object], moves: bool) -> None:
     """Through the output, and through a capacity just so."""
     for room in (None, 0.8):
         layer = layer_of(4, 5, **{"room": room, **given})
@@ -422,7 +422,7 @@ class Blind(TokenRouter):
 
 
 @pytest.mark.parametrize("kind", ["vmoe", "renormalised", "soft", "hard", "room", "expert", "slots", "blind"])
-def test_the_images_gradient_is_the_slope(kind: str, images: Callable[..., Tensor]) -> None:
+def test_claim_27_the_images_gradient_is_the_slope(kind: str, images: Callable[..., Tensor]) -> None:
     """By finite differences in float64: routers let the gradient through, and one that did not would be seen."""
     model, x = made(KINDS["vmoe" if kind == "blind" else kind]).double(), images(6).double()
     if kind == "blind":
@@ -450,7 +450,7 @@ def test_equal_experts_starve_a_renormalised_router(gating: str, moves: bool, im
 
 @torch.no_grad()
 @pytest.mark.parametrize("experts, k, mass", [(8, 1, 0.1286), (8, 2, 0.2557), (32, 2, 0.0648)])
-def test_the_v_moe_gates_of_a_fresh_router_scale_a_block(experts: int, k: int, mass: float) -> None:
+def test_claim_9_the_v_moe_gates_of_a_fresh_router_scale_a_block(experts: int, k: int, mass: float) -> None:
     """With equal experts the layer is the MLP times the sum of the chosen gates: about k / e, more exactly
     (k + s * sum of the k largest of e normals on average) / e for logits of deviation s = 0.02: 1.4236 of 8, 0.8522
     after it; 2.0697 and 1.6502 of 32. Renormalised it is the MLP.

@@ -69,7 +69,7 @@ def linear(images: Tensor) -> tuple[RoutedModel, Tensor]:
 
 
 @pytest.mark.parametrize("spec", SINGLE)
-def test_21_the_closed_form_on_a_linear_model(spec: str, images: Callable[..., Tensor]) -> None:
+def test_claim_21_the_closed_form_on_a_linear_model(spec: str, images: Callable[..., Tensor]) -> None:
     """Inside the box the score falls to w x - eps ||w||_1 (label 0) or rises to w x + eps ||w||_1; at the box a pixel
     stops, so the image is clip(x - eps sign(w)). The ball and the box hold.
     """
@@ -91,7 +91,7 @@ def test_21_the_closed_form_on_a_linear_model(spec: str, images: Callable[..., T
             assert bool(((x_adv == 0) | (x_adv == 1)).any()), "the box was met"
 
 
-def test_21_fgsm_is_one_step(net: Net) -> None:
+def test_claim_21_fgsm_is_one_step(net: Net) -> None:
 
     found = [
         build_attack(spec)(net.model, net.x, net.y)
@@ -108,7 +108,7 @@ def test_21_fgsm_is_one_step(net: Net) -> None:
 # ------------------------------------------------------------------------------------------------ 22: more is more
 
 
-def test_22_robust_accuracy_does_not_rise_with_eps(net: Net) -> None:
+def test_claim_22_robust_accuracy_does_not_rise_with_eps(net: Net) -> None:
 
     attacks = ["vmoe_pgd(linf(0.1), steps=5)", "pgd(linf(0.1), steps=5)"]
     found = sweep(net.model, net.x, net.y, attacks=attacks, eps=[0.02, 0.05, 0.1, 0.15], draws=0, num_classes=10)
@@ -121,7 +121,7 @@ def test_22_robust_accuracy_does_not_rise_with_eps(net: Net) -> None:
         assert all(point.robust.count <= point.right.count for point in curve.points)
 
 
-def test_22_nor_with_steps_or_restarts(net: Net) -> None:
+def test_claim_22_nor_with_steps_or_restarts(net: Net) -> None:
     """Image by image: the first steps, and the first start, are the same."""
     spec = "pgd(linf(0.1), steps={}, step_size=0.02, restarts={})"
     few, more, again = (fooled(net, spec.format(*numbers)) for numbers in ((3, 1), (8, 1), (8, 3)))
@@ -136,7 +136,7 @@ STANDARD = "pgd(linf(0.1), steps=20, step_size=0.0125, restarts=2)"
 """Steps of 2.5 eps / 20, the worst of two random starts."""
 
 
-def test_23_the_paper_s_schedule_is_weak(net: Net) -> None:
+def test_claim_23_the_paper_s_schedule_is_weak(net: Net) -> None:
     """On this list's own nets 24 % are left by V-MoE's schedule and 13 % by standard PGD."""
     weak, strong = (1 - share(fooled(net, spec)) for spec in ("vmoe_pgd(linf(0.1))", STANDARD))
     assert strong < weak - 0.03
@@ -155,7 +155,7 @@ def moved(net: Net, spec: str, held: bool = False) -> dict[str, float]:
     return {name: shares.mean().item() for name, shares in rerouted(clean, after).items()}
 
 
-def test_24_a_frozen_route_stays_and_a_router_s_attack_moves_more(net: Net) -> None:
+def test_claim_24_a_frozen_route_stays_and_a_router_s_attack_moves_more(net: Net) -> None:
     frozen = "pgd(linf(0.1), steps=10, objective=experts_only)"
     assert set(moved(net, frozen, held=True).values()) == {0.0}
     assert all(change > 0.05 for change in moved(net, frozen).values()), "the live route does move"
@@ -169,7 +169,7 @@ def test_24_a_frozen_route_stays_and_a_router_s_attack_moves_more(net: Net) -> N
 # ------------------------------------------------------------------------------------------------ 25: IoU by hand
 
 
-def test_25_iou_by_hand() -> None:
+def test_claim_25_iou_by_hand() -> None:
     """k = 2. Item 0 keeps one of two experts: IoU 1/3. Item 1 keeps both, in the other order: 1. Item 2 keeps none: 0.
     Item 3 has no room before and after: left out, or 0 by the paper's rule. Item 4 loses one of two for want of room:
     1/2; item 5 gets one after none: 0.
@@ -191,7 +191,7 @@ def test_25_iou_by_hand() -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("experts, k", [(2, 1), (4, 1), (4, 2)])
-def test_26_below_the_radius_no_attack_moves_a_linear_route(
+def test_claim_26_below_the_radius_no_attack_moves_a_linear_route(
     norm: str, experts: int, k: int, images: Callable[..., Tensor]
 ) -> None:
     """P6: min over chosen i and others j of (s_i - s_j) x / ||s_i - s_j||_dual. At 0.999 of it neither an attack on the
@@ -254,7 +254,7 @@ def large(experts: int, seed: int, batches: tuple[Batch, Batch]) -> Net:
 
 
 @pytest.mark.slow
-def test_23_over_seeds(batches: tuple[Batch, Batch]) -> None:
+def test_claim_23_over_seeds(batches: tuple[Batch, Batch]) -> None:
     for seed in range(3):
         net = large(4, seed, batches)
         weak, strong = (1 - share(fooled(net, spec)) for spec in ("vmoe_pgd(linf(0.1))", STANDARD))
@@ -263,7 +263,7 @@ def test_23_over_seeds(batches: tuple[Batch, Batch]) -> None:
 
 
 @pytest.mark.slow
-def test_29_experts_are_redundant(batches: tuple[Batch, Batch]) -> None:
+def test_claim_29_experts_are_redundant(batches: tuple[Batch, Batch]) -> None:
     """A random classifier loses clean - 0.1. Random experts lose less than a fifth of that, and so does the removal of
     any one expert of a layer. (This list's own nets: from 97 % to 88 to 91 %, and at least 95 %.)
     """
@@ -291,7 +291,7 @@ def lowest(found: SweepNumbers, rule: str) -> float:
 
 
 @pytest.mark.slow
-def test_31_the_margin_s_gradient_falls_with_the_number_of_experts(batches: tuple[Batch, Batch]) -> None:
+def test_claim_31_the_margin_s_gradient_falls_with_the_number_of_experts(batches: tuple[Batch, Batch]) -> None:
     """At constant compute (k = 2), 5 seeds paired, 16 experts against 4: the gradient of the margin is smaller on
     average. Robust accuracy is printed; its seeds differ as much as the arms.
     """
