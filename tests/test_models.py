@@ -352,6 +352,8 @@ CASES = {
     "vit": ["vit(patch=4, width=8, depth=2, heads=2)"],
     "vit_tiny": [],  # vit of another size: counted in test_vit.py
     "vit_small": [],
+    "vit_base": [],
+    "vit_moe": ["vit_moe(tiny, patch=4, width=8, depth=2, heads=2, experts=3, placement=(1,), choice=slots)"],
     "linear": ["linear"],
     "small_cnn": ["small_cnn"],
     "downsampled": ["downsampled(resnet8(width=4), size=6)"],

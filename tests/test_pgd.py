@@ -282,6 +282,7 @@ ATTACK_SPECS = {
         "pgd(linf(8/255), steps=2, objective=router_only)",
         "pgd(linf(8/255), steps=2, keep=first)",
     ],
+    "vmoe_pgd": ["vmoe_pgd(linf(8/255), steps=2)"],
     "apgd": ["apgd(linf(8/255), steps=4)", "apgd(l1(4), steps=4)"],
     "apgd_t": ["apgd_t(l2(0.5), steps=3, targets=2)"],
     "fab": ["fab(linf(8/255), steps=3, targets=2)"],

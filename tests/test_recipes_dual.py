@@ -94,7 +94,7 @@ def test_what_all_recipes_of_a_cell_share(cell: str) -> None:
         "optimizer": "adamw(lr=1e-4, weight_decay=0)",
         "epochs": 130 if cell == CIFAR else 10,
         "batch_size": 512,
-        "augment": "crop_flip(padding=2)",
+        "augment": "crop_flip(padding=2, cutout=8)",
         "val_attack": f"pgd(linf({EPS[cell]}), steps=10, step_size=2/255)",
     }
     assert {key: shared[0][key] for key in settings} == settings
