@@ -242,7 +242,9 @@ def test_both_halves_of_a_dual_model_are_upcycled(made: Callable[..., Path], ima
 
 
 @torch.no_grad()
-def test_claim_9_the_v_moe_gate_scales_an_upcycled_block(made: Callable[..., Path], images: Callable[..., Tensor]) -> None:
+def test_claim_9_the_v_moe_gate_scales_an_upcycled_block(
+    made: Callable[..., Path], images: Callable[..., Tensor]
+) -> None:
     """Its weights do not sum to 1: the block's output is the dense one times the sum of the chosen gates, token by
     token, so such a start is not the dense model.
     """
