@@ -41,7 +41,7 @@ def fresh(seed: int) -> RoutedModel:
 
 def trained(model: RoutedModel, text: str, seed: int, first: int, epochs: int, lr: float) -> RoutedModel:
     """The model after so many more epochs of AdamW; 20 steps each, on the same images in the same order for all."""
-    x, y, _ = images()[0]
+    x, y = images()[0].x, images()[0].y
     method = build_method(text)
     (phase,) = method.phases
     optimiser = torch.optim.AdamW(phase.parameters(model).values(), lr=lr, weight_decay=0.05)
@@ -89,7 +89,7 @@ def slope(model: RoutedModel) -> float:
 
 def changed_routes(model: RoutedModel, attack: str) -> float:
     """The share of decisions that change, 1 - IoU, the mean over images and layers."""
-    x, y, _ = images()[1]
+    x, y = images()[1].x, images()[1].y
     x_adv = build_attack(attack)(model, x, y)
     with torch.no_grad():
         changes = rerouted(model.run(x).trace, model.run(x_adv).trace)
@@ -97,7 +97,7 @@ def changed_routes(model: RoutedModel, attack: str) -> float:
 
 
 def accuracy(model: RoutedModel) -> float:
-    x, y, _ = images()[1]
+    x, y = images()[1].x, images()[1].y
     with torch.no_grad():
         return float((model(x).argmax(1) == y).double().mean())
 
