@@ -183,7 +183,7 @@ def test_specs_come_back(text: str) -> None:
     ],
 )
 def test_bad_settings_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         build_model(text, 4, (3, 8, 8))
     assert "\n" not in str(caught.value)
 

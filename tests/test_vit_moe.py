@@ -14,6 +14,7 @@ from torch import Tensor
 from robustmoe import spec as specs
 from robustmoe.costs import costs
 from robustmoe.data import Batch
+from robustmoe.errors import UserError
 from robustmoe.evaluation import checks
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models import RoutedModel, SlotMoE, TokenExperts, TokenMoE, ViT, ViTMoE, ViTMoEModel, build_model
@@ -620,7 +621,7 @@ def test_copies_to_attack(kind: str, precision: str, tolerance: float, images: C
     ],
 )
 def test_bad_settings_are_refused(given: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         build_model(f"vit_moe({given})", 4, (3, 32, 32))
     assert "\n" not in str(caught.value)
 

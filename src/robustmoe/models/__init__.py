@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from robustmoe import spec as specs
+from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, Slim, StagedNetwork
 from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, Plain, RoutedModel, as_routed
 from robustmoe.models.block import BlockMoE, ConvMoE, LayeredModel, RoutedLayer
@@ -79,9 +80,13 @@ def build_model(
     channels = image_shape[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = described.build(
-            num_classes, image_shape, Normalise(mean or (0.5,) * channels, std or (0.5,) * channels)
-        )
+        normalise = Normalise(mean or (0.5,) * channels, std or (0.5,) * channels)
+        try:
+            model = described.build(num_classes, image_shape, normalise)
+        except UserError:
+            raise
+        except ValueError as error:  # what a spec alone cannot know: the images' size
+            raise UserError(f"model {spec}: {error}") from error
     return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
