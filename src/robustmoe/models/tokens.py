@@ -120,7 +120,7 @@ class TokenExperts(nn.Module):
         if kept is None:
             back = answers.index_select(0, torch.argsort(order))
         else:
-            back = answers.new_zeros(len(pairs), answers.shape[1]).index_copy(0, order, answers)
+            back = answers.new_zeros(len(pairs), answers.shape[1]).index_copy(0, order.to(answers.device), answers)
         return (back.unflatten(0, (len(x), k)) * weight[..., None].to(back.dtype)).sum(1)
 
     def _split(self, given: Tensor, sizes: list[int]) -> Tensor:

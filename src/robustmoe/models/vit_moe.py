@@ -126,11 +126,17 @@ class TokenMoE(nn.Module):
         return self.experts(x.flatten(0, 1), index, weight, self._kept(weight), self.dispatch).view_as(x)
 
     def _kept(self, weight: Float[Tensor, "m k"]) -> Bool[Tensor, "m k"] | None:
-        """Which pairs run; None: all. Without values (on the meta device, where costs are counted) none is dropped."""
-        if self.rule.choice == "expert" and weight.is_meta:
-            raise NotImplementedError("which tokens an expert takes depends on their values")
-        drops = self.rule.choice == "expert" or self.rule.room is not None
-        return weight != 0 if drops and not weight.is_meta else None
+        """Which pairs run; None: all. On the meta device, where costs are counted without values, no token is dropped,
+        and every expert that chooses takes the first ones.
+        """
+        rule = self.rule
+        if rule.choice == "token":
+            return None if rule.room is None or weight.is_meta else weight != 0
+        if not weight.is_meta:
+            return weight != 0
+        items, experts = weight.shape
+        room = capacity(items, experts, 1, rule.room or 1.0, rule.multiple)
+        return (torch.arange(items, device="cpu") < room)[:, None].expand(items, experts)
 
 
 class SlotMoE(nn.Module):
