@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe.errors import UserError
 from robustmoe.models.norm import Normalise, wide
+from robustmoe.models.parts import Leaf, Part, through
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, Trace
 
@@ -64,6 +66,15 @@ class RoutedModel(nn.Module, ABC):
         """The routers' decisions alone. A model whose routers need no expert may say them without running one."""
         return self.run(x).trace
 
+    def parts(self) -> Part:
+        """The networks and routers that the model consists of, for certificates. Raises UserError where they are not
+        known; a model of your own says them by overriding this.
+        """
+        raise UserError(
+            f"no certificate knows how {type(self).__name__} routes: expected a dense network, an ensemble, an image "
+            "or stage pathway, or a dual of these (or a model with its own parts()); smoothing(...) certifies any model"
+        )
+
 
 class Dense(RoutedModel):
     """One network, no router: ``network`` on normalised images."""
@@ -76,6 +87,9 @@ class Dense(RoutedModel):
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         return self.network(compact(self.normalise(x)))
 
+    def parts(self) -> Part:
+        return Leaf(through(self.normalise, self.network))
+
 
 class Plain(RoutedModel):
     """Any callable x -> logits as a `RoutedModel` with an empty trace (a user's own dense model)."""
@@ -86,6 +100,9 @@ class Plain(RoutedModel):
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         return self.function(x)
+
+    def parts(self) -> Part:
+        return Leaf(self.function)
 
 
 def as_routed(model: Callable[[Tensor], Tensor]) -> RoutedModel:

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe.errors import UserError
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
 from robustmoe.models.norm import Normalise, wide
+from robustmoe.models.parts import Blended, Part
 from robustmoe.routing import Tape, Trace
 
 Mix = Literal["probabilities", "logits"]
@@ -151,6 +153,19 @@ class DualModel(RoutedModel):
         """The decisions of both halves' routers."""
         halves = {"standard": self.standard.route(x), "robust": self.robust.route(x)}
         return {f"{half}.{name}": routing for half, trace in halves.items() for name, routing in trace.items()}
+
+    def parts(self) -> Part:
+        if self.alpha in (0.0, 1.0):
+            return (self.robust if self.alpha else self.standard).parts()
+        if not (self.sharpen is None or isinstance(self.sharpen, Scaled)):
+            raise UserError(
+                f"no bounds are known through the sharpening {self.sharpen}; expected none or scaled(...), or use "
+                "smoothing(...), which certifies any model"
+            )
+        scale = 1.0 if self.sharpen is None else self.sharpen.scale
+        centre, shift = math.log(self.alpha / (1 - self.alpha)), 0.0 if self.mixer is None else SHIFT
+        least, most = (1 / (1 + math.exp(-(centre + side * shift))) for side in (-1, 1))
+        return Blended(self.standard.parts(), self.robust.parts(), (least, most), self.mix, scale)
 
     def blended(
         self, x: Float[Tensor, "n ch h w"], standard: Float[Tensor, "n c"], robust: Float[Tensor, "n c"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
 from robustmoe.models.mixing import mix_sparse, run_sparse
 from robustmoe.models.norm import Normalise, Standardise, wide
+from robustmoe.models.parts import Fork, Leaf, Part, through
 from robustmoe.models.small import SmallCNN
 from robustmoe.routing import Routing, Tape, Trace, soft, straight_through, top_k
 
@@ -49,6 +50,8 @@ class EnsembleModel(RoutedModel):
         self.router = router
         self.experts = nn.ModuleList(experts)
         self.rule = partial(select, gate=gate, k=k)
+        self.gate: Gate = gate
+        self.k = k
         self.mix = mix
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
@@ -65,6 +68,19 @@ class EnsembleModel(RoutedModel):
         tape = Tape()
         tape("router", self._decide(compact(self.normalise(x))))
         return tape.trace
+
+    def parts(self) -> Part:
+        branches = tuple(Leaf(through(self.normalise, expert)) for expert in self.experts)
+        soft = self.gate == "soft" or (self.gate == "vmoe" and self.k == len(branches))
+        return Fork(
+            "router",
+            through(self.normalise, self.router),
+            branches,
+            self.k,
+            soft or (self.gate == "renormalised" and self.k == len(branches)),
+            soft or self.gate != "vmoe",
+            self.mix,
+        )
 
     def _decide(self, x: Float[Tensor, "n ch h w"]) -> Routing:
         return self.rule(wide(self.router(x))[:, None])

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from robustmoe.models.backbone import Backbone, StagedNetwork, check_ratio
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
 from robustmoe.models.convolution import Segments, dispatch, routed_layers
 from robustmoe.models.norm import Normalise, Standardise, wide
+from robustmoe.models.parts import Fork, Function, Leaf, Part, through
 from robustmoe.models.resnet import resnet20
 from robustmoe.routing import Routing, Tape, Trace, straight_through
 
@@ -45,6 +47,13 @@ class PathwayModel(RoutedModel):
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
         return {"router": decide(self.router, compact(self.normalise(x)))}
 
+    def parts(self) -> Part:
+        def pathway(expert: int) -> Function:
+            return lambda x: self.network(self.normalise(x), whole(x, expert, self.num_experts))
+
+        leaves = tuple(Leaf(pathway(expert)) for expert in range(self.num_experts))
+        return Fork("router", through(self.normalise, self.router), leaves)
+
 
 class StagedPathwayModel(RoutedModel):
     """One decision an image and stage, by a router of each stage that sees what enters it: E^S pathways (the paper's
@@ -72,6 +81,31 @@ class StagedPathwayModel(RoutedModel):
             x = dispatch(function, x, expert, weight, self.num_experts, apart=not self.training)
             x = x * weight.detach().view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
         return x
+
+    def parts(self) -> Part:
+        return self._fork(lambda x: self.network.entry(self.normalise(x)), 0)
+
+    def _fork(self, before: Function, place: int) -> Part:
+        """What follows ``before``, which ends where stage ``place`` begins."""
+        stages = self.network.stages
+        if place == len(stages):
+            return Leaf(before)
+
+        def beyond(expert: int) -> Function:
+            def function(x: Tensor) -> Tensor:
+                segments = whole(x, expert, self.num_experts)
+                out: Tensor = stages[place](before(x), segments)
+                return self.network.leave(out, segments) if place == len(stages) - 1 else out
+
+            return function
+
+        branches = tuple(self._fork(beyond(expert), place + 1) for expert in range(self.num_experts))
+        return Fork(f"routers.{place}", lambda x: self.routers[place](before(x)), branches)
+
+
+def whole(x: Tensor, expert: int, experts: int) -> Segments:
+    """All images to one expert."""
+    return Segments([len(x) if each == expert else 0 for each in range(experts)], torch.ones(len(x), device=x.device))
 
 
 def decide(router: nn.Module, x: Tensor) -> Routing:

@@ -1,0 +1,36 @@
+"""Certificates: bounds of routed models over whole balls, and randomised smoothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from robustmoe import spec as specs
+from robustmoe.certification.bounds import Ball, Bounded, Bounding
+from robustmoe.certification.certify import ABSTAIN, Bounds, Certificate, Certifier
+from robustmoe.certification.margins import Worst, router_bounds, worst_margins
+
+CERTIFIERS: dict[str, Callable[..., Certifier]] = {
+    "bounds": Bounds,
+}
+
+
+def build_certifier(spec: str | Certifier) -> Certifier:
+    """The certifier written as ``spec``: ``build_certifier("bounds(linf(2/255))")``."""
+    certifier: Certifier = specs.build(spec, "certifier") if isinstance(spec, str) else spec
+    return certifier
+
+
+__all__ = [
+    "ABSTAIN",
+    "CERTIFIERS",
+    "Ball",
+    "Bounded",
+    "Bounding",
+    "Bounds",
+    "Certificate",
+    "Certifier",
+    "Worst",
+    "build_certifier",
+    "router_bounds",
+    "worst_margins",
+]

@@ -1,0 +1,167 @@
+"""Bounds of a network over all images of a ball inside the pixel box: intervals (IBP) and linear bounds (CROWN).
+
+Everything is batched, differentiable in the network's weights (certified training needs it), and in the dtype of the
+images. Real arithmetic is bounded, not rounding: see `robustmoe.certification.certify` for the slack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from robustmoe.attacks.threat import Norm
+from robustmoe.certification.graph import Graph, Node
+from robustmoe.certification.operations import Interval, Round
+
+Bounding = Literal["ibp", "crown_ibp", "crown"]
+"""How: intervals alone; linear bounds of the result, whose relaxations come from intervals (Zhang et al. 2020); linear
+bounds of every layer (Zhang et al. 2018)."""
+
+MEMORY = 256 * 2**20
+"""Bytes of coefficients held at a time, about."""
+
+
+@dataclass(frozen=True)
+class Ball:
+    """All images within ``eps`` (n,) of x (n, ch, h, w) in ``norm``, inside the box [0, 1]; a radius an image."""
+
+    x: Float[Tensor, "n ch h w"]
+    norm: Norm
+    eps: Float[Tensor, " n"]
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"bounds are for linf and l2 balls; got {self.norm!r}")
+
+    def __getitem__(self, select: Tensor | slice) -> Ball:
+        """Of some of the images."""
+        return Ball(self.x[select], self.norm, self.eps[select])
+
+    @property
+    def box(self) -> Interval:
+        """Bounds of every pixel."""
+        eps = self.eps.view(-1, 1, 1, 1)
+        ball = Round(self.x, torch.ones_like(self.x), self.eps) if self.norm == "l2" else None
+        return Interval((self.x - eps).clamp(min=0.0), (self.x + eps).clamp(max=1.0), ball)
+
+    def lowest(self, slope: Float[Tensor, "s n ch h w"]) -> Float[Tensor, "s n"]:
+        """The minimum over the ball of the sum of slope times image: exact in linf; in l2 exact but for the steps of a
+        search, and never above the minimum.
+
+        In l2 with the box, for every price m >= 0 of a step's square, min over the box of (slope . d + m d^2) - m eps^2
+        is a lower bound (weak duality); m is searched by bisection, and m = 0 and no box are tried too.
+        """
+        box = self.box
+        sign = slope >= 0
+        cube = (slope * torch.where(sign, box.lower, box.upper)).flatten(2).sum(2)
+        if self.norm == "linf":
+            return cube
+        at = (slope * self.x).flatten(2).sum(2)
+        plain = at - self.eps * torch.linalg.vector_norm(slope.flatten(2), dim=2)
+        return torch.maximum(torch.maximum(cube, plain), at + self._priced(slope.flatten(2), box))
+
+    def _priced(self, slope: Tensor, box: Interval) -> Tensor:
+        """The best of the bounds of `lowest` by weak duality, without slope . x; for slopes (s, n, pixels)."""
+        low, high = (box.lower - self.x).flatten(1), (box.upper - self.x).flatten(1)
+        budget = self.eps.square()
+        with torch.no_grad():
+            size = torch.linalg.vector_norm(slope, dim=2)
+            tiny = torch.finfo(size.dtype).tiny
+            least, most = torch.zeros_like(size), size / (2 * self.eps).clamp(min=tiny)  # at the most, d is in the ball
+            for _ in range(25):
+                price = 0.5 * (least + most)
+                step = (-slope / (2 * price.clamp(min=tiny))[..., None]).clamp(low, high)
+                outside = step.square().sum(2) > budget
+                least, most = torch.where(outside, price, least), torch.where(outside, most, price)
+            price = most
+        step = (-slope / (2 * price.clamp(min=tiny))[..., None]).clamp(low, high)
+        found: Tensor = (slope * step).sum(2) + price * (step.square().sum(2) - budget)
+        return found
+
+
+class Bounded:
+    """The bounds of every step of ``graph`` over ``ball``, as ``how`` makes them."""
+
+    def __init__(self, graph: Graph, ball: Ball, how: Bounding = "crown_ibp") -> None:
+        self.graph = graph
+        self.ball = ball
+        self.how = how
+        self.interval: dict[Node, Interval] = {graph.image: ball.box}
+        for node in graph.nodes[1:]:
+            assert node.operation is not None
+            if how == "crown" and not node.operation.affine:
+                self._tighten(node.inputs[0])
+            self.interval[node] = node.operation.interval(*(self.interval[each] for each in node.inputs))
+
+    def lower(self, rows: Float[Tensor, "s n c"]) -> Float[Tensor, "s n"]:
+        """A lower bound over the ball of the sum of ``rows`` times the network's outputs, for s rows an image."""
+        return self._lower(self.graph.output, rows)
+
+    def linear(self, rows: Float[Tensor, "s n c"]) -> tuple[Float[Tensor, "s n ch h w"], Float[Tensor, "s n"]]:
+        """slope . x + offset, below the sum of ``rows`` times the outputs everywhere in the ball."""
+        left, offset = self._pull(self.graph.output, rows, through=True)
+        return left[self.graph.image], offset
+
+    def _lower(self, node: Node, rows: Tensor) -> Tensor:
+        left, found = self._pull(node, rows, through=False)
+        for each, above in left.items():
+            found = found + _least(above, self.interval[each], self.ball if each is self.graph.image else None)
+        if self.how == "ibp":
+            return found
+        left, offset = self._pull(node, rows, through=True)
+        return torch.maximum(found, self.ball.lowest(left[self.graph.image]) + offset)
+
+    def _pull(self, node: Node, rows: Tensor, through: bool) -> tuple[dict[Node, Tensor], Tensor]:
+        """``rows`` (s, n, ...) of a step as coefficients of earlier ones, and what they leave over: of the image alone,
+        or, unless ``through``, of the steps that are not affine.
+        """
+        above = {node: rows}
+        offset = rows.new_zeros(rows.shape[:2])
+        left: dict[Node, Tensor] = {}
+        for each in reversed(self.graph.nodes[: self.graph.nodes.index(node) + 1]):
+            if each not in above:
+                continue
+            own = above.pop(each)
+            if each.operation is None or not (through or each.operation.affine):
+                left[each] = own
+                continue
+            pulled = each.operation.pull(own, [self.interval[one] for one in each.inputs])
+            if pulled.bias is not None:
+                offset = offset + pulled.bias
+            for one, coefficient in zip(each.inputs, pulled.coefficients, strict=True):
+                above[one] = above[one] + coefficient if one in above else coefficient
+        if through and self.graph.image not in left:
+            left[self.graph.image] = self.ball.x.new_zeros(rows.shape[0], *self.ball.x.shape)
+        return left, offset
+
+    def _tighten(self, node: Node) -> None:
+        """Linear bounds of a step that enters one that is not affine, where its sign is open in some image."""
+        own = self.interval[node]
+        open_ = ((own.lower < 0) & (own.upper > 0)).any(0).flatten()
+        places = open_.nonzero()[:, 0]
+        lower, upper = own.lower.flatten(1).clone(), own.upper.flatten(1).clone()
+        widest = max(each.shape.numel() for each in self.graph.nodes)
+        at_once = max(1, MEMORY // (widest * lower.element_size() * 4))
+        for part in places.split(at_once):
+            rows = torch.zeros(len(part), *lower.shape, dtype=lower.dtype, device=lower.device)
+            rows[torch.arange(len(part)), :, part] = 1.0
+            rows = rows.view(len(part), *own.lower.shape)
+            lower[:, part] = torch.maximum(lower[:, part], self._crown(node, rows).T)
+            upper[:, part] = torch.minimum(upper[:, part], -self._crown(node, -rows).T)
+        self.interval[node] = Interval(lower.view_as(own.lower), upper.view_as(own.upper), own.round)
+
+    def _crown(self, node: Node, rows: Tensor) -> Tensor:
+        left, offset = self._pull(node, rows, through=True)
+        return self.ball.lowest(left[self.graph.image]) + offset
+
+
+def _least(above: Tensor, interval: Interval, ball: Ball | None) -> Tensor:
+    """(s, n) the minimum of the sum of ``above`` times a value within the interval (within the ball, of the image)."""
+    if ball is not None:
+        return ball.lowest(above)
+    middle, reach = 0.5 * (interval.lower + interval.upper), 0.5 * (interval.upper - interval.lower)
+    return (above * middle).flatten(2).sum(2) - (above.abs() * reach).flatten(2).sum(2)

@@ -1,0 +1,132 @@
+"""What a network computes, as a list of operations that bounds can be pushed through: recorded while it runs.
+
+The network's own code runs once on real images, and every torch function that touches something made of them is written
+down. There is no second description of a network that could differ from the first, and nothing to add for a new one. A
+function without a rule in `robustmoe.certification.operations.RULES` is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from robustmoe.certification.operations import RULES, Operation, Slot, Unbounded
+from robustmoe.errors import UserError
+
+Network = Callable[[Tensor], Tensor]
+
+_ABOUT = {
+    Tensor.dim,
+    Tensor.size,
+    Tensor.__len__,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_meta", "requires_grad")),
+}
+"""What may be asked of a tensor that is no part of its values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One step: ``operation`` of the values of ``inputs``; None is the image itself. ``shape`` is (n, ...)."""
+
+    operation: Operation | None
+    inputs: tuple[Node, ...]
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The steps in the order in which they were made; the first is the image (n, ch, h, w), ``output`` the result."""
+
+    nodes: list[Node]
+    output: Node
+
+    @property
+    def image(self) -> Node:
+        return self.nodes[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The recorded steps on other images of the same batch size."""
+        values: dict[Node, Tensor] = {self.image: x}
+        for node in self.nodes[1:]:
+            assert node.operation is not None
+            values[node] = node.operation(*(values[each] for each in node.inputs))
+        return values[self.output]
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.nodes = [Node(None, (), x.shape)]
+        self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, self.nodes[0])}  # holds the tensors: ids stay theirs
+
+    def node(self, value: object) -> Node | None:
+        found = self.known.get(id(value))
+        return None if found is None else found[1]
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        inputs: list[Node] = []
+        slots = [self._slot(each, inputs) for each in args]
+        named = {name: self._slot(each, inputs) for name, each in kwargs.items()}
+        if not inputs or function in _ABOUT:
+            return result
+        rule = RULES.get(function)
+        if rule is None:
+            raise Unbounded(f"{resolve_name(function) or function}")
+        operation = rule(*slots, **named)
+        if self.node(result) is None:  # flatten, contiguous: sometimes the tensor itself
+            self.nodes.append(Node(operation, tuple(inputs), result.shape))
+            self.known[id(result)] = (result, self.nodes[-1])
+        return result
+
+    def _slot(self, value: Any, inputs: list[Node]) -> Any:
+        """The argument, with a `Slot` in the place of every recorded value; their steps go to ``inputs``."""
+        if isinstance(value, list):
+            return [self._slot(each, inputs) for each in value]
+        if type(value) is tuple:
+            return tuple(self._slot(each, inputs) for each in value)
+        node = self.node(value)
+        if node is None:
+            return value
+        inputs.append(node)
+        return Slot(node.shape)
+
+
+@torch.no_grad()
+def record(network: Network, x: Tensor) -> Graph:
+    """The steps of ``network`` (in eval mode) on images x (n, ch, h, w). Raises UserError where one has no bounds."""
+    x = x.detach().clone()
+    with _Recorder(x) as recorder:
+        try:
+            result = network(x)
+        except Unbounded as error:
+            raise UserError(
+                f"no bounds are known through {error}; expected convolutions, linear layers, BatchNorm, ReLU, "
+                "GELU, pooling and sums. smoothing(...) certifies any model"
+            ) from None
+    output = recorder.node(result)
+    if output is None:
+        raise UserError("the network's result does not depend on its images by recorded steps; it cannot be bounded")
+    return Graph(recorder.nodes, output)
+
+
+@torch.no_grad()
+def check(graph: Graph, network: Network, elsewhere: Tensor) -> None:
+    """UserError unless the recorded steps are the network on other images too: a network that looks at values to decide
+    what it computes, or computes outside of torch's functions, has no graph.
+    """
+    ours, theirs = graph(elsewhere), network(elsewhere)
+    scale = theirs.abs().amax().clamp(min=1.0)
+    if not bool(((ours - theirs).abs() <= 1e-4 * scale).all()):
+        raise UserError(
+            "the network does not compute the same steps for every image (it looks at values, or computes outside of "
+            "torch's functions), so no bounds are known of it; smoothing(...) certifies any model"
+        )
