@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustmoe.errors import UserError
-from robustmoe.models import DualModel, RoutedModel
+from robustmoe.models import DualModel, RoutedModel, ViTMoEModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape
 from robustmoe.training import METHODS, Loss, Method, Phase, TrainingStopped, build_method, train_step
@@ -171,11 +171,13 @@ def test_finite_gradients_whose_norm_overflows_are_called_so(batch: tuple[Tensor
 
 METHODS_HERE = {
     "standard": "standard(balance=0.1)",
+    "gaussian": "gaussian(sigma=0.25, balance=0.1)",
     "at": "at(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "trades": "trades(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "advmoe": "advmoe(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "rt_er": "rt_er(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "jtdmoe": "jtdmoe(pgd(linf(0.1), steps=2, keep=last))",
+    "certified": "certified(linf(0.01), stability=0.1, balance=0.1)",
     "consistent": "consistent(at(pgd(linf(0.1), steps=2, keep=last), balance=0.1), of=model)",
 }
 
@@ -199,6 +201,10 @@ def test_every_method_moves_its_phases_parameters_alone(
     if name == "jtdmoe" and not isinstance(model, DualModel):
         with pytest.raises(UserError, match="expected a dual model"):
             whole.phases[0].parameters(model)
+        return
+    if name == "certified" and isinstance(model, ViTMoEModel):
+        with pytest.raises(UserError, match="no certificate knows how ViTMoEModel routes"):
+            whole.phases[0].loss(model, images(2), labels(2), NO_NOISE)
         return
     for params in (EXPERTS, ROUTERS if any(re.match(ROUTERS, key) for key in names) else "network.stages"):
         half = "(?={})" if name == "jtdmoe" else ""  # its phases keep to their halves

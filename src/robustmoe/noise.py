@@ -47,11 +47,11 @@ class Noise:
         """Streams of the images ``index`` (n,), any stable integers, under ``key`` (seed, epoch, ...)."""
         return cls(_mix(_mix(index.to(torch.int64)))).fold(*key)  # twice: (image, key) must not equal (key, image)
 
-    def fold(self, *key: int) -> Noise:
-        """The streams derived from these by each integer of ``key`` in turn."""
+    def fold(self, *key: int | Int[Tensor, " n"]) -> Noise:
+        """The streams derived from these by each integer of ``key`` in turn; a tensor has one integer a stream."""
         state = self.state
         for part in key:
-            state = _mix(state ^ _mix(torch.tensor(part, dtype=torch.int64, device=state.device)))
+            state = _mix(state ^ _mix(torch.as_tensor(part, dtype=torch.int64, device=state.device)))
         return Noise(state)
 
     def __getitem__(self, select: Tensor | slice) -> Noise:

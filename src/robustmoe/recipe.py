@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 
-_SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack")
+_SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack", "val_certifier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,9 @@ class Recipe:
     ] = None
     val_attack: Annotated[
         str | None, "attack on the validation images after each epoch; none = clean accuracy only"
+    ] = None
+    val_certifier: Annotated[
+        str | None, "what certifies validation images after each epoch; the most certified weights are kept"
     ] = None
     val_limit: Annotated[int | None, "validate on this many images at most"] = None
     checkpoint_every: Annotated[int, "steps between checkpoints; 0 = one at the end of each epoch"] = 0

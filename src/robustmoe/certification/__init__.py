@@ -8,9 +8,11 @@ from robustmoe import spec as specs
 from robustmoe.certification.bounds import Ball, Bounded, Bounding
 from robustmoe.certification.certify import ABSTAIN, Bounds, Certificate, Certifier
 from robustmoe.certification.margins import Worst, router_bounds, worst_margins
+from robustmoe.certification.smoothing import Smoothing, predict
 
 CERTIFIERS: dict[str, Callable[..., Certifier]] = {
     "bounds": Bounds,
+    "smoothing": Smoothing,
 }
 
 
@@ -29,8 +31,10 @@ __all__ = [
     "Bounds",
     "Certificate",
     "Certifier",
+    "Smoothing",
     "Worst",
     "build_certifier",
+    "predict",
     "router_bounds",
     "worst_margins",
 ]

@@ -109,15 +109,16 @@ class Bounds(Certifier):
         part = exact.parts()
         for each in leaves(part):
             check(record(each, x), each, (x + self.eps * (2 * noise.uniform(*x.shape[1:]).to(x) - 1)).clamp(0.0, 1.0))
-        worst = self._worst(part, x, torch.full_like(x[:, 0, 0, 0], self.eps), y)
-        proven = worst.proven(y)
-        radius = torch.where(proven, self.eps, 0.0).to(x)
-        above = torch.where(proven, self.up * self.eps, self.eps).to(x)
+        asked = torch.full((len(x),), self.eps, dtype=torch.float64)  # in float32 0.03 is less than 0.03
+        worst = self._worst(part, x, asked, y)
+        proven = worst.proven(y).cpu()
+        radius = torch.where(proven, asked, 0.0)
+        above = torch.where(proven, self.up * asked, asked)
         rule = [name if good else "" for name, good in zip(worst.rule, proven.tolist())]
         for _ in range(self.search):
             middle = 0.5 * (radius + above)
             found = self._worst(part, x, middle, y)
-            good = found.proven(y)
+            good = found.proven(y).cpu()
             radius, above = torch.where(good, middle, radius), torch.where(good, above, middle)
             rule = [new if one else old for new, old, one in zip(found.rule, rule, good.tolist())]
         return [
@@ -133,7 +134,10 @@ class Bounds(Certifier):
         ]
 
     def _worst(self, part: Part, x: Tensor, eps: Tensor, y: Tensor) -> Worst:
-        return worst_margins(part, Ball(x, self.norm, eps), y, self.how, SLACK[x.dtype])
+        rounded = eps.to(x.dtype)
+        above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
+        rounded = torch.where(rounded < eps, above, rounded).to(x.device)
+        return worst_margins(part, Ball(x, self.norm, rounded), y, self.how, SLACK[x.dtype])
 
 
 def leaves(part: Part) -> list[Function]:

@@ -150,7 +150,7 @@ class _Walk:
         found = self.part(part, ball[places] if len(places) else ball[:1], y[places] if len(places) else y[:1], space)
         every = torch.where(reached, reached.cumsum(0) - 1, 0)  # a place in found, for each image
 
-        def spread(values: Tensor, missing: float) -> Tensor:
+        def spread(values: Tensor, missing: float | bool) -> Tensor:
             return torch.where(reached.view(-1, *[1] * (values.ndim - 1)), values[every], missing)
 
         return Worst(

@@ -22,7 +22,7 @@ from robustmoe.models.norm import BatchNorm2d, Normalise
 from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
 from robustmoe.models.pruned import Pruned
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
-from robustmoe.models.small import Downsampled, Linear, Resized, SmallCNN
+from robustmoe.models.small import ConvSmall, Downsampled, Linear, Resized, SmallCNN
 from robustmoe.models.tokens import TokenExperts
 from robustmoe.models.vgg import VGG16
 from robustmoe.models.vit import ViT, vit_base, vit_small, vit_tiny
@@ -50,6 +50,7 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
     "vit_moe": ViTMoE,
     "linear": Linear,
     "small_cnn": SmallCNN,
+    "conv_small": ConvSmall,
     "downsampled": Downsampled,
     "resized": Resized,
     "ensemble": Ensemble,
@@ -98,6 +99,7 @@ __all__ = [
     "BatchNorm2d",
     "BlockMoE",
     "ConvMoE",
+    "ConvSmall",
     "Dense",
     "DenseNet",
     "Downsampled",

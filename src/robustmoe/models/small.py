@@ -56,6 +56,39 @@ class SmallCNN(NetworkSpec):
         return SmallCNNNetwork(image_shape[0], self.width, num_classes)
 
 
+class ConvSmallNetwork(nn.Module):
+    def __init__(self, image_shape: ImageShape, width: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        channels, height, side = image_shape
+        self.conv1 = nn.Conv2d(channels, width, 4, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)
+        self.hidden = nn.Linear(2 * width * (height // 4) * (side // 4), hidden)
+        self.head = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+@dataclass(frozen=True)
+class ConvSmall(NetworkSpec):
+    """The two-layer network that certified training is measured on (Wong and Kolter 2018): 4x4 convolutions of stride 2
+    with ``width`` and 2 ``width`` channels, a layer of ``hidden`` units, one linear layer; ReLU, no BatchNorm.
+    """
+
+    width: int = 16
+    hidden: int = 100
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.hidden < 1:
+            raise ValueError(f"width and hidden must be at least 1; got {self.width} and {self.hidden}")
+
+    def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
+        if min(image_shape[1:]) < 4:
+            raise ValueError(f"conv_small needs images of at least 4 x 4 pixels; got {image_shape[1:]}")
+        return ConvSmallNetwork(image_shape, self.width, self.hidden, num_classes)
+
+
 class RescaledNetwork(nn.Module):
     """``inner`` on images that ``rescale`` brings to ``size`` (height, width)."""
 

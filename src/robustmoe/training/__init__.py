@@ -6,23 +6,26 @@ from collections.abc import Callable
 
 from robustmoe import spec as specs
 from robustmoe.training.advmoe import advmoe
+from robustmoe.training.certified import certified
 from robustmoe.training.checkpoint import load_model
 from robustmoe.training.consistency import consistent
 from robustmoe.training.jtdmoe import jtdmoe
 from robustmoe.training.loop import train
-from robustmoe.training.methods import at, standard, trades
+from robustmoe.training.methods import at, gaussian, standard, trades
 from robustmoe.training.optimisation import OPTIMIZERS, SCHEDULES, SGD, AdamW, OptimizerSpec
 from robustmoe.training.phases import Given, Loss, Method, Pair, Phase, StepResult, TrainingStopped, train_step
 from robustmoe.training.rt_er import rt_er
 
 METHODS: dict[str, Callable[..., Method]] = {
     "standard": standard,
+    "gaussian": gaussian,
     "at": at,
     "trades": trades,
     "advmoe": advmoe,
     "rt_er": rt_er,
     "jtdmoe": jtdmoe,
     "consistent": consistent,
+    "certified": certified,
 }
 
 
@@ -49,7 +52,9 @@ __all__ = [
     "advmoe",
     "at",
     "build_method",
+    "certified",
     "consistent",
+    "gaussian",
     "jtdmoe",
     "load_model",
     "rt_er",

@@ -17,7 +17,7 @@ from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.training.auxiliary import in_global_batch
 from robustmoe.training.methods import check_weight
-from robustmoe.training.phases import Loss, LossFunction, Method, Pair
+from robustmoe.training.phases import Loss, LossFunction, Method, Pair, Phase
 
 Consistency = Literal["kl", "jsd", "prc", "lipschitz"]
 Of = Literal["router", "model"]
@@ -56,11 +56,14 @@ def consistent(
             "consistent compares clean with attacked images, and this method has no attack; give one with attack=, "
             "such as attack=pgd(linf(8/255), steps=2)"
         )
-    phases = (
-        replace(phase, loss=Consistent(phase.loss, loss, weight, of, against, anew=attack is not None))
-        for phase in method.phases
-    )
-    return Method(tuple(phases), method.attack or attack)
+
+    def with_term(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        terms = (Consistent(phase.loss, loss, weight, of, against, anew=attack is not None) for phase in phases)
+        return tuple(replace(phase, loss=term) for phase, term in zip(phases, terms))
+
+    ramp = method.ramp
+    later = None if ramp is None else lambda progress: with_term(ramp(progress))
+    return Method(with_term(method.phases), method.attack or attack, method.threat, later)
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from robustmoe import distributed
 from robustmoe.attacks import Attack
-from robustmoe.data import ImageSet, batches
+from robustmoe.certification import Certifier
+from robustmoe.data import Batch, ImageSet, batches
 from robustmoe.models.base import RoutedModel
+from robustmoe.models.norm import full_precision
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing
 
 
 class Validation(NamedTuple):
-    """Accuracies on ``n`` images (``robust`` None without an attack). Of each router: ``load``, the share of its
-    decisions that went to each expert (what found no room went to none); ``gap``, best minus second logit, the mean
-    over decisions; ``consistency``, the share of decisions that are the same under the attack ({} without one).
+    """Accuracies on ``n`` images (``robust`` None without an attack, ``certified`` without a certifier). Of each
+    router: ``load``, the share of its decisions that went to each expert (what found no room went to none); ``gap``,
+    best minus second logit, the mean over decisions; ``consistency``, the share of decisions that are the same under
+    the attack ({} without one).
     """
 
     clean: float
@@ -28,6 +31,7 @@ class Validation(NamedTuple):
     load: dict[str, list[float]]
     gap: dict[str, float]
     consistency: dict[str, float]
+    certified: float | None = None
 
 
 def validate(
@@ -38,16 +42,17 @@ def validate(
     device: torch.device,
     seed: int,
     autocast: torch.dtype | None = None,
+    certifier: Certifier | None = None,
 ) -> Validation:
-    """Clean accuracy and accuracy under ``attack``, each process on its share of the images. Leaves the model in eval
-    mode.
+    """Clean accuracy, accuracy under ``attack`` and the one that ``certifier`` proves at its eps, each process on its
+    share of the images. Leaves the model in eval mode.
 
     An image counts as robust where it is right both before and after the attack, and as wrong where its logits are
     not finite.
     """
     model.eval()
     mine = torch.arange(distributed.rank(), len(images), distributed.world())
-    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    counts = torch.zeros(3, dtype=torch.float64, device=device)
     sums: dict[str, Tensor] = {}  # of each router: decisions an expert, decisions, their gaps, those that stay
     with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         for batch in batches(images, batch_size, mine, device):
@@ -62,12 +67,12 @@ def validate(
                 held, after = right & _right(attacked.logits, batch.y), attacked.trace
             for name, routing in clean.trace.items():
                 sums[name] = sums.get(name, 0) + _sums(routing, after[name])
-            counts += torch.stack([right.sum(), held.sum()])
+            counts += torch.stack([right.sum(), held.sum(), _proven(model, batch, right, certifier, seed)])
     if not sums:
         sums = _no_sums(model, images, device)
     distributed.all_reduce_sum(counts)
     found = {name: distributed.all_reduce_sum(sums[name]).tolist() for name in sorted(sums)}
-    clean_share, robust_share = (counts / len(images)).tolist()
+    clean_share, robust_share, certified_share = (counts / len(images)).tolist()
     return Validation(
         clean_share,
         robust_share if attack is not None else None,
@@ -75,6 +80,7 @@ def validate(
         {name: [n / max(1, sum(load)) for n in load] for name, (*load, _, _, _) in found.items()},
         {name: gap / max(1, n) for name, (*_, n, gap, _) in found.items()},
         {name: same / max(1, n) for name, (*_, n, _, same) in found.items()} if attack is not None else {},
+        certified_share if certifier is not None else None,
     )
 
 
@@ -84,6 +90,16 @@ VALIDATION = 4
 
 def _right(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+
+
+def _proven(model: RoutedModel, batch: Batch, right: Tensor, certifier: Certifier | None, seed: int) -> Tensor:
+    """How many of the images that are right are certified at the certifier's eps."""
+    if certifier is None:
+        return right.new_zeros((), dtype=torch.long)
+    with full_precision(batch.x):
+        found = certifier(model, batch.x, Noise.of(batch.index, seed, VALIDATION))
+    sure = [one.prediction == label and one.radius >= certifier.eps for one, label in zip(found, batch.y.tolist())]
+    return (right & torch.tensor(sure, device=right.device)).sum()
 
 
 def _sums(clean: Routing, attacked: Routing) -> Tensor:

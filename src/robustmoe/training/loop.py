@@ -20,6 +20,7 @@ from torch import Tensor
 from robustmoe import distributed, provenance
 from robustmoe import spec as specs
 from robustmoe.attacks import Attack, NotFiniteError
+from robustmoe.certification import Certifier, build_certifier
 from robustmoe.data import Batch, Data, ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
@@ -72,6 +73,7 @@ class Parts:
     augment: Any
     val: ImageSet
     val_attack: Attack | None
+    val_certifier: Certifier | None
     average: Average | None
     device: torch.device
 
@@ -146,6 +148,7 @@ def _build(recipe: Recipe, device: torch.device, fresh: bool) -> Parts:
         augment=augment,
         val=data.val.head(recipe.val_limit),
         val_attack=val_attack,
+        val_certifier=build_certifier(recipe.val_certifier) if recipe.val_certifier else None,
         average=Average(model, recipe.ema) if recipe.ema else None,
         device=device,
     )
@@ -160,6 +163,7 @@ def _build(recipe: Recipe, device: torch.device, fresh: bool) -> Parts:
 def _config(parts: Parts) -> dict[str, Any]:
     data, recipe = parts.data, parts.recipe
     score = f"accuracy under {recipe.val_attack}" if recipe.val_attack else "clean accuracy"
+    score = f"accuracy certified by {recipe.val_certifier}" if recipe.val_certifier else score
     return {
         **dataclasses.asdict(recipe),
         "num_classes": data.num_classes,
@@ -308,7 +312,8 @@ def _epoch(parts: Parts, state: State, out: Path) -> bool:
 
 def _step(parts: Parts, state: State, batch: Batch, second: Batch | None, routers: list[str]) -> StepResult:
     done = state.epoch * parts.steps + state.step
-    lr = parts.base_lr * parts.schedule(done / (parts.recipe.epochs * parts.steps))
+    progress = done / (parts.recipe.epochs * parts.steps)
+    lr = parts.base_lr * parts.schedule(progress)
     for phase, optimiser in zip(parts.method.phases, parts.optimisers):
         for group in optimiser.param_groups:
             group["lr"] = lr * phase.lr
@@ -316,7 +321,7 @@ def _step(parts: Parts, state: State, batch: Batch, second: Batch | None, router
     try:
         result = train_step(
             parts.model,
-            parts.method,
+            parts.method.at(progress),
             parts.optimisers,
             batch.x,
             batch.y,
@@ -366,11 +371,18 @@ def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool
     judged = _judged(parts)
     try:
         result = health.validate(
-            judged, parts.val, parts.val_attack, parts.batch_size, parts.device, parts.recipe.seed, parts.autocast
+            judged,
+            parts.val,
+            parts.val_attack,
+            parts.batch_size,
+            parts.device,
+            parts.recipe.seed,
+            parts.autocast,
+            parts.val_certifier,
         )
     except NotFiniteError as error:
         raise TrainingStopped(f"stopped in the validation after epoch {state.epoch + 1}: {error}") from error
-    score = result.clean if result.robust is None else result.robust
+    score = next(rate for rate in (result.certified, result.robust, result.clean) if rate is not None)
     whole = state.step == parts.steps
     best = score > state.best if whole else state.best < 0
     shared = _over_processes(parts, state)
@@ -387,6 +399,7 @@ def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool
         "train_accuracy": shared.correct / shared.seen,
         "val_clean": result.clean,
         "val_robust": result.robust,
+        "val_certified": result.certified,
         "val_n": result.n,
         "routers": router_lines,
         "best": best,
@@ -398,6 +411,7 @@ def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool
             checkpoint.save_weights(out / "model.safetensors", judged.state_dict(), parts.recipe.model)
         append_json(out / "metrics.jsonl", line)
     robust = "" if result.robust is None else f"  val robust {100 * result.robust:5.1f} %"
+    robust += "" if result.certified is None else f"  val certified {100 * result.certified:5.1f} %"
     note(
         f"epoch {state.epoch + 1}/{parts.recipe.epochs}  loss "
         f"{' '.join(f'{loss:.3f}' for loss in losses)}  train {100 * line['train_accuracy']:5.1f} %  "

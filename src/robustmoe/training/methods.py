@@ -1,7 +1,9 @@
-"""Training methods for any model: standard, adversarial training (AT), TRADES."""
+"""Training methods for any model: standard, on Gaussian noise, adversarial training (AT), TRADES."""
 
 from __future__ import annotations
 
+import math
+import zlib
 from typing import Literal
 
 import torch.nn.functional as F
@@ -34,18 +36,34 @@ def _one_phase(moves: Moves, loss: LossFunction, attack: Attack | None = None) -
 
 
 def _classification(
-    label_smoothing: float, balance: float, balance_loss: BalanceLoss, mixup: float, attack: Attack | None
+    label_smoothing: float,
+    balance: float,
+    balance_loss: BalanceLoss,
+    mixup: float,
+    attack: Attack | None = None,
+    sigma: float = 0.0,
 ) -> LossFunction:
+    """Cross-entropy and the routers' loss on clean, attacked, or (``sigma`` above 0) noisy images."""
+    for name, weight in (("balance", balance), ("mixup", mixup)):
+        check_weight(name, weight)
+    check_balance_loss(balance_loss)
+
     def loss(model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         given = mixed(x, y, noise, mixup) if mixup else Labelled(x, y)
         x_adv = None if attack is None else attack(model, given.x, given.label, noise)
-        output = model.run(given.x if x_adv is None else x_adv, noise=router_noise(noise))
+        seen = given.x if x_adv is None else x_adv
+        if sigma:
+            seen = seen + sigma * noise.fold(GAUSSIAN).normal(*x.shape[1:]).to(x)
+        output = model.run(seen, noise=router_noise(noise))
         value = given.cross_entropy(output.logits, label_smoothing)
         value = value + auxiliary(output.trace, balance, balance_loss)
         right = (output.logits.argmax(1) == given.label).sum()
         return Loss(value, right, None if x_adv is None else Pair(given.x, x_adv))
 
     return loss
+
+
+GAUSSIAN = zlib.crc32(b"gaussian")
 
 
 def standard(
@@ -60,10 +78,26 @@ def standard(
     (all but the routers'): with a recipe's ``init``, to harden one part of a trained model. ``mixup``: above 0, images
     and labels are mixed by shares from Beta(mixup, mixup), see `robustmoe.training.mixup`.
     """
-    for name, weight in (("balance", balance), ("mixup", mixup)):
-        check_weight(name, weight)
-    check_balance_loss(balance_loss)
-    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, None))
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup))
+
+
+def gaussian(
+    sigma: float = 0.25,
+    label_smoothing: float = 0.0,
+    balance: float = 0.0,
+    balance_loss: BalanceLoss = "switch",
+    moves: Moves = "all",
+    mixup: float = 0.0,
+) -> Method:
+    """Cross-entropy on images plus noise from N(0, sigma^2), the training for randomised smoothing (Lecuyer et al.
+    2019; Cohen et al. 2019): one fresh noisy copy of an image a step.
+
+    ``sigma``: in pixels of [0, 1]; the noisy images are not clipped, as in `robustmoe.certification.Smoothing`. The
+    others: as in `standard`, ``balance`` on the noisy images.
+    """
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be above 0, in pixels of [0, 1]; got {sigma}")
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, sigma=sigma))
 
 
 def at(
@@ -80,9 +114,6 @@ def at(
     one-step training of Wong et al. 2020. ``balance``, ``balance_loss``: as in `standard`, on the attacked images;
     ``moves``: as there; ``mixup``: as there, the mixed image attacked as one of the label that has the larger share.
     """
-    for name, weight in (("balance", balance), ("mixup", mixup)):
-        check_weight(name, weight)
-    check_balance_loss(balance_loss)
     return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, attack), attack)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from robustmoe import distributed
-from robustmoe.attacks import Attack, NotFiniteError
+from robustmoe.attacks import Attack, NotFiniteError, Threat
 from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
@@ -79,11 +79,22 @@ class Phase:
 @dataclass(frozen=True)
 class Method:
     """Phases, run in this order on each batch, with one optimiser each. ``attack``: what the method trains against,
-    if anything.
+    if anything; ``threat``: the ball it trains for (by default the attack's). ``ramp``: of a method that changes while
+    it trains, the phases at each moment, given as a share of the training; the same phases but for their losses.
     """
 
     phases: tuple[Phase, ...]
     attack: Attack | None = None
+    threat: Threat | None = None
+    ramp: Callable[[float], tuple[Phase, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.threat is None and self.attack is not None:
+            object.__setattr__(self, "threat", self.attack.threat)
+
+    def at(self, progress: float) -> Method:
+        """The method at this share of the training, from 0 to 1."""
+        return self if self.ramp is None else replace(self, phases=self.ramp(progress), ramp=None)
 
     @property
     def two_batches(self) -> bool:

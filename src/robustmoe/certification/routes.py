@@ -1,0 +1,273 @@
+"""Routes over a ball: which experts a router reaches, exactly; how far the route is certified; and the exact worst
+margin of a linear mixture, against which every certificate can be held.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.threat import Norm, Threat
+from robustmoe.certification.bounds import Ball, Bounded, Bounding
+from robustmoe.certification.certify import SLACK
+from robustmoe.certification.graph import check, record
+from robustmoe.certification.margins import router_bounds
+from robustmoe.errors import UserError
+from robustmoe.models.base import RoutedModel
+from robustmoe.models.parts import Blended, Fork, Function, Leaf, Part
+from robustmoe.routing import top_k
+
+TOLERANCE = 1e-9
+"""How far a linear programme may miss a constraint; a lead of -TOLERANCE counts as a tie, and a tie as reached."""
+
+
+@torch.no_grad()
+def reachable_exactly(
+    model: RoutedModel, x: Float[Tensor, "n ch h w"], threat: Threat
+) -> dict[str, Bool[Tensor, "n e"]]:
+    """For each router, the experts that it chooses somewhere in the linf ball inside the box, by linear programmes
+    (C(e - 1, k - 1) for each expert and image): whether the largest least lead of the expert over all others but k - 1
+    of them is 0 or more. A soft router reaches all.
+
+    `rules.reachable` asks the same pair by pair: a superset, cheap, for any norm and router. Raises UserError for a
+    router that is not affine in the pixels, ValueError for another norm than linf.
+    """
+    part, x = _doubled(model, x)
+    return {name: _reached(fork, x, _cubes(x, threat)) for name, fork in _forks(part)}
+
+
+@torch.no_grad()
+def route_radius(
+    model: RoutedModel,
+    x: Float[Tensor, "n ch h w"],
+    norm: Norm,
+    how: Bounding = "crown_ibp",
+    halvings: int = 20,
+) -> Float[Tensor, " n"]:
+    """A certified radius of each image's route, in ``norm`` and pixels: in that ball, inside the box, every router that
+    decides keeps its set of experts; of stages those on the image's path, of a dual both halves'.
+
+    Every chosen expert is compared with every other, and the radius was verified itself, found by ``halvings`` of the
+    largest there is (1 in linf, the root of the number of pixels in l2). Of affine routers it is the exact radius, the
+    search apart; of others it is as good as the bounds (``how``). inf without a router that leaves an expert out.
+    """
+    part, x = _doubled(model, x)
+    most = 1.0 if norm == "linf" else float(x[0].numel()) ** 0.5
+    return _radius(part, x, norm, how, torch.full_like(x[:, 0, 0, 0], most), halvings)
+
+
+@torch.no_grad()
+def exact_margin(
+    model: RoutedModel, x: Float[Tensor, "n ch h w"], y: Int[Tensor, " n"], threat: Threat
+) -> Float[Tensor, " n"]:
+    """P12: the smallest margin of the class y over the linf ball inside the box, exactly: for every expert i and other
+    class j the linear programme min {f_i^y - f_i^j : g_i >= g_k for all k}, of linear experts behind a linear top-1
+    router (or of one linear network).
+
+    An oracle to hold certificates against: certificate <= exact <= attack. On a boundary of cells both experts count.
+    Raises UserError for a model of another kind, ValueError for another norm.
+    """
+    part, x = _doubled(model, x)
+    cubes = _cubes(x, threat)
+    experts, router = _linear_mixture(part, x)
+    found = []
+    for image, label in enumerate(y.tolist()):
+        cube = cubes[image]
+        least = torch.inf
+        for i, expert in enumerate(experts):
+            leads = None if router is None else router.leads(i, cube.x)
+            for j in range(len(expert.offset)):
+                if j != label:
+                    goal = Affine(expert.slope[label] - expert.slope[j], expert.offset[label] - expert.offset[j])
+                    value = _least(goal, cube, leads)
+                    least = least if value is None else min(least, value)
+        found.append(least)
+    return x.new_tensor(found)
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+class Affine(NamedTuple):
+    """slope . image + offset, of images as rows: (o, d) and (o,), or (d,) and a number."""
+
+    slope: Tensor
+    offset: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        value: Tensor = self.slope @ x + self.offset
+        return value
+
+    def leads(self, i: int, x: Tensor) -> Affine:
+        """Output i minus each other, of the step away from x: (o - 1, d), (o - 1,)."""
+        lead = Affine(self.slope[i] - self.slope, self.offset[i] - self.offset)
+        rest = torch.arange(len(self.offset), device=x.device) != i
+        return Affine(lead.slope[rest], lead(x)[rest])
+
+
+class Cube(NamedTuple):
+    """One image as a row x (d,), and how far each pixel may move down and up."""
+
+    x: Tensor
+    down: Tensor
+    up: Tensor
+
+
+def _doubled(model: RoutedModel, x: Tensor) -> tuple[Part, Tensor]:
+    """The parts of a copy in eval mode, and the images, in float64."""
+    with evaluating(model):
+        return copy.deepcopy(model).to(torch.float64).parts(), x.to(torch.float64)
+
+
+def _forks(part: Part, prefix: str = "") -> Iterator[tuple[str, Fork]]:
+    """Every router by its name in a trace; a model whose branches fork again has them behind something not affine."""
+    if isinstance(part, Fork):
+        yield prefix + part.name, part
+        for branch in part.branches:
+            yield from _forks(branch, prefix)
+    elif isinstance(part, Blended):
+        yield from _forks(part.standard, f"{prefix}standard.")
+        yield from _forks(part.robust, f"{prefix}robust.")
+
+
+def _affine(function: Function, x: Tensor, what: str) -> Affine:
+    """The function of the images x as a matrix and a bias."""
+    graph = record(function, x[:1])
+    if not all(node.operation is None or node.operation.affine for node in graph.nodes):
+        raise UserError(f"{what} is not linear in the pixels, so there is no linear programme; expected router=linear")
+    check(graph, function, 1 - x[:1])
+    rows = torch.eye(graph.output.shape[1], dtype=x.dtype, device=x.device)[:, None]
+    slope, offset = Bounded(graph, Ball(x[:1], "linf", torch.zeros_like(x[:1, 0, 0, 0])), "ibp").linear(rows)
+    return Affine(slope[:, 0].flatten(1), offset[:, 0])
+
+
+def _cubes(x: Tensor, threat: Threat) -> list[Cube]:
+    if threat.norm != "linf":
+        raise ValueError(f"exact routes and margins are for linf balls; got {threat.norm}")
+    box = Ball(x, "linf", torch.full_like(x[:, 0, 0, 0], threat.eps)).box
+    down, up = (box.lower - x).flatten(1), (box.upper - x).flatten(1)
+    return [Cube(*each) for each in zip(x.flatten(1), down, up, strict=True)]
+
+
+def _linear_mixture(part: Part, x: Tensor) -> tuple[list[Affine], Affine | None]:
+    if isinstance(part, Leaf):
+        return [_affine(part.network, x, "the network")], None
+    leaves = [each for each in part.branches if isinstance(each, Leaf)] if isinstance(part, Fork) else []
+    if not isinstance(part, Fork) or part.soft or part.k != 1 or not part.total or len(leaves) != len(part.branches):
+        raise UserError("the exact margin is of linear experts behind a linear top-1 router, whose weight is 1")
+    experts = [_affine(each.network, x, "an expert") for each in leaves]
+    return experts, _affine(part.router, x, f"the router {part.name!r}")
+
+
+# ------------------------------------------------------------------------------------------------ linear programmes
+
+
+def _reached(fork: Fork, x: Tensor, cubes: list[Cube]) -> Bool[Tensor, "n e"]:
+    e = len(fork.branches)
+    if fork.soft:
+        return torch.ones(len(x), e, dtype=torch.bool, device=x.device)
+    router = _affine(fork.router, x, f"the router {fork.name!r}")
+    found = [
+        [
+            any(_lead(router.leads(i, cube.x), list(kept), cube) >= -TOLERANCE for kept in _against(e, fork.k))
+            for i in range(e)
+        ]
+        for cube in cubes
+    ]
+    return torch.tensor(found, device=x.device)
+
+
+def _against(e: int, k: int) -> Iterator[tuple[int, ...]]:
+    """Which of the e - 1 others a top-k choice must lead: all but k - 1, in every way."""
+    return combinations(range(e - 1), e - k)
+
+
+def _lead(leads: Affine, kept: list[int], cube: Cube) -> float:
+    """The largest that the least of the leads ``kept`` gets in the cube: max t with every lead >= t."""
+    if not kept:
+        return torch.inf
+    slope, offset = leads.slope[kept], leads.offset[kept]
+    ones = torch.ones_like(offset)[:, None]
+    goal = torch.cat([torch.zeros_like(cube.x), -torch.ones_like(cube.x[:1])])
+    value = _programme(goal, torch.cat([slope, -ones], 1), offset, [*_sides(cube), (None, None)])
+    assert value is not None  # some t is low enough
+    return -value
+
+
+def _least(goal: Affine, cube: Cube, leads: Affine | None) -> float | None:
+    """The minimum of ``goal`` over the part of the cube where every lead is 0 or more; None where there is none."""
+    slope, offset = (goal.slope[None][:0], goal.slope[:0]) if leads is None else leads
+    value = _programme(goal.slope, slope, offset, _sides(cube))
+    return None if value is None else value + float(goal(cube.x))
+
+
+def _sides(cube: Cube) -> list[tuple[float, float]]:
+    return list(zip(cube.down.tolist(), cube.up.tolist(), strict=True))
+
+
+def _programme(goal: Tensor, slope: Tensor, offset: Tensor, sides: list[Any]) -> float | None:
+    """min goal . d with slope d + offset >= 0 and d within its sides, by HiGHS; None where nothing is."""
+    from scipy.optimize import linprog
+
+    found = linprog(
+        goal.cpu().numpy(),
+        A_ub=(-slope).cpu().numpy(),
+        b_ub=offset.cpu().numpy(),
+        bounds=sides,
+        method="highs",
+        options={"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE},
+    )
+    if found.status not in (0, 2):  # optimal, infeasible
+        raise RuntimeError(f"the linear programme was not solved: {found.message}")
+    return float(found.fun) if found.status == 0 else None
+
+
+# ------------------------------------------------------------------------------------------------ radii
+
+
+def _radius(part: Part, x: Tensor, norm: Norm, how: Bounding, most: Tensor, halvings: int) -> Float[Tensor, " n"]:
+    if isinstance(part, Leaf):
+        return torch.full_like(most, torch.inf)
+    if isinstance(part, Blended):
+        halves = (part.standard, part.robust)
+        return torch.minimum(*(_radius(half, x, norm, how, most, halvings) for half in halves))
+    chosen = _chosen(part, x)
+    found = _kept(part, x, chosen, norm, how, most, halvings)
+    for i, branch in enumerate(part.branches):
+        here = chosen[:, i].nonzero()[:, 0]
+        if len(here):
+            inner = _radius(branch, x[here], norm, how, most[here], halvings)
+            found[here] = torch.minimum(found[here], inner)
+    return found
+
+
+def _chosen(fork: Fork, x: Tensor) -> Bool[Tensor, "n e"]:
+    e = len(fork.branches)
+    return top_k(fork.router(x)[:, None], e if fork.soft else fork.k, "hard").chosen()[:, 0]
+
+
+def _kept(
+    fork: Fork, x: Tensor, chosen: Tensor, norm: Norm, how: Bounding, most: Tensor, halvings: int
+) -> Float[Tensor, " n"]:
+    """The radius in which every chosen expert of this router leads every other."""
+    if bool(chosen.all()):
+        return torch.full_like(most, torch.inf)
+    pairs = chosen[:, :, None] & ~chosen[:, None]
+
+    def kept(eps: Tensor) -> Tensor:
+        least, _ = router_bounds(fork.router, Ball(x, norm, eps), how, SLACK[x.dtype])
+        return least.masked_fill(~pairs, torch.inf).flatten(1).amin(1) > 0
+
+    radius, above = torch.where(kept(most), most, 0.0), most
+    for _ in range(halvings):
+        middle = 0.5 * (radius + above)
+        good = kept(middle)
+        radius, above = torch.where(good, middle, radius), torch.where(good, above, middle)
+    return radius
