@@ -95,11 +95,20 @@ def study(out: Path, data: str, root: str | None) -> Certified:
     return Certified(out, recipe, lambda arm: {})
 
 
-def certificates(folder: Path, spec: str, limit: int) -> list[tuple[int, Certificate]]:
-    """(label, certificate) of the first test images."""
-    model = load_model(folder)
-    data = specs.build(records.read_json(folder / "config.json", dict, "")["data"], "data")
-    certifier, found = build_certifier(spec), []
-    for batch in batches(data.test.head(limit), 25):
-        found += list(zip(batch.y.tolist(), certifier(model, batch.x, Noise.of(batch.index)), strict=True))
-    return found
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("verb", choices=("train", "judge", "table"))
+    parser.add_argument("--out", type=Path, default=Path("runs/certification_study"))
+    parser.add_argument("--data", choices=list(DATA), default="digits")
+    parser.add_argument("--root", help="the folder of the data set, where it is not the default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=300)
+    parser.add_argument("--arms", nargs="+", choices=list(NETS), default=list(NETS))
+    given = parser.parse_args()
+    work = study(given.out / given.data, given.data, given.root)
+    if given.verb == "train":
+        work.train(given.arms, given.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,12 +23,15 @@ LAYERS = [
     {"training", "costs", "theory"},
     {"evaluation"},
     {"demo", "flags", "interop"},
+    {"verbs"},
     {"cli"},
     {"__main__"},
 ]
 """From the ground up. What stands in one layer imports from layers below it, and inside its own folder."""
 
-WITHOUT_TORCH = ["analysis", "cli", "errors", "flags", "progress", "recipe", "records", "reporting", "spec", "__main__"]
+WITHOUT_TORCH = [
+    "analysis", "cli", "errors", "flags", "progress", "recipe", "records", "reporting", "spec", "verbs", "__main__",
+]  # fmt: skip
 
 
 def statements(path: Path, nested: bool) -> Iterator[ast.Import | ast.ImportFrom]:

@@ -163,3 +163,9 @@ def test_image_and_key_do_not_change_places() -> None:
 def test_a_fold_is_not_a_draw() -> None:
     noise = Noise.of(torch.arange(20), 7)
     assert not torch.equal(noise.fold(3).state, noise.bits(4)[:, 3])
+
+
+def test_streams_fold_by_an_integer_of_their_own() -> None:
+    noise = Noise.of(torch.tensor([3, 4, 5]))
+    each = noise.fold(torch.tensor([7, -1, 0]))
+    assert [each.state[i].item() for i in range(3)] == [noise.fold(k).state[i].item() for i, k in enumerate((7, -1, 0))]

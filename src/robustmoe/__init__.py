@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robustmoe.attacks import attack_view as attack_view
     from robustmoe.attacks import build_attack as build_attack
+    from robustmoe.certification import build_certifier as build_certifier
     from robustmoe.errors import UserError as UserError
     from robustmoe.evaluation import blend as blend
     from robustmoe.evaluation import blend_run as blend_run
+    from robustmoe.evaluation import certify as certify
+    from robustmoe.evaluation import certify_run as certify_run
     from robustmoe.evaluation import dissect as dissect
     from robustmoe.evaluation import dissect_run as dissect_run
     from robustmoe.evaluation import evaluate as evaluate
@@ -53,8 +56,11 @@ _HOMES = {
     "blend": "evaluation",
     "blend_run": "evaluation",
     "build_attack": "attacks",
+    "build_certifier": "certification",
     "build_method": "training",
     "build_model": "models",
+    "certify": "evaluation",
+    "certify_run": "evaluation",
     "dissect": "evaluation",
     "dissect_run": "evaluation",
     "evaluate": "evaluation",

@@ -5,6 +5,7 @@ the worst case: an image survives only if it survives every attack of the same t
 """
 
 from robustmoe.analysis.blend import AlphaPoint, Paired, alpha_change, alpha_curve, alpha_shown
+from robustmoe.analysis.certificates import OBSTACLES, Against, Proven, Refuted, proven, refuted
 from robustmoe.analysis.conflicts import warnings
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
 from robustmoe.analysis.dissection import Anatomy, ExpertPart, RouterPart, anatomy, route_iou, weaker_part
@@ -22,10 +23,12 @@ __all__ = [
     "AUTOATTACK_PARTS",
     "BALL_TOLERANCE",
     "MONOTONE_TOLERANCE",
+    "OBSTACLES",
     "ROUTER_OBJECTIVES",
     "SAME_IMAGES",
     "SAME_THREAT",
     "Adds",
+    "Against",
     "AlphaPoint",
     "Anatomy",
     "Curve",
@@ -35,7 +38,9 @@ __all__ = [
     "Middle",
     "Paired",
     "Part",
+    "Proven",
     "Rate",
+    "Refuted",
     "RouterPart",
     "Sensitivity",
     "Spare",
@@ -59,6 +64,8 @@ __all__ = [
     "largest",
     "load_by_class",
     "names",
+    "proven",
+    "refuted",
     "right",
     "robust",
     "route_iou",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustmoe.attacks.threat import Norm
 from robustmoe.certification.graph import Graph, Node
-from robustmoe.certification.operations import Interval, Round
+from robustmoe.certification.operations import Interval, Operation, Round
 
 Bounding = Literal["ibp", "crown_ibp", "crown"]
 """How: intervals alone; linear bounds of the result, whose relaxations come from intervals (Zhang et al. 2020); linear
@@ -94,7 +94,7 @@ class Bounded:
         for node in graph.nodes[1:]:
             assert node.operation is not None
             if how == "crown" and not node.operation.affine:
-                self._tighten(node.inputs[0])
+                self._tighten(node.inputs[0], node.operation)
             self.interval[node] = node.operation.interval(*(self.interval[each] for each in node.inputs))
 
     def lower(self, rows: Float[Tensor, "s n c"]) -> Float[Tensor, "s n"]:
@@ -138,10 +138,10 @@ class Bounded:
             left[self.graph.image] = self.ball.x.new_zeros(rows.shape[0], *self.ball.x.shape)
         return left, offset
 
-    def _tighten(self, node: Node) -> None:
-        """Linear bounds of a step that enters one that is not affine, where its sign is open in some image."""
+    def _tighten(self, node: Node, operation: Operation) -> None:
+        """Linear bounds of a step that enters ``operation``, which is not affine, where that matters in some image."""
         own = self.interval[node]
-        open_ = ((own.lower < 0) & (own.upper > 0)).any(0).flatten()
+        open_ = operation.open(own).any(0).flatten()
         places = open_.nonzero()[:, 0]
         lower, upper = own.lower.flatten(1).clone(), own.upper.flatten(1).clone()
         widest = max(each.shape.numel() for each in self.graph.nodes)

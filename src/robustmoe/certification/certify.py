@@ -35,7 +35,8 @@ class Certificate(NamedTuple):
     ``rule``: what proves it (docs/certification.md), "" at radius 0. ``reachable``: how many experts can be used
     somewhere within the certifier's eps; ``stable``: whether the route is the same there (1 or 0; a share of the noise,
     where noise is drawn); None where the certifier does not know. ``reason``: why eps is not certified, in words; "" if
-    it is.
+    it is. ``held``: how many of the reachable experts are proven to say ``prediction`` in the whole ball on their own;
+    None where they are not asked.
     """
 
     prediction: int
@@ -44,12 +45,14 @@ class Certificate(NamedTuple):
     reachable: int | None
     stable: float | None
     reason: str
+    held: int | None = None
 
 
 class Certifier(ABC):
     """Subclasses are frozen dataclasses and stand in `robustmoe.certification.CERTIFIERS`.
 
     ``norm`` and ``eps``: the ball that is asked about; radii are in that norm and may be larger or smaller than eps.
+    ``subject``: of what the certificates are, the model itself or what noise makes of it.
     """
 
     @property
@@ -59,6 +62,10 @@ class Certifier(ABC):
     @property
     @abstractmethod
     def eps(self) -> float: ...
+
+    @property
+    def subject(self) -> Literal["model", "smoothed model"]:
+        return "model"
 
     @abstractmethod
     def __call__(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
@@ -74,13 +81,15 @@ class Bounds(Certifier):
 
     ``how``: "ibp" (intervals: cheap, for models trained for it), "crown_ibp" (at least as tight), "crown" (tightest,
     dear). The radius is searched by ``search`` halvings, up to ``up`` times eps; each radius that is claimed was
-    verified itself (0 halvings: eps or nothing). ``dtype``: of the bounds.
+    verified itself (0 halvings: eps or nothing). ``cells``: steps by which an expert that is not proven on the whole
+    ball is bounded on its own cell (top-1 routers; not with "ibp"). ``dtype``: of the bounds.
     """
 
     threat: Threat
     how: Bounding = "crown_ibp"
     search: int = 6
     up: float = 2.0
+    cells: int = 20
     dtype: Literal["float64", "float32"] = "float64"
 
     def __post_init__(self) -> None:
@@ -129,6 +138,7 @@ class Bounds(Certifier):
                 int(worst.reached[i].sum()),
                 float(worst.stable[i]),
                 "" if proven[i] else reason(worst, i, int(y[i])),
+                int((worst.reached[i] & worst.held[i]).sum()),
             )
             for i in range(len(x))
         ]
@@ -137,7 +147,7 @@ class Bounds(Certifier):
         rounded = eps.to(x.dtype)
         above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
         rounded = torch.where(rounded < eps, above, rounded).to(x.device)
-        return worst_margins(part, Ball(x, self.norm, rounded), y, self.how, SLACK[x.dtype])
+        return worst_margins(part, Ball(x, self.norm, rounded), y, self.how, SLACK[x.dtype], cells=self.cells)
 
 
 def leaves(part: Part) -> list[Function]:

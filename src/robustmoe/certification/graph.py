@@ -2,7 +2,7 @@
 
 The network's own code runs once on real images, and every torch function that touches something made of them is written
 down. There is no second description of a network that could differ from the first, and nothing to add for a new one. A
-function without a rule in `robustmoe.certification.operations.RULES` is an error, never a guess.
+function without a rule in `robustmoe.certification.functions.RULES` is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from robustmoe.certification.operations import RULES, Operation, Slot, Unbounded
+from robustmoe.certification.functions import RULES
+from robustmoe.certification.operations import Operation, Slot, Unbounded
 from robustmoe.errors import UserError
 
 Network = Callable[[Tensor], Tensor]
@@ -24,6 +25,12 @@ _ABOUT = {
     Tensor.dim,
     Tensor.size,
     Tensor.__len__,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    torch.zeros_like,
+    torch.ones_like,
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_meta", "requires_grad")),
 }
 """What may be asked of a tensor that is no part of its values."""
@@ -81,7 +88,10 @@ class _Recorder(TorchFunctionMode):
         rule = RULES.get(function)
         if rule is None:
             raise Unbounded(f"{resolve_name(function) or function}")
-        operation = rule(*slots, **named)
+        try:
+            operation = rule(*slots, **named)
+        except TypeError as error:  # an argument that the rule does not know: out=, dtype=
+            raise Unbounded(f"{resolve_name(function) or function} as it is called: {error}") from None
         if self.node(result) is None:  # flatten, contiguous: sometimes the tensor itself
             self.nodes.append(Node(operation, tuple(inputs), result.shape))
             self.known[id(result)] = (result, self.nodes[-1])

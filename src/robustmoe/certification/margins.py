@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustmoe.certification import rules
 from robustmoe.certification.bounds import Ball, Bounded, Bounding
+from robustmoe.certification.cells import cell_margins
 from robustmoe.certification.graph import record
 from robustmoe.errors import UserError
 from robustmoe.models.parts import Blended, Fork, Function, Leaf, Part
@@ -48,21 +49,28 @@ class Worst:
         return others(self.lower, y).amin(1) > 0
 
 
-def others(margins: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> Float[Tensor, "n c"]:
+def others(margins: Float[Tensor, "... c"], y: Int[Tensor, ...]) -> Float[Tensor, "... c"]:
     """The margins, with inf in the place of the class itself."""
-    return margins.scatter(1, y[:, None], torch.inf)
+    return margins.scatter(-1, y[..., None], torch.inf)
 
 
 def worst_margins(
-    part: Part, ball: Ball, y: Int[Tensor, " n"], how: Bounding = "crown_ibp", slack: float = 0.0, space: Space = "sign"
+    part: Part,
+    ball: Ball,
+    y: Int[Tensor, " n"],
+    how: Bounding = "crown_ibp",
+    slack: float = 0.0,
+    space: Space = "sign",
+    cells: int = 0,
 ) -> Worst:
     """Bounds over ``ball`` of the margins of the classes ``y``; in the ``space`` "sign", of what has the signs of the
     model's own margins.
 
-    ``slack``: every bound of a network, by l or u, is moved outwards by slack (1 + |l|), for rounding. Differentiable
-    in the weights. Raises UserError for what has no bounds.
+    ``cells``: steps of a search for prices by which an expert of a top-1 router is bounded on its own cell alone, where
+    the whole ball does not prove it (P2c; not with "ibp"). ``slack``: every bound of a network, by l or u, is moved
+    outwards by slack (1 + |l|), for rounding. Differentiable in the weights. Raises UserError for what has no bounds.
     """
-    return _Walk(how, slack).part(part, ball, y, space)
+    return _Walk(how, slack, 0 if how == "ibp" else cells).part(part, ball, y, space)
 
 
 def router_bounds(
@@ -84,6 +92,7 @@ class _Walk:
 
     how: Bounding
     slack: float
+    cells: int
 
     def part(self, part: Part, ball: Ball, y: Tensor, space: Space) -> Worst:
         if isinstance(part, Leaf):
@@ -122,6 +131,10 @@ class _Walk:
         reached = torch.ones_like(most[:, 0], dtype=torch.bool) if part.soft else rules.reachable(most, part.k)
         found = [self._branch(each, ball, y, inner, reached[:, i]) for i, each in enumerate(part.branches)]
         lower, upper = torch.stack([one.lower for one in found], 1), torch.stack([one.upper for one in found], 1)
+        held = torch.cat([one.held for one in found], 1)
+        on_cells = torch.zeros_like(reached)
+        if self.cells and single and inner != "probabilities":
+            lower, on_cells = self._on_cells(part, ball, y, lower, reached)
         if weights is None:
             lower, upper = lower.amin(1), upper.amax(1)
         else:
@@ -134,13 +147,30 @@ class _Walk:
             lower, upper = rules.probability_margins(lower, upper, y), torch.ones_like(lower)
         names = tuple(f"{i}{'.' if name else ''}{name}" for i, one in enumerate(found) for name in one.experts)
         inside = torch.cat([one.reached for one in found], 1)
-        held = torch.cat([one.held for one in found], 1)
         stable = torch.stack([one.stable | ~reached[:, i] for i, one in enumerate(found)], 1).all(1)
         if not part.soft:
             stable = stable & (reached.sum(1) == part.k)
         usual = "P4" if part.soft else "P2" if part.k == 1 else "P3"
         rule = ["P1" if each else usual for each in (inside & held).all(1).tolist()]
+        rule = ["P2c" if cell else each for each, cell in zip(rule, on_cells.any(1).tolist())]
         return Worst(lower, upper, names, inside, held, stable, rule, _lead(least, part))
+
+    def _on_cells(self, part: Fork, ball: Ball, y: Tensor, lower: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+        """``lower`` (n, e, c), raised where an expert is one of several in reach and not proven; and for which (n,
+        e).
+        """
+        weak = others(lower, y[:, None].expand(-1, lower.shape[1])).amin(2) <= 0
+        asked = reached & weak & (reached.sum(1, keepdim=True) > 1)
+        raised = torch.zeros_like(reached)
+        for i, branch in enumerate(part.branches):
+            rows = asked[:, i].nonzero()[:, 0]
+            if not isinstance(branch, Leaf) or not len(rows):
+                continue
+            found = cell_margins(branch.network, part.router, i, ball[rows], y[rows], self.how, self.cells)
+            found = torch.maximum(self._outward(found, y[rows]), lower[rows, i])
+            raised[rows, i] = others(found, y[rows]).amin(1) > 0
+            lower = lower.index_put((rows, torch.full_like(rows, i)), found)
+        return lower, raised
 
     def _branch(self, part: Part, ball: Ball, y: Tensor, space: Space, reached: Tensor) -> Worst:
         """Bounds for the images that reach it; for the others those that no mixture looks at."""

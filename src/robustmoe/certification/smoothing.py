@@ -28,21 +28,22 @@ SELECT, COUNT, PREDICT, DRAW = (zlib.crc32(name) for name in (b"select", b"count
 
 @dataclass(frozen=True)
 class Smoothing(Certifier):
-    """CERTIFY of Cohen et al. 2019: what the class that the model answers most often under noise N(0, sigma^2) is, and
-    the l2 radius within which that stays so.
+    """CERTIFY of Cohen et al. 2019: the class that the model answers most often under noise N(0, sigma^2), and the l2
+    radius within which that stays so.
 
-    The certified classifier is the smoothed one (see `predict`), not the model on the clean image. Of ``n0`` noisy
-    copies the most frequent class is taken, of ``n`` further ones its share of the answers is bounded from below
-    (Clopper and Pearson), wrong with probability ``alpha`` at most for each image; the radius is that of `radius`.
-    Nothing is asked of the model, so hard routers may be inside. The noisy copies are not clipped to [0, 1]: the
-    theorem is about Gaussian noise. ``sigma``, ``eps``, radii: l2, in pixels of [0, 1]; ``eps``: the radius that is
-    asked about. ``batch``: noisy copies a forward pass; the result does not depend on it. In a certificate ``stable``
-    is the share of the ``n`` copies that every router treats as the clean image; ``reachable`` is None, as noise goes
-    everywhere.
+    The certified classifier is the smoothed one (see `predict`), not the model on the image itself. Of ``n0`` noisy
+    copies the most frequent class is taken; of ``n`` further ones its share of the answers is bounded from below
+    (Clopper and Pearson), wrong with probability ``alpha`` at most for each image; `radius` says how far that reaches.
+    Nothing is asked of the model, so hard routers may be inside. The copies are not clipped to [0, 1]: the theorem is
+    about Gaussian noise (which is here in float32 and, by how it is drawn, within 5.8 sigma in each pixel).
 
-    ``of="robust"`` is for duals that mix probabilities with a constant share a > 1/2 of the robust half (P10): what is
+    ``sigma``, ``eps`` and the radii are l2, in pixels of [0, 1]; ``eps``: the radius that is asked about. ``batch``:
+    noisy copies a forward pass; the result does not depend on it. In a certificate, ``stable`` is the share of the
+    ``n`` copies that every router treats as it does the image; ``reachable`` is None: noise goes everywhere.
+
+    ``of="robust"`` is for duals that mix probabilities with a constant share a > 1/2 of the robust half (P10). What is
     certified is argmax_j E[(1 - a) S_j + a R_j] under noise, whatever the standard half S says; only R is asked. With
-    h = E R, Phi^-1(h_j) is 1 / sigma Lipschitz for every class (Salman et al. 2019, lemma 2), and y stays on top where
+    h = E R, every Phi^-1(h_j) is 1 / sigma Lipschitz (Salman et al. 2019, lemma 2), and y stays on top where
     h_y - h_j > (1 - a) / a (P7), which h_y > 1 / (2 a) implies: hence the ``least`` share of `radius`. Clopper and
     Pearson bound counts, not means of probabilities: of each copy one class is drawn by R's probabilities, and how
     often it is y has the binomial distribution of h_y exactly.
@@ -73,12 +74,16 @@ class Smoothing(Certifier):
     def norm(self) -> Norm:
         return "l2"
 
+    @property
+    def subject(self) -> Literal["model", "smoothed model"]:
+        return "smoothed model"
+
     def __call__(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
+        asked, least, rule = model, 0.5, "Cohen"
+        answer: Answer = _most_likely
         if self.of == "robust":
             dual = _dual(model)
-            asked, answer, least, rule = dual.robust, _Drawn(dual), 1 / (2 * dual.alpha), "P10"
-        else:
-            asked, answer, least, rule = model, _most_likely, 0.5, "Cohen"
+            asked, least, rule, answer = dual.robust, 1 / (2 * dual.alpha), "P10", _Drawn(dual)
         with evaluating(model), torch.no_grad():
             chosen = self._ask(asked, answer, x, noise.fold(SELECT), self.n0).votes.argmax(1)
             found = self._ask(asked, answer, x, noise.fold(COUNT), self.n)
@@ -89,14 +94,12 @@ class Smoothing(Certifier):
         ]
 
     def _certificate(self, y: int, share: float, least: float, rule: str, stable: float) -> Certificate:
-        said = f"class {y} has {share:.4f} of the answers under noise, at least"
+        said = f"class {y} has at least {share:.4f} of the answers under noise"
         if share <= least:
-            reason = f"{said}; more than {least:.4f} is needed"
-            return Certificate(ABSTAIN, 0.0, "", None, stable, reason)
+            return Certificate(ABSTAIN, 0.0, "", None, stable, f"{said}; more than {least:.4f} is needed")
         found = radius(share, self.sigma, least)
-        return Certificate(
-            y, found, rule, None, stable, "" if found >= self.eps else f"{said}: that is for {found:.3g}"
-        )
+        reason = "" if found >= self.eps else f"{said}, enough for radius {found:.3g}"
+        return Certificate(y, found, rule, None, stable, reason)
 
     def _ask(self, model: RoutedModel, answer: Answer, x: Tensor, noise: Noise, copies: int) -> _Answers:
         """The answers to ``copies`` noisy copies of each image. Each copy has a stream of its own, so what shares a
@@ -110,10 +113,10 @@ class Smoothing(Certifier):
             image = piece // copies
             own = noise[image].fold(piece % copies)
             output = model.run(x[image] + self.sigma * own.normal(*x.shape[1:]).to(x))
-            is_number = ~output.logits.isnan().any(1)  # what is not, is a vote for no class
-            votes.index_put_((image, answer(output.logits, own)), is_number.long(), accumulate=True)
+            number = output.logits.logsumexp(1).isfinite()  # without it, an answer is a vote for no class
+            votes.index_put_((image, answer(output.logits, own)), number.long(), accumulate=True)
             changes = rerouted({name: routing[image] for name, routing in clean.trace.items()}, output.trace)
-            kept = torch.stack([*(change == 0 for change in changes.values()), torch.ones_like(is_number)]).all(0)
+            kept = torch.stack([*(change == 0 for change in changes.values()), torch.ones_like(number)]).all(0)
             same.index_add_(0, image, kept.long())
         return _Answers(votes, same)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from robustmoe.evaluation.blending import blend, blend_run
+from robustmoe.evaluation.certifying import certify, certify_run
 from robustmoe.evaluation.dissection import dissect, dissect_run
 from robustmoe.evaluation.laboratory import lipschitz_run, measure_lipschitz
 from robustmoe.evaluation.measuring import evaluate, evaluate_model, evaluate_run, measure, slug
@@ -11,6 +12,8 @@ from robustmoe.evaluation.sweeping import sweep, sweep_run
 __all__ = [
     "blend",
     "blend_run",
+    "certify",
+    "certify_run",
     "dissect",
     "dissect_run",
     "evaluate",

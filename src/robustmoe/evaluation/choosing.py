@@ -27,6 +27,7 @@ from robustmoe.attacks import (
     linf,
     router_only,
 )
+from robustmoe.certification import Certifier
 from robustmoe.errors import UserError
 from robustmoe.progress import note
 from robustmoe.routing import Trace
@@ -113,9 +114,9 @@ def radii_of(threat: Threat, radii: Sequence[float] | None) -> list[float]:
     return [radius for radius in dict.fromkeys(radii) if radius > 0 and abs(radius - threat.eps) > 1e-12]
 
 
-def written(attack: Attack) -> str:
-    """The attack's spec; for a user's own class, which has none, its representation (its name where that would hold an
-    address).
+def written(attack: Attack | Certifier) -> str:
+    """The spec of an attack or certifier; for a user's own class, which has none, its representation (its name where
+    that would hold an address).
     """
     try:
         return specs.text(attack)
@@ -123,8 +124,8 @@ def written(attack: Attack) -> str:
         return repr(attack) if dataclasses.is_dataclass(attack) else type(attack).__name__
 
 
-def slug(attack: Attack) -> str:
-    """A file name from the attack's spec."""
+def slug(attack: Attack | Certifier) -> str:
+    """A file name from the spec."""
     text = written(attack)
     name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
     return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

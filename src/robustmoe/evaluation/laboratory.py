@@ -6,7 +6,6 @@ for a routed layer, and how much of it the router has, is measured here on train
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, 
 from robustmoe.evaluation.choosing import seeded, threat_of
 from robustmoe.evaluation.folders import about_images, about_run, taken_up
 from robustmoe.evaluation.measuring import PROBE, borrowed, first_look, header_of, images_of
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen, in_float32
 from robustmoe.lipschitz import norms
 from robustmoe.lipschitz.layers import layer_inputs
 from robustmoe.lipschitz.norms import PathNorms
@@ -75,7 +74,7 @@ def measure_lipschitz(
     The model keeps its modes and device. Raises UserError where `evaluate` does.
     """
     base = PGD(linf(8 / 255), steps=STEPS) if attack is None else build_attack(attack)
-    routed, where = _in_float32(as_routed(model)), distributed.local_device(provenance.pick_device(device))
+    routed, where = in_float32(as_routed(model)), distributed.local_device(provenance.pick_device(device))
     images = images_of(x, y, num_classes).head(limit)
     about = about_images(model, x)
     with borrowed(routed, where):
@@ -100,16 +99,10 @@ def lipschitz_run(
     config = read_config(run)
     base = seeded(PGD(threat_of(config), steps=STEPS) if attack is None else build_attack(attack), seed)
     where = distributed.local_device(provenance.pick_device(device))
-    model = _in_float32(load_model(run, where))
+    model = in_float32(load_model(run, where))
     data: Data = specs.build(config["data"], "data")
     about = about_run(run, config, data)
     return _measured(model, data.test.head(limit), base, about, where, batch_size, run)
-
-
-def _in_float32(model: RoutedModel) -> RoutedModel:
-    """The model itself, or a copy where weights are in half precision."""
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    return copy.deepcopy(model).float() if half else model
 
 
 # ------------------------------------------------------------------------------------------------ the work

@@ -386,26 +386,46 @@ def header_of(
     precision: str,
 ) -> Header:
     """The header of an evaluation; ``about``: what it says of the model. One pass of the model on a few images."""
+    return headed(
+        model,
+        images,
+        device,
+        batch_size,
+        about,
+        attack=written(attack),
+        objective=attack.objective.name,
+        norm=attack.threat.norm,
+        eps=attack.threat.eps,
+        role=role,
+        seed=attack.seed,
+        precision=precision,
+        parts=plan.parts,
+        certified_hash=plan.certified_hash,
+    )
+
+
+def headed(
+    model: RoutedModel,
+    images: ImageSet,
+    device: torch.device,
+    batch_size: int,
+    about: dict[str, Any],
+    **work: Any,
+) -> Header:
+    """The header of any ``work`` (the fields of `Header` that say what was done) on a model's images."""
     with torch.no_grad():
         output = model.run(images.batch(list(range(min(PROBE, len(images))))).to(device).x)
     routers = {
         name: RouterInfo(experts=routing.num_experts, k=routing.k, items=routing.index.shape[1])
         for name, routing in output.trace.items()
     }
-    classes = about.get("classes") or [str(c) for c in range(output.logits.shape[1])]
     header = Header(
         run=about["run"],
         model=about["model"],
         data=about["data"],
         split=about["split"],
-        attack=written(attack),
-        objective=attack.objective.name,
-        norm=attack.threat.norm,
-        eps=attack.threat.eps,
-        role=role,
         method=about.get("method"),
         n=len(images),
-        seed=attack.seed,
         data_hash=images.fingerprint,
         index_hash=hashlib.sha256(images.index.numpy().tobytes()).hexdigest(),
         model_hash=checks.identity(model, output.logits),
@@ -413,14 +433,12 @@ def header_of(
         commit=provenance.commit(),
         device=str(device),
         threads=torch.get_num_threads(),
-        precision=precision,
         command=provenance.command(),
-        classes=classes,
+        classes=about.get("classes") or [str(c) for c in range(output.logits.shape[1])],
         routers=routers,
         parameters=sum(p.numel() for p in model.parameters()),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         batch_size=batch_size,
-        parts=plan.parts,
-        certified_hash=plan.certified_hash,
+        **work,
     )
     return Header.from_dict(json.loads(json.dumps(header.to_dict())))  # as it will be read: no work for a bad one

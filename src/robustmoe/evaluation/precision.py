@@ -53,6 +53,12 @@ class Frozen(Surrogate):
         self.note = note
 
 
+def in_float32(model: RoutedModel) -> RoutedModel:
+    """The model itself, or a copy where weights are in half precision."""
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return copy.deepcopy(model).float() if half else model
+
+
 def frozen(
     model: RoutedModel,
     x: Float[Tensor, "n ch h w"],

@@ -45,6 +45,12 @@ def read(path: str | os.PathLike[str]) -> Result:
     return _result(found.header, found.rows, found.checks)
 
 
+def rows_files(run: str | os.PathLike[str]) -> list[Path]:
+    """The rows files of a run folder, by name; those in which nothing is yet are left out."""
+    files = sorted(path for path in (Path(run) / "rows").glob("*.jsonl") if not path.name.endswith(".examples.jsonl"))
+    return [path for path in files if path.stat().st_size > 0]
+
+
 def _result(header: Header, rows: dict[int, Row], checks: Checks | None) -> Result:
     return Result(header, [rows[index] for index in sorted(rows)], checks)
 

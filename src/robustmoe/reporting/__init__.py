@@ -14,9 +14,24 @@ from robustmoe.reporting.collect import collect
 from robustmoe.reporting.markdown import markdown
 from robustmoe.reporting.numbers import numbers
 from robustmoe.reporting.page import page
-from robustmoe.reporting.terminal import blend_table, dissection_table, lipschitz_table, summary_table, sweep_table
+from robustmoe.reporting.terminal import (
+    blend_table,
+    certificates_table,
+    dissection_table,
+    lipschitz_table,
+    summary_table,
+    sweep_table,
+)
 
-__all__ = ["blend_table", "dissection_table", "lipschitz_table", "report", "summary_table", "sweep_table"]
+__all__ = [
+    "blend_table",
+    "certificates_table",
+    "dissection_table",
+    "lipschitz_table",
+    "report",
+    "summary_table",
+    "sweep_table",
+]
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:

@@ -15,6 +15,7 @@ from robustmoe.errors import UserError
 from robustmoe.records import (
     Audit,
     Blend,
+    Certificates,
     Check,
     Dissection,
     Example,
@@ -24,6 +25,7 @@ from robustmoe.records import (
     Sweep,
     examples_path,
     read,
+    read_all_certificates,
     read_audit,
     read_blend,
     read_dissection,
@@ -31,6 +33,7 @@ from robustmoe.records import (
     read_jsonl,
     read_lipschitz,
     read_sweep,
+    rows_files,
 )
 
 
@@ -79,12 +82,19 @@ class Swept(NamedTuple):
     numbers: analysis.SweepNumbers
 
 
+class Certified(NamedTuple):
+    """What one certifier proves of a run, and its numbers."""
+
+    record: Certificates
+    numbers: analysis.Proven
+
+
 @dataclass(frozen=True)
 class View:
     """One run, read. ``groups[0]``, if there is an attack, is the headline. ``clean_only``: files without an attack.
     ``checks``: (attack, check) pairs, worst first. ``dissected``, ``blended``, ``swept``, ``measured``: None without a
-    dissection, a curve over alpha, a sweep over eps or a Lipschitz file of this model; a run without ``results`` has
-    one of them. ``notes``: what does not fit together or is missing."""
+    dissection, a curve over alpha, a sweep over eps or a Lipschitz file of this model; ``certified``: by each
+    certifier; a run without ``results`` has one of them. ``notes``: what does not fit together or is missing."""
 
     name: str
     folder: Path
@@ -101,6 +111,7 @@ class View:
     blended: Blended | None
     swept: Swept | None
     measured: Measured | None
+    certified: tuple[Certified, ...]
     notes: list[str]
 
     @property
@@ -110,8 +121,8 @@ class View:
 
     @property
     def headers(self) -> list[Header]:
-        """Every header: the rows', then the dissection's, the curve's, the sweep's and the laboratory's."""
-        made = (self.dissected, self.blended, self.swept, self.measured)
+        """Every header: the rows', the dissection's, the curve's, the sweep's, the laboratory's, the certifiers'."""
+        made = (self.dissected, self.blended, self.swept, self.measured, *self.certified)
         others = [one.record.header for one in made if one is not None]
         return [*(result.header for result in self.results), *others]
 
@@ -151,8 +162,7 @@ def _view(folder: Path, name: str) -> View:
             f"{folder} is not a run folder: expected config.json and rows/ in it; "
             "`robustmoe train` makes a run, `robustmoe evaluate RUN` its rows"
         )
-    files = sorted(path for path in rows_path.glob("*.jsonl") if not path.name.endswith(".examples.jsonl"))
-    everything = [(path, read(path)) for path in files if path.stat().st_size > 0]
+    everything = [(path, read(path)) for path in rows_files(folder)]
     kept = [(path, result) for path, result in everything if result.rows]
     results = [result for _, result in kept]
     audit = read_audit(folder)
@@ -166,7 +176,9 @@ def _view(folder: Path, name: str) -> View:
     swept = _swept(folder, None if second is None else second.header, notes)
     third = second or (None if swept is None else swept.record)
     measured = _measured(folder, None if third is None else third.header, notes)
-    if head is None and dissected is None and blended is None and swept is None and measured is None:
+    fourth = third or (None if measured is None else measured.record)
+    certified = _certified(folder, None if fourth is None else fourth.header, results, notes)
+    if fourth is None and not certified:
         raise UserError(f"{folder} has no rows yet; `robustmoe evaluate {folder}` makes them")
     return View(
         name=name,
@@ -184,6 +196,7 @@ def _view(folder: Path, name: str) -> View:
         blended=blended,
         swept=swept,
         measured=measured,
+        certified=certified,
         notes=notes + analysis.warnings(results),
     )
 
@@ -229,6 +242,25 @@ def _measured(folder: Path, header: Header | None, notes: list[str]) -> Measured
     if not found.done:
         notes.append(f"the Lipschitz laboratory was stopped; `robustmoe lipschitz {folder}` goes on with it")
     return Measured(found, analysis.sensitivity(found))
+
+
+def _certified(folder: Path, header: Header | None, results: list[Result], notes: list[str]) -> tuple[Certified, ...]:
+    """What each certifier proves of the model of that header (None: of the first one's), where there is an image."""
+    shown = []
+    for found in read_all_certificates(folder):
+        name = f"certificates of {found.certifier}"
+        header = header or found.header
+        if not found.rows or found.header.model_hash != header.model_hash:
+            why = "are of other weights than the evaluation" if found.rows else "have no image yet"
+            notes.append(f"the {name} {why} and are left out; `robustmoe certify {folder}` makes them")
+            continue
+        if not found.done:
+            notes.append(f"the {name} are not complete; the same `robustmoe certify` goes on with them")
+        one = Certified(found, analysis.proven(found, results))
+        if one.numbers.refuted:
+            notes.append(f"an attack disproves the {name}; see Certificates")
+        shown.append(one)
+    return tuple(shown)
 
 
 def _shown(

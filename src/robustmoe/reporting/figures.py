@@ -16,13 +16,15 @@ COLOURS = 8
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points (x, y) with x rising, an optional band (x, low, high), a colour number, dashed or not."""
+    """One line: points (x, y) with x rising, an optional band (x, low, high), a colour number, dashed or not, with or
+    without ``dots`` (a mark and a tooltip at each point)."""
 
     name: str
     points: tuple[tuple[float, float], ...]
     colour: int
     band: tuple[tuple[float, float, float], ...] = ()
     dashed: bool = False
+    dots: bool = True
 
 
 def colour(position: int) -> int:
@@ -162,7 +164,7 @@ def _line(frame: _Frame, one: Series, unit: str) -> str:
         f'<circle class="dot f{one.colour}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">'
         f"<title>{escape(one.name)}: {_text(round(y, 4))}{unit} at {_text(round(x, 4))}</title></circle>"
         for x, y in one.points
-        if not one.dashed and len(one.points) <= 120
+        if one.dots and not one.dashed and len(one.points) <= 120
     ]
     return "".join(parts)
 

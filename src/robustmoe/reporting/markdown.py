@@ -8,7 +8,7 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Check, Result
-from robustmoe.reporting import blend, dissection, lipschitz, sweep
+from robustmoe.reporting import blend, certificates, dissection, lipschitz, sweep
 from robustmoe.reporting.collect import Group, View, comparable
 from robustmoe.reporting.provenance import FOLDED, OPEN, commands, facts, merged, tally, where_found
 from robustmoe.reporting.tables import Grid
@@ -30,10 +30,14 @@ def markdown(views: Sequence[View]) -> str:
     swept = sweep.comparison(views)
     if swept is not None:
         parts += ["## Sweeps over eps", *_grid(swept)]
+    proofs = certificates.comparison(views)
+    if proofs is not None:
+        parts += ["## Certifiers", *_grid(proofs)]
     for view in views:
         parts += _run(view)
     parts.append("## Words")
     terms = [*GLOSSARY, *(blend.TERMS if any(view.blended is not None for view in views) else ())]
+    terms += certificates.TERMS if any(view.certified for view in views) else ()
     parts.append("\n".join(f"- **{term}**: {words}" for term, words in terms))
     return "\n\n".join(parts) + "\n"
 
@@ -60,6 +64,11 @@ def _run(view: View) -> list[str]:
     for curve in view.curves:
         points = [[eps_text(curve.norm, eps), f"{percent(rate)} ({interval(rate)})"] for eps, rate in curve.points]
         parts += [f"### Accuracy against eps, {_safe(curve.name)}", _table(["eps", f"accuracy, n = {curve.n}"], points)]
+    for one in view.certified:
+        parts += [f"### Certificates, {_safe(one.record.certifier)}", _safe(certificates.story(one))]
+        parts.append(_safe(certificates.setting(one.record)))
+        parts += [f"> **†** {_safe(sentence)}" for sentence in certificates.doubts(one)]
+        parts += [text for grid in certificates.grids(one) for text in _grid(grid)]
     if view.measured is not None:
         parts += ["### Lipschitz laboratory", _safe(lipschitz.story(view.measured))]
         parts.append(_safe(lipschitz.setting(view.measured.record)))

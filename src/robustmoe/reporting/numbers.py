@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from robustmoe import analysis
-from robustmoe.reporting.collect import Blended, Dissected, Group, Measured, Swept, View, comparable
+from robustmoe.reporting.collect import Blended, Certified, Dissected, Group, Measured, Swept, View, comparable
 
 
 def numbers(views: Sequence[View]) -> dict[str, Any]:
@@ -68,6 +68,7 @@ def _run(view: View) -> dict[str, Any]:
         "dissection": None if view.dissected is None else _dissection(view.dissected),
         "blend": None if view.blended is None else _blend(view.blended),
         "lipschitz": None if view.measured is None else _lipschitz(view.measured),
+        "certificates": [_certified(one) for one in view.certified],
         "sweep": None if view.swept is None else _sweep(view.swept),
         "notes": view.notes,
         "training": view.metrics,
@@ -135,6 +136,13 @@ def _lipschitz(one: Measured) -> dict[str, Any]:
     found, header = one.record, one.record.header
     made = {"n": len(found.index), "norm": header.norm, "eps": header.eps, "attack": header.attack}
     return {**made, **_plain(one.numbers), "done": found.done, "seconds": found.seconds}
+
+
+def _certified(one: Certified) -> dict[str, Any]:
+    found, header = one.record, one.record.header
+    made = {"certifier": found.certifier, "subject": found.subject, "n": len(found.rows), "norm": header.norm}
+    made |= {"eps": header.eps, "seed": header.seed, "done": found.done}
+    return {**made, **_plain(one.numbers)}
 
 
 def _sweep(one: Swept) -> dict[str, Any]:

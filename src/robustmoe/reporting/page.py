@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from robustmoe.reporting import blend, dissection, experts, lipschitz, provenance, sweep, tables, training, verdict
+from robustmoe.reporting import (
+    blend,
+    certificates,
+    dissection,
+    experts,
+    lipschitz,
+    provenance,
+    sweep,
+    tables,
+    training,
+    verdict,
+)
 from robustmoe.reporting.collect import View
 from robustmoe.reporting.style import css
 from robustmoe.reporting.words import plural
@@ -19,6 +30,7 @@ def page(views: Sequence[View]) -> str:
         ("verdict", "Verdict", verdict.section(views)),
         ("attacks", "Attacks", tables.section(views)),
         ("eps", "Accuracy against eps", training.eps_section(views)),
+        ("certificates", "Certificates", certificates.section(views)),
         ("sweep", "Sweep", sweep.section(views)),
         ("blend", "Over alpha", blend.section(views)),
         ("training", "Training", training.section(views)),
@@ -56,6 +68,7 @@ def _files(views: Sequence[View]) -> str:
         (sum(view.blended is not None for view in views), "curve"),
         (sum(view.swept is not None for view in views), "sweep"),
         (sum(view.measured is not None for view in views), "Lipschitz file"),
+        (sum(len(view.certified) for view in views), "file of certificates"),
     )
     made = [f"the rows of {plural(files, 'evaluation')} ({rows:,} rows)"] if files else []
     return escape(" and ".join(made + [plural(number, word) for number, word in others if number]))

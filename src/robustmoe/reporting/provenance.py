@@ -167,6 +167,7 @@ def facts(view: View) -> list[tuple[str, str]]:
         ("evaluation time", _evaluation_time(view)),
         ("time of the curve over alpha", "" if view.blended is None else duration(view.blended.record.seconds)),
         ("time of the Lipschitz laboratory", "" if view.measured is None else duration(view.measured.record.seconds)),
+        ("time of the certificates", duration(proofs) if proofs else ""),
         ("time of the sweep over eps", "" if view.swept is None else duration(view.swept.record.seconds)),
         ("evaluation precision", "; ".join(_ordered(_PRECISIONS[each.precision] for each in headers))),
         ("evaluation batch size", ", ".join(_ordered(str(each.batch_size) for each in headers if each.batch_size))),

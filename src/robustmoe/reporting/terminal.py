@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Sequence
 
 from robustmoe import analysis
-from robustmoe.records import STATUSES, Audit, Blend, Dissection, Lipschitz, Result, Sweep
-from robustmoe.reporting import blend, dissection, lipschitz, sweep
+from robustmoe.records import STATUSES, Audit, Blend, Certificates, Dissection, Lipschitz, Result, Sweep
+from robustmoe.reporting import blend, certificates, dissection, lipschitz, sweep
 from robustmoe.reporting.card import WIDTH
-from robustmoe.reporting.collect import Blended, Dissected, Measured, Swept
+from robustmoe.reporting.collect import Blended, Certified, Dissected, Measured, Swept
 from robustmoe.reporting.tables import Grid
 from robustmoe.reporting.words import eps_text, gap_text, interval, percent, plural, threat
 
@@ -54,6 +54,14 @@ def lipschitz_table(found: Lipschitz) -> str:
     one = Measured(found, analysis.sensitivity(found))
     lines = [*textwrap.wrap(lipschitz.story(one), WIDTH), *textwrap.wrap(lipschitz.setting(found), WIDTH)]
     return "\n".join([*lines, *(line for grid in lipschitz.grids(one) for line in _grid(grid))])
+
+
+def certificates_table(found: Certificates, results: Sequence[Result] = ()) -> str:
+    """What a certifier proves, beside what the attacks in ``results`` leave, as lines of text."""
+    one = Certified(found, analysis.proven(found, results))
+    lines = [*textwrap.wrap(certificates.story(one), WIDTH), *textwrap.wrap(certificates.setting(found), WIDTH)]
+    lines += [f"! {sentence}" for sentence in certificates.doubts(one)]
+    return "\n".join([*lines, *(line for grid in certificates.grids(one) for line in _grid(grid))])
 
 
 def sweep_table(found: Sweep) -> str:

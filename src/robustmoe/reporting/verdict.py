@@ -37,6 +37,7 @@ def story(view: View) -> str:
             ("the curve of its blends over alpha", view.blended),
             ("its sweep over eps", view.swept),
             ("its Lipschitz numbers", view.measured),
+            ("its certificates", view.certified or None),
         ]
         below = " and ".join(words for words, one in there if one is not None)
         return (
