@@ -1,32 +1,26 @@
 """Does routing cost or buy certified accuracy? A dense net, hard-routed and soft MoEs and a dual of about its cost, all
 trained for certificates: clean, certified and attacked accuracy, experts within reach, certificates with an open route.
 
-python benchmarks/certification_study.py train --data digits --out DIR [--seeds 3]     # one core: see docs for the times
-python benchmarks/certification_study.py judge --data digits --out DIR [--limit 300]   # certificates, then attacks
-python benchmarks/certification_study.py table --data digits --out DIR
+python benchmarks/certification_study.py train --data digits --out DIR [--seeds 3]     # one core: see docs for the
+times python benchmarks/certification_study.py judge --data digits --out DIR [--limit 300]   # certificates, then
+attacks python benchmarks/certification_study.py table --data digits --out DIR
 
 Every verb goes on where it was. The nets are conv_small (Wong and Kolter 2018): "dense" has width 16 and 100 hidden
 units. A pass of a hard MoE costs one such net and the router; the soft MoEs mix E nets of a E-th of the cost; the dual
-blends two halves of half the cost, one trained for accuracy and one for certificates, at alpha 0.8. One row an arm: mean
-± standard deviation over the seeds.
+blends two halves of half the cost, one trained for accuracy and one for certificates, at alpha 0.8. One row an arm:
+mean ± standard deviation over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
-from robustmoe import records
-from robustmoe import spec as specs
-from robustmoe.certification import Certificate, build_certifier
-from robustmoe.data import batches
-from robustmoe.evaluation import blend_run
-from robustmoe.noise import Noise
-from robustmoe.progress import progress
+from robustmoe import analysis, records
+from robustmoe.evaluation import blend_run, certify_run, evaluate_run
 from robustmoe.recipe import Recipe
-from robustmoe.training import load_model
+from robustmoe.records import Certificates
 from study import Study, table
 
 DATA = {
@@ -50,27 +44,44 @@ NETS = {
     "soft E4": f"ensemble({QUARTER}, experts=4, gate=soft, {ROUTER})",
     "hard E2 from dense": f"ensemble(conv_small, experts=2, {ROUTER})",
 }
-MAIN = ["dense", "hard E2", "soft E2", "standard half", "robust half"]
-DUAL, ALPHA, SHARPEN = "dual", 0.8, "scaled(4)"
+ARMS = [*NETS, DUAL := "dual"]
+ALPHA, SHARPEN = 0.8, "scaled(4)"
+PAIRS = [
+    ("hard E2", "dense"),
+    ("soft E2", "dense"),
+    ("dual", "dense"),
+    ("hard E2", "hard E2, route free"),
+    ("hard E4", "hard E2"),
+    ("hard E2 from dense", "dense"),
+]
 
 
 class Certified(Study):
-    """Runs of one data set at one eps."""
+    """The same runs, judged by what is certified at eps."""
 
-    def judged(self, arm: str, seed: int) -> Path:
-        return self.folder(arm, seed) / "study.jsonl"
+    def certificates(self, arm: str, seed: int) -> Certificates | None:
+        found = [one for one in records.read_all_certificates(self.folder(arm, seed)) if one.done]
+        return found[0] if found else None
+
+    def inside(self, arm: str, seed: int) -> dict[str, Any]:
+        found = self.certificates(arm, seed)
+        return {} if found is None else {"certificates": found}
+
+    def survivors(self, arm: str, seed: int) -> dict[int, bool]:
+        found = self.inside(arm, seed)["certificates"]
+        return {row.index: row.right and analysis.covers(row, found.header.eps) for row in found.rows}
 
 
 def method(arm: str, eps: str) -> str:
     if arm == "standard half":
         return "standard"
     extra = ""
-    if "E" in arm:
+    if " E" in arm:
         extra = ", balance=0.1" + (", stability=0.3" if arm.startswith("hard") and "free" not in arm else "")
     return f"certified(linf({eps}){extra})"
 
 
-def study(out: Path, data: str, root: str | None) -> Certified:
+def study(out: Path, data: str, root: str | None, kind: type[Study] = Certified) -> Any:
     text, eps, epochs = DATA[data]
     text = text.format(root="" if root is None else f"root='{root}', ")
 
@@ -92,7 +103,46 @@ def study(out: Path, data: str, root: str | None) -> Certified:
             threads=1,
         )
 
-    return Certified(out, recipe, lambda arm: {})
+    def attacks(arm: str) -> dict[str, str]:
+        routed = {"transition": f"expert_transition(linf({eps}), steps=50)"} if " E" in arm else {}
+        return {"PGD-50": f"pgd(linf({eps}), steps=50)"} | routed
+
+    return kind(out, recipe, attacks)
+
+
+def judge(work: Certified, arm: str, seed: int, eps: str, limit: int) -> None:
+    """Certificates of a run's first test images, then attacks on them; the dual is made of its halves first."""
+    folder = work.folder(arm, seed)
+    if arm == DUAL:
+        halves = [work.folder(f"{half} half", seed) for half in ("standard", "robust")]
+        attack = f"pgd(linf({eps}), steps=10)"
+        blend_run(*halves, alphas=[ALPHA], sharpen=SHARPEN, attack=attack, limit=10, out=folder)
+    certify_run(folder, [f"bounds(linf({eps}), search=0)"], limit=limit, batch_size=25)
+    evaluate_run(folder, attacks=tuple(work.attacks(arm).values()), limit=limit, curve=())
+
+
+def numbers(work: Certified, arm: str, seed: int) -> dict[str, float]:
+    """Per cent of the images, and experts."""
+    found = work.certificates(arm, seed)
+    if found is None:
+        return {}
+    files = list(Study.files(work, arm, seed).values())
+    proven = analysis.proven(found, files)
+    attacked = analysis.worst_case([(file.header, file.rows) for file in files]) if files else None
+    named = {"clean": proven.right, "certified": proven.certified}
+    if attacked is not None and attacked.robust is not None:
+        named["attacked"] = attacked.robust
+    shares = {name: 100 * rate.value for name, rate in named.items()}
+    if found.header.routers and proven.reachable is not None:
+        shares["experts in reach"] = proven.reachable
+        shares["certified, route open"] = 100 * proven.unstable.value
+    return shares
+
+
+def tables(work: Certified, seeds: int) -> str:
+    found = {arm: [each for seed in range(seeds) if (each := numbers(work, arm, seed))] for arm in ARMS}
+    columns = ["clean", "certified", "attacked", "experts in reach", "certified, route open"]
+    return "\n".join([*table(columns, found), "", *work.differences(PAIRS, seeds)])
 
 
 def main() -> None:
@@ -103,11 +153,17 @@ def main() -> None:
     parser.add_argument("--root", help="the folder of the data set, where it is not the default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, default=300)
-    parser.add_argument("--arms", nargs="+", choices=list(NETS), default=list(NETS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     given = parser.parse_args()
     work = study(given.out / given.data, given.data, given.root)
     if given.verb == "train":
-        work.train(given.arms, given.seeds)
+        work.train([arm for arm in given.arms if arm != DUAL], given.seeds)
+    elif given.verb == "table":
+        print(tables(work, given.seeds))
+    else:
+        for seed in range(given.seeds):
+            for arm in given.arms:
+                judge(work, arm, seed, DATA[given.data][1], given.limit)
 
 
 if __name__ == "__main__":

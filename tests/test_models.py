@@ -356,6 +356,7 @@ CASES = {
     "vit_moe": ["vit_moe(tiny, patch=4, width=8, depth=2, heads=2, experts=3, placement=(1,), choice=slots)"],
     "linear": ["linear"],
     "small_cnn": ["small_cnn"],
+    "conv_small": ["conv_small(width=4, hidden=8)"],
     "downsampled": ["downsampled(resnet8(width=4), size=6)"],
     "resized": ["resized(vit(patch=6, width=8, depth=1, heads=2), size=12)", "resized(resnet8(width=4), size=6)"],
     "ensemble": [
@@ -503,6 +504,7 @@ def test_the_routers_gradient_of_a_pathway_is_the_straight_through_sum() -> None
         ("resnet(depth=9)", "depth must be one of"),
         ("resnet8(width=0)", "width must be at least 1; got 0"),
         ("small_cnn(width=0)", "width must be at least 1; got 0"),
+        ("conv_small(width=4, hidden=0)", "width and hidden must be at least 1; got 4 and 0"),
         ("ensemble(small_cnn, experts=2, k=3)", "k must be between 1 and the number of experts, 2; got 3"),
         ("pathway(resnet8, experts=0)", "experts must be at least 1; got 0"),
         ("pathway(resnet8, ratio=1.5)", r"ratio must be in \(0, 1\]; got 1.5"),

@@ -146,7 +146,7 @@ class Bounded:
         lower, upper = own.lower.flatten(1).clone(), own.upper.flatten(1).clone()
         widest = max(each.shape.numel() for each in self.graph.nodes)
         at_once = max(1, MEMORY // (widest * lower.element_size() * 4))
-        for part in places.split(at_once):
+        for part in places.split(at_once) if len(places) else ():
             rows = torch.zeros(len(part), *lower.shape, dtype=lower.dtype, device=lower.device)
             rows[torch.arange(len(part)), :, part] = 1.0
             rows = rows.view(len(part), *own.lower.shape)

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ class Smooth(Elementwise):
 
         found = torch.minimum(tilted(lower), tilted(upper))
         edges = (-math.inf, *self.bends, math.inf)
-        for place, (left, right) in enumerate(zip(edges, edges[1:])):
+        for place, (left, right) in enumerate(pairwise(edges)):
             if ((place % 2 == 0) == self.rises) != (sign > 0):
                 continue
             start, stop = lower.clamp(left, right), upper.clamp(left, right)
@@ -229,7 +230,7 @@ class MaxPool(Operation):
         return (Slopes(*chosen),)
 
     def _windows(self, x: Tensor) -> Tensor:
-        """(n, c, height, width, window) the inputs of every window; -inf, or -1 of whole numbers, where there is none."""
+        """(n, c, height, width, window) the inputs of every window; -inf, or -1 of integers, outside of the image."""
         shape = self(torch.empty(x.shape, device="meta")).shape[2:]
         last = [
             (out - 1) * stride + kernel - size - padding
@@ -251,8 +252,8 @@ class MaxPool(Operation):
         return highs, best[..., 0], lows.gather(-1, best)[..., 0] >= rivals
 
     def _scatter(self, values: Tensor, place: Tensor, size: torch.Size) -> Tensor:
-        """Values (s, n, c, height, width) of windows, at the ``place`` in each, as sums (s, *size) of every input; those
-        outside of the image are dropped.
+        """Values (s, n, c, height, width) of windows, at the ``place`` in each, summed up by input (s, *size); those outside
+        of the image are dropped.
         """
         pixels = size[2] * size[3]
         numbers = torch.arange(pixels, device=values.device).view(1, 1, *size[2:])
