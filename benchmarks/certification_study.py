@@ -1,9 +1,9 @@
 """Does routing cost or buy certified accuracy? A dense net, hard-routed and soft MoEs and a dual of about its cost, all
 trained for certificates: clean, certified and attacked accuracy, experts within reach, certificates with an open route.
 
-python benchmarks/certification_study.py train --data digits --out DIR [--seeds 3]     # one core: see docs for the
-times python benchmarks/certification_study.py judge --data digits --out DIR [--limit 300]   # certificates, then
-attacks python benchmarks/certification_study.py table --data digits --out DIR
+python benchmarks/certification_study.py train --data digits --out DIR [--seeds 3]     # one core
+python benchmarks/certification_study.py judge --data digits --out DIR [--limit 300]   # certificates, then attacks
+python benchmarks/certification_study.py table --data digits --out DIR
 
 Every verb goes on where it was. The nets are conv_small (Wong and Kolter 2018): "dense" has width 16 and 100 hidden
 units. A pass of a hard MoE costs one such net and the router; the soft MoEs mix E nets of a E-th of the cost; the dual

@@ -20,7 +20,7 @@ from robustmoe.errors import UserError
 from robustmoe.evaluation.choosing import threat_of
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
-from robustmoe.recipe import Recipe
+from robustmoe.recipe import Recipe, load
 from robustmoe.training import build_method, certified, load_model, train, train_step
 from robustmoe.training.optimisation import SGD
 
@@ -215,6 +215,29 @@ def test_a_run_keeps_the_most_certified_weights_and_goes_on_after_a_stop(tmp_pat
     train(recipe, stopped, resume=True)
     assert (stopped / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     assert threat_of(json.loads((run / "config.json").read_text())) == linf(0.03)
+
+
+RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes" / "certified").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_of_every_recipe(name: str) -> None:
+    """At true size, at the end of the ramp; the certifier of the validation is at the eps of the training."""
+    recipe = load(name)
+    shape = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}[recipe.data]
+    model = build_model(recipe.model, 10, shape)
+    method = build_method(recipe.method)
+    noise = Noise.of(torch.arange(4))
+    step = train_step(
+        model, method, [SGD(lr=0.01).make(model.parameters())], torch.rand(4, *shape), torch.arange(4), noise
+    )
+    assert math.isfinite(step.loss["all"])
+    certifier = build_certifier(recipe.val_certifier)
+    assert method.threat is not None
+    assert (certifier.norm, certifier.eps) == (method.threat.norm, method.threat.eps)
+    assert (
+        f"robustmoe train {name}" in (Path(__file__).parents[1] / "recipes" / "certified" / f"{name}.toml").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ from robustmoe.certification.bounds import Ball, Bounded, Bounding
 from robustmoe.certification.certify import ABSTAIN, Bounds, Certificate, Certifier
 from robustmoe.certification.margins import Worst, router_bounds, worst_margins
 from robustmoe.certification.smoothing import Smoothing, predict
+from robustmoe.certification.theorem import SoftLipschitz, Theorem54
 
 CERTIFIERS: dict[str, Callable[..., Certifier]] = {
     "bounds": Bounds,
     "smoothing": Smoothing,
+    "soft_lipschitz": SoftLipschitz,
+    "theorem_5_4": Theorem54,
 }
 
 
@@ -32,6 +35,8 @@ __all__ = [
     "Certificate",
     "Certifier",
     "Smoothing",
+    "SoftLipschitz",
+    "Theorem54",
     "Worst",
     "build_certifier",
     "predict",

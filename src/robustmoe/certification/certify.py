@@ -75,22 +75,15 @@ class Certifier(ABC):
 
 
 @dataclass(frozen=True)
-class Bounds(Certifier):
-    """Bounds of every network over the whole ball, and every expert that the router can choose in it: P1 to P4 for
-    mixtures, P7 and P8 for duals.
-
-    ``how``: "ibp" (intervals: cheap, for models trained for it), "crown_ibp" (at least as tight), "crown" (tightest,
-    dear). The radius is searched by ``search`` halvings, up to ``up`` times eps; each radius that is claimed was
-    verified itself (0 halvings: eps or nothing). ``cells``: steps by which an expert that is not proven on the whole
-    ball is bounded on its own cell (top-1 routers; not with "ibp"). ``dtype``: of the bounds.
+class Searched(Certifier):
+    """Of a linf or l2 ball, by bounds made as ``how``; the radius is searched by ``search`` halvings up to ``up``
+    times eps.
     """
 
     threat: Threat
     how: Bounding = "crown_ibp"
     search: int = 6
     up: float = 2.0
-    cells: int = 20
-    dtype: Literal["float64", "float32"] = "float64"
 
     def __post_init__(self) -> None:
         if self.threat.norm == "l1":
@@ -107,6 +100,21 @@ class Bounds(Certifier):
     @property
     def eps(self) -> float:
         return self.threat.eps
+
+
+@dataclass(frozen=True)
+class Bounds(Searched):
+    """Bounds of every network over the whole ball, and every expert that the router can choose in it: P1 to P4 for
+    mixtures, P7 and P8 for duals.
+
+    ``how``: "ibp" (intervals: cheap, for models trained for it), "crown_ibp" (at least as tight), "crown" (tightest,
+    dear). The radius is searched by ``search`` halvings, up to ``up`` times eps; each radius that is claimed was
+    verified itself (0 halvings: eps or nothing). ``cells``: steps by which an expert that is not proven on the whole
+    ball is bounded on its own cell (top-1 routers; not with "ibp"). ``dtype``: of the bounds.
+    """
+
+    cells: int = 20
+    dtype: Literal["float64", "float32"] = "float64"
 
     @torch.no_grad()
     def __call__(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:

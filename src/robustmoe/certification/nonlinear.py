@@ -252,8 +252,8 @@ class MaxPool(Operation):
         return highs, best[..., 0], lows.gather(-1, best)[..., 0] >= rivals
 
     def _scatter(self, values: Tensor, place: Tensor, size: torch.Size) -> Tensor:
-        """Values (s, n, c, height, width) of windows, at the ``place`` in each, summed up by input (s, *size); those outside
-        of the image are dropped.
+        """Values (s, n, c, height, width) of windows, at the ``place`` in each, summed up by input (s, *size); those
+        outside of the image are dropped.
         """
         pixels = size[2] * size[3]
         numbers = torch.arange(pixels, device=values.device).view(1, 1, *size[2:])

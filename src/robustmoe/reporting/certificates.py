@@ -133,8 +133,8 @@ def _attacked(found: Certificates, numbers: Proven) -> list[str]:
         ]
     images = "these images" if one.robust.n == len(found.rows) else f"{plural(one.robust.n, 'image')} of these"
     return [
-        f"The worst of {plural(len(one.attacks), 'attack')} leaves {percent(one.robust)} of {images}, of which "
-        f"{percent(one.certified)} are certified: the truth is between."
+        f"The worst of {plural(len(one.attacks), 'attack')} leaves {percent(one.robust)} of {images} right, and "
+        f"{percent(one.certified)} of the same images are certified: the truth is between."
     ]
 
 
@@ -270,15 +270,16 @@ def section(views: Sequence[View]) -> str:
     ]
     both = comparison(views)
     parts += [grid_html(both)] if both is not None else []
-    norms = dict.fromkeys(one.record.header.norm for _, one in there)
-    figures = "".join(_figure([pair for pair in there if pair[1].record.header.norm == norm]) for norm in norms)
+    figures = "".join(_figure(some) for some in _by_threat(there))
     parts.append(f'<div class="plots wide" style="margin-top:20px">{figures}</div>')
     for view, one in there:
+        key = f'<i class="dotkey b{colour(views.index(view))}"></i>' if len(views) > 1 else ""
         name = f"{view.name}: {one.record.certifier}" if len(views) > 1 else one.record.certifier
         wrong = alarm("† These certificates are wrong", doubts(one)) if doubts(one) else ""
         tables = "".join(grid_html(grid) for grid in grids(one))
         parts.append(
-            f'<div class="cards"><article class="card{" marked" if wrong else ""}"><h3>{escape(name)}</h3>'
+            f'<div class="cards"><article class="card{" marked" if wrong else ""}">'
+            f"<h2>{key}<span>{escape(name)}</span></h2>"
             f'<p class="story">{held(story(one))}</p>{wrong}<p class="note">{held(setting(one.record))}</p></article>'
             f"</div><details{'' if len(there) > 1 else ' open'}><summary>All numbers</summary>{tables}</details>"
         )
@@ -286,25 +287,35 @@ def section(views: Sequence[View]) -> str:
     return f'{"".join(parts)}<dl class="terms">{terms}</dl>'
 
 
+def _by_threat(there: Sequence[tuple[View, Certified]]) -> list[list[tuple[View, Certified]]]:
+    found: dict[tuple[str, float], list[tuple[View, Certified]]] = {}
+    for view, one in there:
+        found.setdefault((one.record.header.norm, one.record.header.eps), []).append((view, one))
+    return list(found.values())
+
+
 def _figure(there: Sequence[tuple[View, Certified]]) -> str:
-    """Certified accuracy against radius, of certifiers of one norm; dashed: what attacks leave of the same images."""
-    norm = there[0][1].record.header.norm
-    scale, unit = (255, " of 1/255") if norm == "linf" else (1, "")
+    """Certified accuracy against radius, of certifiers of one norm and eps; dashed: what attacks leave of the same
+    images.
+    """
+    header = there[0][1].record.header
+    scale, unit = (255, " of 1/255") if header.norm == "linf" else (1, "")
     several = len({view.name for view, _ in there}) > 1
-    eps = {one.record.header.eps for _, one in there}
-    end = 1.05 * max([*eps, *(one.numbers.largest for _, one in there)])
+    end = 1.05 * max([header.eps, *(one.numbers.largest for _, one in there)])
     series = []
     for at, (view, one) in enumerate(there):
         name = f"{view.name}, {one.record.certifier}" if several else one.record.certifier
         series.append(Series(name, _steps(one.numbers, scale, end), colour(at), dots=False))
         left = [(scale * each.eps, 100 * each.robust.value) for each in one.numbers.against if each.eps <= end]
-        if left and not any(old.name == f"{view.name}, attacked" for old in series):
-            series.append(Series(f"{view.name}, attacked", tuple(left), colour(at), dashed=len(left) > 1))
-    mark = scale * next(iter(eps)) if len(eps) == 1 else None
-    label = f"{NORM_NAMES[norm]} radius in pixels{unit}"
-    note = "Right and certified at that radius." + (" The upright line is the certifier’s eps." if mark else "")
-    title = "Certified accuracy against radius"
-    return lines(title, series, label, unit="%", y_range=(0.0, 100.0), note=note, mark=mark)
+        if left:
+            clean = (0.0, 100 * one.numbers.against[0].clean.value)
+            series.append(Series(f"{name}: attacked", (clean, *left), colour(at), dashed=True))
+    label = f"{NORM_NAMES[header.norm]} radius in pixels{unit}"
+    note = "Right and certified at that radius; the upright line is the certifier’s eps."
+    if any(one.dashed for one in series):
+        note += " Dashed: right under every attack, of the same images."
+    title = f"Certified accuracy against radius, {threat(header.norm, header.eps)}"
+    return lines(title, series, label, unit="%", y_range=(0.0, 100.0), note=note, mark=scale * header.eps)
 
 
 def _steps(numbers: Proven, scale: float, end: float) -> tuple[tuple[float, float], ...]:

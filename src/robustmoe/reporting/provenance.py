@@ -122,7 +122,7 @@ def _title(view: View, position: int, several: bool) -> str:
 
 def commands(view: View) -> list[str]:
     """The commands that made the run, without repeats: training, then evaluations, dissection, blend,
-    sweep and laboratory."""
+    sweep, laboratory and certificates."""
     first = [view.config["command"]] if isinstance(view.config.get("command"), str) else []
     return list(dict.fromkeys([*first, *(header.command for header in view.headers)]))
 
@@ -147,6 +147,7 @@ def facts(view: View) -> list[tuple[str, str]]:
     headers = [result.header for result in view.results] or view.headers
     times = [number(line.get("seconds")) for line in view.metrics]
     training = sum(time for time in times if time is not None)
+    proofs = sum(one.record.seconds for one in view.certified)
     pairs: list[tuple[str, str]] = [
         ("model", header.model),
         ("parameters", count(header.parameters)),

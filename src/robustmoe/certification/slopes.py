@@ -1,0 +1,80 @@
+"""Lipschitz constants of a network over a ball, from bounds of its Jacobian there: intervals of derivatives, pushed
+backwards step by step (the chain rule in interval arithmetic; Zhang et al. 2019, RecurJac, is a sharper form of it).
+
+The ball is convex, inside the box [0, 1] too, so two images of it are joined by a line of it, and along that line a
+function changes by its derivative (Clarke's, where there is a corner): a bound of the gradient's dual norm over the
+ball is a Lipschitz constant on the ball.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from robustmoe.certification.bounds import MEMORY, Ball, Bounded, Bounding
+from robustmoe.certification.graph import Node, record
+from robustmoe.certification.operations import Slopes
+from robustmoe.models.parts import Function
+
+
+def lipschitz(bounded: Bounded, rows: Float[Tensor, "s n c"]) -> Float[Tensor, "s n"]:
+    """Lipschitz constants over the ball, in its norm, of the sums of ``rows`` times the network's outputs.
+
+    In linf the sum over the pixels of the largest size of the derivative, in l2 the root of the sum of its square.
+    Exact for an affine network.
+    """
+    widest = max(node.shape.numel() for node in bounded.graph.nodes)
+    at_once = max(1, MEMORY // (widest * rows.element_size() * 8))
+    return torch.cat([_lipschitz(bounded, part) for part in rows.split(at_once)])
+
+
+def _lipschitz(bounded: Bounded, rows: Tensor) -> Tensor:
+    graph = bounded.graph
+    above: dict[Node, Slopes] = {graph.output: Slopes(rows, rows)}
+    for node in reversed(graph.nodes[1 : graph.nodes.index(graph.output) + 1]):
+        if node not in above:
+            continue
+        own = above.pop(node)
+        assert node.operation is not None
+        found = node.operation.slopes(own, [bounded.interval[each] for each in node.inputs])
+        for each, slopes in zip(node.inputs, found, strict=True):
+            known = above.get(each)
+            above[each] = slopes if known is None else Slopes(known.lower + slopes.lower, known.upper + slopes.upper)
+    found_image = above.get(graph.image)
+    if found_image is None:  # the image itself is not used
+        return rows.new_zeros(rows.shape[:2])
+    size = torch.maximum(found_image.lower.abs(), found_image.upper.abs()).flatten(2)
+    return size.sum(2) if bounded.ball.norm == "linf" else torch.linalg.vector_norm(size, dim=2)
+
+
+def pair_slopes(bounded: Bounded) -> Float[Tensor, "n c c"]:
+    """Lipschitz constants over the ball of every difference of two outputs, [i, k] of z_i - z_k."""
+    c = bounded.graph.output.shape[1]
+    i, k = torch.triu_indices(c, c, 1, device=bounded.ball.x.device)
+    unit = torch.eye(c, dtype=bounded.ball.x.dtype, device=bounded.ball.x.device)
+    rows = (unit[i] - unit[k])[:, None].expand(-1, len(bounded.ball.x), -1)
+    found = unit.new_zeros(len(bounded.ball.x), c, c)
+    if len(i):
+        found[:, i, k] = lipschitz(bounded, rows).T
+    return found + found.transpose(1, 2)
+
+
+def margin_slopes(
+    network: Function, ball: Ball, y: Int[Tensor, " n"], how: Bounding = "crown_ibp"
+) -> Float[Tensor, "n c"]:
+    """Lipschitz constants over the ball of the margins z_y - z_j of a network's logits (0 of the class itself).
+
+    ``how``: of the bounds that say which way each ReLU stands. Raises UserError for a network that has none.
+    """
+    bounded = Bounded(record(network, ball.x), ball, how)
+    c = bounded.graph.output.shape[1]
+    unit = torch.eye(c, dtype=ball.x.dtype, device=ball.x.device)
+    return lipschitz(bounded, unit[y][None] - unit[:, None]).T
+
+
+def steepness(router: Function, ball: Ball, how: Bounding = "crown_ibp") -> Float[Tensor, "n e"]:
+    """Of each expert i, the largest Lipschitz constant over the ball of g_i - g_k over the others k, g the router's
+    logits.
+    """
+    return pair_slopes(Bounded(record(router, ball.x), ball, how)).amax(2)
