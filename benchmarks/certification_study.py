@@ -26,7 +26,7 @@ from study import Study, table
 DATA = {
     "digits": ("digits", "0.1", 60),
     "fashion_mnist": ("fashion_mnist(val=0.5)", "0.1", 10),
-    "cifar10": ("cifar10({root}val=0.6)", "2/255", 10),
+    "cifar10": ("cifar10({root}val=0.8)", "2/255", 10),
 }
 """The data set, the linf radius, and the epochs."""
 

@@ -1,7 +1,7 @@
 """Randomised smoothing of the demo's routed model on digits, as it is and trained on Gaussian noise: certified accuracy
 against the l2 radius, and what it costs.
 
-python benchmarks/smoothing_curve.py [--images 100] [--n 10000] [--sigma 0.25] [--threads 2]
+python benchmarks/smoothing_curve.py [--images 100] [--n 10000] [--sigma 0.25] [--threads 1]
 
 Trains both for the demo's eight epochs (a minute), then certifies the first test images with
 ``smoothing(sigma=0.25, n=10000)`` (alpha = 0.001 an image). One row a model, in per cent of the images: accuracy of the
@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--sigma", type=float, default=0.25)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    smoothing = Smoothing(given.sigma, n=given.n)
+    smoothing = Smoothing(given.sigma, n=given.n, batch=2000)
     noisy = dataclasses.replace(
         demo.ROUTED, method=f"gaussian(sigma={given.sigma}, balance=0.1)", val_attack=None, attacks=()
     )

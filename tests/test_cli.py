@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from robustmoe import cli, spec
+from robustmoe import spec, verbs
 from robustmoe.cli import main
 from robustmoe.errors import UserError
 
@@ -100,7 +100,7 @@ def test_python_dash_m() -> None:
 def test_help_names_every_verb(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {verb} " in out for verb in cli.VERBS)
+    assert all(f"\n  {verb} " in out for verb in verbs.VERBS)
 
 
 def test_help_of_train_shows_every_field_with_its_words_and_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,9 +273,9 @@ def test_list_one_kind_or_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_verbs_are_plain_functions(trained: Calls) -> None:
-    assert cli.train("small.toml", out="x", epochs=1).startswith("run folder: x\n")
+    assert verbs.train("small.toml", out="x", epochs=1).startswith("run folder: x\n")
     with pytest.raises(UserError, match="unknown field 'epoch'"):
-        cli.train("small.toml", epoch=1)
+        verbs.train("small.toml", epoch=1)
 
 
 # ---------------------------------------------------------------------------------------------- ends

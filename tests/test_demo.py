@@ -9,7 +9,7 @@ import pytest
 
 from robustmoe import demo
 from robustmoe.errors import UserError
-from robustmoe.records import read
+from robustmoe.records import read, read_all_certificates
 
 
 @pytest.fixture
@@ -19,6 +19,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         quick = tuple(attack.replace("steps=20", "steps=1") for attack in recipe.attacks)
         changes = {"epochs": 1, "max_steps": 2, "val_limit": 8, "val_attack": None, "attacks": quick}
         monkeypatch.setattr(demo, name, dataclasses.replace(recipe, **changes))
+    monkeypatch.setattr(demo, "CERTIFIED", 2)
 
 
 @pytest.mark.usefixtures("short")
@@ -32,6 +33,13 @@ def test_demo_makes_two_runs_and_one_report_and_can_be_repeated(tmp_path: Path) 
     }
     assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 1}
     assert len(read(main["dense"][0]).rows) == 359
+    for run in ("pathway", "dense"):
+        proofs = read_all_certificates(tmp_path / "demo" / run)
+        assert [(one.certifier, one.subject, len(one.rows), one.done) for one in proofs] == [
+            ("bounds(linf(0.1), search=0)", "model", 2, True),
+            ("smoothing(n=500)", "smoothed model", 2, True),
+        ]
+    assert "The certifiers side by side" in page.read_text()
     (tmp_path / "demo" / "dense" / "state.pt").unlink()
     assert demo.demo(tmp_path / "demo") == page
     assert (tmp_path / "demo" / "dense" / "state.pt").exists(), "made anew"

@@ -267,8 +267,8 @@ def test_bounds_certify_more_than_constants_on_average() -> None:
         for spec in ("bounds", "soft_lipschitz", "theorem_5_4"):
             found = certify(f"{spec}(linf(0.05), search=0)", model, x)
             counts[spec] = counts.get(spec, 0) + sum(one.radius >= 0.05 for one in found)
-    assert counts["bounds"] >= counts["soft_lipschitz"] >= counts["theorem_5_4"]
-    assert counts["theorem_5_4"] > 0
+    assert counts["bounds"] >= max(counts["soft_lipschitz"], counts["theorem_5_4"])
+    assert min(counts.values()) > 0
 
 
 @pytest.mark.parametrize("name", ["ensemble_hard", "ensemble_k2", "pathway"])
@@ -290,9 +290,11 @@ def test_a_dual_of_logits_is_refused(tiny: Callable[..., RoutedModel], images: C
 def test_a_soft_ensemble_of_convolutions(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
     """The library's own model: certified radii are no larger than those that bounds verify."""
     model, x = tiny("ensemble_soft"), images(4)
-    found, bounds = (certify(f"{spec}(linf(8/255), up=8.0, search=7)", model, x) for spec in ("theorem_5_4", "bounds"))
+    found, bounds = (
+        certify(f"{spec}(linf(8/255), how=crown, up=8, search=7)", model, x) for spec in ("theorem_5_4", "bounds")
+    )
     assert all(one.reachable == 3 and one.stable == 1.0 for one in found)
     assert any(one.radius > 0 for one in found)
     for one, other in zip(found, bounds, strict=True):
         assert one.prediction == other.prediction
-        assert one.radius <= other.radius * (1 + 2**-5) or other.radius >= 0.99 * 8 * 8 / 255
+        assert one.radius <= other.radius * (1 + 2**-3) or other.radius >= 0.99 * 8 * 8 / 255

@@ -1,4 +1,7 @@
-"""The main job from end to end, on the digits that come with scikit-learn: train, attack, report. No download."""
+"""The main job from end to end, on the digits that come with scikit-learn: train, attack, certify, report.
+
+No download.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,22 @@ ROUTED = Recipe(
 by steering into each expert's cell.
 """
 
+CERTIFIERS = (f"bounds({EPS}, search=0)", "smoothing(sigma=0.25, n=500)")
+"""What is proven of the first `CERTIFIED` images of each model, and of what noise makes of it."""
+
+CERTIFIED = 50
+
 DENSE = dataclasses.replace(ROUTED, model="resnet8(width=16)", method=f"at(pgd({EPS}, steps=3, keep=last))")
 """Its dense twin: the backbone alone, the same data, attack and schedule."""
 
 
 def demo(out: str | Path = "runs/demo") -> Path:
-    """Train a routed model and its dense twin, attack both, and write one report; returns its path.
+    """Train a routed model and its dense twin, attack and certify both, and write one report; returns its path.
 
     ``out`` must be empty or not there, or hold an earlier demo, which is then made anew.
     """
-    from robustmoe.evaluation import evaluate_run
-    from robustmoe.reporting import report, summary_table
+    from robustmoe.evaluation import certify_run, evaluate_run
+    from robustmoe.reporting import certificates_story, report, summary_table
     from robustmoe.training import train
 
     out = Path(out)
@@ -52,7 +60,11 @@ def demo(out: str | Path = "runs/demo") -> Path:
         note(f"\ntraining {recipe.model} on {recipe.data} into {folder}")
         train(recipe, folder)
         note(f"attacking {folder}")
-        note(summary_table(evaluate_run(folder)))
+        results = evaluate_run(folder)
+        note(summary_table(results))
+        note(f"certifying {folder}")
+        for found in certify_run(folder, CERTIFIERS, limit=CERTIFIED):
+            note(f"{found.certifier}:\n{certificates_story(found, results)}")
     return report([folder for folder, _ in runs], out / "report.html")
 
 

@@ -340,7 +340,7 @@ def list_names(
 
 
 def demo(out: Annotated[str, "folder of the demo"] = "runs/demo") -> str:
-    """Train, attack and report on real digits that need no download."""
+    """Train, attack, certify and report on real digits that need no download."""
     from robustmoe import demo as demonstration
 
     return f"report: {demonstration.demo(Path(out))}"

@@ -19,10 +19,11 @@ POINTS = 200
 MULTIPLES = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0)
 """The radii of a table, in eps."""
 
-OBSTACLES = ("route", "experts", "network", "votes")
+OBSTACLES = ("route", "experts", "network", "formula", "votes")
 """Why an image that is right is not certified at eps. "route": several experts are within reach, some of them proven on
 their own, others not; "experts": several are, and none is proven; "network": the route is the same everywhere, or there
-is none, and what it leads to is not proven; "votes": too few of the noisy copies agree."""
+is none, and what it leads to is not proven; "formula": the constants of a bound on the whole mixture are too large, and
+no expert is asked on its own; "votes": too few of the noisy copies agree."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def obstacle(row: Proof) -> str:
     """Which of `OBSTACLES` it is for an image that is not certified."""
     if row.reachable is None:
         return "votes"
+    if row.held is None:
+        return "formula"
     if row.stable == 1:
         return "network"
     return "route" if row.held else "experts"
@@ -141,7 +144,7 @@ def _curve(rows: Sequence[Proof], asked: Sequence[float]) -> tuple[tuple[float, 
     return tuple((radius, rate([row.right and row.radius >= radius * (1 - HAIR) for row in rows])) for radius in some)
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float | int]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from robustmoe import spec as specs
 from robustmoe.certification.bounds import Ball, Bounded, Bounding
 from robustmoe.certification.certify import ABSTAIN, Bounds, Certificate, Certifier
+from robustmoe.certification.floors import probability_floor
 from robustmoe.certification.margins import Worst, router_bounds, worst_margins
+from robustmoe.certification.routes import exact_margin, reachable_exactly, route_radius
 from robustmoe.certification.smoothing import Smoothing, predict
 from robustmoe.certification.theorem import SoftLipschitz, Theorem54
 
@@ -40,6 +42,7 @@ __all__ = [
     "Worst",
     "build_certifier",
     "predict",
+    "probability_floor",
     "router_bounds",
     "worst_margins",
 ]

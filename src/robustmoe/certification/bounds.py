@@ -16,6 +16,7 @@ from torch import Tensor
 from robustmoe.attacks.threat import Norm
 from robustmoe.certification.graph import Graph, Node
 from robustmoe.certification.operations import Interval, Operation, Round
+from robustmoe.models.norm import full_precision
 
 Bounding = Literal["ibp", "crown_ibp", "crown"]
 """How: intervals alone; linear bounds of the result, whose relaxations come from intervals (Zhang et al. 2020); linear
@@ -91,19 +92,22 @@ class Bounded:
         self.ball = ball
         self.how = how
         self.interval: dict[Node, Interval] = {graph.image: ball.box}
-        for node in graph.nodes[1:]:
-            assert node.operation is not None
-            if how == "crown" and not node.operation.affine:
-                self._tighten(node.inputs[0], node.operation)
-            self.interval[node] = node.operation.interval(*(self.interval[each] for each in node.inputs))
+        with full_precision(ball.x):
+            for node in graph.nodes[1:]:
+                assert node.operation is not None
+                if how == "crown" and not node.operation.affine:
+                    self._tighten(node.inputs[0], node.operation)
+                self.interval[node] = node.operation.interval(*(self.interval[each] for each in node.inputs))
 
     def lower(self, rows: Float[Tensor, "s n c"]) -> Float[Tensor, "s n"]:
         """A lower bound over the ball of the sum of ``rows`` times the network's outputs, for s rows an image."""
-        return self._lower(self.graph.output, rows)
+        with full_precision(rows):
+            return self._lower(self.graph.output, rows)
 
     def linear(self, rows: Float[Tensor, "s n c"]) -> tuple[Float[Tensor, "s n ch h w"], Float[Tensor, "s n"]]:
         """slope . x + offset, below the sum of ``rows`` times the outputs everywhere in the ball."""
-        left, offset = self._pull(self.graph.output, rows, through=True)
+        with full_precision(rows):
+            left, offset = self._pull(self.graph.output, rows, through=True)
         return left[self.graph.image], offset
 
     def _lower(self, node: Node, rows: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from robustmoe.certification.functions import RULES
 from robustmoe.certification.operations import Operation, Slot, Unbounded
 from robustmoe.errors import UserError
+from robustmoe.models.norm import full_precision
 
 Network = Callable[[Tensor], Tensor]
 
@@ -114,7 +115,7 @@ class _Recorder(TorchFunctionMode):
 def record(network: Network, x: Tensor) -> Graph:
     """The steps of ``network`` (in eval mode) on images x (n, ch, h, w). Raises UserError where one has no bounds."""
     x = x.detach().clone()
-    with _Recorder(x) as recorder:
+    with full_precision(x), _Recorder(x) as recorder:
         try:
             result = network(x)
         except Unbounded as error:
@@ -133,7 +134,8 @@ def check(graph: Graph, network: Network, elsewhere: Tensor) -> None:
     """UserError unless the recorded steps are the network on other images too: a network that looks at values to decide
     what it computes, or computes outside of torch's functions, has no graph.
     """
-    ours, theirs = graph(elsewhere), network(elsewhere)
+    with full_precision(elsewhere):
+        ours, theirs = graph(elsewhere), network(elsewhere)
     scale = theirs.abs().amax().clamp(min=1.0)
     if not bool(((ours - theirs).abs() <= 1e-4 * scale).all()):
         raise UserError(

@@ -146,7 +146,7 @@ class Smooth(Elementwise):
                     beyond = sign * (self.slope(point) - slopes) > 0
                     a, b = torch.where(beyond, a, point), torch.where(beyond, point, b)
                 point = 0.5 * (a + b)
-            rate = sign * (self.slope(point) - slopes)
+                rate = sign * (self.slope(point) - slopes)  # 0, or the point is an end: no gradient is lost
             bound = tilted(point) + torch.minimum(rate * (start - point), rate * (stop - point))
             found = torch.where(start < stop, torch.minimum(found, bound), found)
         return found

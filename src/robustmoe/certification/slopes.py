@@ -15,6 +15,7 @@ from torch import Tensor
 from robustmoe.certification.bounds import MEMORY, Ball, Bounded, Bounding
 from robustmoe.certification.graph import Node, record
 from robustmoe.certification.operations import Slopes
+from robustmoe.models.norm import full_precision
 from robustmoe.models.parts import Function
 
 
@@ -26,7 +27,8 @@ def lipschitz(bounded: Bounded, rows: Float[Tensor, "s n c"]) -> Float[Tensor, "
     """
     widest = max(node.shape.numel() for node in bounded.graph.nodes)
     at_once = max(1, MEMORY // (widest * rows.element_size() * 8))
-    return torch.cat([_lipschitz(bounded, part) for part in rows.split(at_once)])
+    with full_precision(rows):
+        return torch.cat([_lipschitz(bounded, part) for part in rows.split(at_once)])
 
 
 def _lipschitz(bounded: Bounded, rows: Tensor) -> Tensor:

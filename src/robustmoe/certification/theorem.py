@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.threat import Threat
 from robustmoe.certification.bounds import Ball, Bounded, Bounding
 from robustmoe.certification.certify import SLACK, Certificate, Searched, leaves
 from robustmoe.certification.graph import check, record
@@ -51,6 +52,8 @@ class _ByConstants(Searched):
     """Radius = least margin / constant, where the constant is of the ball of a candidate radius and the claim is the
     smaller of the two; the candidates are searched.
     """
+
+    threat: Threat  # said again, so that the signature can be read in this module
 
     @abstractmethod
     def mixture(self, part: Fork, ball: Ball, branches: list[Local]) -> Float[Tensor, "n c c"]:

@@ -16,6 +16,7 @@ from robustmoe.reporting.numbers import numbers
 from robustmoe.reporting.page import page
 from robustmoe.reporting.terminal import (
     blend_table,
+    certificates_story,
     certificates_table,
     dissection_table,
     lipschitz_table,
@@ -25,6 +26,7 @@ from robustmoe.reporting.terminal import (
 
 __all__ = [
     "blend_table",
+    "certificates_story",
     "certificates_table",
     "dissection_table",
     "lipschitz_table",

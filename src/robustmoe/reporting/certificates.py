@@ -20,6 +20,7 @@ OBSTACLES = {
     "route": "the route: another expert within reach is proven, this one is not",
     "experts": "several experts within reach, none proven",
     "network": "the bounds of the network that answers",
+    "formula": "the constants of the mixture",
     "votes": "too few noisy copies agree",
 }
 
@@ -108,6 +109,9 @@ def _why(found: Certificates, numbers: Proven) -> list[str]:
             else f"on {share} the bounds of the network are too loose"
         )
         said[f"{sentence}: it needs tighter bounds, or training for certificates"] = shares["network"].count
+    if shares["formula"].count:
+        sentence = f"on {percent(shares['formula'])} the constants of the mixture are too large for its margin"
+        said[sentence] = shares["formula"].count
     if shares["votes"].count:
         said[f"on {percent(shares['votes'])} too few of the noisy copies agree"] = shares["votes"].count
     ordered = sorted(said, key=lambda sentence: -said[sentence])
@@ -299,7 +303,7 @@ def _figure(there: Sequence[tuple[View, Certified]]) -> str:
     images.
     """
     header = there[0][1].record.header
-    scale, unit = (255, " of 1/255") if header.norm == "linf" else (1, "")
+    scale, unit = (255.0, " of 1/255") if header.norm == "linf" else (1.0, "")
     several = len({view.name for view, _ in there}) > 1
     end = 1.05 * max([header.eps, *(one.numbers.largest for _, one in there)])
     series = []

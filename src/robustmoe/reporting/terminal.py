@@ -56,6 +56,12 @@ def lipschitz_table(found: Lipschitz) -> str:
     return "\n".join([*lines, *(line for grid in lipschitz.grids(one) for line in _grid(grid))])
 
 
+def certificates_story(found: Certificates, results: Sequence[Result] = ()) -> str:
+    """What a certifier proves, beside what the attacks in ``results`` leave, in a few sentences on lines of text."""
+    one = Certified(found, analysis.proven(found, results))
+    return "\n".join(textwrap.wrap(certificates.story(one), WIDTH))
+
+
 def certificates_table(found: Certificates, results: Sequence[Result] = ()) -> str:
     """What a certifier proves, beside what the attacks in ``results`` leave, as lines of text."""
     one = Certified(found, analysis.proven(found, results))

@@ -1,0 +1,377 @@
+"""`robustmoe certify`: the engine on models whose certificates have closed forms, its file, its alarm, its verb."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import robustmoe as rm
+from robustmoe import records
+from robustmoe.attacks import Threat, l2, linf
+from robustmoe.certification import Bounds, Certificate, Certifier, probability_floor
+from robustmoe.cli import main
+from robustmoe.errors import UserError
+from robustmoe.evaluation import certify_run
+from robustmoe.models import RoutedModel, build_model
+from robustmoe.models.base import as_routed
+from robustmoe.noise import Noise
+from robustmoe.records import Certificates, Proof
+from robustmoe.training.checkpoint import save_weights
+from test_dissection import make_trained
+from test_report import make_header
+
+
+def make_plane() -> nn.Module:
+    """Two classes of images (1, 2, 2): z_0 - z_1 = x_0 - 2 x_1."""
+    linear = nn.Linear(4, 2, bias=False)
+    linear.weight.data = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
+    return nn.Sequential(nn.Flatten(), linear)
+
+
+def four_images() -> Tensor:
+    """Margins of class 0 by hand: 0.6, 0.15, -0.3, 0.06; far enough from 0 and 1 that the pixel box cuts no ball."""
+    first = torch.tensor([[0.8, 0.1], [0.75, 0.3], [0.5, 0.4], [0.66, 0.3]])
+    return torch.cat([first, torch.full((4, 2), 0.5)], 1).view(4, 1, 2, 2)
+
+
+def without_time(found: Certificates) -> list[Proof]:
+    return [dataclasses.replace(row, seconds=0.0) for row in found.rows]
+
+
+# ------------------------------------------------------------------------------------------------ a model in hand
+
+
+def test_a_plane_has_its_distance_as_radius() -> None:
+    """|x_0 - 2 x_1| / 3 in linf: the margin over the l1 norm of its gradient. Bisection of [0, 2 eps] or so: the radius
+    claimed is below the true one, by eps / 64 at most where that is above eps, by eps / 2^6 below it.
+    """
+    found = rm.certify(make_plane(), four_images(), [0, 0, 0, 1], certifier="bounds(linf(0.05))", num_classes=2)
+    assert [row.prediction for row in found.rows] == [0, 0, 1, 0]
+    true = [0.6 / 3, 0.15 / 3, 0.3 / 3, 0.06 / 3]
+    for row, distance in zip(found.rows, true, strict=True):
+        reached = min(distance, 0.1)  # up to twice eps
+        assert reached - 0.05 / 60 <= row.radius <= distance
+        assert (row.rule, row.stable, row.reachable) == ("bounds", 1.0, 1)
+    assert [row.reason == "" for row in found.rows] == [True, False, True, False], "0.05 itself is not proven strictly"
+    assert (found.subject, found.done, found.header.attack) == ("model", True, None)
+    assert (found.header.norm, found.header.eps) == ("linf", 0.05)
+    assert set(found.radii()) == {0, 1}, "the images whose prediction is the label"
+
+
+def test_evaluate_leaves_certified_images_out(tmp_path: Path) -> None:
+    """Radii 0.1, 0.0499, and two images that are wrong: at eps 0.06 one image is not attacked, and no other is."""
+    x, y = four_images(), [0, 0, 0, 1]
+    plane = make_plane()
+    found = rm.certify(plane, x, y, certifier="bounds(linf(0.05))", num_classes=2)
+    rm.evaluate(
+        plane, x, y, attacks=["pgd(linf(0.06), steps=20)"], certified=found.radii(), out=tmp_path, num_classes=2
+    )
+    path = next(path for path in tmp_path.glob("*.jsonl") if ".examples" not in path.name)
+    rows = records.read(path).rows
+    assert [row.part for row in rows] == ["certified", "", "", ""]
+    assert [row.adversarial for row in rows] == [0, 1, 1, 0]
+    assert rows[1].size["linf"] > found.radii()[1], "what breaks it is farther than what is proven"
+
+
+def test_a_smoothed_model_is_another_model(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
+    found = rm.certify(tiny("ensemble_hard"), images(3), [0, 1, 2], certifier="smoothing(n0=8, n=16)", num_classes=4)
+    assert found.subject == "smoothed model"
+    assert all(row.reachable is None and row.held is None for row in found.rows)
+    with pytest.raises(UserError, match="are of the smoothed model: an attack on the model itself may leave none"):
+        found.radii()
+
+
+def test_the_answer_of_an_image_is_its_own(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
+    """Not of its batch; and the model, in training mode, comes back as it was."""
+    model, x, y = tiny("ensemble_hard").train(), images(5), [0, 1, 2, 3, 0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for spec in ("bounds(linf(0.01), how=ibp, search=2)", "smoothing(n0=8, n=16)"):
+        one, five = (
+            without_time(rm.certify(model, x, y, certifier=spec, num_classes=4, batch_size=size)) for size in (1, 5)
+        )
+        for a, b in zip(one, five, strict=True):
+            assert a.radius == pytest.approx(b.radius, abs=1e-9)
+            assert dataclasses.replace(a, radius=0.0) == dataclasses.replace(b, radius=0.0)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@dataclass(frozen=True)
+class Loose(Certifier):
+    """A user's certifier that gives what it is told."""
+
+    radius: float = 0.1
+    missing: int = 0
+
+    @property
+    def norm(self) -> Any:
+        return "linf"
+
+    @property
+    def eps(self) -> float:
+        return 0.1
+
+    def __call__(self, model: RoutedModel, x: Tensor, noise: Noise) -> list[Certificate]:
+        return [Certificate(0, self.radius, "told", None, None, "")] * (len(x) - self.missing)
+
+
+def test_no_certifier_is_trusted() -> None:
+    x, y = four_images(), [0, 0, 0, 1]
+    assert len(rm.certify(make_plane(), x, y, certifier=Loose(), num_classes=2).rows) == 4
+    with pytest.raises(UserError, match="Loose gives a radius of nan; expected 0 or more"):
+        rm.certify(make_plane(), x, y, certifier=Loose(float("nan")), num_classes=2)
+    with pytest.raises(UserError, match="Loose gives 3 certificates for 4 images; expected one each"):
+        rm.certify(make_plane(), x, y, certifier=Loose(missing=1), num_classes=2)
+    with pytest.raises(UserError, match="the batch size is 0, expected at least 1"):
+        rm.certify(make_plane(), x, y, certifier=Loose(), num_classes=2, batch_size=0)
+
+
+@pytest.mark.parametrize("threat, reach", [(linf(0.05), 3.0), (l2(0.05), 5**0.5)])
+def test_the_floor_of_a_probability_margin(threat: Threat, reach: float) -> None:
+    """Of two classes p_0 - p_1 = tanh(m / 2), and m = x_0 - 2 x_1 falls by eps times the dual norm of (1, -2) at most:
+    3 against linf, sqrt 5 against l2.
+    """
+    x, y = four_images(), torch.tensor([0, 0, 1, 0])
+    floor = probability_floor(as_routed(make_plane()), x, y, threat)
+    least = torch.tensor([0.6, 0.15, 0.3, 0.06], dtype=torch.float64) - 0.05 * reach
+    assert torch.allclose(floor, torch.tanh(least / 2), atol=5e-6)
+    assert (floor <= torch.tanh(least / 2) + 1e-7).all(), "float32 pixels"
+
+
+# ------------------------------------------------------------------------------------------------ a run folder
+
+SPEC = "bounds(linf(0.002), how=ibp, search=2)"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that `Bounds` is asked about; a size is put there before it can fail."""
+    real, sizes = Bounds.__call__, []
+
+    def counted(self: Bounds, model: RoutedModel, x: Tensor, noise: Noise) -> list[Certificate]:
+        sizes.append(len(x))
+        return real(self, model, x, noise)
+
+    monkeypatch.setattr(Bounds, "__call__", counted)
+    return sizes
+
+
+def test_a_stopped_run_goes_on_and_a_longer_one_extends_it(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_trained(tmp_path / "run")
+    write, written = records.write_certificates, []
+
+    def stopped(path: Path, found: Certificates) -> None:
+        write(path, found)
+        written.append(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as within:
+        within.setattr(records, "write_certificates", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            certify_run(run, [SPEC], limit=5, batch_size=2)
+    (path,) = written
+    assert path == run / "certificates" / "bounds-linf-0.002-how-ibp-search-2.jsonl"
+    left = records.read_certificates(path)
+    assert left is not None
+    assert (len(left.rows), left.done) == (2, False)
+    asked.clear()
+    (whole,) = certify_run(run, [SPEC], limit=5, batch_size=2)
+    assert (asked, whole.done, records.read_certificates(path)) == ([2, 1], True, whole)
+    asked.clear()
+    assert certify_run(run, [SPEC], limit=5, batch_size=4) == [whole], "the batch size is not part of the work"
+    assert certify_run(run, [SPEC], limit=3) == [whole], "fewer images do not throw the others away"
+    assert asked == []
+    (longer,) = certify_run(run, [SPEC], limit=7)
+    assert (asked, len(longer.rows), longer.header.n, longer.done) == ([2], 7, 7, True)
+    assert longer.rows[:5] == whole.rows
+    assert capsys.readouterr().err == "", "nothing was made anew"
+    path.unlink()
+    (again,) = certify_run(run, [SPEC], limit=7, batch_size=3)
+    assert without_time(again) == without_time(longer), "as if never stopped"
+
+
+def test_other_work_is_made_anew(tmp_path: Path, asked: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_trained(tmp_path / "run")
+    certify_run(run, [SPEC], limit=2)
+    certify_run(run, [SPEC], limit=2, seed=3)
+    assert "bounds-linf-0.002-how-ibp-search-2.jsonl is of another seed; it is made anew" in capsys.readouterr().err
+    model = "ensemble(linear, experts=2, router=linear, gate=straight_through)"
+    save_weights(run / "model.safetensors", build_model(model, 10, (1, 8, 8), seed=5).state_dict(), model)
+    certify_run(run, [SPEC], limit=2, seed=3)
+    assert "is of another model hash; it is made anew" in capsys.readouterr().err
+    assert asked == [2, 2, 2]
+    certify_run(run, [SPEC, "bounds(linf(0.002), how=ibp, search=1)", SPEC], limit=2, seed=3)
+    assert asked == [2, 2, 2, 2], "one certifier was new, and one named twice"
+    assert len(list((run / "certificates").iterdir())) == 2
+
+
+def test_the_default_is_the_ball_of_the_training(tmp_path: Path) -> None:
+    (found,) = certify_run(make_trained(tmp_path / "run"), limit=1)
+    assert found.certifier == "bounds(linf(0.05))"
+    run = make_trained(tmp_path / "l1")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"method": "at(pgd(l1(12), steps=1))"}))
+    with pytest.raises(UserError, match=r"trained for l1, for which there are no bounds; name a --certifier, such as"):
+        certify_run(run, limit=1)
+
+
+def test_a_broken_certificate_is_an_alarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file in which someone wrote a radius that no bound gave; the attacks on the run say so, on the command line, in
+    the Markdown and on the page. With the true radii there is no alarm.
+    """
+    run = make_trained(tmp_path / "run")
+    attack = ["evaluate", str(run), "--attack", "pgd(linf(0.3), steps=5)", "--limit", "20", "--curve", "none"]
+    assert main(attack) == 0
+    command = ["certify", str(run), "--certifier", "bounds(linf(0.3), how=ibp)", "--limit", "20"]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "!" not in capsys.readouterr().out
+    (path,) = (run / "certificates").iterdir()
+    found, (rows,) = records.read_certificates(path), (records.read(each).rows for each in records.rows_files(run))
+    assert found is not None
+    broken = [row.index for row in rows if row.clean != row.adversarial]
+    assert broken
+    false = [dataclasses.replace(row, radius=0.31) if row.index == broken[0] else row for row in found.rows]
+    records.write_certificates(path, dataclasses.replace(found, rows=false))
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"ALARM: image {broken[0]} is certified as {found.rows[broken[0]].prediction} up to linf 0.31, but" in err
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert "These certificates are wrong" in (tmp_path / "page.html").read_text()
+    assert f"Image {broken[0]} is certified as" in (tmp_path / "page.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def record(**changes: Any) -> Certificates:
+    rows = [
+        Proof(0, 3, 3, 0.1, "P2", 1, 1, 1.0, "", 0.5),
+        Proof(1, 4, -1, 0.0, "", None, None, 0.25, "too few", 0.5),
+    ]
+    header = make_header(n=2, attack=None, objective=None, eps=0.1)
+    return Certificates(**{"header": header, "certifier": SPEC, "subject": "model", "rows": rows, **changes})
+
+
+def test_a_record_comes_back(tmp_path: Path) -> None:
+    path = records.certificates_path(tmp_path, "a")
+    assert records.read_certificates(path) is None
+    records.write_certificates(path, record())
+    assert records.read_certificates(path) == record()
+    assert records.read_all_certificates(tmp_path) == [record()]
+    with path.open("a") as file:
+        file.write('{"kind":"certificate","index":2,')  # a kill in the middle of a line
+    assert records.read_certificates(path) == record()
+    assert (record().seconds, record().done, record().radii()) == (1.0, True, {0: 0.1})
+
+
+@pytest.mark.parametrize(
+    "line, change, message",
+    [
+        (0, {"kind": "header"}, "line 1: not a file of certificates: its first line must be"),
+        (0, {"version": 9}, "line 1: certificates of version 9, this robustmoe reads version 1"),
+        (0, {"subject": "moon"}, "line 1: field 'subject' must be one of model, smoothed model, got 'moon'"),
+        (0, {"header": {"kind": "row"}}, "line 1: not a rows file"),
+        (0, {"extra": 1}, "line 1: certificates: unknown field 'extra'"),
+        (1, {"kind": "row"}, "line 2: unknown kind 'row'; expected certificate"),
+        (1, {"radius": -1.0}, "line 2: field 'radius' must be 0 or more, got -1"),
+        (1, {"radius": float("nan")}, "line 2: field 'radius' must be 0 or more, got nan"),
+        (1, {"stable": "yes"}, "line 2: proof: field 'stable' must be a number, got 'yes'"),
+        (2, {"index": 0}, "an image has two rows"),
+    ],
+)
+def test_a_damaged_file_gets_one_line(line: int, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "certificates" / "a.jsonl"
+    records.write_certificates(path, record())
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines[line] |= change
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    with pytest.raises(UserError) as caught:
+        records.read_certificates(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("makes it anew")
+
+
+def test_too_many_rows_and_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    records.write_certificates(path, record(header=make_header(n=1, attack=None, objective=None)))
+    with pytest.raises(UserError, match="it has 2 images, more than the 1 it is about; delete it"):
+        records.read_certificates(path)
+    path.write_text("")
+    with pytest.raises(UserError, match="is empty; delete it"):
+        records.read_certificates(path)
+
+
+# ------------------------------------------------------------------------------------------------ the verb
+
+
+def test_the_verb_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One certifier of the model, one of what noise makes of it; both in the table, the JSON, and resumed for free."""
+    run = make_trained(tmp_path / "run")
+    both = ["--certifier", SPEC, "--certifier=smoothing(n0=8, n=16)"]
+    assert main(["certify", str(run), "--limit", "4", *both]) == 0
+    out = capsys.readouterr().out
+    assert f"What {SPEC} proves" in out
+    assert "smoothing(n0=8, n=16) on 4 images of digits (test), of the smoothed model" in out
+    assert out.rstrip().endswith(f"written to {run}/certificates; report shows it")
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    found = json.loads((tmp_path / "page.json").read_text())["runs"][0]["certificates"]
+    assert [(one["subject"], one["n"], one["done"]) for one in found] == [
+        ("model", 4, True), ("smoothed model", 4, True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--certifier", "bound(linf(0.1))"], "unknown certifier 'bound'; did you mean 'bounds'"),
+        (["--certifier", "bounds("], "cannot read 'bounds('"),
+        (["--certifier", "bounds(linf(0))"], "a certificate needs an eps above 0; got 0"),
+        (["--certifier", "bounds(l1(12))"], "bounds are for linf and l2 balls; got l1"),
+        (["--certifier", "smoothing(sigma=0)"], "sigma must be above 0"),
+        (["--limit", "0"], "the limit on images is 0"),
+        (["--batch-size", "0"], "the batch size is 0"),
+    ],
+)
+def test_the_verb_refuses_in_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_trained(tmp_path / "run")
+    assert main(["certify", str(run), *words]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+@pytest.mark.parametrize("kind", ["routed", "dense"])
+def test_a_transformer_is_refused_in_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = "patch=4, width=8, depth=1, heads=2"
+    model = {"routed": f"vit_moe(tiny, {shape}, experts=3, k=2, placement=(0,))", "dense": f"vit({shape})"}
+    run = make_trained(tmp_path / "run", model[kind])
+    assert main(["certify", str(run), "--limit", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "smoothing(" in err, "what does certify it"
+    assert main(["certify", str(run), "--limit", "2", "--certifier", "smoothing(n0=8, n=16)"]) == 0
+
+
+def test_no_run_and_damaged_weights_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certify", str(tmp_path / "none")]) == 2
+    assert "there is no run folder" in capsys.readouterr().err
+    run = make_trained(tmp_path / "run")
+    (run / "model.safetensors").write_bytes(b"damaged")
+    assert main(["certify", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert (err.count("\n"), "model.safetensors" in err) == (1, True)

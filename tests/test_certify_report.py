@@ -1,0 +1,309 @@
+"""Certificates as numbers, words, figures and alarms, of records worked by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustmoe import records
+from robustmoe.analysis import Rate, proven, refuted
+from robustmoe.analysis.certificates import POINTS
+from robustmoe.records import Certificates, Proof, Result, RouterInfo, Row
+from robustmoe.reporting import certificates_table
+from robustmoe.reporting.certificates import doubts, story
+from robustmoe.reporting.collect import Certified
+from test_report import made, make_header, make_run
+
+EPS = 0.1
+
+
+def proof(index: int, radius: float = 0.0, **changes: Any) -> Proof:
+    """An image of class 1; by default right, and not certified because two of two experts fail."""
+    values: dict[str, Any] = {"label": 1, "prediction": 1, "rule": "P2" if radius else "", "reachable": 2, "held": 0}
+    values |= {"stable": 0.0, "reason": "" if radius >= EPS else "no", "seconds": 0.5}
+    return Proof(index=index, radius=radius, **{**values, **changes})
+
+
+ROWS = [
+    proof(0, 0.2, reachable=1, held=1, stable=1.0),
+    proof(1, 0.1, rule="P1", held=2),  # certified, though the route is not stable
+    proof(2, 0.05, held=1),  # the other expert within reach is not proven: the route is what is missing
+    proof(3),
+    proof(4),
+    proof(5, reachable=1, stable=1.0),  # stable, and the network's own bound fails
+    proof(6, 0.3, prediction=0, reachable=1, held=1, stable=1.0),  # certified to be wrong
+    proof(7, prediction=-1),
+]
+
+
+def record(rows: list[Proof] | None = None, **changes: Any) -> Certificates:
+    rows = ROWS if rows is None else rows
+    header = make_header(n=len(rows), attack=None, objective=None, eps=EPS, routers={"router": RouterInfo(2, 1, 1)})
+    values = {"header": header, "certifier": "bounds(linf(0.1))", "subject": "model", "rows": rows}
+    return Certificates(**{**values, **changes})
+
+
+def attacked(broken: dict[int, float], eps: float = EPS, n: int = 8, **changes: Any) -> Result:
+    """An attack that breaks the images ``broken`` with perturbations of those sizes; what it leaves has size eps."""
+    header = make_header(eps=eps, n=n, attack=f"pgd(linf({eps}), steps=5)", **changes)
+    rows = [
+        Row(i, 1, ROWS[i].prediction, 2 if i in broken else ROWS[i].prediction,
+            {"linf": broken.get(i, eps), "l2": 9.0, "l1": 9.0}, {}, None, None, {}, {})
+        for i in range(n)
+    ]  # fmt: skip
+    return Result(header, rows, None)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def test_the_numbers_of_eight_images() -> None:
+    found = proven(record())
+    assert (found.right, found.certified) == (Rate(6, 8), Rate(2, 8)), "images 0 to 5; images 0 and 1"
+    assert (found.unstable, found.abstained) == (Rate(1, 8), Rate(1, 8))
+    assert found.mean_radius == pytest.approx((0.2 + 0.1 + 0.05) / 8)
+    assert (found.reachable, found.experts, found.stable) == ((1 + 2 + 2 + 2 + 2 + 1 + 1 + 2) / 8, 2, 3 / 8)
+    assert found.crowd == 2.0, "of images 2, 3 and 4"
+    assert found.rules == {"P1": Rate(1, 8), "P2": Rate(3, 8)}
+    assert found.obstacles == {"route": Rate(1, 4), "experts": Rate(2, 4), "network": Rate(1, 4)}
+    assert found.largest == 0.2, "the radius 0.3 is of a wrong prediction"
+    assert (found.seconds, found.against, found.refuted) == (0.5, (), ())
+
+
+def test_the_curve_falls_at_each_radius() -> None:
+    shares = dict(proven(record()).curve)
+    assert [shares[radius].count for radius in (0.0, 0.05, EPS, 0.2)] == [6, 3, 2, 1]
+    assert (shares[0.0125].count, shares[0.15000000000000002].count) == (3, 1), "between two radii, the farther one's"
+    many = proven(record([proof(i, 0.001 * i) for i in range(1, 1000)])).curve
+    assert len(many) <= POINTS + 10
+    for radius, share in many[1:]:
+        assert share.count == 1000 - math.ceil(1000 * radius - 1e-6), "images i of 1 to 999 with i / 1000 >= radius"
+
+
+def test_a_radius_of_float32_counts_as_eps() -> None:
+    """float32(8/255) is below 8/255."""
+    header = dataclasses.replace(record().header, eps=8 / 255)
+    rows = [proof(0, 0.03137254714965820), proof(1, 0.0313)]
+    assert rows[0].radius < 8 / 255
+    assert proven(record(rows, header=header)).certified == Rate(1, 2)
+
+
+def test_a_dense_model_and_two_halves_have_no_number_of_experts() -> None:
+    for routers in ({}, {"standard.router": RouterInfo(3, 1, 1)}, dict.fromkeys("ab", RouterInfo(3, 1, 1))):
+        assert proven(record(header=dataclasses.replace(record().header, routers=routers))).experts is None
+
+
+# ------------------------------------------------------------------------------------------------ attacks
+
+
+def test_attacks_on_the_same_images() -> None:
+    """Two attacks at eps, one of which saw four images only, and one at half of it."""
+    some = [attacked({3: 0.09, 4: 0.1}), attacked({2: 0.1}, n=4), attacked({3: 0.05}, eps=0.05)]
+    found = proven(record(), some)
+    half, whole = found.against
+    assert (half.eps, half.robust, half.certified, half.clean) == (0.05, Rate(5, 8), Rate(3, 8), Rate(6, 8))
+    assert (whole.robust, whole.certified) == (Rate(2, 4), Rate(2, 4)), "images 0 to 3, of which 2 and 3 are broken"
+    assert len(whole.attacks) == 1, "one name"
+    assert (found.refuted, found.at(EPS), found.at(0.3)) == ((), whole, None)
+
+
+@pytest.mark.parametrize(
+    "broken, eps, wrong",
+    [
+        ({0: 0.19}, 0.2, [0]),  # inside the radius 0.2
+        ({0: 0.21}, 0.25, []),  # outside
+        ({0: 0.2}, 0.25, []),  # at the radius itself, of a larger ball: rounding decides
+        ({1: 0.1 + 1e-8}, 0.1, [1]),  # the ball that was certified was attacked, and the image is in it up to rounding
+        ({2: 0.08}, 0.1, []),  # certified up to 0.05 alone
+        ({3: 0.0001}, 0.1, []),  # not certified
+        ({6: 0.1}, 0.1, [6]),  # certified to stay wrong in one way, and made wrong in another
+    ],
+)
+def test_what_refutes_a_certificate(broken: dict[int, float], eps: float, wrong: list[int]) -> None:
+    assert [one.index for one in refuted(record(), [attacked(broken, eps)])] == wrong
+
+
+def test_another_prediction_on_the_clean_image_refutes_it() -> None:
+    result = attacked({})
+    rows = [dataclasses.replace(row, clean=5, adversarial=5) if row.index == 0 else row for row in result.rows]
+    (one,) = refuted(record(), [result._replace(rows=rows)])
+    assert (one.index, one.prediction, one.found, one.size) == (0, 1, 5, 0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_hash": "another"}, {"norm": "l2"}, {"split": "val"}, {"data": "digits"}, {"attack": None}],
+)
+def test_other_work_refutes_nothing(change: dict[str, Any]) -> None:
+    result = attacked({0: 0.01})
+    assert refuted(record(), [result])
+    header = dataclasses.replace(result.header, **change)
+    found = proven(record(), [result._replace(header=header)])
+    assert (found.refuted, found.against) == ((), ())
+
+
+def test_images_without_a_name_are_told_apart_by_their_hash() -> None:
+    header = dataclasses.replace(record().header, data="arrays")
+    result = attacked({0: 0.01}, data="arrays")
+    assert refuted(record(header=header), [result])
+    other = dataclasses.replace(result.header, data_hash="other")
+    assert not refuted(record(header=header), [result._replace(header=other)])
+
+
+def test_a_smoothed_model_is_not_compared() -> None:
+    found = proven(record(subject="smoothed model"), [attacked({0: 0.01})])
+    assert (found.refuted, found.against) == ((), ())
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def said(found: Certificates, *results: Result) -> str:
+    return story(Certified(found, proven(found, results)))
+
+
+def test_the_story() -> None:
+    assert said(record(), attacked({3: 0.09, 4: 0.1})) == (
+        "Of 8 images 75.0% are right, and 25.0% are proven to stay right within L∞ ≤ 25.5/255. 12.5% are proven "
+        "although the route is not the same in the whole ball. Of the 4 right images without a proof: on 75.0% several "
+        "experts are within reach (2.0 of 2 on average), and at least one of them is not proven to say the label: no "
+        "bound on the chosen expert alone can help (on 25.0% another one is proven, so the route is all that is "
+        "missing); on 25.0% the route is the same in the whole ball, and the bounds of what it leads to are too loose: "
+        "it needs tighter bounds, or training for certificates. The worst of 1 attack leaves 50.0% of these images "
+        "right, and 25.0% of the same images are certified: the truth is between."
+    )
+
+
+def test_why_nothing_is_certified() -> None:
+    small = said(record([proof(0, 0.02, held=1), proof(1)]))
+    assert "0.0% are proven to stay right" in small
+    assert "The largest radius that is proven on any image is 5.1/255 (20.0% of that)." in small
+    none = said(record([proof(0), proof(1)]))
+    assert "No radius that was tried is proven on any image." in none
+    assert "on 100.0% several experts are within reach" in none
+    assert "all that is missing" not in none
+    assert "No attack within L∞ ≤ 25.5/255 was made on these images" in none
+    dense = record([proof(0, reachable=1, stable=1.0)])
+    dense = dataclasses.replace(dense, header=dataclasses.replace(dense.header, routers={}))
+    assert "on 100.0% the bounds of the network are too loose" in said(dense)
+    assert "Of the" not in said(record([proof(0, 0.1, held=2)])), "nothing is in the way"
+    assert "on 100.0% the constants of the mixture are too large" in said(record([proof(0, held=None)]))
+
+
+def test_the_story_of_a_smoothed_model() -> None:
+    one = {"reachable": None, "held": None}
+    rows = [proof(0, 0.3, stable=0.9, **one), proof(1, 0.1, stable=0.5, **one), proof(2, prediction=-1, **one)]
+    header = dataclasses.replace(record(rows).header, norm="l2", eps=0.25)
+    assert said(record(rows, subject="smoothed model", header=header)) == (
+        "Of 3 images the smoothed model is right on 66.7%, abstains on 33.3%, and is proven to stay right within "
+        "L2 ≤ 0.25 on 33.3%. 46.7% of the noisy copies take the clean image’s routes. Of the 1 right image without a "
+        "proof: on 100.0% too few of the noisy copies agree. These certificates are of the smoothed model, not of the "
+        "model that is attacked above: the two are not compared."
+    )
+
+
+def test_doubts_are_told_one_by_one_up_to_five() -> None:
+    rows = [proof(i, 0.2) for i in range(8)]
+    found = record(rows)
+    result = attacked(dict.fromkeys(range(8), 0.05))
+    result = result._replace(rows=[dataclasses.replace(row, clean=1) for row in result.rows])
+    told = doubts(Certified(found, proven(found, [result])))
+    assert told[0] == "Certified accuracy 100.0% is above what the attacks leave, 0.0%, within L∞ ≤ 25.5/255."
+    assert told[1].startswith("Image 0 is certified as 1 up to L∞ 0.2, but ")
+    assert told[1].endswith("makes it 2 with 0.05.")
+    assert (len(told), told[-1]) == (7, "3 more certificates of other images or attacks are disproved.")
+    assert doubts(Certified(found, proven(found))) == []
+    assert "! Certified accuracy 100.0%" in certificates_table(found, [result])
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def of_run(header: Any, rows: list[Proof]) -> Certificates:
+    about = {"attack": None, "objective": None, "n": len(rows)}
+    return Certificates(dataclasses.replace(header, **about), "bounds(linf(8/255))", "model", rows)
+
+
+def the_runs_own(run: Path) -> Result:
+    return records.read(next(path for path in records.rows_files(run) if path.stem == "attack0"))
+
+
+def test_the_page_shows_it(tmp_path: Path) -> None:
+    """Certificates below what the attacks of this made-up run leave."""
+    run = make_run(tmp_path)
+    every = [records.read(path) for path in records.rows_files(run)]
+    safe = set.intersection(*({r.index for r in one.rows if r.adversarial == r.clean == r.label} for one in every))
+    first = every[0]
+    eps = first.header.eps
+    rows = [
+        Proof(r.index, r.label, r.clean, eps if r.index in safe else 0.0, "P2" if r.index in safe else "", 2, 1, 0.0,
+              "" if r.index in safe else "2 of 4 experts can be used", 0.1)
+        for r in the_runs_own(run).rows
+    ]  # fmt: skip
+    records.write_certificates(records.certificates_path(run, "one"), of_run(the_runs_own(run).header, rows))
+    page, numbers, text, source = made(run, tmp_path)
+    assert "certificates" in page.ids
+    assert page.missing_alt == 0
+    assert "://" not in source
+    assert "These certificates are wrong" not in source
+    assert "Certified accuracy against radius, L∞" in page.text
+    assert "### Certificates, bounds(linf(8/255))" in text
+    (found,) = numbers["runs"][0]["certificates"]
+    assert (found["certified"]["count"], found["certified"]["n"]) == (len(safe & {r.index for r in rows}), 80)
+    at = next(one for one in found["against"] if one["eps"] == eps)
+    assert at["robust"]["count"] >= at["certified"]["count"]
+    assert found["refuted"] == []
+
+
+def test_a_wrong_certificate_is_an_alarm(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    first = the_runs_own(run)
+    rows = [Proof(r.index, r.label, r.clean, first.header.eps, "P2", 1, 1, 1.0, "", 0.1) for r in first.rows]
+    broken = next(r.index for r in first.rows if r.adversarial != r.clean)
+    records.write_certificates(records.certificates_path(run, "one"), of_run(first.header, rows))
+    page, numbers, text, _ = made(run, tmp_path)
+    assert "† These certificates are wrong" in page.text
+    assert "an attack disproves the certificates of bounds(linf(8/255)); see Certificates" in page.text
+    assert "> **†** Certified accuracy" in text
+    assert broken in [one["index"] for one in numbers["runs"][0]["certificates"][0]["refuted"]]
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"model_hash": "another"}, "are of other weights than the evaluation and are left out"),
+        ({"rows": []}, "have no image yet and are left out"),
+        ({"n": 90}, "are not complete; the same `robustmoe certify` goes on with them"),
+    ],
+)
+def test_what_does_not_belong_is_left_out_and_said(change: dict[str, Any], why: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    found = of_run(the_runs_own(run).header, [proof(0)] if "rows" not in change else [])
+    header = dataclasses.replace(found.header, **{name: value for name, value in change.items() if name != "rows"})
+    path = records.certificates_path(run, "one")
+    records.write_certificates(path, dataclasses.replace(found, header=header))
+    page, numbers, _, _ = made(run, tmp_path)
+    assert why in page.text
+    assert len(numbers["runs"][0]["certificates"]) == ("n" in change)
+
+
+def test_certificates_alone_make_a_report_and_two_runs_stand_side_by_side(tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "two"):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.json").write_text("{}")
+        for file, eps in (("a", EPS), ("b", 0.2)):
+            found = record(header=dataclasses.replace(record().header, eps=eps), certifier=f"bounds(linf({eps}))")
+            records.write_certificates(records.certificates_path(run, file), found)
+        runs.append(run)
+    page, numbers, text, _ = made(runs, tmp_path)
+    assert "was not evaluated as it stands" in page.text
+    assert "Below: its certificates." in page.text
+    assert "The certifiers side by side" in page.text
+    assert text.count("| two (bounds(linf(0.1))) | 75.0% (40.9–92.9) | 25.0% (L∞ ≤ 25.5/255) |") == 1
+    assert [len(run["certificates"]) for run in numbers["runs"]] == [2, 2]
