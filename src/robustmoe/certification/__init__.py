@@ -41,8 +41,11 @@ __all__ = [
     "Theorem54",
     "Worst",
     "build_certifier",
+    "exact_margin",
     "predict",
     "probability_floor",
+    "reachable_exactly",
+    "route_radius",
     "router_bounds",
     "worst_margins",
 ]
