@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from robustmoe import analysis, records
+from robustmoe.analysis.certificates import covers
 from robustmoe.evaluation import blend_run, certify_run, evaluate_run
 from robustmoe.recipe import Recipe
 from robustmoe.records import Certificates
@@ -69,7 +70,7 @@ class Certified(Study):
 
     def survivors(self, arm: str, seed: int) -> dict[int, bool]:
         found = self.inside(arm, seed)["certificates"]
-        return {row.index: row.right and analysis.covers(row, found.header.eps) for row in found.rows}
+        return {row.index: row.right and covers(row, found.header.eps) for row in found.rows}
 
 
 def method(arm: str, eps: str) -> str:

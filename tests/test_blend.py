@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import robustmoe as rm
@@ -21,6 +22,8 @@ from robustmoe.evaluation import blend
 from robustmoe.evaluation.alphas import ALPHAS, Work, alphas_of, attacks_at, threshold
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models import DualModel, RoutedModel, Scaled, build_model
+from robustmoe.models.dual import Mix
+from robustmoe.models.parts import Leaf, Part
 from robustmoe.noise import Noise
 from robustmoe.records import Blend
 from robustmoe.routing import Tape, top_k
@@ -55,6 +58,11 @@ class Two(RoutedModel):
     def body(self, x: Tensor, tape: Tape) -> Tensor:
         score = self.score(x.detach() if self.masked else x)
         return torch.stack([torch.zeros_like(score), score], 1)
+
+    def parts(self) -> Part:
+        """The same as one linear layer, for certificates."""
+        weight, bias = torch.stack([torch.zeros_like(self.w), self.w]), self.w.new_tensor([0.0, self.b])
+        return Leaf(lambda x: F.linear(x.flatten(1), weight, bias))
 
 
 def linear_case() -> tuple[Two, Two, Tensor, Tensor]:
@@ -321,6 +329,29 @@ def test_a_mixer_can_lower_alpha_so_more_is_needed() -> None:
     lowest = 1 / (1 + math.exp(-(math.log(0.9 / 0.1) - 2)))
     assert threshold(dual, 0.9) == pytest.approx(1 / lowest - 1)
     assert threshold(DualModel(half, half), 0.9) == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("mix", ["probabilities", "logits"])
+def test_a_certifier_proves_what_no_attack_breaks(mix: Mix) -> None:
+    """One corner of the ball is the worst for both halves, and two classes have one margin, so that the bounds of both
+    halves add up to the blend's own worst margin, and the corner is reached: proven and unbroken are the same, but for
+    rounding.
+    """
+    standard, robust, x, y = linear_case()
+    common: dict[str, Any] = {"attack": CORNER, "alphas": "0..1", "num_classes": 2, "mix": mix}
+    found = blend(standard, robust, x, y, certified="bounds(linf(0.1), search=0)", **common)
+    held = [[attack == -1 for attack in row] for row in found.broken]
+    assert found.certified == held
+    shares = [sum(row) for row in held]
+    assert len(set(shares)) > 3
+    assert 0 < min(shares) < max(shares) < 80
+
+
+@pytest.mark.parametrize("certifier", ["bounds(linf(0.05))", "bounds(l2(0.1))", "smoothing"])
+def test_a_certifier_of_another_ball_is_refused(certifier: str) -> None:
+    standard, robust, x, y = linear_case()
+    with pytest.raises(UserError, match=r"attacked in linf with eps 0.1; expected a certifier of that ball"):
+        blend(standard, robust, x, y, attack=CORNER, num_classes=2, certified=certifier)
 
 
 def test_a_certificate_that_an_attack_refutes_is_an_error() -> None:

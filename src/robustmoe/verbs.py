@@ -245,6 +245,11 @@ def blend(
     clean: Annotated[
         float | None, "a clean accuracy, such as 0.9; the largest alpha that has it on validation is chosen"
     ] = None,
+    certifier: Annotated[
+        str | None,
+        "what proves a floor under every alpha, at the attack's eps, such as bounds(linf(2/255), search=0) "
+        "(default: none)",
+    ] = None,
     limit: Annotated[int, "test images to ask about"] = 500,
     batch_size: Annotated[int, "images at a time"] = 128,
     seed: Annotated[int, "decides every random draw of the attacks"] = 0,
@@ -255,6 +260,8 @@ def blend(
     if len(runs) > 2:
         raise UserError(f"blend takes two runs, or one of a dual model; got {len(runs)}")
     folders = [_run_folder(run) for run in runs]
+    if certifier is not None:
+        spec.canonical(certifier)
     from robustmoe.evaluation import blend_run
     from robustmoe.reporting import blend_table
 
@@ -265,6 +272,7 @@ def blend(
         mix=mix,
         sharpen=sharpen,
         clean=clean,
+        certified=certifier,
         limit=limit,
         batch_size=batch_size,
         seed=seed,

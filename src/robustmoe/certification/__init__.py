@@ -7,7 +7,6 @@ from collections.abc import Callable
 from robustmoe import spec as specs
 from robustmoe.certification.bounds import Ball, Bounded, Bounding
 from robustmoe.certification.certify import ABSTAIN, Bounds, Certificate, Certifier
-from robustmoe.certification.floors import probability_floor
 from robustmoe.certification.margins import Worst, router_bounds, worst_margins
 from robustmoe.certification.routes import exact_margin, reachable_exactly, route_radius
 from robustmoe.certification.smoothing import Smoothing, predict
@@ -43,7 +42,6 @@ __all__ = [
     "build_certifier",
     "exact_margin",
     "predict",
-    "probability_floor",
     "reachable_exactly",
     "route_radius",
     "router_bounds",

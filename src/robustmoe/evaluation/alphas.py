@@ -23,6 +23,7 @@ from robustmoe.attacks import (
     part_noise,
 )
 from robustmoe.attacks.objectives import loss_of
+from robustmoe.certification import Certifier
 from robustmoe.data import Batch, ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.evaluation import engine
@@ -33,6 +34,7 @@ from robustmoe.models import DualModel
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.dual import SHIFT
 from robustmoe.noise import Noise
+from robustmoe.progress import progress
 from robustmoe.records import Blend
 from robustmoe.routing import Trace
 
@@ -231,6 +233,33 @@ def certified_by(work: Work, found: Blend, bounds: Sequence[float]) -> list[list
         [margin > threshold(work.dual, alpha) and a == b for margin, a, b in zip(bounds, each, found.labels)]
         for alpha, each in zip(found.alphas, found.predicted)
     ]
+
+
+def proven_by(work: Work, found: Blend, certifier: Certifier) -> list[list[bool]]:
+    """For every alpha, which images ``certifier`` proves right of the blend itself, both halves bounded (P8). Raises
+    UserError for a certifier of something else than the attacked ball.
+    """
+    threat = work.base.threat
+    if certifier.subject != "model" or certifier.norm != threat.norm or certifier.eps < threat.eps:
+        raise UserError(
+            f"the blend is attacked in {threat.norm} with eps {threat.eps:g}; expected a certifier of that ball, such "
+            f"as bounds({threat.norm}({threat.eps:g}), search=0); got {certifier}"
+        )
+    proven = []
+    with progress(len(found.alphas) * len(work.images), "certify", unit="images") as bar:
+        for alpha in found.alphas:
+            row: list[bool] = []
+            for batch in batches(work.images, CERTIFIED_AT_A_TIME, device=work.device):
+                given = certifier(at(work.dual, alpha), batch.x, Noise.of(batch.index, work.base.seed))
+                row += [
+                    one.prediction == label and one.radius >= threat.eps for one, label in zip(given, batch.y.tolist())
+                ]
+                bar.advance(len(batch))
+            proven.append(row)
+    return proven
+
+
+CERTIFIED_AT_A_TIME = 32
 
 
 def threshold(dual: DualModel, alpha: float) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from robustmoe import distributed, provenance, records
 from robustmoe import spec as specs
 from robustmoe.attacks import PGD, Attack, linf
+from robustmoe.certification import Certifier, build_certifier
 from robustmoe.data import Data, ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.evaluation import engine
@@ -39,6 +40,7 @@ from robustmoe.evaluation.alphas import (
     classes_of,
     climbed_halves,
     judged,
+    proven_by,
 )
 from robustmoe.evaluation.choosing import pgd_on_the_whole, seeded, threat_of
 from robustmoe.evaluation.halves import Halves, halves_of, out_of, write_run
@@ -69,7 +71,7 @@ def blend(
     sharpen: str | Sharpening | None = None,
     clean: float | None = None,
     val: ImageSet | None = None,
-    certified: Margins | None = None,
+    certified: Margins | str | Certifier | None = None,
     num_classes: int | None = None,
     batch_size: int = BATCH,
     limit: int | None = None,
@@ -84,11 +86,12 @@ def blend(
     model, from which the others are made (PGD-20 at linf 8/255). ``mix``, ``sharpen``: see `DualModel`. ``clean``: the
     clean accuracy wanted on ``val``; the largest alpha that has it is chosen.
 
-    ``certified``: for each image, (n,) or {index: margin}, a lower bound over the whole ball of the robust half's
-    probability of its class minus that of any other, by a certifier that the caller answers for; of the sharpened half
-    where there is ``sharpen``. A blend of probabilities is proven where it exceeds (1 - alpha) / alpha, whatever the
-    standard half is (Bai et al., arXiv 2301.12554). UserError if an attack breaks a proven image: one of the two is
-    wrong. Both models keep their modes and devices.
+    ``certified``: a certifier of the attacked ball, such as "bounds(linf(2/255), search=0)", which then bounds both
+    halves at every alpha (P8 of docs/certification.md); or for each image, (n,) or {index: margin}, a lower bound over
+    the whole ball of the robust half's probability of its class minus that of any other, by a certifier that the caller
+    answers for; of the sharpened half where there is ``sharpen``. A blend of probabilities is proven where it exceeds
+    (1 - alpha) / alpha, whatever the standard half is (Bai et al., arXiv 2301.12554). UserError if an attack breaks a
+    proven image: one of the two is wrong. Both models keep their modes and devices.
     """
     sharpening: Sharpening | None = specs.build(sharpen, "sharpening") if isinstance(sharpen, str) else sharpen
     base = pgd_on_the_whole(attack, PGD(linf(8 / 255), steps=STEPS), "a blend")
@@ -114,7 +117,7 @@ def blend_run(
     mix: Mix | None = None,
     sharpen: str | None = None,
     clean: float | None = None,
-    certified: Margins | None = None,
+    certified: Margins | str | Certifier | None = None,
     limit: int | None = LIMIT,
     batch_size: int = BATCH,
     seed: int = 0,
@@ -208,7 +211,7 @@ def _curve(
     about: dict[str, Any],
     val: ImageSet | None,
     clean: float | None,
-    certified: Margins | None,
+    certified: Margins | str | Certifier | None,
     place: _Place | None = None,
 ) -> Blend:
     """All alphas; what stands in the folder's file is not done again. The model is on the device."""
@@ -220,12 +223,15 @@ def _curve(
     outputs = _first_looks(work)
     attacks = [attacks_at(work, alpha, output.trace) for alpha, output in zip(work.alphas, outputs)]
     fresh = _nothing_yet(work, names, about, attacks)
-    bounds = None if certified is None else bounds_of(work, certified)
+    certifier = build_certifier(certified) if isinstance(certified, str | Certifier) else None
+    bounds = None if certified is None or isinstance(certified, str | Certifier) else bounds_of(work, certified)
     state = None if place is None else place.taken_up(fresh)
     state = state or State(_untouched(work, fresh, val))
     state.found = _chosen(replace(state.found, wanted=clean))
     if bounds is not None:
         state.found = replace(state.found, certified=certified_by(work, state.found, bounds))
+    if certifier is not None:
+        state.found = replace(state.found, certified=proven_by(work, state.found, certifier))
     believe(state.found)
     if place is not None:
         write_run(place.folder, place.halves, state.found.chosen, work.base, place.classes)
