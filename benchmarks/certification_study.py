@@ -43,6 +43,7 @@ NETS = {
     "hard E4": f"ensemble(conv_small, experts=4, {ROUTER})",
     "hard E4, linear router": "ensemble(conv_small, experts=4, router=linear, standardise=True)",
     "soft E4": f"ensemble({QUARTER}, experts=4, gate=soft, {ROUTER})",
+    "dense from dense": "conv_small",
     "hard E2 from dense": f"ensemble(conv_small, experts=2, {ROUTER})",
 }
 ARMS = [*NETS, DUAL := "dual"]
@@ -53,7 +54,8 @@ PAIRS = [
     ("dual", "dense"),
     ("hard E2", "hard E2, route free"),
     ("hard E4", "hard E2"),
-    ("hard E2 from dense", "dense"),
+    ("hard E2 from dense", "dense from dense"),
+    ("dense from dense", "dense"),
 ]
 
 

@@ -14,31 +14,39 @@ from robustmoe.records import read, read_all_certificates
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ROUTED", "DENSE"):
+    for name in ("ROUTED", "DENSE", "PROVABLE"):
         recipe = getattr(demo, name)
         quick = tuple(attack.replace("steps=20", "steps=1") for attack in recipe.attacks)
-        changes = {"epochs": 1, "max_steps": 2, "val_limit": 8, "val_attack": None, "attacks": quick}
+        changes = {
+            "epochs": 1,
+            "max_steps": 2,
+            "val_limit": 8,
+            "val_attack": None,
+            "attacks": quick,
+            "val_certifier": None,
+        }
         monkeypatch.setattr(demo, name, dataclasses.replace(recipe, **changes))
     monkeypatch.setattr(demo, "CERTIFIED", 2)
 
 
 @pytest.mark.usefixtures("short")
-def test_demo_makes_two_runs_and_one_report_and_can_be_repeated(tmp_path: Path) -> None:
+def test_demo_makes_three_runs_and_one_report_and_can_be_repeated(tmp_path: Path) -> None:
     page = demo.demo(tmp_path / "demo")
     assert page == tmp_path / "demo" / "report.html"
     assert "pathway" in page.read_text()
-    rows = {run: list((tmp_path / "demo" / run / "rows").glob("*.jsonl")) for run in ("pathway", "dense")}
+    rows = {run: list((tmp_path / "demo" / run / "rows").glob("*.jsonl")) for run in demo.RUNS}
     main = {
         run: [f for f in files if not f.name.endswith(("curve.jsonl", "examples.jsonl"))] for run, files in rows.items()
     }
-    assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 1}
+    assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 1, "certified": 2}
     assert len(read(main["dense"][0]).rows) == 359
-    for run in ("pathway", "dense"):
-        proofs = read_all_certificates(tmp_path / "demo" / run)
-        assert [(one.certifier, one.subject, len(one.rows), one.done) for one in proofs] == [
-            ("bounds(linf(0.1), search=0)", "model", 2, True),
-            ("smoothing(n=500)", "smoothed model", 2, True),
-        ]
+    proofs = {run: read_all_certificates(tmp_path / "demo" / run) for run in demo.RUNS}
+    assert all(len(one.rows) == 2 and one.done for found in proofs.values() for one in found)
+    assert {run: [(one.certifier, one.subject) for one in found] for run, found in proofs.items()} == {
+        "pathway": [("bounds(linf(0.1), search=0)", "model"), ("smoothing(n=500)", "smoothed model")],
+        "dense": [("bounds(linf(0.1), search=0)", "model")],
+        "certified": [("bounds(linf(0.1), search=3)", "model")],
+    }
     assert "The certifiers side by side" in page.read_text()
     (tmp_path / "demo" / "dense" / "state.pt").unlink()
     assert demo.demo(tmp_path / "demo") == page
