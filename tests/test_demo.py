@@ -38,7 +38,7 @@ def test_demo_makes_three_runs_and_one_report_and_can_be_repeated(tmp_path: Path
     main = {
         run: [f for f in files if not f.name.endswith(("curve.jsonl", "examples.jsonl"))] for run, files in rows.items()
     }
-    assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 1, "certified": 2}
+    assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 1, "certified": 4}
     assert len(read(main["dense"][0]).rows) == 359
     proofs = {run: read_all_certificates(tmp_path / "demo" / run) for run in demo.RUNS}
     assert all(len(one.rows) == 2 and one.done for found in proofs.values() for one in found)

@@ -52,7 +52,7 @@ PROVABLE = Recipe(
     seed=1,
     val_certifier=f"bounds({EPS}, how=ibp, search=0)",
     threads=1,
-    attacks=(f"pgd({EPS}, steps=20)", f"expert_transition({EPS}, steps=20)"),
+    attacks=ROUTED.attacks,
 )
 """A hard-routed MoE of two small networks, trained for certificates: what no attack at all can change."""
 
