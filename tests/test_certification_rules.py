@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 import torch
 from scipy.optimize import linprog
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustmoe.certification import rules
+from robustmoe.certification import Ball, rules, worst_margins
 from robustmoe.models import blend_logits
+from robustmoe.models.parts import Fork, Leaf
 
 DUAL = {"linf": 1, "l2": 2}  # order of the dual norm
 
@@ -313,3 +315,38 @@ def test_the_scale_of_the_standard_half_decides_a_blend_of_logits_and_nothing_of
     assert float(certified) == pytest.approx(math.tanh(1.5))  # 0.905, above 3 / 7 whatever c is
     assert float(certified) > rules.threshold(0.7)
     assert classes["probabilities"] == [0, 0, 0]
+
+
+def test_equal_weights_are_bounded_by_the_lowest_mean_of_any_k_experts() -> None:
+    """By trying every set of k of the experts in reach."""
+    generator = torch.Generator().manual_seed(2)
+    lower = torch.randn(30, 5, 4, generator=generator, dtype=torch.float64)
+    away = torch.rand(30, 5, generator=generator) < 0.3
+    away[:, :3] = False
+    lower = lower.masked_fill(away[..., None], torch.inf)
+    for k in (1, 2, 3):
+        sets = [lower[:, list(chosen)].mean(1) for chosen in combinations(range(5), k)]
+        torch.testing.assert_close(rules.averaged(lower, k), torch.stack(sets).amin(0))
+
+
+def test_top_2_of_equal_weights_is_certified_where_the_mean_is_right() -> None:
+    """Two constant experts with margins 3 and -1 behind a router that uses both: their mean is 1, and one is wrong."""
+    router, good, bad = (nn.Linear(4, 2) for _ in range(3))
+    with torch.no_grad():
+        for layer, bias in ((router, (0.0, 0.0)), (good, (3.0, 0.0)), (bad, (-1.0, 0.0))):
+            layer.weight.zero_()
+            layer.bias.copy_(torch.tensor(bias))
+    fork = Fork(
+        "router",
+        lambda x: router(x.flatten(1)),
+        (Leaf(lambda x: good(x.flatten(1))), Leaf(lambda x: bad(x.flatten(1)))),
+        k=2,
+        equal=True,
+    )
+    y = torch.zeros(1, dtype=torch.long)
+    ball = Ball(torch.full((1, 1, 2, 2), 0.5), "linf", torch.tensor([0.5]))
+    with torch.no_grad():
+        equal, any_ = (worst_margins(replace(fork, equal=each), ball, y) for each in (True, False))
+    assert equal.lower[0, 1].item() == pytest.approx(1.0)
+    assert any_.lower[0, 1].item() == pytest.approx(-1.0)
+    assert equal.rule == ["P3"]

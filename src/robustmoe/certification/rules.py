@@ -41,6 +41,13 @@ def reachable(most: Float[Tensor, "n e e"], k: int = 1) -> Bool[Tensor, "n e"]:
     return behind.sum(-1) < k
 
 
+def averaged(lower: Float[Tensor, "n e c"], k: int) -> Float[Tensor, "n c"]:
+    """P3 for weights of 1/k: the mean of the k lowest margins, class by class; inf for experts out of reach. Any k
+    experts that can be chosen together have no lower mean.
+    """
+    return lower.sort(1).values[:, :k].mean(1)
+
+
 def soft_weights(
     least: Float[Tensor, "n e e"], most: Float[Tensor, "n e e"], temperature: float = 1.0
 ) -> tuple[Float[Tensor, "n e"], Float[Tensor, "n e"]]:

@@ -79,6 +79,7 @@ class EnsembleModel(RoutedModel):
             self.k,
             soft or (self.gate == "renormalised" and self.k == len(branches)),
             soft or self.gate != "vmoe",
+            self.gate in ("hard", "straight_through"),
             self.mix,
         )
 

@@ -25,8 +25,9 @@ class Leaf:
 @dataclass(frozen=True)
 class Fork:
     """``router``: images -> its logits (n, e); ``branches``, one an expert. The ``k`` best are used, or all of them
-    where ``soft``, by the softmax of all logits. ``total``: whether the weights used sum to 1 (V-MoE's do not, at k <
-    e). ``mix``: of logits or of probabilities. ``name``: the router's in a trace.
+    where ``soft``, by the softmax of all logits. ``total``: whether the weights used sum to 1 (V-MoE's do not, at
+    k < e). ``equal``: whether they are 1/k each. ``mix``: of logits or of probabilities. ``name``: the router's in a
+    trace.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Fork:
     k: int = 1
     soft: bool = False
     total: bool = True
+    equal: bool = False
     mix: Literal["logits", "probabilities"] = "logits"
 
 
