@@ -223,9 +223,10 @@ def test_blend_passes_its_flags_and_prints_the_table(
         "the table of b\n\nrun folder: b\nnext: robustmoe evaluate b; report shows the curve\n"
     )
     flags = ["--alphas", "0, 1", "--attack", "pgd(l2(0.5))", "--mix", "logits", "--sharpen", "nuts", "--clean", "0.9"]
+    flags += ["--certifier", "bounds(l2(0.5))"]
     more = ["--limit", "5", "--batch-size", "3", "--seed", "2", "--device", "cpu", "--out", "b"]
     assert main(["blend", "runs/one", "runs/one", *flags, *more]) == 0
-    none = dict.fromkeys(("attack", "mix", "sharpen", "clean", "out"))
+    none = dict.fromkeys(("attack", "mix", "sharpen", "clean", "certified", "out"))
     assert calls == [
         (
             (Path("runs/one"),),
@@ -233,8 +234,8 @@ def test_blend_passes_its_flags_and_prints_the_table(
         ),
         (
             (Path("runs/one"), Path("runs/one")),
-            {"alphas": "0, 1", "attack": "pgd(l2(0.5))", "mix": "logits", "sharpen": "nuts", "clean": 0.9, "limit": 5,
-             "batch_size": 3, "seed": 2, "device": "cpu", "out": "b"},
+            {"alphas": "0, 1", "attack": "pgd(l2(0.5))", "mix": "logits", "sharpen": "nuts", "clean": 0.9,
+             "certified": "bounds(l2(0.5))", "limit": 5, "batch_size": 3, "seed": 2, "device": "cpu", "out": "b"},
         ),
     ]  # fmt: skip
     capsys.readouterr()

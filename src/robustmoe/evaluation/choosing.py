@@ -93,8 +93,8 @@ def seeded(attack: Attack, seed: int) -> Attack:
 def threat_of(config: dict[str, Any]) -> Threat:
     """The threat a run was trained for, as its recipe says it; linf 8/255 where it says none."""
     method = specs.build(config["method"], "method") if config.get("method") else None
-    if method is not None and method.threat is not None:
-        threat: Threat = method.threat
+    if method is not None and (method.threat or method.attack):
+        threat: Threat = method.threat or method.attack.threat
         return threat
     return build_attack(config["val_attack"]).threat if config.get("val_attack") else linf(8 / 255)
 

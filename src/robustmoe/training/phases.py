@@ -88,10 +88,6 @@ class Method:
     threat: Threat | None = None
     ramp: Callable[[float], tuple[Phase, ...]] | None = None
 
-    def __post_init__(self) -> None:
-        if self.threat is None and self.attack is not None:
-            object.__setattr__(self, "threat", self.attack.threat)
-
     def at(self, progress: float) -> Method:
         """The method at this share of the training, from 0 to 1."""
         return self if self.ramp is None else replace(self, phases=self.ramp(progress), ramp=None)
