@@ -79,8 +79,8 @@ class EnsembleModel(RoutedModel):
             self.k,
             soft or (self.gate == "renormalised" and self.k == len(branches)),
             soft or self.gate != "vmoe",
-            self.gate in ("hard", "straight_through"),
             self.mix,
+            self.gate in ("hard", "straight_through"),
         )
 
     def _decide(self, x: Float[Tensor, "n ch h w"]) -> Routing:

@@ -36,8 +36,8 @@ class Fork:
     k: int = 1
     soft: bool = False
     total: bool = True
-    equal: bool = False
     mix: Literal["logits", "probabilities"] = "logits"
+    equal: bool = False
 
 
 @dataclass(frozen=True)
