@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -65,14 +66,28 @@ def dispatch(
     return out[torch.argsort(order)]
 
 
+WIDEST_VECTOR = 16
+"""Floats in the widest CPU register (AVX-512)."""
+
+
 class Conv(nn.Conv2d):
-    """An ordinary convolution without bias, the same for every image."""
+    """An ordinary convolution without bias, the same for every image.
+
+    A 1x1 convolution with a stride and fewer input channels than a CPU vector has floats takes its pixels first and
+    then has stride 1, which is the same function. oneDNN (as in torch 2.13) computes the gradient of such weights in
+    channels-last memory wrong, or writes past a buffer and aborts the process (oneDNN issue 6035).
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
         super().__init__(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+        self.takes_pixels_first = kernel == 1 and stride > 1 and inputs < WIDEST_VECTOR
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        return super().forward(x)
+        if not self.takes_pixels_first:
+            return super().forward(x)
+        rows, columns = self.stride
+        x = x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, self.weight, self.bias)
 
 
 class Norm(BatchNorm2d):
