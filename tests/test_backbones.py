@@ -168,7 +168,7 @@ class Written:
         return x.unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))
 
 
-def wide(net: Written, x: Tensor, blocks: int, imagenet: bool) -> Tensor:
+def at_least_float32(net: Written, x: Tensor, blocks: int, imagenet: bool) -> Tensor:
     """Zagoruyko and Komodakis 2016: both branches of a block that changes the shape start from ReLU(BatchNorm(x)); the
     others add x itself.
     """
@@ -215,9 +215,9 @@ def plainly(net: Written, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "text, again",
     [
-        ("wide_resnet(depth=16, width=2)", lambda net, x: wide(net, x, 2, False)),
-        ("wide_resnet(depth=10, width=1)", lambda net, x: wide(net, x, 1, False)),
-        ("wide_resnet(depth=10, width=2, stem=imagenet)", lambda net, x: wide(net, x, 1, True)),
+        ("wide_resnet(depth=16, width=2)", lambda net, x: at_least_float32(net, x, 2, False)),
+        ("wide_resnet(depth=10, width=1)", lambda net, x: at_least_float32(net, x, 1, False)),
+        ("wide_resnet(depth=10, width=2, stem=imagenet)", lambda net, x: at_least_float32(net, x, 1, True)),
         ("densenet(depth=16, growth=4)", lambda net, x: densely(net, x, 2, False)),
         ("densenet(depth=10, growth=4, stem=imagenet)", lambda net, x: densely(net, x, 1, True)),
         ("vgg16(width=4)", plainly),

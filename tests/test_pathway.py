@@ -142,7 +142,7 @@ def by_mask(made: RoutedModel, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     for router, stage in zip(made.routers, made.network.stages):
         chosen = mask(router, x)
         x = stage(x, chosen)
-    return made.network.leave(x, chosen), scores
+    return made.network.exit(x, chosen), scores
 
 
 def gradients(loss: Tensor, model: nn.Module, *others: Tensor) -> list[Tensor]:

@@ -26,7 +26,7 @@ from robustmoe.attacks.surrogate import Surrogate, exact_of
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.dual import DualModel
-from robustmoe.models.norm import wide
+from robustmoe.models.norm import at_least_float32
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, Trace, soft
 
@@ -142,7 +142,7 @@ class Soft(View):
         if sole is None:
             return model.body(x, RuleTape(self.rule, tape))
         first = RuleTape(ExpertView(0).rule)
-        outputs = [wide(model.body(x, first))]
+        outputs = [at_least_float32(model.body(x, first))]
         given = self.rule(sole, first.fresh[sole])
         used = tape(sole, given)
         gradient = torch.is_grad_enabled() and x.requires_grad
@@ -151,7 +151,7 @@ class Soft(View):
             return model.body(x, Tape({sole: used}))
         for expert in range(1, given.num_experts):
             count(len(x), gradient)
-            outputs.append(wide(model.body(x, RuleTape(ExpertView(expert).rule))))
+            outputs.append(at_least_float32(model.body(x, RuleTape(ExpertView(expert).rule))))
         gate = torch.log_softmax(given.logits[:, 0] / self.temperature, -1)
         return torch.logsumexp(gate[:, :, None] + torch.log_softmax(torch.stack(outputs, 1), -1), 1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.half import Half
 from robustmoe.attacks.surrogate import Surrogate
-from robustmoe.models.base import Output, Plain, RoutedModel, compact
+from robustmoe.models.base import Output, Plain, RoutedModel, to_channels_last
 from robustmoe.models.convolution import Conv, Norm, RoutedConv, Segments, weighted
 from robustmoe.models.norm import BatchNorm2d
 from robustmoe.models.pruned import PrunedConv
@@ -163,7 +163,7 @@ class _Compact(RoutedModel):
         self.model = model
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        return self.model.body(compact(x), tape)
+        return self.model.body(to_channels_last(x), tape)
 
 
 def _deviation(made: RoutedModel, answers: list[_Answer]) -> Float[Tensor, " m"]:

@@ -21,7 +21,7 @@ from robustmoe.data import Batch, ImageSet, batches
 from robustmoe.evaluation.attacked import predictions
 from robustmoe.evaluation.measuring import PROBE
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.norm import wide
+from robustmoe.models.norm import at_least_float32
 from robustmoe.noise import Noise
 from robustmoe.progress import progress
 from robustmoe.records import Override
@@ -127,7 +127,7 @@ def _weights(gating: Gating, logits: Float[Tensor, "n t e"], index: Int[Tensor, 
 def overridden(model: RoutedModel, x: Float[Tensor, "n ch h w"], rule: Rule) -> Output:
     """The model's answer with ``rule`` between each router and its layer."""
     tape = RuleTape(rule)
-    return Output(wide(model.body(x, tape)), tape.trace)
+    return Output(at_least_float32(model.body(x, tape)), tape.trace)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked

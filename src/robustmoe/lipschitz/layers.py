@@ -26,7 +26,7 @@ from robustmoe.lipschitz.norms import (
 )
 from robustmoe.lipschitz.parts import Gating, Shares, jacobian_norm, jump, paths, routing_radius, spread
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.norm import wide
+from robustmoe.models.norm import at_least_float32
 from robustmoe.models.tokens import TokenExperts
 from robustmoe.models.vit_moe import SlotMoE, TokenMoE
 from robustmoe.noise import Noise
@@ -120,12 +120,14 @@ class Chosen:
     """The Jacobians J_i(x) of the experts chosen for each token, as they act on vectors; no weights yet."""
 
     def __init__(self, experts: TokenExperts, x: Float[Tensor, "m d"], index: Int[Tensor, "m k"]) -> None:
-        self.w1, self.w2 = wide(experts.w1.detach()), wide(experts.w2.detach())
+        self.w1, self.w2 = at_least_float32(experts.w1.detach()), at_least_float32(experts.w2.detach())
         self.rows = [torch.nonzero(index == expert, as_tuple=True) for expert in range(experts.num)]
         self.slope = x.new_zeros(*index.shape, self.w1.shape[2])
         for expert, place in enumerate(self.rows):
             with torch.enable_grad():
-                hidden = (x[place[0]] @ self.w1[expert] + wide(experts.b1[expert])).detach().requires_grad_(True)
+                hidden = (
+                    (x[place[0]] @ self.w1[expert] + at_least_float32(experts.b1[expert])).detach().requires_grad_(True)
+                )
                 self.slope[place] = torch.autograd.grad(F.gelu(hidden).sum(), hidden)[0]
 
     def push(self, v: Float[Tensor, "m k d"]) -> Float[Tensor, "m k d"]:
@@ -174,14 +176,14 @@ def layer_terms(layer: TokenMoE, h: Float[Tensor, "n t d"], steps: int | None = 
     """
     found = []
     routing, slopes = _weight_slopes(layer, h)
-    flat, weight = wide(h.detach()).flatten(0, 1), spread(routing).detach().flatten(0, 1)
+    flat, weight = at_least_float32(h.detach()).flatten(0, 1), spread(routing).detach().flatten(0, 1)
     index = routing.index.flatten(0, 1)
-    rows = wide(layer.router.weight.detach())
+    rows = at_least_float32(layer.router.weight.detach())
     room = layer.experts.num * (layer.experts.w1.shape[2] + flat.shape[1])
     room = max(room, index.shape[1] * flat.shape[1] ** 2 if steps is None else 0)
     for part in torch.arange(len(flat), device=h.device).split(max(1, NUMBERS // room)):
         with torch.no_grad():
-            outputs = wide(layer.experts.every(flat[part])).transpose(0, 1)
+            outputs = at_least_float32(layer.experts.every(flat[part])).transpose(0, 1)
             parts = _router_parts(weight[part], slopes[part], outputs)
             chosen = Chosen(layer.experts, flat[part], index[part])
             own = weight[part].gather(1, index[part])
@@ -323,8 +325,8 @@ class RouteTerms(NamedTuple):
 def route_terms(layer: TokenMoE, h: Float[Tensor, "n t d"]) -> RouteTerms:
     """Of a token layer at its input. (Room is left aside: the radius is of the choice, and P5 of its two experts.)"""
     routing = decide(layer, h)
-    logits, rows = routing.logits.flatten(0, 1), wide(layer.router.weight)
-    flat = wide(h).flatten(0, 1)
+    logits, rows = routing.logits.flatten(0, 1), at_least_float32(layer.router.weight)
+    flat = at_least_float32(h).flatten(0, 1)
     p = torch.softmax(logits, 1)
     factor = torch.linalg.qr(rows.T, mode="r")[1].T  # rows = factor times orthonormal rows
     slope = torch.linalg.matrix_norm((torch.diag_embed(p) - p[:, :, None] * p[:, None]) @ factor, ord=2)
@@ -333,7 +335,7 @@ def route_terms(layer: TokenMoE, h: Float[Tensor, "n t d"]) -> RouteTerms:
     jumps, apart = [], []
     chunk = max(1, NUMBERS // (layer.experts.num * layer.experts.w1.shape[2]))
     for some, scores in zip(flat.split(chunk), logits.split(chunk), strict=True):
-        outputs = wide(layer.experts.every(some)).transpose(0, 1)
+        outputs = at_least_float32(layer.experts.every(some)).transpose(0, 1)
         apart.append(disagreement(scores, outputs, k))
         if margin is not None:
             jumps.append(jump(scores, outputs, _gating(layer), k))
@@ -361,7 +363,7 @@ def slot_terms(layer: SlotMoE, h: Float[Tensor, "n t d"], steps: int = 20) -> Pa
     mixing held, and of the part through it. Lower bounds, by power iteration.
     """
     with differentiable(layer, h):
-        at = wide(h.detach()).requires_grad_(True)
+        at = at_least_float32(h.detach()).requires_grad_(True)
         answer = as_answer(layer)
         whole = answer(at)
         held = answer(at, {"router": whole.trace["router"].detach()})[0]
@@ -447,4 +449,4 @@ def network_terms(model: RoutedModel, x: Float[Tensor, "n ch h w"], steps: int |
 
 def slope_bound(layer: TokenMoE) -> float:
     """||S||_2 / 2, which no ||dp/dh|| exceeds."""
-    return float(torch.linalg.matrix_norm(wide(layer.router.weight.detach()), ord=2)) / 2
+    return float(torch.linalg.matrix_norm(at_least_float32(layer.router.weight.detach()), ord=2)) / 2

@@ -25,7 +25,7 @@ from robustmoe.attacks.surrogate import exact_of
 from robustmoe.attacks.threat import Norm
 from robustmoe.lipschitz.parts import jacobian_norm, vjp
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.norm import full_precision, wide
+from robustmoe.models.norm import at_least_float32, full_precision
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing
 
@@ -74,7 +74,7 @@ def spectral_norm(
     which come up to it from below.
     """
     if steps is None:
-        return torch.linalg.matrix_norm(wide(jacobian(output, x)), ord=2)
+        return torch.linalg.matrix_norm(at_least_float32(jacobian(output, x)), ord=2)
     return jacobian_norm(output, x, steps, noise)
 
 

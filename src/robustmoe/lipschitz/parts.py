@@ -19,7 +19,7 @@ from torch import Tensor
 from robustmoe import routing
 from robustmoe.attacks.routes.reach import DUAL
 from robustmoe.attacks.threat import Norm
-from robustmoe.models.norm import wide
+from robustmoe.models.norm import at_least_float32
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing
 
@@ -251,7 +251,7 @@ def popoviciu_bound(
 
 def _distances(points: Float[Tensor, "m e d"], order: float = 2.0) -> Float[Tensor, "m e e"]:
     """Between all pairs, by differences (no cancellation)."""
-    points = wide(points)
+    points = at_least_float32(points)
     return torch.cdist(points, points, order, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -259,7 +259,7 @@ def expert_bound(w1: Float[Tensor, "... h d"], w2: Float[Tensor, "... o h"]) -> 
     """||W2|| 1.1289 ||W1||, which no two points' slope of x -> W2 GELU(W1 x + b1) + b2 exceeds (exact GELU). Several
     experts at once along leading dimensions; matrices may be given transposed.
     """
-    norms = [torch.linalg.matrix_norm(wide(matrix), ord=2) for matrix in (w1, w2)]
+    norms = [torch.linalg.matrix_norm(at_least_float32(matrix), ord=2) for matrix in (w1, w2)]
     return norms[0] * norms[1] * GELU_SLOPE
 
 
@@ -267,7 +267,7 @@ def expert_jacobian_norm(
     w1: Float[Tensor, "h d"], b1: Float[Tensor, " h"], w2: Float[Tensor, "o h"], x: Float[Tensor, "m d"]
 ) -> Float[Tensor, " m"]:
     """||W2 diag(GELU'(W1 x + b1)) W1||, the exact local value of what `expert_bound` bounds, at each item."""
-    w1, b1, w2, x = (wide(value) for value in (w1, b1, w2, x))
+    w1, b1, w2, x = (at_least_float32(value) for value in (w1, b1, w2, x))
     hidden = x @ w1.T + b1
     density = torch.exp(-0.5 * hidden.square()) / math.sqrt(2 * math.pi)
     slope = torch.special.ndtr(hidden) + hidden * density
@@ -348,7 +348,7 @@ def block_coherence(x: Float[Tensor, "n d"], group: Int[Tensor, " n"]) -> float:
 
     Raises ValueError where a group's rows are linearly dependent (D has no inverse then).
     """
-    x = wide(x)
+    x = at_least_float32(x)
     order = torch.argsort(group, stable=True)
     parts = x[order].split(torch.bincount(group).tolist())
     bases = []

@@ -21,7 +21,7 @@ class Stage(nn.ModuleList):
 
 
 class StagedNetwork(nn.Module, ABC):
-    """A backbone's network: `entry`, ``stages``, `leave`. The image router of a pathway decides before all of it, a
+    """A backbone's network: `entry`, ``stages``, `exit`. The image router of a pathway decides before all of it, a
     router a stage before each of ``stages``.
 
     ``inputs``: what enters each stage, (ch, h, w). Nothing in `entry` is routed.
@@ -35,14 +35,14 @@ class StagedNetwork(nn.Module, ABC):
         """(n, ch, h, w) normalised images -> what enters the first stage."""
 
     @abstractmethod
-    def leave(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """What leaves the last stage -> (n, classes) logits."""
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         x = self.entry(x)
         for stage in self.stages:
             x = stage(x, segments)
-        return self.leave(x, segments)
+        return self.exit(x, segments)
 
 
 class Backbone(NetworkSpec):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.errors import UserError
-from robustmoe.models.norm import Normalise, wide
+from robustmoe.models.norm import Normalise, at_least_float32
 from robustmoe.models.parts import Leaf, Part, through
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, Trace
@@ -52,7 +52,7 @@ class RoutedModel(nn.Module, ABC):
         number of experts.
         """
         tape = Tape(forced, noise)
-        logits = wide(self.body(x, tape))
+        logits = at_least_float32(self.body(x, tape))
         unknown = set(tape.forced) - set(tape.trace)
         if unknown:
             raise ValueError(f"forced routing for {sorted(unknown)}, but this model's routers are {sorted(tape.trace)}")
@@ -85,7 +85,7 @@ class Dense(RoutedModel):
         self.network = network
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        return self.network(compact(self.normalise(x)))
+        return self.network(to_channels_last(self.normalise(x)))
 
     def parts(self) -> Part:
         return Leaf(through(self.normalise, self.network))
@@ -110,7 +110,7 @@ def as_routed(model: Callable[[Tensor], Tensor]) -> RoutedModel:
     return model if isinstance(model, RoutedModel) else Plain(model)
 
 
-def compact(x: Tensor) -> Tensor:
+def to_channels_last(x: Tensor) -> Tensor:
     """Channels-last memory, which convolutions prefer on CPU and CUDA alike; values unchanged. The gradient comes back
     in ordinary memory (the two reshapes): peers' attacks call ``view`` on it.
     """

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, initialise
-from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, compact
+from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
 from robustmoe.models.convolution import Conv
 from robustmoe.models.ensemble import Gate, select
 from robustmoe.models.mixing import mix_sparse
-from robustmoe.models.norm import Normalise, Standardise, wide
+from robustmoe.models.norm import Normalise, Standardise, at_least_float32
 from robustmoe.routing import Routing, Tape, straight_through
 
 LayerRouter = Literal["conv_gap", "gap_fc"]
@@ -65,7 +65,7 @@ class GapRouter(nn.Module):
         self.head = nn.Linear(channels, experts, bias=kind == "gap_fc")
 
     def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n e"]:
-        logits: Tensor = self.head(wide(x).mean((2, 3)))
+        logits: Tensor = self.head(at_least_float32(x).mean((2, 3)))
         return logits
 
 
@@ -115,7 +115,7 @@ class RoutedLayer(nn.Module):
                 "feature map an image"
             )
         now.called.add(self.name)
-        routing = now.tape(f"{self.name}.router", self._decide(wide(self.router(x))[:, None]))
+        routing = now.tape(f"{self.name}.router", self._decide(at_least_float32(self.router(x))[:, None]))
         return mix_sparse(list(self.experts), x, routing.index[:, 0], routing.weight[:, 0])
 
     def _decide(self, logits: Float[Tensor, "n 1 e"]) -> Routing:
@@ -143,7 +143,7 @@ class LayeredModel(RoutedModel):
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         with handing_down(tape, len(x)):
-            logits: Tensor = self.network(compact(self.normalise(x)))
+            logits: Tensor = self.network(to_channels_last(self.normalise(x)))
         return logits
 
 

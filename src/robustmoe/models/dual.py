@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.errors import UserError
-from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
-from robustmoe.models.norm import Normalise, wide
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, to_channels_last
+from robustmoe.models.norm import Normalise, at_least_float32
 from robustmoe.models.parts import Blended, Part
 from robustmoe.routing import Tape, Trace
 
@@ -145,8 +145,8 @@ class DualModel(RoutedModel):
         return other
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        standard = wide(self.standard.body(x, tape.under("standard")))
-        robust = wide(self.robust.body(x, tape.under("robust")))
+        standard = at_least_float32(self.standard.body(x, tape.under("standard")))
+        robust = at_least_float32(self.robust.body(x, tape.under("robust")))
         return self.blended(x, standard, robust)
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
@@ -180,7 +180,7 @@ class DualModel(RoutedModel):
         """The alpha of each image; one number without a mixer."""
         if self.mixer is None or self.alpha in (0.0, 1.0):
             return self.alpha
-        own = wide(self.mixer(x))[:, 0]
+        own = at_least_float32(self.mixer(x))[:, 0]
         return torch.sigmoid(math.log(self.alpha / (1 - self.alpha)) + SHIFT * torch.tanh(own))
 
 
@@ -199,7 +199,7 @@ class _Mixer(nn.Module):
         self.normalise = normalise
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(compact(self.normalise(x)))
+        return self.network(to_channels_last(self.normalise(x)))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, to_channels_last
 from robustmoe.models.mixing import mix_sparse, run_sparse
-from robustmoe.models.norm import Normalise, Standardise, wide
+from robustmoe.models.norm import Normalise, Standardise, at_least_float32
 from robustmoe.models.parts import Fork, Leaf, Part, through
 from robustmoe.models.small import SmallCNN
 from robustmoe.routing import Routing, Tape, Trace, soft, straight_through, top_k
@@ -55,18 +55,18 @@ class EnsembleModel(RoutedModel):
         self.mix = mix
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        x = compact(self.normalise(x))
+        x = to_channels_last(self.normalise(x))
         routing = tape("router", self._decide(x))
         index, weight = routing.index[:, 0], routing.weight[:, 0]
         if self.mix == "logits":
             return mix_sparse(list(self.experts), x, index, weight)
-        log_probabilities = torch.log_softmax(wide(run_sparse(list(self.experts), x, index)), dim=-1)
+        log_probabilities = torch.log_softmax(at_least_float32(run_sparse(list(self.experts), x, index)), dim=-1)
         return torch.logsumexp(log_probabilities + torch.log(weight)[:, :, None], dim=1)
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
         """The router's decision; no expert runs."""
         tape = Tape()
-        tape("router", self._decide(compact(self.normalise(x))))
+        tape("router", self._decide(to_channels_last(self.normalise(x))))
         return tape.trace
 
     def parts(self) -> Part:
@@ -84,7 +84,7 @@ class EnsembleModel(RoutedModel):
         )
 
     def _decide(self, x: Float[Tensor, "n ch h w"]) -> Routing:
-        return self.rule(wide(self.router(x))[:, None])
+        return self.rule(at_least_float32(self.router(x))[:, None])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustmoe import distributed
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Float32 at least: under autocast a network's outputs are in half precision, decisions, statistics and losses are
     not.
     """
@@ -85,7 +85,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values = wide(x)
+        values = at_least_float32(x)
         total = torch.cat([values.sum((0, 2, 3)), values.new_tensor([values.numel() // values.shape[1]])])
         distributed.all_reduce_sum(total)
         count = total[-1].clamp(min=1)
@@ -139,4 +139,4 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Float[Tensor, "n e"]:
         logits = self.network(x)
-        return self.norm(wide(logits)[:, :, None, None])[:, :, 0, 0]
+        return self.norm(at_least_float32(logits)[:, :, None, None])[:, :, 0, 0]

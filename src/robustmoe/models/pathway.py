@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.models.backbone import Backbone, StagedNetwork, check_ratio
-from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, compact
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, to_channels_last
 from robustmoe.models.convolution import Segments, dispatch, routed_layers
-from robustmoe.models.norm import Normalise, Standardise, wide
+from robustmoe.models.norm import Normalise, Standardise, at_least_float32
 from robustmoe.models.parts import Fork, Function, Leaf, Part, through
 from robustmoe.models.resnet import resnet20
 from robustmoe.routing import Routing, Tape, Trace, straight_through
@@ -38,14 +38,14 @@ class PathwayModel(RoutedModel):
         self.num_experts = experts
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        x = compact(self.normalise(x))
+        x = to_channels_last(self.normalise(x))
         routing = tape("router", decide(self.router, x))
         expert, weight = pathway_of(routing, bool(tape.forced))
         logits = dispatch(self.network, x, expert, weight, self.num_experts, apart=not self.training)
         return logits * weight.detach()[:, None]  # 1, or NaN of a router that is broken
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
-        return {"router": decide(self.router, compact(self.normalise(x)))}
+        return {"router": decide(self.router, to_channels_last(self.normalise(x)))}
 
     def parts(self) -> Part:
         def pathway(expert: int) -> Function:
@@ -68,13 +68,13 @@ class StagedPathwayModel(RoutedModel):
         self.num_experts = experts
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        x = self.network.entry(compact(self.normalise(x)))
+        x = self.network.entry(to_channels_last(self.normalise(x)))
         last = len(self.routers) - 1
         for position, (router, stage) in enumerate(zip(self.routers, self.network.stages)):
 
             def function(part: Tensor, segments: Segments, stage: nn.Module = stage, place: int = position) -> Tensor:
                 out: Tensor = stage(part, segments)
-                return self.network.leave(out, segments) if place == last else out
+                return self.network.exit(out, segments) if place == last else out
 
             routing = tape(f"routers.{position}", decide(router, x))
             expert, weight = pathway_of(routing, bool(tape.forced))
@@ -95,7 +95,7 @@ class StagedPathwayModel(RoutedModel):
             def function(x: Tensor) -> Tensor:
                 segments = whole(x, expert, self.num_experts)
                 out: Tensor = stages[place](before(x), segments)
-                return self.network.leave(out, segments) if place == len(stages) - 1 else out
+                return self.network.exit(out, segments) if place == len(stages) - 1 else out
 
             return function
 
@@ -109,7 +109,7 @@ def whole(x: Tensor, expert: int, experts: int) -> Segments:
 
 
 def decide(router: nn.Module, x: Tensor) -> Routing:
-    return straight_through(wide(router(x))[:, None])
+    return straight_through(at_least_float32(router(x))[:, None])
 
 
 def pathway_of(routing: Routing, forced: bool) -> tuple[Tensor, Tensor]:

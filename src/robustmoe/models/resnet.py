@@ -163,7 +163,7 @@ class ResNetNetwork(StagedNetwork):
     def entry(self, x: Tensor) -> Tensor:
         return stem_pool(self.begins, F.relu(self.norm(self.stem(x))))
 
-    def leave(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         logits: Tensor = self.head(x.mean((2, 3)))
         return logits
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.models.base import ImageShape, NetworkSpec
-from robustmoe.models.norm import wide
+from robustmoe.models.norm import at_least_float32
 
 
 class LinearNetwork(nn.Module):
@@ -107,7 +107,7 @@ class RescaledNetwork(nn.Module):
 def bilinear(x: Float[Tensor, "n ch h w"], size: tuple[int, int]) -> Float[Tensor, "n ch a b"]:
     """The images at ``size`` (height, width), in float32 at least; with antialiasing where a side shrinks."""
     shrinks = size[0] < x.shape[2] or size[1] < x.shape[3]
-    return F.interpolate(wide(x), size, mode="bilinear", antialias=shrinks)
+    return F.interpolate(at_least_float32(x), size, mode="bilinear", antialias=shrinks)
 
 
 def _check_size(size: int) -> None:

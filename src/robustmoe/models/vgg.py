@@ -70,7 +70,7 @@ class VGGNetwork(StagedNetwork):
     def entry(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.stem(x)))
 
-    def leave(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         logits: Tensor = self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
         return logits
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.models.base import ImageShape, NetworkSpec
-from robustmoe.models.norm import wide
+from robustmoe.models.norm import at_least_float32
 
 EPS = 1e-6
 """Of every LayerNorm, as in the published weights (torch's default is 1e-5)."""
@@ -190,6 +190,6 @@ def resample_positions(positions: Float[Tensor, "1 t d"], grid: tuple[int, int])
         raise ValueError(f"expected a class token and a square grid of positions; got {tokens} positions")
     if (side, side) == grid:
         return positions
-    square = wide(positions[:, 1:]).transpose(1, 2).unflatten(2, (side, side))
+    square = at_least_float32(positions[:, 1:]).transpose(1, 2).unflatten(2, (side, side))
     other = F.interpolate(square, size=grid, mode="bicubic", antialias=True)
     return torch.cat([positions[:, :1], other.flatten(2).transpose(1, 2).to(positions)], 1)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, compact
+from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
 from robustmoe.models.block import check_experts
 from robustmoe.models.ensemble import Gate, select
-from robustmoe.models.norm import Normalise, full_precision, wide
+from robustmoe.models.norm import Normalise, at_least_float32, full_precision
 from robustmoe.models.tokens import (
     Dispatch,
     TokenExperts,
@@ -40,7 +40,7 @@ class TokenRouter(nn.Linear):
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t e"]:
         with full_precision(x):
-            return F.linear(wide(x), wide(self.weight))
+            return F.linear(at_least_float32(x), at_least_float32(self.weight))
 
 
 class SlotRouter(nn.Module):
@@ -53,7 +53,9 @@ class SlotRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t s"]:
         with full_precision(x):
-            return wide(self.scale) * torch.matmul(_unit(wide(x), -1), _unit(wide(self.mu), 0))
+            return at_least_float32(self.scale) * torch.matmul(
+                _unit(at_least_float32(x), -1), _unit(at_least_float32(self.mu), 0)
+            )
 
 
 def _unit(x: Tensor, dim: int) -> Tensor:
@@ -177,7 +179,7 @@ class ViTMoEModel(RoutedModel):
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         network = self.network
-        tokens = network.tokens(compact(self.normalise(x)))
+        tokens = network.tokens(to_channels_last(self.normalise(x)))
         for number, block in enumerate(network.blocks):
             assert isinstance(block, Block)
             tokens = tokens + block.attn(block.norm1(tokens))

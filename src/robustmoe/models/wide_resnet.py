@@ -35,7 +35,7 @@ class PreactivationNetwork(StagedNetwork):
         x = self.stem(x)
         return x if self.norm is None else stem_pool(self.begins, F.relu(self.norm(x)))
 
-    def leave(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         logits: Tensor = self.head(F.relu(self.last(x, segments)).mean((2, 3)))
         return logits
 

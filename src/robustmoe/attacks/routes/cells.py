@@ -20,7 +20,7 @@ from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Threat
 from robustmoe.attacks.views import RuleTape
 from robustmoe.models.base import RoutedModel
-from robustmoe.models.norm import wide
+from robustmoe.models.norm import at_least_float32
 from robustmoe.routing import Routing, Trace
 
 RouteLoss = Literal["ce", "margin"]
@@ -174,7 +174,7 @@ def reached(target: Target, fresh: Trace, like: Tensor) -> Bool[Tensor, " n"]:
 def forced_pass(model: RoutedModel, x: Float[Tensor, "n ch h w"], target: Target) -> tuple[Float[Tensor, "n c"], Trace]:
     """The logits with the held items sent to the target, all else free, and what each router itself said there."""
     tape = RuleTape(lambda name, fresh: target[name].force(fresh) if name in target else fresh)
-    logits = wide(model.body(x, tape))
+    logits = at_least_float32(model.body(x, tape))
     return logits, tape.fresh
 
 
