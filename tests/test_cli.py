@@ -257,7 +257,7 @@ def test_demo(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     calls = stand_in(monkeypatch, "robustmoe.demo", "demo")
     calls.result = Path("d/report.html")
     assert main(["demo", "--out", "d"]) == 0
-    assert calls == [((Path("d"),), {})]
+    assert calls == [((Path("d"), 1), {})]
     assert capsys.readouterr().out == "report: d/report.html\n"
 
 

@@ -10,6 +10,7 @@ import pytest
 from robustmoe import demo
 from robustmoe.errors import UserError
 from robustmoe.records import read, read_all_certificates
+from robustmoe.training.checkpoint import read_config
 
 
 @pytest.fixture
@@ -49,8 +50,9 @@ def test_demo_makes_three_runs_and_one_report_and_can_be_repeated(tmp_path: Path
     }
     assert "The certifiers side by side" in page.read_text()
     (tmp_path / "demo" / "dense" / "state.pt").unlink()
-    assert demo.demo(tmp_path / "demo") == page
+    assert demo.demo(tmp_path / "demo", seed=3) == page
     assert (tmp_path / "demo" / "dense" / "state.pt").exists(), "made anew"
+    assert {read_config(tmp_path / "demo" / run)["seed"] for run in demo.RUNS} == {3}
 
 
 def test_demo_deletes_nothing_of_a_users(tmp_path: Path) -> None:

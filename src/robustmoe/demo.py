@@ -63,11 +63,12 @@ RUNS = {"pathway": (BOUNDS, SMOOTHING), "dense": (BOUNDS,), "certified": (f"boun
 CERTIFIED = 50
 
 
-def demo(out: str | Path = "runs/demo") -> Path:
+def demo(out: str | Path = "runs/demo", seed: int = 1) -> Path:
     """Train a routed model, its dense twin, and a routed model that certificates are for; attack and certify each, and
     write one report; returns its path.
 
-    ``out`` must be empty or not there, or hold an earlier demo, which is then made anew.
+    ``out`` must be empty or not there, or hold an earlier demo, which is then made anew. ``seed``: of all three
+    trainings.
     """
     from robustmoe.evaluation import certify_run, evaluate_run
     from robustmoe.reporting import certificates_story, report, summary_table
@@ -78,7 +79,7 @@ def demo(out: str | Path = "runs/demo") -> Path:
     folders = [out / name for name in RUNS]
     _clear(out, folders)
     for name, certifiers in RUNS.items():
-        folder, recipe = out / name, recipes[name]
+        folder, recipe = out / name, dataclasses.replace(recipes[name], seed=seed)
         note(f"\ntraining {recipe.model} on {recipe.data} into {folder}")
         train(recipe, folder)
         note(f"attacking {folder}")

@@ -347,11 +347,14 @@ def list_names(
     return "\n\n".join(blocks)
 
 
-def demo(out: Annotated[str, "folder of the demo"] = "runs/demo") -> str:
+def demo(
+    out: Annotated[str, "folder of the demo"] = "runs/demo",
+    seed: Annotated[int, "decides every random draw of its trainings"] = 1,
+) -> str:
     """Train, attack, certify and report on real digits that need no download."""
     from robustmoe import demo as demonstration
 
-    return f"report: {demonstration.demo(Path(out))}"
+    return f"report: {demonstration.demo(Path(out), seed)}"
 
 
 VERBS: dict[str, Verb] = {
