@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,9 +35,14 @@ WITHOUT_TORCH = [
 ]  # fmt: skip
 
 
+@functools.cache
+def parsed(path: Path) -> ast.AST:
+    return ast.parse(path.read_text())
+
+
 def statements(path: Path, nested: bool) -> Iterator[ast.Import | ast.ImportFrom]:
     """The import statements of a file; those inside functions only where ``nested``; those for type checkers never."""
-    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    todo = [parsed(path)]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -47,6 +53,7 @@ def statements(path: Path, nested: bool) -> Iterator[ast.Import | ast.ImportFrom
             todo.extend(ast.iter_child_nodes(node))
 
 
+@functools.cache
 def imported(name: str, nested: bool = True) -> set[str]:
     """The modules that ``name`` imports, by their full names; ``from robustmoe.a import b`` names b where b is a
     module.
@@ -82,13 +89,16 @@ def test_every_module_has_a_layer() -> None:
     assert sum(map(len, LAYERS)) == len(set().union(*LAYERS))
 
 
-@pytest.mark.parametrize("name", INNER)
-def test_imports_point_down(name: str) -> None:
+def test_imports_point_down() -> None:
     """`spec` is the one exception: it names modules in a table, as text, and imports none of them before a name is
     asked for.
     """
-    place = next(i for i, layer in enumerate(LAYERS) if part(name) in layer)
-    assert parts(name) <= set().union(*LAYERS[:place])
+    upward = {}
+    for name in INNER:
+        place = next(i for i, layer in enumerate(LAYERS) if part(name) in layer)
+        if above := parts(name) - set().union(*LAYERS[:place]):
+            upward[name] = above
+    assert not upward, "these modules import from their own layer or from above"
 
 
 def of(*names: str) -> list[str]:
@@ -121,17 +131,26 @@ def test_evaluation_does_not_need_the_training_loop() -> None:
         assert not imported(name) & {"robustmoe.training", "robustmoe.training.loop", "robustmoe.training.phases"}, name
 
 
-@pytest.mark.parametrize("name", of(*WITHOUT_TORCH))
-def test_torch_is_not_reached_by_importing(name: str) -> None:
-    """Nor through what is imported on the way: module-level imports only, with every package's __init__."""
-    seen: set[str] = set()
+def reaches_torch(name: str) -> list[str]:
+    """Returns the imports that lead from module ``name`` to torch, itself first; none where it is not reached."""
+    ways = {name: [name]}
     todo = [name]
     while todo:
         module = todo.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        assert module.split(".")[0] != "torch", f"{name} imports torch"
-        if module in MODULES:
-            todo += imported(module, nested=False)
-            todo += [".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1)]
+        if module.split(".")[0] == "torch":
+            return ways[module]
+        packages = [".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1)]
+        for following in [*packages, *(imported(module, nested=False) if module in MODULES else ())]:
+            if following not in ways:
+                ways[following] = [*ways[module], following]
+                todo.append(following)
+    return []
+
+
+def test_torch_is_not_reached_by_importing() -> None:
+    """Nor through what is imported on the way: module-level imports only, with every package's __init__."""
+    names = of(*WITHOUT_TORCH)
+    assert names
+    ways = [" -> ".join(way) for name in names if (way := reaches_torch(name))]
+    assert not ways, "these modules import torch"
+    assert reaches_torch("robustmoe.attacks.pgd")[-1].startswith("torch"), "what does import torch is seen"

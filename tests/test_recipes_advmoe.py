@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import robustmoe
 from robustmoe import spec
 from robustmoe.attacks import linf
 from robustmoe.costs import costs
@@ -65,9 +66,19 @@ def test_the_grid_is_complete() -> None:
 
 
 def test_a_cell_is_found_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From any folder: the recipes come with the package."""
+    """From any folder: the recipes come with the package, wherever that is installed; a folder `recipes` here is asked
+    first.
+    """
     monkeypatch.chdir(tmp_path)
-    assert resolve("resnet18_cifar10_advmoe") == FOLDER / "resnet18_cifar10_advmoe.toml"
+    name = "resnet18_cifar10_advmoe"
+    package = Path(robustmoe.__file__).resolve().parent
+    file = resolve(name)
+    assert file.name == f"{name}.toml"
+    assert file.resolve().parents[1] in (package / "recipes", package.parents[1] / "recipes")
+    own = tmp_path / "recipes" / "mine" / f"{name}.toml"
+    own.parent.mkdir(parents=True)
+    own.write_text(file.read_text())
+    assert resolve(name).resolve() == own.resolve()
 
 
 @pytest.mark.parametrize("cell", CELLS)
