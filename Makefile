@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench recipes crosscheck clean
+# Freed memory is kept for the next tensor: returning and asking for it again is a tenth of the suite's time.
+KEEP_MEMORY := MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
+
+.PHONY: demo test test-typed test-slow lint bench recipes crosscheck clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
 
-test: $(VENV)/.dev  ## the whole test suite, two processes of one thread
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(VENV)/.dev  ## the whole test suite, two processes of one thread; shapes checked in each test's first calls
+	$(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-typed: $(VENV)/.dev  ## the same with the shapes of every call checked
+	$(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist worksteal --check-every-call
 
 test-slow: $(VENV)/.dev  ## claims about training, means over several seeds: minutes
 	$(BIN)/python -m pytest -m slow

@@ -1,4 +1,4 @@
-"""Pinned threads, one seed, and tiny models for every test file.
+"""Pinned threads, one seed, how many calls have their shapes checked, and tiny models for every test file.
 
 `robustmoe` is imported inside the fixtures only: jaxtyping's import hook, which checks shapes under pytest, has to come
 first.
@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import shapes
+
 if TYPE_CHECKING:
     from robustmoe.models import RoutedModel
 
@@ -24,6 +26,26 @@ with contextlib.suppress(
     torch.set_num_interop_threads(1)
 
 IMAGE_SHAPE, CLASSES = (3, 8, 8), 4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check-every-call", action="store_true", help="let the shape-checking hook never rest")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--check-every-call"):
+        shapes.budget.calls = shapes.EVERY_CALL
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    shapes.budget.start()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    shapes.budget.start()
+
 
 TINY = {
     "dense": "resnet8(width=4)",
