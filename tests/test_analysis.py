@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
+from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
 from robustmoe.analysis import (
     Adds,
     Rate,
@@ -36,7 +37,7 @@ FINE = Checks([Check("R1", "router reached", "pass", 0.3, "30% of the gradient g
 def make_header(**changes: Any) -> Header:
     values: dict[str, Any] = {
         "run": "a run", "model": "pathway(resnet18)", "data": "digits", "split": "test",
-        "attack": "pgd(linf(8/255), steps=50)", "objective": "joint", "norm": "linf", "eps": EPS, "role": "main",
+        "attack": "pgd(linf(8/255), steps=50)", "objective": JOINT, "norm": "linf", "eps": EPS, "role": "main",
         "method": None, "n": 4, "seed": 0, "data_hash": "d", "index_hash": "i", "model_hash": "m", "versions": {},
         "commit": None, "device": "cpu", "threads": 1, "precision": "fp32", "command": "", "classes": ["a", "b", "c"],
         "routers": {"r": RouterInfo(3, 1, 2)}, "parameters": 10, "started": "now",
@@ -153,20 +154,20 @@ def test_groups_are_one_threat_each() -> None:
     assert [[file.header.norm for file in group] for group in groups(files)] == [["linf", "linf"], ["l2"], ["linf"]]
 
 
-def verdict(objective: str, status: str | None, rows: str = "1100") -> bool | None:
+def verdict(objective: ObjectiveInfo, status: str | None, rows: str = "1100") -> bool | None:
     checks = Checks([Check("R1", "router reached", status, 0, "A sentence.")] if status else [], 1.0)
     return judge([Result(make_header(objective=objective), outcomes(rows), checks)]).router_attacked
 
 
 def test_when_the_router_counts_as_attacked() -> None:
-    assert verdict("joint", "pass") is True
-    assert verdict("router_only", "warn") is True
-    assert verdict("routing", "pass") is True
-    assert verdict("routing", "fail") is False
-    assert verdict("joint", None) is True
-    assert verdict("experts_only", "pass") is False
-    assert verdict("joint", "fail") is False
-    assert verdict("joint", "pass", rows="11") is False  # it has not seen all images
+    assert verdict(JOINT, "pass") is True
+    assert verdict(ROUTER_ONLY, "warn") is True
+    assert verdict(ROUTING, "pass") is True
+    assert verdict(ROUTING, "fail") is False
+    assert verdict(JOINT, None) is True
+    assert verdict(EXPERTS_ONLY, "pass") is False
+    assert verdict(JOINT, "fail") is False
+    assert verdict(JOINT, "pass", rows="11") is False  # it has not seen all images
     dense = judge([Result(make_header(routers={}), outcomes("1100"), FINE)])
     assert (dense.router_attacked, dense.trusted) == (None, True)
 
@@ -195,11 +196,11 @@ def test_a_perturbation_outside_the_ball_is_a_failure(size: float, trusted: bool
 
 
 def test_names() -> None:
-    plain, other = make_header(), make_header(objective="experts_only")
+    plain, other = make_header(), make_header(objective=EXPERTS_ONLY)
     assert names([plain, other]) == ["pgd(linf(8/255), steps=50)", "pgd(linf(8/255), steps=50), experts_only"]
     assert names([make_header(seed=1), make_header(seed=2)]) == [f"{plain.attack}, seed 1", f"{plain.attack}, seed 2"]
     assert names([plain, plain]) == [f"{plain.attack}, seed 0 (1)", f"{plain.attack}, seed 0 (2)"]
-    said = make_header(attack="pgd(linf(8/255), objective=experts_only)", objective="experts_only")
+    said = make_header(attack="pgd(linf(8/255), objective=experts_only)", objective=EXPERTS_ONLY)
     assert attack_name(said) == said.attack
     assert attack_name(make_header(attack=None, objective=None)) == "no attack"
     assert family(make_header(attack="apgd(l2(0.5), steps=9)")) == "apgd(l2(eps), steps=9)"
@@ -235,7 +236,7 @@ def test_eps_curve_by_hand() -> None:
 
 def test_warnings() -> None:
     joint = Result(make_header(), outcomes("1111"), FINE)
-    experts = Result(make_header(objective="experts_only"), outcomes("1100"), FINE)
+    experts = Result(make_header(objective=EXPERTS_ONLY), outcomes("1100"), FINE)
     assert warnings([joint, joint]) == []
     (weak,) = warnings([joint, experts])
     assert weak.startswith("the experts only attack leaves 50.0%, the joint one 100.0%")
@@ -283,7 +284,7 @@ def test_what_knowing_the_router_costs() -> None:
     broke = ["clean", "clean", "apgd-ce", "apgd-ce", "square", "routers", "flip", ""]
     rows = [make_row(i, 0, int(part == "clean"), int(bool(part)), part=part) for i, part in enumerate(broke)]
     order = ["apgd-ce", "apgd-t", "fab-t", "square", "experts held", "routers", "flip", "transition"]
-    header = make_header(n=8, attack="autoattack_routing(linf(8/255))", objective="routing", parts=order)
+    header = make_header(n=8, attack="autoattack_routing(linf(8/255))", objective=ROUTING, parts=order)
     assert routing_gap(Result(header, rows, FINE)) == (Rate(3, 8), Rate(1, 8))
     assert routing_gap(Result(header, rows, None)) == (Rate(3, 8), Rate(1, 8))
     plus = ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t", "routers", "flip"]

@@ -118,6 +118,7 @@ class Faint(Objective):
     """<w, x>, never fooled."""
 
     name = "faint"
+    aims_at_router = True
     w: Tensor
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:

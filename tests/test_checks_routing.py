@@ -327,6 +327,7 @@ class Balanced(Objective):
     """Cross-entropy and a load-balance term."""
 
     name = "joint"
+    aims_at_router = True
     loss: str = "ce"
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:

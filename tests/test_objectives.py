@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustmoe.attacks import OBJECTIVES, ExpertsOnly, Joint, Objective, RouterOnly, Score, kl
-from robustmoe.attacks.objectives import loss_of
+from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
+from robustmoe.attacks import OBJECTIVES, ExpertsOnly, Joint, Objective, RouterOnly, RoutingLoss, Score, kl
+from robustmoe.attacks.objectives import Inner, loss_of
 from robustmoe.attacks.pgd import ascend
 from robustmoe.models import EnsembleModel, PathwayModel, RoutedModel
+from robustmoe.records import ObjectiveInfo
 
 EVERY = [
     Joint("ce"),
@@ -44,10 +46,18 @@ def test_kl_is_finite_for_extreme_logits() -> None:
 
 
 def test_the_table_makes_every_objective_by_its_name() -> None:
-    """By what it aims at: a result counts as "joint", "experts_only" or "router_only"."""
-    aims = {"joint": "joint", "targeted": "joint", "joint_normalised": "joint", "experts_only": "experts_only"}
-    aims |= {"diluted": "joint", "router_only": "router_only", "router_hinge": "router_only"}
-    assert {name: make().name for name, make in OBJECTIVES.items()} == aims
+    aims = dict.fromkeys(("joint", "targeted", "joint_normalised", "diluted"), JOINT)
+    aims |= {"experts_only": EXPERTS_ONLY, "router_only": ROUTER_ONLY, "router_hinge": ROUTER_ONLY}
+    assert {name: ObjectiveInfo.of(make()) for name, make in OBJECTIVES.items()} == aims
+    assert ObjectiveInfo.of(RoutingLoss()) == ROUTING
+
+
+def test_an_objective_must_declare_what_it_aims_at() -> None:
+    with pytest.raises(TypeError, match="objective Nameless must declare name and aims_at_router"):
+
+        class Nameless(Objective):
+            def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
+                raise NotImplementedError
 
 
 @pytest.mark.parametrize("objective", EVERY, ids=str)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from objective_infos import JOINT, ROUTER_ONLY
 from robustmoe.errors import UserError
 from robustmoe.records import (
     WORK,
@@ -45,7 +46,7 @@ CHECK = Check("H2", "inside the ball", "pass", 0.031, "Largest size 0.031.")
 def make_header(**changes: Any) -> Header:
     values: dict[str, Any] = {
         "run": "a run", "model": "pathway(resnet18)", "data": "digits", "split": "test", "attack": "pgd(linf(8/255))",
-        "objective": "joint", "norm": "linf", "eps": 8 / 255, "role": "main", "method": None, "n": 3, "seed": 0,
+        "objective": JOINT, "norm": "linf", "eps": 8 / 255, "role": "main", "method": None, "n": 3, "seed": 0,
         "data_hash": "d", "index_hash": "i", "model_hash": "m", "versions": {"torch": "2.13.0"}, "commit": None,
         "device": "cpu", "threads": 1, "precision": "fp32", "command": "robustmoe evaluate", "classes": ["a", "b"],
         "routers": {"router": RouterInfo(2, 1, 1)}, "parameters": 10, "started": "2026-11-21T10:00:00",
@@ -98,7 +99,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert checks == Checks([CHECK], 1.5)
     first = json.loads((tmp_path / "new" / "rows.jsonl").read_text().splitlines()[0])
     assert (first["kind"], first["version"], first["routers"]) == (
-        "header", 2, {"router": {"experts": 2, "k": 1, "items": 1}},
+        "header", 3, {"router": {"experts": 2, "k": 1, "items": 1}},
     )  # fmt: skip
 
 
@@ -128,39 +129,9 @@ def test_resume_after_a_kill_at_every_byte_of_a_batch(tmp_path: Path) -> None:
     assert read(path).checks == Checks([CHECK], 9.0, 7)
 
 
-def old_lines() -> list[dict[str, Any]]:
-    """A file as version 1 wrote it: no parts, no batch size, no queries, and not every batch with its time."""
-    new = ("batch_size", "parts", "certified_hash")
-    header = {name: value for name, value in make_header().to_dict().items() if name not in new}
-    rows = [{name: value for name, value in make_row(i).to_dict().items() if name != "part"} for i in range(3)]
-    return [{**header, "version": 1}, rows[0], {"kind": "time", "seconds": 2.0}, rows[1], rows[2]]
-
-
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def test_a_file_of_version_1_is_read_and_gone_on_with(tmp_path: Path) -> None:
-    checks = {"kind": "checks", "checks": [vars(CHECK)], "seconds": 2.5}
-    path = write_lines(tmp_path / "old.jsonl", [*old_lines(), checks])
-    header, rows, found = read(path)
-    assert header == make_header()
-    assert (header.batch_size, header.parts, header.certified_hash, header.bound_to_batches) == (0, [], "", False)
-    assert rows == [make_row(0), make_row(1), make_row(2)]
-    assert found == Checks([CHECK], 2.5, 0)
-    before = path.read_bytes()
-    with Writer(path, make_header(batch_size=8)) as writer:
-        assert writer.done == {0, 1, 2}
-        assert writer.checks == found
-    assert path.read_bytes() == before  # finished: not touched
-    path = write_lines(tmp_path / "unfinished.jsonl", old_lines()[:4])
-    with Writer(path, make_header(batch_size=8)) as writer:  # the rest is written as version 2, and so is the whole
-        assert (writer.done, writer.seconds) == ({0, 1}, 2.0)
-        writer.write([make_row(2)])
-        writer.finish([CHECK], 3.0)
-    assert json.loads(path.read_text().splitlines()[0])["version"] == 2
-    assert read(path) == (make_header(batch_size=8), [make_row(0), make_row(1), make_row(2)], Checks([CHECK], 3.0))
 
 
 def test_a_shorter_file_is_extended(tmp_path: Path) -> None:
@@ -253,7 +224,7 @@ def test_resume_of_other_work_names_the_field(tmp_path: Path, field: str) -> Non
         "seed": 4,
         "eps": 0.5,
         "norm": "l2",
-        "objective": "router_only",
+        "objective": ROUTER_ONLY,
         "role": "curve",
         "routers": {},
         "parts": ["a", "b"],
@@ -305,13 +276,13 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"version": 3}, "rows file of version 3, this robustmoe reads versions 1 and 2"),
+        ({"version": 2}, "rows file of version 2, this robustmoe reads version 3"),
         ({"version": None}, "rows file of version None"),
         ({"kind": "row"}, "its first line must be"),
         ({"norm": "l7"}, "'norm' must be one of linf, l2, l1, got 'l7'"),
         ({"role": ""}, "'role' must be one of main, curve"),
         ({"precision": "fp64"}, "'precision' must be one of strict, fast, fp32, got 'fp64'"),
-        ({"objective": None}, "'objective' must be one of joint, experts_only, router_only, routing, got None"),
+        ({"objective": None}, "'objective' must be an object, got None"),
         ({"routers": {"r": {"experts": 2}}}, "routerinfo: field 'k' is missing"),
     ],
 )

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
 from robustmoe.errors import UserError
 from robustmoe.records import (
     Audit,
@@ -60,7 +61,7 @@ def make_header(**changes: Any) -> Header:
     """A header of a routed model; any field can be changed."""
     values: dict[str, Any] = {
         "run": "pathway", "model": "pathway(resnet18, experts=4, ratio=0.5)", "data": "cifar10", "split": "test",
-        "attack": "pgd(linf(8/255), steps=50)", "objective": "joint", "norm": "linf", "eps": EPS, "role": "main",
+        "attack": "pgd(linf(8/255), steps=50)", "objective": JOINT, "norm": "linf", "eps": EPS, "role": "main",
         "method": "advmoe(pgd(linf(8/255), steps=10))", "n": 80, "seed": 0, "data_hash": "d0d0cafe",
         "index_hash": "1dx0beef", "model_hash": "m0de1234", "commit": "0123abc", "device": "cpu", "threads": 2,
         "versions": {"robustmoe": "0.1.0", "torch": "2.13.0", "numpy": "2.1.0", "python": "3.11.7"},
@@ -137,10 +138,10 @@ def make_run(
     items: int = 1,
     routers: int = 1,
     attacks: tuple[tuple[str, str, float], ...] = (
-        ("pgd(linf(8/255), steps=50)", "joint", 0.40),
-        ("apgd(linf(8/255), steps=100, loss='dlr')", "joint", 0.43),
-        ("pgd(linf(8/255), steps=50)", "experts_only", 0.30),
-        ("route_flip(linf(8/255))", "router_only", 0.12),
+        ("pgd(linf(8/255), steps=50)", JOINT, 0.40),
+        ("apgd(linf(8/255), steps=100, loss='dlr')", JOINT, 0.43),
+        ("pgd(linf(8/255), steps=50)", EXPERTS_ONLY, 0.30),
+        ("route_flip(linf(8/255))", ROUTER_ONLY, 0.12),
     ),
     r1: Check = R1,
     stop_after: int | None = None,
@@ -316,7 +317,7 @@ def test_missing_pieces_drop_their_section(tmp_path: Path) -> None:
 
 
 def test_dense_model_has_no_router_columns(tmp_path: Path) -> None:
-    attacks = (("pgd(linf(8/255), steps=50)", "joint", 0.4),)
+    attacks = (("pgd(linf(8/255), steps=50)", JOINT, 0.4),)
     page, numbers, text, _ = made(make_run(tmp_path, routed=False, attacks=attacks, model="resnet18"), tmp_path)
     assert "Router’s part" not in page.text
     assert "no router" in page.text
@@ -330,7 +331,7 @@ def test_dense_model_has_no_router_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"attacks": (("pgd(linf(8/255), steps=50)", "experts_only", 0.3),)}, "no attack has the objective joint"),
+        ({"attacks": (("pgd(linf(8/255), steps=50)", EXPERTS_ONLY, 0.3),)}, "no attack aims at the router"),
         ({"r1": R1_FAILED}, "check R1 failed: No gradient reaches"),
     ],
 )
@@ -394,8 +395,8 @@ def test_clean_only_run(tmp_path: Path) -> None:
 
 def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
     attacks = (
-        ("pgd(linf(8/255), steps=50)", "joint", 0.5),
-        ("apgd(linf(8/255), steps=100, loss='dlr')", "joint", 0.55),
+        ("pgd(linf(8/255), steps=50)", JOINT, 0.5),
+        ("apgd(linf(8/255), steps=100, loss='dlr')", JOINT, 0.55),
     )
     first = make_run(tmp_path)
     second = make_run(tmp_path, name="dense-twin", routed=False, attacks=attacks, model="resnet18", model_hash="dense")
@@ -548,7 +549,7 @@ def make_suite(**changes: Any) -> tuple[Header, list[Row]]:
     """The rows of :data:`SUITE`."""
     broke = ["clean"] * 2 + [name for name, number, _ in SUITE for _ in range(number)] + [""] * 2
     header = make_header(
-        **{"attack": "autoattack_routing(linf(8/255))", "objective": "routing", "n": 10, "parts": [p[0] for p in SUITE],
+        **{"attack": "autoattack_routing(linf(8/255))", "objective": ROUTING, "n": 10, "parts": [p[0] for p in SUITE],
            "precision": "strict", "batch_size": 5, **changes}
     )  # fmt: skip
     route = {"router": [1, 0, 0, 0]} if header.routers else {}

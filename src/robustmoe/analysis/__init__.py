@@ -16,7 +16,7 @@ from robustmoe.analysis.parts import AUTOATTACK_PARTS, Part, by_part, routing_ga
 from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, inside, largest, right, robust, wilson
 from robustmoe.analysis.summaries import Summary, summary
 from robustmoe.analysis.sweep import Spare, SweepCurve, SweepNumbers, SweepPoint, sweep_numbers
-from robustmoe.analysis.verdict import ROUTER_OBJECTIVES, Verdict, judge, worst_answers
+from robustmoe.analysis.verdict import Verdict, judge, worst_answers
 from robustmoe.analysis.worst import SAME_IMAGES, SAME_THREAT, Adds, WorstCase, groups, worst_case
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "BALL_TOLERANCE",
     "MONOTONE_TOLERANCE",
     "OBSTACLES",
-    "ROUTER_OBJECTIVES",
     "SAME_IMAGES",
     "SAME_THREAT",
     "Adds",

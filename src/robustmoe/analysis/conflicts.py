@@ -34,16 +34,21 @@ def warnings(results: Sequence[Result]) -> list[str]:
 
 
 def _weaker_joint(group: list[Result]) -> list[str]:
-    """A joint attack may do whatever a narrower one does, so it should not break fewer images (half a point)."""
-    rates = {kind: [rate([robust(row) for row in result.rows]).value for result in group if _whole(result, kind)]
-             for kind in ("joint", "experts_only", "router_only")}  # fmt: skip
+    """An attack on the whole model may do whatever a narrower one does, so it should not break fewer images (half a
+    point)."""
+    whole: list[float] = []
+    narrow: dict[str, list[float]] = {}
+    for header, rows, _ in group:
+        if header.objective is None or len(rows) < header.n:
+            continue
+        value = rate([robust(row) for row in rows]).value
+        if not header.objective.aims_at_all:
+            narrow.setdefault(header.objective.name, []).append(value)
+        elif not header.objective.needs_router:
+            whole.append(value)
     return [
-        f"the {kind.replace('_', ' ')} attack leaves {100 * min(rates[kind]):.1f}%, the joint one "
-        f"{100 * min(rates['joint']):.1f}%: the joint attack is not at its strongest"
-        for kind in ("experts_only", "router_only")
-        if rates[kind] and rates["joint"] and min(rates[kind]) < min(rates["joint"]) - MONOTONE_TOLERANCE
+        f"the {kind.replace('_', ' ')} attack leaves {100 * min(values):.1f}%, the joint one "
+        f"{100 * min(whole):.1f}%: the joint attack is not at its strongest"
+        for kind, values in sorted(narrow.items())
+        if whole and min(values) < min(whole) - MONOTONE_TOLERANCE
     ]
-
-
-def _whole(result: Result, objective: str) -> bool:
-    return result.header.objective == objective and len(result.rows) >= result.header.n

@@ -11,8 +11,10 @@ def attack_name(header: Header) -> str:
     """A name for tables: the attack's spec, and the objective where the spec does not say it."""
     if header.attack is None:
         return "no attack"
-    says = header.objective in (None, "joint", "routing") or str(header.objective) in header.attack
-    return header.attack if says else f"{header.attack}, {header.objective}"
+    objective = header.objective
+    if objective is None or objective.aims_at_all or objective.name in header.attack:
+        return header.attack
+    return f"{header.attack}, {objective.name}"
 
 
 def names(headers: Sequence[Header]) -> list[str]:

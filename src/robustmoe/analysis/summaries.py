@@ -10,7 +10,7 @@ from robustmoe.analysis.labels import attack_name
 from robustmoe.analysis.rates import Rate, largest, rate, right, robust
 from robustmoe.analysis.verdict import judge
 from robustmoe.errors import UserError
-from robustmoe.records import Checks, Header, Result, Row
+from robustmoe.records import Checks, Header, ObjectiveInfo, Result, Row
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Summary:
     sentences that say why not to believe it."""
 
     attack: str | None
-    objective: str | None
+    objective: ObjectiveInfo | None
     norm: str
     eps: float
     role: str

@@ -10,8 +10,6 @@ from robustmoe.analysis.labels import names
 from robustmoe.analysis.rates import inside, largest
 from robustmoe.records import Audit, Check, Result
 
-ROUTER_OBJECTIVES = ("joint", "router_only", "routing")
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -33,8 +31,8 @@ class Verdict:
 def judge(results: Sequence[Result], audit: Audit | None = None) -> Verdict:
     """Whether the numbers of these files, taken together, can be quoted.
 
-    The router counts as attacked only if some file with all its rows has an attack whose objective is one of
-    `ROUTER_OBJECTIVES` and whose own check R1 (some gradient reaches the image through the router) does not fail. If
+    The router counts as attacked only if some file with all its rows has an attack whose objective aims at the router
+    and whose own check R1 (some gradient reaches the image through the router) does not fail. If
     one is there, a failure of R1 in another file is a warning: that attack does not see the router, and the first
     does."""
     attacked, reason = _router_attacked(results)
@@ -66,9 +64,9 @@ def judge(results: Sequence[Result], audit: Audit | None = None) -> Verdict:
 def _router_attacked(results: Sequence[Result]) -> tuple[bool | None, str]:
     if not any(result.header.routers for result in results):
         return None, "the model is dense"
-    aiming = [result for result in results if result.header.attack and result.header.objective in ROUTER_OBJECTIVES]
+    aiming = [result for result in results if result.header.attack and _aims(result)]
     if not aiming:
-        return False, "no attack has the objective joint, router_only or routing"
+        return False, "no attack aims at the router"
     blind = [result for result in aiming if _r1(result) == "fail"]
     seeing = [result for result in aiming if _r1(result) != "fail"]
     if not seeing:
@@ -79,12 +77,21 @@ def _router_attacked(results: Sequence[Result]) -> tuple[bool | None, str]:
     if all(len(result.rows) < result.header.n for result in seeing):
         return False, "no attack on the router has seen all its images"
     if blind:
-        which = " and ".join(sorted({str(result.header.objective).replace("_", " ") for result in blind}))
+        which = " and ".join(sorted({_kind(result) for result in blind}))
         proof = f"check R1: the {which} attack does not see the router"
     else:
         worst = min((_r1(result) for result in seeing), key=("warn", "not run", "pass").index)
         proof = {"warn": "check R1 warns", "not run": "check R1 was not run", "pass": "check R1 passed"}[worst]
     return True, f"{len(seeing)} of {len(results)} attacks aim at the router; {proof}"
+
+
+def _aims(result: Result) -> bool:
+    objective = result.header.objective
+    return objective is not None and objective.aims_at_router
+
+
+def _kind(result: Result) -> str:
+    return "" if result.header.objective is None else result.header.objective.name.replace("_", " ")
 
 
 def _r1(result: Result) -> str:

@@ -132,6 +132,10 @@ class AutoAttackRouting(Suite):
     seed: int = 0
 
     @property
+    def needs_router(self) -> bool:
+        return False
+
+    @property
     def objective(self) -> Objective:  # type: ignore[override]
         return RoutingLoss()
 

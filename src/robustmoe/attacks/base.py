@@ -47,6 +47,11 @@ class Attack(ABC):
     objective: Objective
     seed: int
 
+    @property
+    def needs_router(self) -> bool:
+        """Whether the attack has nothing to say of a model without a router."""
+        return self.objective.needs_router
+
     def parts(self, output: Output) -> list[tuple[str, Attack]]:
         """What the attack consists of, by name, for a model that gave ``output``: each part sees the images that the
         parts before it did not break. A simple attack is its own only part, named "".
@@ -139,6 +144,10 @@ class Wrapped(Attack):
     @property
     def seed(self) -> int:  # type: ignore[override]
         return self.attack.seed
+
+    @property
+    def needs_router(self) -> bool:
+        return self.attack.needs_router
 
     def around(self, attack: Attack) -> Attack:
         """The same about another attack."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +51,24 @@ def some_routes(trace: Trace, rows: Tensor | None) -> Trace:
 
 
 class Objective(ABC):
-    """(model, x, y) -> (x_adv -> Score). Subclasses are frozen dataclasses; ``name`` is what tables call them."""
+    """(model, x, y) -> (x_adv -> Score). Subclasses are frozen dataclasses and declare what they aim at; checks,
+    verdict, tables and the choice of attacks ask these facts and know no names.
+
+    ``name``: what files call it; objectives of one name are compared as one. ``aims_at_router``: moving the routing can
+    raise the loss. ``aims_at_experts``: so can moving the experts' outputs. ``needs_router``: it says nothing new of a
+    dense model.
+    """
 
     name: ClassVar[str]
+    aims_at_router: ClassVar[bool]
+    aims_at_experts: ClassVar[bool] = True
+    needs_router: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        missing = [fact for fact in ("name", "aims_at_router") if not hasattr(cls, fact)]
+        if missing:
+            raise TypeError(f"objective {cls.__name__} must declare {' and '.join(missing)}: see robustmoe.Objective")
 
     @abstractmethod
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
@@ -98,6 +113,7 @@ class Joint(Objective):
     """The whole model: a loss of ``model(x_adv)``, the route live, its gradient as the model declares it."""
 
     name: ClassVar[str] = "joint"
+    aims_at_router: ClassVar[bool] = True
     loss: Loss = "ce"
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
@@ -123,6 +139,7 @@ class Diluted(Objective):
     """
 
     name: ClassVar[str] = "joint"
+    aims_at_router: ClassVar[bool] = True
     loss: Literal["ce", "kl"] = "ce"
     weight: float = 6.0
 
@@ -163,6 +180,7 @@ class Targeted(Objective):
     """
 
     name: ClassVar[str] = "joint"
+    aims_at_router: ClassVar[bool] = True
     rank: int = 2
     loss: Literal["dlr", "margin"] = "dlr"
 
@@ -194,6 +212,8 @@ class ExpertsOnly(Objective):
     """
 
     name: ClassVar[str] = "experts_only"
+    aims_at_router: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = True
     loss: Loss = "ce"
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
@@ -209,6 +229,8 @@ class Held(Objective):
     """
 
     name: ClassVar[str] = "experts_only"
+    aims_at_router: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = True
     forced: Trace
     loss: Loss = "ce"
 
@@ -242,6 +264,9 @@ class RouterOnly(Objective):
     """
 
     name: ClassVar[str] = "router_only"
+    aims_at_router: ClassVar[bool] = True
+    aims_at_experts: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = True
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         with torch.no_grad():

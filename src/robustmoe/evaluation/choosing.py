@@ -13,7 +13,6 @@ from robustmoe import spec as specs
 from robustmoe.attacks import (
     PGD,
     Attack,
-    AutoAttackRouting,
     ExpertTransition,
     Joint,
     Objective,
@@ -53,7 +52,7 @@ def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[A
             wanted.append(attack)
     if trace:
         return wanted
-    whole = [a for a in wanted if a.objective.name == "joint" or isinstance(a, AutoAttackRouting)]
+    whole = [attack for attack in wanted if not attack.needs_router]
     if not whole:
         raise UserError(
             "the model has no router, and every attack asked for is on the routers or the experts "

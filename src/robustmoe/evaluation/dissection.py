@@ -70,6 +70,9 @@ class Rerouting(Objective):
     """
 
     name: ClassVar[str] = "router_only"
+    aims_at_router: ClassVar[bool] = True
+    aims_at_experts: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = True
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         exact = exact_of(model)
@@ -100,6 +103,9 @@ class Residue(Objective):
     """
 
     name: ClassVar[str] = "router_only"
+    aims_at_router: ClassVar[bool] = True
+    aims_at_experts: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = True
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         exact = exact_of(model)
@@ -126,6 +132,8 @@ class OneExpert(Objective):
     """A loss of expert ``k`` alone, forced at every router; ``fooled`` is of this forced model."""
 
     name: ClassVar[str] = "experts_only"
+    aims_at_router: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = True
     k: int
     loss: Loss = "ce"
 

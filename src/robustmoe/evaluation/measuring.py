@@ -34,7 +34,7 @@ from robustmoe.evaluation import checks, engine
 from robustmoe.evaluation.choosing import attacks_for, one_norm, radii_of, seeded, slug, threat_of, written
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models.base import Output, RoutedModel, as_routed
-from robustmoe.records import PRECISIONS, Check, Header, Result, RouterInfo, Writer, examples_path
+from robustmoe.records import PRECISIONS, Check, Header, ObjectiveInfo, Result, RouterInfo, Writer, examples_path
 from robustmoe.routing import Tape
 from robustmoe.training.checkpoint import load_model, read_config
 
@@ -393,7 +393,7 @@ def header_of(
         batch_size,
         about,
         attack=written(attack),
-        objective=attack.objective.name,
+        objective=ObjectiveInfo.of(attack.objective),
         norm=attack.threat.norm,
         eps=attack.threat.eps,
         role=role,

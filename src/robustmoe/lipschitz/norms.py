@@ -137,6 +137,7 @@ class Stretch(Objective):
     """
 
     name: ClassVar[str] = "joint"
+    aims_at_router: ClassVar[bool] = True
     threat: Threat
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:

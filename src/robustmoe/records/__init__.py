@@ -24,7 +24,6 @@ from robustmoe.records.rows import WORK, Writer, difference, merge, read, rows_f
 from robustmoe.records.sweep import Override, Sweep, SweepAnswers, read_sweep, sweep_path, write_sweep
 from robustmoe.records.types import (
     NORMS,
-    OBJECTIVES,
     PRECISIONS,
     ROLES,
     STATUSES,
@@ -32,6 +31,7 @@ from robustmoe.records.types import (
     Check,
     Checks,
     Header,
+    ObjectiveInfo,
     Passed,
     Result,
     RouterInfo,
@@ -41,7 +41,6 @@ from robustmoe.records.types import (
 
 __all__ = [
     "NORMS",
-    "OBJECTIVES",
     "PRECISIONS",
     "ROLES",
     "STATUSES",
@@ -57,6 +56,7 @@ __all__ = [
     "Example",
     "Header",
     "Lipschitz",
+    "ObjectiveInfo",
     "Override",
     "Passed",
     "Proof",

@@ -102,15 +102,8 @@ def _contents(path: Path, lines: list[bytes]) -> _Contents:
     return found
 
 
-def _is_old(path: Path, lines: list[bytes]) -> bool:
-    return parse_line(lines[0], path, 1).get("version") == 1
-
-
 def _whole_batches(path: Path, lines: list[bytes]) -> list[bytes]:
-    """The lines up to the end of the last whole batch; all of a file of version 1, which may lack the lines that end
-    one."""
-    if _is_old(path, lines):
-        return lines
+    """The lines up to the end of the last whole batch."""
     end = len(lines)
     while end > 1 and parse_line(lines[end - 1], path, end).get("kind") not in ("time", "checks"):
         end -= 1
@@ -249,7 +242,7 @@ class Writer:
             )
         self._rows, self.passed = found.rows, found.passed
         self.seconds, self.queries = found.seconds, found.queries
-        if longer or (self.checks is None and _is_old(self.path, lines)):
+        if longer:
             return self._under_this_header(lines)
         self.header = old
         return lines
@@ -258,9 +251,8 @@ class Writer:
         """The same batches in a new file under this writer's header, which takes the old one's place."""
         kept = lines[1:-1] if self.checks is not None else lines[1:]
         first = dump_line(self.header.to_dict())
-        ending = dump_line({"kind": "time", "seconds": 0.0})  # a file of version 1 may lack it
         self.checks = None
-        write_atomic(self.path, first + b"".join(line + b"\n" for line in kept) + ending)
+        write_atomic(self.path, first + b"".join(line + b"\n" for line in kept))
         self.close()
         self._open()
         return whole_lines(self.path)

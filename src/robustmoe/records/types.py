@@ -9,12 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from robustmoe.errors import UserError
 
-VERSION = 2
-READABLE = (1, 2)
-"""Version 2 knows the parts of a suite, batches that are written whole, and counts of queries; what a file of version 1
-does not say has the field's default."""
-
-OBJECTIVES = ("joint", "experts_only", "router_only", "routing")
+VERSION = 3
 PRECISIONS = ("strict", "fast", "fp32")
 NORMS = ("linf", "l2", "l1")
 ROLES = ("main", "curve")
@@ -32,21 +27,41 @@ class RouterInfo:
 
 
 @dataclass(frozen=True)
+class ObjectiveInfo:
+    """What an attack maximises: the ``name`` of its kind, whether moving the routing or the experts' outputs can raise
+    it, and whether it is only for models with a router. Each objective declares this about itself."""
+
+    name: str
+    aims_at_router: bool
+    aims_at_experts: bool
+    needs_router: bool
+
+    @staticmethod
+    def of(objective: Any) -> ObjectiveInfo:
+        """What an objective (`robustmoe.attacks.Objective`) declares about itself."""
+        return ObjectiveInfo(**{fact.name: getattr(objective, fact.name) for fact in fields(ObjectiveInfo)})
+
+    @property
+    def aims_at_all(self) -> bool:
+        """Whether router and experts are attacked together, so that the attack's name says enough."""
+        return self.aims_at_router and self.aims_at_experts
+
+
+@dataclass(frozen=True)
 class Header:
     """What was evaluated, against what, where and how. ``eps`` is in pixels of [0, 1]; ``n`` is the number of images
     planned; ``started`` is ISO 8601; ``attack`` is None for a clean evaluation, ``routers`` is {} for a dense model.
 
     ``precision`` is what the attack climbed: a frozen copy in float32 ("strict") or in half precision ("fast"), or the
     model itself ("fp32"). ``parts`` are the names of a suite's attacks, in order; [] for a simple attack.
-    ``batch_size`` is 0 in a file of version 1, which does not tell. ``certified_hash`` is of the images that were not
-    attacked because a certificate covers them; "" without any."""
+    ``certified_hash`` is of the images that were not attacked because a certificate covers them; "" without any."""
 
     run: str
     model: str
     data: str
     split: str
     attack: str | None
-    objective: str | None
+    objective: ObjectiveInfo | None
     norm: str
     eps: float
     role: str
@@ -79,24 +94,25 @@ class Header:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file's first line."""
         routers = {name: dict(vars(info)) for name, info in self.routers.items()}
-        return {"kind": "header", "version": VERSION, **vars(self), "routers": routers}
+        objective = None if self.objective is None else dict(vars(self.objective))
+        return {"kind": "header", "version": VERSION, **vars(self), "objective": objective, "routers": routers}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Header:
         """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
         if data.get("kind") != "header":
             raise UserError('not a rows file: its first line must be {"kind":"header",...}')
-        if data.get("version") not in READABLE:
+        if data.get("version") != VERSION:
             raise UserError(
-                f"rows file of version {data.get('version')!r}, this robustmoe reads versions "
-                f"{' and '.join(map(str, READABLE))}: install the robustmoe that wrote it, or evaluate again"
+                f"rows file of version {data.get('version')!r}, this robustmoe reads version {VERSION}: install the "
+                "robustmoe that wrote it, or evaluate again"
             )
         header = build(Header, {name: value for name, value in data.items() if name != "version"})
         _choice("header", "norm", header.norm, NORMS)
         _choice("header", "role", header.role, ROLES)
         _choice("header", "precision", header.precision, PRECISIONS)
-        if header.objective is not None or header.attack is not None:
-            _choice("header", "objective", header.objective, OBJECTIVES)
+        if header.attack is not None and header.objective is None:
+            raise UserError("header: an attack has an objective, field 'objective' must be an object, got None")
         return header
 
 
@@ -265,6 +281,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "dict[str, list[list[float]]]": _dict(_list(_list(_float))),
     "dict[str, dict[str, str]]": _dict(_dict(_str)),
     "dict[str, dict[str, list[float]]]": _dict(_dict(_list(_float))),
+    "ObjectiveInfo | None": _optional(lambda value: build(ObjectiveInfo, value)),
     "dict[str, RouterInfo]": _dict(lambda value: build(RouterInfo, value)),
     "list[Check]": _list(Check.from_dict),
     "Header": _header,

@@ -86,7 +86,7 @@ def _group(group: Group) -> dict[str, Any]:
         "attacks": [
             {
                 "name": name,
-                "objective": summary.objective,
+                "objective": None if summary.objective is None else summary.objective.name,
                 "n": summary.n,
                 "planned": summary.planned,
                 "complete": summary.complete,

@@ -10,14 +10,7 @@ from robustmoe import analysis
 from robustmoe.records import Result
 from robustmoe.reporting.collect import Group, View, strongest
 from robustmoe.reporting.figures import colour
-from robustmoe.reporting.words import GLOSSARY, count, duration, gap_text, interval, percent, plural, threat
-
-_OBJECTIVES = {
-    "joint": "aims at router and experts",
-    "experts_only": "aims at the experts only",
-    "router_only": "aims at the router only",
-    "routing": "made for routed models",
-}
+from robustmoe.reporting.words import GLOSSARY, aim, count, duration, gap_text, interval, percent, plural, threat
 
 WIDE = 5  # columns: beyond them, small print stands below its value
 
@@ -126,7 +119,7 @@ def _attacks(group: Group, routed: bool) -> str:
 
 
 def _attack_row(name: str, one: analysis.Summary, adds: analysis.Adds, routed: bool) -> str:
-    note = _OBJECTIVES.get(one.objective or "", "") if routed else ""
+    note = aim(one.objective) if routed and one.objective is not None else ""
     state = "" if one.complete else ' <span class="chip warn">incomplete</span>'
     state += ' <span class="chip fail">check failed</span>' if one.failed else ""
     first = f'<th scope="row"><code>{escape(name)}</code>{state}<small>{escape(note)}</small></th>'

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from robustmoe.analysis import Rate
+from robustmoe.records import ObjectiveInfo
 
 NORM_NAMES = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 GLOSSARY = (
@@ -136,3 +137,10 @@ def plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(plain(item) for item in value)
     return str(value)
+
+
+def aim(objective: ObjectiveInfo) -> str:
+    """What an attack aims at, from what its objective declares."""
+    if not objective.aims_at_all:
+        return f"aims at the {'router' if objective.aims_at_router else 'experts'} only"
+    return "made for routed models" if objective.needs_router else "aims at router and experts"

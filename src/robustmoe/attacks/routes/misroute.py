@@ -51,6 +51,9 @@ class Misrouting(Objective):
     """
 
     name: ClassVar[str] = "router_only"
+    aims_at_router: ClassVar[bool] = True
+    aims_at_experts: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = True
     loss: Loss = "ce"
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:

@@ -23,6 +23,8 @@ class RoutingLoss(Objective):
     """What the attacks on the route climb, named for tables; on its own, the loss of the whole model."""
 
     name: ClassVar[str] = "routing"
+    aims_at_router: ClassVar[bool] = True
+    needs_router: ClassVar[bool] = True
     loss: RouteLoss = "ce"
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
@@ -39,6 +41,9 @@ class RouterHinge(Objective):
     """
 
     name: ClassVar[str] = "router_only"
+    aims_at_router: ClassVar[bool] = True
+    aims_at_experts: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = True
     cap: float = 0.1
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
@@ -64,6 +69,7 @@ class JointNormalised(Objective):
     """
 
     name: ClassVar[str] = "joint"
+    aims_at_router: ClassVar[bool] = True
     weight: float = 1.0
     loss: RouteLoss = "ce"
 

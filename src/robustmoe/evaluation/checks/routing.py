@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustmoe.attacks import Attack, ExpertsOnly, RouterOnly, Targeted, evaluating
+from robustmoe.attacks import Attack, RouterOnly, Targeted, evaluating
 from robustmoe.attacks.objectives import Objective, loss_of
-from robustmoe.attacks.routes import ExpertTransition, RouteFlip, RoutingLoss
+from robustmoe.attacks.routes import ExpertTransition, RouteFlip
 from robustmoe.attacks.views import ExpertView, Soft, StraightThrough, View, Viewed, attack_view
 from robustmoe.data import Batch
 from robustmoe.evaluation.checks.planted import Fork
@@ -65,15 +65,16 @@ def router_in_sight(model: RoutedModel, attack: Attack, batch: Batch) -> Check:
 
 
 def _in_sight(model: RoutedModel, attack: Attack, batch: Batch, trace: Trace) -> Check:
-    if isinstance(attack.objective, ExpertsOnly):
+    objective = attack.objective
+    if not objective.aims_at_router:
         return not_run("R1", "this attack holds the route by design; it says nothing of the router")
     climbed: RoutedModel = attack_view(model, attack.view) if isinstance(attack, Viewed) else model
     if isinstance(attack, Viewed) and isinstance(attack.view, ExpertView):
         return not_run("R1", "this attack holds one expert by design; it says nothing of the router")
     with evaluating(model):
-        if attack.objective.name == "router_only" or isinstance(attack.objective, RoutingLoss):
-            aims = isinstance(attack.objective, RoutingLoss)
-            share = 1.0 - (_router_flat(model, attack, batch) if aims else float(gradients(model, attack, batch).value))
+        if objective.needs_router:
+            both = objective.aims_at_experts  # the routers' own logits are a part of what is climbed
+            share = 1.0 - (_router_flat(model, attack, batch) if both else float(gradients(model, attack, batch).value))
             text = f"the routers' own logits move with {100 * share:.3g} % of the images"
             return check("R1", "pass" if share > 0.5 else "warn" if share > 0 else "fail", share, text)
         whole, held = (gradient(_loss(climbed, batch.y, forced), batch.x) for forced in (None, trace))
@@ -493,9 +494,10 @@ def auxiliary(case: Subject) -> Check:
 def _reference(model: RoutedModel, objective: Objective, x: Tensor, at: Tensor, y: Tensor) -> Tensor | None:
     """The objective's loss at ``at``, worked out from its name alone; None where it is not one of the label."""
     loss = getattr(objective, "loss", None)
-    if isinstance(objective, Targeted) or objective.name not in ("joint", "experts_only") or loss in (None, "kl"):
+    of_routing = objective.needs_router and objective.aims_at_router
+    if isinstance(objective, Targeted) or of_routing or loss in (None, "kl"):
         return None
-    forced = detach(model.run(x).trace) if objective.name == "experts_only" else None
+    forced = None if objective.aims_at_router else detach(model.run(x).trace)
     return loss_of(loss, model.run(at, forced=forced).logits, y)
 
 

@@ -129,7 +129,7 @@ class Subject:
     @property
     def main(self) -> Attack:
         """The first attack on the whole model; without one, the first attack."""
-        return next((a for a in self.attacks if a.objective.name == "joint"), self.attacks[0])
+        return next((a for a in self.attacks if not a.objective.needs_router), self.attacks[0])
 
     @property
     def threat(self) -> Threat:
