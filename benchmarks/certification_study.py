@@ -63,7 +63,7 @@ class Certified(Study):
     """The same runs, judged by what is certified at eps."""
 
     def certificates(self, arm: str, seed: int) -> Certificates | None:
-        found = [one for one in records.read_all_certificates(self.folder(arm, seed)) if one.done]
+        found = [one for one in records.Certificates.read_all(self.folder(arm, seed)) if one.done]
         return found[0] if found else None
 
     def inside(self, arm: str, seed: int) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def measure(folder: Path) -> dict[str, float]:
     numbers["pathway.gap"] = numbers["pathway.pgd"] - numbers["pathway.worst"]
     numbers["pathway_minus_dense.pgd"] = numbers["pathway.pgd"] - numbers["dense.pgd"]
     numbers["pathway_minus_dense.worst"] = numbers["pathway.worst"] - numbers["dense.worst"]
-    [found] = records.read_all_certificates(folder / "certified")
+    [found] = records.Certificates.read_all(folder / "certified")
     proven = analysis.proven(found, [records.read(path) for path in records.rows_files(folder / "certified")])
     attacked = proven.at(found.header.eps)
     assert attacked is not None

@@ -163,7 +163,7 @@ def make_blends(given: Study, names: list[str], seeds: int, limit: int) -> None:
 
 def blends(given: Study, names: list[str], seeds: int) -> Iterator[tuple[str, list[Blend]]]:
     for name in names:
-        found = [records.read_blend(blend_folder(given.out, name, seed)) for seed in range(seeds)]
+        found = [records.Blend.read(blend_folder(given.out, name, seed)) for seed in range(seeds)]
         yield name, [blend for blend in found if blend is not None and blend.done == len(blend.alphas)]
 
 
@@ -201,7 +201,7 @@ def tables(given: Study, arms: list[str], names: list[str], seeds: int) -> str:
 
 def anatomy_of(given: Study, arm: str, seed: int) -> dict[str, float] | None:
     """SA, RA, RA-E and RA-R, in per cent, of a run that is taken apart."""
-    found = records.read_dissection(given.folder(arm, seed))
+    found = records.Dissection.read(given.folder(arm, seed))
     if found is None or not found.done:
         return None
     anatomy = analysis.anatomy(found)

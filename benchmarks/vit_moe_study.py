@@ -102,7 +102,7 @@ class Swept(Study):
     place = 0
 
     def swept(self, arm: str, seed: int) -> Sweep | None:
-        found = records.read_sweep(self.folder(arm, seed))
+        found = records.Sweep.read(self.folder(arm, seed))
         return found if found is not None and found.done else None
 
     def inside(self, arm: str, seed: int) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Strong(Swept):
 def numbers(given: Study, arm: str, seed: int) -> dict[str, float]:
     """Per cent of the test images, of the attacks that are done."""
     found = {}
-    swept = records.read_sweep(given.folder(arm, seed))
+    swept = records.Sweep.read(given.folder(arm, seed))
     if swept is not None and swept.done:
         curves = analysis.sweep_numbers(swept)
         found["clean"] = curves.clean.value
@@ -140,7 +140,7 @@ def routes(given: Study, arm: str, seed: int) -> dict[str, float]:
     """Of the sweep at `EPS`: routes under the weak and the strong attack, redundancy; of the laboratory: the router's
     share of the change.
     """
-    swept, measured = (read(given.folder(arm, seed)) for read in (records.read_sweep, records.read_lipschitz))
+    swept, measured = (read(given.folder(arm, seed)) for read in (records.Sweep.read, records.Lipschitz.read))
     found: dict[str, float] = {}
     if swept is not None and swept.done and swept.header.routers:
         curves = analysis.sweep_numbers(swept)

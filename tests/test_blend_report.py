@@ -13,7 +13,7 @@ import pytest
 
 from robustmoe.analysis import Paired, Rate, alpha_change, alpha_curve, alpha_shown
 from robustmoe.errors import UserError
-from robustmoe.records import Blend, write_blend, write_dissection
+from robustmoe.records import Blend
 from robustmoe.reporting import blend_table, report
 from robustmoe.reporting.style import css
 from test_dissection import record
@@ -53,7 +53,7 @@ def make_folder(tmp_path: Path, name: str = "dual", **changes: Any) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps({"model": "dual(...)"}))
     (run / "model.safetensors").write_bytes(b"")
-    write_blend(run, make_blend(**changes))
+    make_blend(**changes).write(run)
     return run
 
 
@@ -316,7 +316,7 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
 
 def test_a_curve_beside_rows(tmp_path: Path) -> None:
     run = make_run(tmp_path, n=20, curve=False, training=False, examples=False)
-    write_blend(run, make_blend())
+    make_blend().write(run)
     page, numbers, _, _ = made(run, tmp_path)
     assert page.ids[:3] == ["verdict", "attacks", "blend"]
     assert "was not evaluated" not in page.text
@@ -339,7 +339,7 @@ def test_a_curve_beside_rows(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_curve_that_is_left_out_says_why(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     run = make_run(tmp_path, n=20, curve=False, training=False, examples=False)
-    write_blend(run, make_blend(**changes))
+    make_blend(**changes).write(run)
     page, numbers, _, _ = made(run, tmp_path)
     assert "blend" not in page.ids
     assert numbers["runs"][0]["blend"] is None
@@ -350,13 +350,13 @@ def test_a_dissection_alone_has_a_report(tmp_path: Path) -> None:
     run = tmp_path / "taken-apart"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    write_dissection(run, record())
+    record().write(run)
     page, numbers, text, _ = made(run, tmp_path)
     assert page.ids[:3] == ["verdict", "dissection", "made"]
     assert "there is no verdict on it. Below: its dissection." in page.text
     assert numbers["runs"][0]["dissection"] is not None
     assert "### Dissection" in text
-    write_dissection(run, replace(record(), done=False))
+    replace(record(), done=False).write(run)
     with pytest.raises(UserError, match="has no rows yet"):
         report([run], tmp_path / "out.html")
 

@@ -86,7 +86,7 @@ def test_the_blend_is_a_run_folder(runs: tuple[Path, Path], tmp_path: Path, digi
     standard, robust = (rm.load_model(run) for run in runs)
     for clean, chosen in ((0.5, 1.0), (None, None)):
         found = blend_run(*runs, **settings, clean=clean, out=out)
-        assert records.read_blend(out) == found
+        assert records.Blend.read(out) == found
         assert found.chosen == chosen
         alpha = 0.7 if chosen is None else chosen
         assert torch.allclose(rm.load_model(out)(x), (1 - alpha) * standard(x) + alpha * robust(x), atol=1e-5)
@@ -102,7 +102,7 @@ def test_a_stopped_blend_goes_on(
 ) -> None:
     whole = blend_run(*runs, **SETTINGS, out=tmp_path / "whole")
     assert {attack for row in whole.broken for attack in row} >= {-1, 0}
-    out, real, write, calls = tmp_path / "out", blending.attack_alpha, records.write_blend, []
+    out, real, write, calls = tmp_path / "out", blending.attack_alpha, Blend.write, []
 
     def stopped(*args: Any) -> None:
         calls.append(1)
@@ -110,22 +110,22 @@ def test_a_stopped_blend_goes_on(
             raise KeyboardInterrupt
         real(*args)
 
-    def killed(folder: Path, found: Blend) -> None:
+    def killed(found: Blend, folder: Path) -> Path:
         if found.done == 3:
             raise KeyboardInterrupt
-        write(folder, found)
+        return write(found, folder)
 
     monkeypatch.setattr(blending, "attack_alpha", stopped)
     with pytest.raises(KeyboardInterrupt):
         blend_run(*runs, **SETTINGS, out=out)
-    left = records.read_blend(out)
+    left = records.Blend.read(out)
     assert left is not None
     assert (left.done, [row.count(-1) for row in left.broken][2:]) == (2, [row.count(-1) for row in whole.broken][2:])
     assert [file.name for file in out.glob("blend-start*")] == ["blend-start-2.safetensors"]
-    monkeypatch.setattr(records, "write_blend", killed)
+    monkeypatch.setattr(Blend, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         blend_run(*runs, **SETTINGS, out=out)
-    monkeypatch.setattr(records, "write_blend", write)
+    monkeypatch.setattr(Blend, "write", write)
     found = blend_run(*runs, **SETTINGS, out=out)
     assert (found.broken, found.predicted, found.validation) == (whole.broken, whole.predicted, whole.validation)
     assert not list(out.glob("blend-start*"))
@@ -146,7 +146,7 @@ def test_a_stopped_blend_goes_on(
 def test_warm_starts_that_are_gone(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {**SETTINGS, "alphas": [0.5, 1.0], "limit": 6, "out": tmp_path / "out"}
     found = blend_run(*runs, **settings)
-    records.write_blend(tmp_path / "out", replace(found, done=1))
+    replace(found, done=1).write(tmp_path / "out")
     again = blend_run(*runs, **settings)
     assert "is of another pass, whose warm starts are gone; it is made anew" in capsys.readouterr().err
     assert again.broken == found.broken
@@ -186,7 +186,7 @@ def test_the_verb_from_end_to_end(runs: tuple[Path, Path], tmp_path: Path, capsy
     capsys.readouterr()
     numbers = json.loads((tmp_path / "page.json").read_text())["runs"][0]
     assert numbers["blend"] is not None
-    found = records.read_blend(out)
+    found = records.Blend.read(out)
     assert found is not None
     assert numbers["headline"]["clean"]["count"] == 12 - found.broken[2].count(-2)
 

@@ -154,25 +154,23 @@ def test_a_stopped_run_goes_on_and_a_longer_one_extends_it(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_trained(tmp_path / "run")
-    write, written = records.write_certificates, []
+    write, written = Certificates.write, []
 
-    def stopped(path: Path, found: Certificates) -> None:
-        write(path, found)
-        written.append(path)
+    def stopped(found: Certificates, folder: Path) -> None:
+        written.append(write(found, folder))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as within:
-        within.setattr(records, "write_certificates", stopped)
+        within.setattr(Certificates, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
             certify_run(run, [SPEC], limit=5, batch_size=2)
     (path,) = written
-    assert path == run / "certificates" / "bounds-linf-0.002-how-ibp-search-2.jsonl"
-    left = records.read_certificates(path)
-    assert left is not None
+    assert path == run / "certificates" / "bounds-linf-0.002-how-ibp-search-2.json"
+    (left,) = Certificates.read_all(run)
     assert (len(left.rows), left.done) == (2, False)
     asked.clear()
     (whole,) = certify_run(run, [SPEC], limit=5, batch_size=2)
-    assert (asked, whole.done, records.read_certificates(path)) == ([2, 1], True, whole)
+    assert (asked, whole.done, Certificates.read_all(run)) == ([2, 1], True, [whole])
     asked.clear()
     assert certify_run(run, [SPEC], limit=5, batch_size=4) == [whole], "the batch size is not part of the work"
     assert certify_run(run, [SPEC], limit=3) == [whole], "fewer images do not throw the others away"
@@ -190,7 +188,7 @@ def test_other_work_is_made_anew(tmp_path: Path, asked: list[int], capsys: pytes
     run = make_trained(tmp_path / "run")
     certify_run(run, [SPEC], limit=2)
     certify_run(run, [SPEC], limit=2, seed=3)
-    assert "bounds-linf-0.002-how-ibp-search-2.jsonl is of another seed; it is made anew" in capsys.readouterr().err
+    assert "bounds-linf-0.002-how-ibp-search-2.json is of another seed; it is made anew" in capsys.readouterr().err
     model = "ensemble(linear, experts=2, router=linear, gate=straight_through)"
     save_weights(run / "model.safetensors", build_model(model, 10, (1, 8, 8), seed=5).state_dict(), model)
     certify_run(run, [SPEC], limit=2, seed=3)
@@ -222,13 +220,11 @@ def test_a_broken_certificate_is_an_alarm(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert main(command) == 0
     assert "!" not in capsys.readouterr().out
-    (path,) = (run / "certificates").iterdir()
-    found, (rows,) = records.read_certificates(path), (records.read(each).rows for each in records.rows_files(run))
-    assert found is not None
+    (found,), (rows,) = Certificates.read_all(run), (records.read(each).rows for each in records.rows_files(run))
     broken = [row.index for row in rows if row.clean != row.adversarial]
     assert broken
     false = [dataclasses.replace(row, radius=0.31) if row.index == broken[0] else row for row in found.rows]
-    records.write_certificates(path, dataclasses.replace(found, rows=false))
+    dataclasses.replace(found, rows=false).write(run)
     assert main(command) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -251,53 +247,50 @@ def record(**changes: Any) -> Certificates:
 
 
 def test_a_record_comes_back(tmp_path: Path) -> None:
-    path = records.certificates_path(tmp_path, "a")
-    assert records.read_certificates(path) is None
-    records.write_certificates(path, record())
-    assert records.read_certificates(path) == record()
-    assert records.read_all_certificates(tmp_path) == [record()]
-    with path.open("a") as file:
-        file.write('{"kind":"certificate","index":2,')  # a kill in the middle of a line
-    assert records.read_certificates(path) == record()
+    assert Certificates.read(tmp_path, SPEC) is None
+    path = record().write(tmp_path)
+    assert path == Certificates.path(tmp_path, SPEC)
+    assert Certificates.read(tmp_path, SPEC) == record()
+    assert Certificates.read(tmp_path, "another") is None
+    assert Certificates.read_all(tmp_path) == [record()]
     assert (record().seconds, record().done, record().radii()) == (1.0, True, {0: 0.1})
 
 
 @pytest.mark.parametrize(
-    "line, change, message",
+    "place, value, message",
     [
-        (0, {"kind": "header"}, "line 1: not a file of certificates: its first line must be"),
-        (0, {"version": 9}, "line 1: certificates of version 9, this robustmoe reads version 1"),
-        (0, {"subject": "moon"}, "line 1: field 'subject' must be one of model, smoothed model, got 'moon'"),
-        (0, {"header": {"kind": "row"}}, "line 1: not a rows file"),
-        (0, {"extra": 1}, "line 1: certificates: unknown field 'extra'"),
-        (1, {"kind": "row"}, "line 2: unknown kind 'row'; expected certificate"),
-        (1, {"radius": -1.0}, "line 2: field 'radius' must be 0 or more, got -1"),
-        (1, {"radius": float("nan")}, "line 2: field 'radius' must be 0 or more, got nan"),
-        (1, {"stable": "yes"}, "line 2: proof: field 'stable' must be a number, got 'yes'"),
-        (2, {"index": 0}, "an image has two rows"),
+        (("kind",), "header", "not of the kind certificates: expected"),
+        (("version",), 9, "certificates of version 9, this robustmoe reads version 2"),
+        (("subject",), "moon", "field 'subject' must be one of model, smoothed model, got 'moon'"),
+        (("header", "kind"), "row", "not a rows file"),
+        (("extra",), 1, "certificates: unknown field 'extra'"),
+        (("rows", 0), 3, "field 'rows[0]' must be an object, got 3"),
+        (("rows", 0, "radius"), -1.0, "field 'radius' must be 0 or more, got -1"),
+        (("rows", 0, "radius"), float("nan"), "field 'radius' must be 0 or more, got nan"),
+        (("rows", 0, "stable"), "yes", "proof: field 'stable' must be a number, got 'yes'"),
+        (("rows", 1, "index"), 0, "an image has two rows"),
+        (("header", "n"), 1, "it has 2 images, more than the 1 it is about"),
     ],
 )
-def test_a_damaged_file_gets_one_line(line: int, change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "certificates" / "a.jsonl"
-    records.write_certificates(path, record())
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
-    lines[line] |= change
-    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+def test_a_damaged_file_gets_one_line(place: tuple[Any, ...], value: Any, message: str, tmp_path: Path) -> None:
+    path = record().write(tmp_path)
+    data = json.loads(path.read_text())
+    inner = data
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(data))
     with pytest.raises(UserError) as caught:
-        records.read_certificates(path)
+        Certificates.read_all(tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("makes it anew")
 
 
-def test_too_many_rows_and_an_empty_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    records.write_certificates(path, record(header=make_header(n=1, attack=None, objective=None)))
-    with pytest.raises(UserError, match="it has 2 images, more than the 1 it is about; delete it"):
-        records.read_certificates(path)
-    path.write_text("")
-    with pytest.raises(UserError, match="is empty; delete it"):
-        records.read_certificates(path)
+def test_an_empty_file(tmp_path: Path) -> None:
+    record().write(tmp_path).write_text("")
+    with pytest.raises(UserError, match="delete it, and `robustmoe certify` makes it anew"):
+        Certificates.read(tmp_path, SPEC)
 
 
 # ------------------------------------------------------------------------------------------------ the verb

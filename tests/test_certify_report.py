@@ -244,7 +244,7 @@ def test_the_page_shows_it(tmp_path: Path) -> None:
               "" if r.index in safe else "2 of 4 experts can be used", 0.1)
         for r in the_runs_own(run).rows
     ]  # fmt: skip
-    records.write_certificates(records.certificates_path(run, "one"), of_run(the_runs_own(run).header, rows))
+    of_run(the_runs_own(run).header, rows).write(run)
     page, numbers, text, source = made(run, tmp_path)
     assert "certificates" in page.ids
     assert page.missing_alt == 0
@@ -264,7 +264,7 @@ def test_a_wrong_certificate_is_an_alarm(tmp_path: Path) -> None:
     first = the_runs_own(run)
     rows = [Proof(r.index, r.label, r.clean, first.header.eps, "P2", 1, 1, 1.0, "", 0.1) for r in first.rows]
     broken = next(r.index for r in first.rows if r.adversarial != r.clean)
-    records.write_certificates(records.certificates_path(run, "one"), of_run(first.header, rows))
+    of_run(first.header, rows).write(run)
     page, numbers, text, _ = made(run, tmp_path)
     assert "† These certificates are wrong" in page.text
     assert "an attack disproves the certificates of bounds(linf(8/255)); see Certificates" in page.text
@@ -284,8 +284,7 @@ def test_what_does_not_belong_is_left_out_and_said(change: dict[str, Any], why: 
     run = make_run(tmp_path)
     found = of_run(the_runs_own(run).header, [proof(0)] if "rows" not in change else [])
     header = dataclasses.replace(found.header, **{name: value for name, value in change.items() if name != "rows"})
-    path = records.certificates_path(run, "one")
-    records.write_certificates(path, dataclasses.replace(found, header=header))
+    dataclasses.replace(found, header=header).write(run)
     page, numbers, _, _ = made(run, tmp_path)
     assert why in page.text
     assert len(numbers["runs"][0]["certificates"]) == ("n" in change)
@@ -297,9 +296,9 @@ def test_certificates_alone_make_a_report_and_two_runs_stand_side_by_side(tmp_pa
         run = tmp_path / name
         run.mkdir()
         (run / "config.json").write_text("{}")
-        for file, eps in (("a", EPS), ("b", 0.2)):
+        for eps in (EPS, 0.2):
             found = record(header=dataclasses.replace(record().header, eps=eps), certifier=f"bounds(linf({eps}))")
-            records.write_certificates(records.certificates_path(run, file), found)
+            found.write(run)
         runs.append(run)
     page, numbers, text, _ = made(runs, tmp_path)
     assert "was not evaluated as it stands" in page.text

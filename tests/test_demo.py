@@ -9,7 +9,7 @@ import pytest
 
 from robustmoe import demo
 from robustmoe.errors import UserError
-from robustmoe.records import read, read_all_certificates
+from robustmoe.records import Certificates, read
 from robustmoe.training.checkpoint import read_config
 
 
@@ -41,7 +41,7 @@ def test_demo_makes_three_runs_and_one_report_and_can_be_repeated(tmp_path: Path
     }
     assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 1, "certified": 4}
     assert len(read(main["dense"][0]).rows) == 359
-    proofs = {run: read_all_certificates(tmp_path / "demo" / run) for run in demo.RUNS}
+    proofs = {run: Certificates.read_all(tmp_path / "demo" / run) for run in demo.RUNS}
     assert all(len(one.rows) == 2 and one.done for found in proofs.values() for one in found)
     assert {run: [(one.certifier, one.subject) for one in found] for run, found in proofs.items()} == {
         "pathway": [("bounds(linf(0.1), search=0)", "model"), ("smoothing(n=500)", "smoothed model")],

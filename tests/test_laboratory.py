@@ -402,14 +402,14 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(laboratory.Bench, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         lipschitz_run(run, ATTACK, limit=5, batch_size=2)
-    left = records.read_lipschitz(run)
+    left = records.Lipschitz.read(run)
     assert left is not None
     assert (len(left.index), left.done) == (2, False)
     stop = False
     asked.clear()
     whole = lipschitz_run(run, ATTACK, limit=5, batch_size=2)
     assert [len(some) for some in asked] == [2, 1], "the first two images stand"
-    assert (whole.done, records.read_lipschitz(run)) == (True, whole)
+    assert (whole.done, records.Lipschitz.read(run)) == (True, whole)
     asked.clear()
     assert lipschitz_run(run, ATTACK, limit=5, batch_size=4) == whole, "the batch size is not part of the work"
     assert asked == []
@@ -516,18 +516,18 @@ def test_the_middle_of_odd_values() -> None:
 
 
 def test_a_record_comes_back(tmp_path: Path) -> None:
-    assert records.read_lipschitz(tmp_path) is None
-    records.write_lipschitz(tmp_path, record())
-    assert records.read_lipschitz(tmp_path) == record()
+    assert records.Lipschitz.read(tmp_path) is None
+    record().write(tmp_path)
+    assert records.Lipschitz.read(tmp_path) == record()
 
 
 @pytest.mark.parametrize(
     "place, value, message",
     [
-        (("kind",), "audit", "not a file of the Lipschitz laboratory: expected"),
-        (("version",), 3, "a Lipschitz file of version 3, this robustmoe reads version 1"),
-        (("model", "jacobian"), [1.0], r"model\['jacobian'\] has 1 entries, expected 4, one an image"),
-        (("model", "jacobian"), "big", "field 'model' must be a list"),
+        (("kind",), "audit", "not of the kind lipschitz: expected"),
+        (("version",), 3, "lipschitz of version 3, this robustmoe reads version 1"),
+        (("model", "jacobian"), [1.0], r"model\['jacobian'\] has 1 entries, expected 4"),
+        (("model", "jacobian"), "big", r"field 'model\[jacobian\]' must be a list"),
         (("layers",), {}, r"field 'layers' is of the routers \[\], expected \['router'\]"),
         (("load", "router"), [[1]] * 4, r"load\['router'\] must have 2 numbers an image"),
         (("boundary", "router"), [[1.0]] * 4, "field 'boundary' must have 8 numbers an image"),
@@ -544,7 +544,7 @@ def test_a_damaged_file_gets_one_line(place: tuple[str, ...], value: Any, messag
     inner[place[-1]] = value
     (tmp_path / "lipschitz.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=message) as caught:
-        records.read_lipschitz(tmp_path)
+        records.Lipschitz.read(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("makes it anew")
 
@@ -580,7 +580,7 @@ def test_the_verb_refuses_in_one_line(
 
 def test_the_page_shows_it(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    records.write_lipschitz(run, record())
+    record().write(run)
     page, numbers, text, source = made(run, tmp_path)
     assert "lipschitz" in page.ids
     assert page.missing_alt == 0
@@ -604,7 +604,7 @@ def test_what_does_not_belong_is_left_out_and_said(change: dict[str, Any], why: 
         found = record(**change, **empty)
     else:
         found = record(header=dataclasses.replace(found.header, model_hash="another"))
-    records.write_lipschitz(run, found)
+    found.write(run)
     page, numbers, _, _ = made(run, tmp_path)
     assert "lipschitz" not in page.ids
     assert numbers["runs"][0]["lipschitz"] is None

@@ -314,7 +314,7 @@ def test_a_whole_model_attack_that_is_too_weak_is_said() -> None:
 
 def test_the_four_numbers_stand_on_the_page(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    records.write_dissection(run, weak())
+    weak().write(run)
     page, numbers, text, _ = made(run, tmp_path)
     whole, part = "100.0% (51.0–100.0)", "75.0% (30.1–95.4)"
     assert "#### Which part breaks" in text
@@ -328,15 +328,15 @@ def test_the_four_numbers_stand_on_the_page(tmp_path: Path) -> None:
     assert all(len(line) <= 180 for line in table.splitlines())
 
 
-def test_a_file_of_version_1_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It had all but the attack "router": read as not done, it is not asked the rest again."""
+def test_only_the_missing_answers_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file without the answers to the attack "router", and not done: the rest is not asked again."""
     run, attack = make_trained(tmp_path / "run"), "pgd(linf(0.05), steps=2)"
     whole = dissect_run(run, attack, limit=4)
     data = whole.to_dict()
-    data["version"] = 1
+    data["done"] = False
     del data["under"]["router"]
     (run / "dissection.json").write_text(json.dumps(data))
-    old = records.read_dissection(run)
+    old = records.Dissection.read(run)
     assert old is not None
     assert not old.done
     asked: list[Any] = []
@@ -346,7 +346,7 @@ def test_a_file_of_version_1_is_taken_up(tmp_path: Path, monkeypatch: pytest.Mon
     assert [type(attack) for attack in asked] == [Misroute]
     assert (again.under, again.done) == (whole.under, True)
     assert list(again.under) == list(whole.under)
-    assert json.loads((run / "dissection.json").read_text())["version"] == 2
+    assert json.loads((run / "dissection.json").read_text())["done"]
 
 
 def _noted(asked: list[Any], real: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -28,15 +28,12 @@ from robustmoe.records import (
     Row,
     Writer,
     append_json,
-    audit_path,
     examples_path,
     merge,
     read,
-    read_audit,
     read_examples,
     read_jsonl,
     write_atomic,
-    write_audit,
     write_examples,
 )
 
@@ -132,6 +129,13 @@ def test_resume_after_a_kill_at_every_byte_of_a_batch(tmp_path: Path) -> None:
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def test_no_other_version_is_read(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "old.jsonl", [{**make_header().to_dict(), "version": 1}, make_row(0).to_dict()])
+    for use in (read, lambda path: Writer(path, make_header())):
+        with pytest.raises(UserError, match="rows file of version 1, this robustmoe reads version 3: install"):
+            use(path)
 
 
 def test_a_shorter_file_is_extended(tmp_path: Path) -> None:
@@ -256,10 +260,16 @@ def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
         (json.dumps({**make_row(0).to_dict(), "clean": "1"}), r"row: field 'clean' must be a whole number, got '1'"),
         (json.dumps({**make_row(0).to_dict(), "clean": True}), r"row: field 'clean' must be a whole number, got True"),
         (json.dumps({**make_row(0).to_dict(), "size": [1]}), r"row: field 'size' must be an object, got \[1\]"),
-        (json.dumps({**make_row(0).to_dict(), "size": {"l2": "x"}}), r"field 'size' must be a number"),
-        (json.dumps({**make_row(0).to_dict(), "route_clean": {"r": 1}}), r"field 'route_clean' must be a list"),
+        (
+            json.dumps({**make_row(0).to_dict(), "size": {"l2": "x"}}),
+            r"field 'size\[l2\]' must be a number, got 'x'",
+        ),
+        (
+            json.dumps({**make_row(0).to_dict(), "route_clean": {"r": 1}}),
+            r"field 'route_clean\[r\]' must be a list",
+        ),
         (json.dumps({**make_row(0).to_dict(), "more": 1}), r"row: unknown field 'more'"),
-        ('{"kind":"checks","seconds":1,"checks":[1]}', r"check: expected an object, got 1"),
+        ('{"kind":"checks","seconds":1,"checks":[1]}', r"checks: field 'checks\[0\]' must be an object, got 1"),
         (
             json.dumps({"kind": "checks", "seconds": 1, "checks": [{**vars(CHECK), "status": "ok"}]}),
             r"check: field 'status' must be one of pass, not run, warn, fail, got 'ok'",
@@ -406,15 +416,15 @@ def test_readers_do_not_import_torch() -> None:
 
 def test_an_audit_survives_its_file(tmp_path: Path) -> None:
     audit = Audit("hash", ["pgd(linf(8/255))"], 64, 3, [Check("G2", "finite differences", "warn", [1, 0.5], "so.")])
-    assert read_audit(tmp_path) is None
-    write_audit(tmp_path, audit)
-    assert read_audit(tmp_path) == audit
+    assert Audit.read(tmp_path) is None
+    audit.write(tmp_path)
+    assert Audit.read(tmp_path) == audit
 
 
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"model_hash": 3}', '{"model_hash": "a", "attacks": [], "n": 1, "seed": 0}']
 )
 def test_a_bad_audit_is_named(tmp_path: Path, text: str) -> None:
-    audit_path(tmp_path).write_text(text)
+    Audit.path(tmp_path).write_text(text)
     with pytest.raises(UserError, match=r"checks\.json: .*robustmoe check .* makes it anew"):
-        read_audit(tmp_path)
+        Audit.read(tmp_path)

@@ -30,7 +30,6 @@ from robustmoe.records import (
     Writer,
     append_json,
     read,
-    write_audit,
     write_examples,
 )
 from robustmoe.reporting import report, summary_table
@@ -627,7 +626,7 @@ def test_deep_checks_are_folded_unless_they_speak(tmp_path: Path) -> None:
     deep = [Check(f"X{at}", f"deep {at}", "pass", at, f"Deep sentence {at}.") for at in (10, 9)]
     deep.append(Check("X1", "deep warning", "warn", {"text": "long " * 10}, "Look at this."))
     deep.append(Check("X2", "deep skip", "not run", None, "Nothing to do."))
-    write_audit(run, Audit(header.model_hash, ["fgsm"], 64, 0, deep))
+    Audit(header.model_hash, ["fgsm"], 64, 0, deep).write(run)
     page, numbers, text, source = made(run, tmp_path)
     for document in (source, text):
         opened, *folded = document[document.index("Checks" if document is text else "Can the numbers") :].split(

@@ -270,17 +270,17 @@ def record(**changes: Any) -> Sweep:
 
 
 def test_a_record_comes_back(tmp_path: Path) -> None:
-    assert records.read_sweep(tmp_path) is None
-    records.write_sweep(tmp_path, record())
-    assert records.read_sweep(tmp_path) == record()
+    assert records.Sweep.read(tmp_path) is None
+    record().write(tmp_path)
+    assert records.Sweep.read(tmp_path) == record()
     assert [file.name for file in tmp_path.iterdir()] == ["sweep.json"]
 
 
 @pytest.mark.parametrize(
     "place, value, message",
     [
-        (("kind",), "audit", "not a sweep: expected"),
-        (("version",), 2, "a sweep of version 2, this robustmoe reads version 1"),
+        (("kind",), "audit", "not of the kind sweep: expected"),
+        (("version",), 2, "sweep of version 2, this robustmoe reads version 1"),
         (("header", "n"), "four", "header: field 'n' must be a whole number"),
         (("points",), {}, "field 'points' must be a list"),
         (("points", 0, "eps"), 0.0, r"points\[0\].eps must be above 0"),
@@ -302,7 +302,7 @@ def test_a_damaged_file_gets_one_line(place: tuple[Any, ...], value: Any, messag
     inner[place[-1]] = value
     (tmp_path / "sweep.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=message) as caught:
-        records.read_sweep(tmp_path)
+        records.Sweep.read(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("makes it anew")
 
@@ -328,7 +328,7 @@ def test_a_stopped_sweep_goes_on_and_takes_more(
     monkeypatch.setattr(sweeping, "_asked", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep_run(run, [ONE, TWO], [0.05, 0.1], limit=8, draws=1)
-    left = records.read_sweep(run)
+    left = records.Sweep.read(run)
     assert left is not None
     assert ([(p.attack, p.eps) for p in left.points], left.done) == ([(ONE, 0.05), (ONE, 0.1)], False)
     assert left.overrides, "the clean images come first"
@@ -338,7 +338,7 @@ def test_a_stopped_sweep_goes_on_and_takes_more(
     assert asked == [(TWO, 0.05), (TWO, 0.1)]
     assert whole.done
     assert whole.overrides == left.overrides
-    assert records.read_sweep(run) == whole
+    assert records.Sweep.read(run) == whole
     asked.clear()
     assert sweep_run(run, [ONE, TWO], [0.05, 0.1], limit=8, draws=0, batch_size=3) == whole
     more = sweep_run(run, [ONE], [0.02], limit=8, draws=1)
@@ -422,7 +422,7 @@ def test_what_the_paper_s_schedule_overstates() -> None:
 
 def test_the_page_shows_it(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    records.write_sweep(run, record())
+    record().write(run)
     page, numbers, text, source = made(run, tmp_path)
     assert page.ids.index("sweep") > page.ids.index("attacks")
     assert "://" not in source
@@ -437,12 +437,12 @@ def test_the_page_shows_it(tmp_path: Path) -> None:
 
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, name=name, curve=False, examples=False, n=10) for name in ("at", "moe", "plain")]
-    records.write_sweep(runs[0], record())
+    record().write(runs[0])
     dense = record(
         header=dataclasses.replace(record().header, routers={}), overrides=[], left_out=[],
         points=[point(STRONG, 0.2, {3}, held=[], swapped=[], moved={}, moved_paper={}, idle={})],
     )  # fmt: skip
-    records.write_sweep(runs[1], dense)
+    dense.write(runs[1])
     page, _, text, _ = made(runs, tmp_path)
     assert "| Run | Clean | 51/255 | Random experts | Worst removal |" in text
     assert "| moe | 100.0% (51.0–100.0) | 75.0% (30.1–95.4) | – | – |" in text
@@ -461,7 +461,7 @@ def test_what_does_not_belong_is_said(changes: dict[str, Any], why: str, tmp_pat
     run, found = make_run(tmp_path), record()
     if "header" in changes:
         changes = {"header": dataclasses.replace(found.header, model_hash="another")}
-    records.write_sweep(run, dataclasses.replace(found, **changes))
+    dataclasses.replace(found, **changes).write(run)
     page, numbers, _, _ = made(run, tmp_path)
     assert ("sweep" in page.ids) == (numbers["runs"][0]["sweep"] is not None) == ("done" in changes)
     assert why in page.text

@@ -83,7 +83,7 @@ def evaluate(
         from robustmoe.reporting import summary_table
 
         results = evaluate_run(folder, data=data, out=rows, **common)
-        return summary_table(results, records.read_audit(folder))
+        return summary_table(results, records.Audit.read(folder))
     assert model is not None
     assert data is not None
     from robustmoe import user_model
@@ -118,8 +118,8 @@ def check(
     audit = check_run(folder, attacks=attack, limit=limit, device=device, seed=seed, only=ids)
     if ids:
         return card([found for found in audit.checks if found.id in ids])
-    records.write_audit(folder, audit)
-    return f"{card(audit.checks)}\nwritten to {records.audit_path(folder)}; analyze and report show it"
+    audit.write(folder)
+    return f"{card(audit.checks)}\nwritten to {records.Audit.path(folder)}; analyze and report show it"
 
 
 def dissect(
@@ -143,7 +143,7 @@ def dissect(
     from robustmoe.reporting import dissection_table
 
     found = dissect_run(folder, attack=attack, limit=limit, batch_size=batch_size, seed=seed, device=device)
-    return f"{dissection_table(found)}\n\nwritten to {records.dissection_path(folder)}; report shows it"
+    return f"{dissection_table(found)}\n\nwritten to {records.Dissection.path(folder)}; report shows it"
 
 
 def lipschitz(
@@ -167,7 +167,7 @@ def lipschitz(
     from robustmoe.reporting import lipschitz_table
 
     found = lipschitz_run(folder, attack=attack, limit=limit, batch_size=batch_size, seed=seed, device=device)
-    return f"{lipschitz_table(found)}\n\nwritten to {records.lipschitz_path(folder)}; report shows it"
+    return f"{lipschitz_table(found)}\n\nwritten to {records.Lipschitz.path(folder)}; report shows it"
 
 
 def certify(
@@ -223,7 +223,7 @@ def sweep(
     found = sweep_run(
         folder, attacks=attack, eps=eps, draws=draws, limit=limit, batch_size=batch_size, seed=seed, device=device
     )
-    return f"{sweep_table(found)}\n\nwritten to {records.sweep_path(folder)}; report shows it"
+    return f"{sweep_table(found)}\n\nwritten to {records.Sweep.path(folder)}; report shows it"
 
 
 def blend(
@@ -292,7 +292,7 @@ def analyze(run: Annotated[str, "a run folder that was evaluated"]) -> str:
     files = records.rows_files(folder)
     if not files:
         raise UserError(f"{run!r} has no rows yet; robustmoe evaluate {run} makes them")
-    return summary_table([records.read(f) for f in files], records.read_audit(folder))
+    return summary_table([records.read(f) for f in files], records.Audit.read(folder))
 
 
 def report(

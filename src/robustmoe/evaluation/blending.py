@@ -180,14 +180,14 @@ class _Place(NamedTuple):
         keep = None if state.near is None else self.start(state.found.done)
         if keep is not None and state.near is not None:
             save_weights(keep, {"near": state.near}, self.halves.model)
-        records.write_blend(self.folder, state.found)
+        state.found.write(self.folder)
         for old in self.folder.glob("blend-start-*.safetensors"):
             if old != keep:
                 old.unlink()
 
     def taken_up(self, fresh: Blend) -> State | None:
         """What stands in the folder, if it is of the same work as ``fresh``."""
-        old, path = records.read_blend(self.folder), records.blend_path(self.folder)
+        old, path = records.Blend.read(self.folder), records.Blend.path(self.folder)
         if old is None:
             return None
         other = records.difference(old.header, fresh.header)

@@ -18,7 +18,7 @@ from robustmoe import spec as specs
 from robustmoe.certification import Bounds, Certificate, Certifier, build_certifier
 from robustmoe.data import Batch, Data, ImageSet, batches
 from robustmoe.errors import UserError
-from robustmoe.evaluation.choosing import slug, threat_of, written
+from robustmoe.evaluation.choosing import threat_of, written
 from robustmoe.evaluation.folders import about_images, about_run
 from robustmoe.evaluation.measuring import borrowed, first_look, headed, images_of
 from robustmoe.evaluation.precision import in_float32
@@ -85,7 +85,7 @@ def certify_run(
     found = []
     for certifier in dict.fromkeys(chosen):
         work = Work(model, certifier, about, where, batch_size, seed)
-        found.append(work.on(data.test.head(limit), records.certificates_path(run, slug(certifier)), data.test))
+        found.append(work.on(data.test.head(limit), run, data.test))
     for one in found:
         believe(one, run)
     return found
@@ -148,10 +148,12 @@ class Work:
             precision="strict",
         )
 
-    def on(self, images: ImageSet, path: Path | None = None, source: ImageSet | None = None) -> Certificates:
-        """All images; those that stand in the file are not done again. ``source``: what ``images`` are the first of."""
+    def on(self, images: ImageSet, folder: Path | None = None, source: ImageSet | None = None) -> Certificates:
+        """All images; those that stand in the folder's file are not done again. ``source``: what ``images`` are the
+        first of.
+        """
         first_look(self.model, images, self.device)
-        found = None if path is None else self._taken_up(path, images, source or images)
+        found = None if folder is None else self._taken_up(folder, images, source or images)
         found = found or Certificates(self.header(images), written(self.certifier), self.certifier.subject, [])
         known = {row.index for row in found.rows}
         left = torch.tensor([at for at, index in enumerate(images.index.tolist()) if index not in known]).long()
@@ -159,16 +161,16 @@ class Work:
             bar.advance(len(images) - len(left))
             for batch in batches(images, self.batch_size, left, self.device):
                 found = replace(found, rows=found.rows + self._proofs(batch))
-                if path is not None:
-                    records.write_certificates(path, found)
+                if folder is not None:
+                    found.write(folder)
                 bar.advance(len(batch))
         return found
 
-    def _taken_up(self, path: Path, images: ImageSet, source: ImageSet) -> Certificates | None:
+    def _taken_up(self, folder: Path, images: ImageSet, source: ImageSet) -> Certificates | None:
         """What stands in the file, if it is of the same work on as many images, fewer or more of the same; a note says
         of which other.
         """
-        old = records.read_certificates(path)
+        old = Certificates.read(folder, written(self.certifier))
         if old is None:
             return None
         asked = self.header(images)
@@ -176,7 +178,7 @@ class Work:
         other = records.difference(old.header, there)
         if other is None and old.certifier == written(self.certifier):
             return old if old.header.n >= asked.n else replace(old, header=asked)
-        note(f"{path} is of another {(other or 'certifier').replace('_', ' ')}; it is made anew")
+        note(f"{old.path(folder, old.which)} is of another {(other or 'certifier').replace('_', ' ')}; it is made anew")
         return None
 
     def _proofs(self, batch: Batch) -> list[Proof]:

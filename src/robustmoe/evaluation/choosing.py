@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +27,7 @@ from robustmoe.attacks import (
 from robustmoe.certification import Certifier
 from robustmoe.errors import UserError
 from robustmoe.progress import note
+from robustmoe.records import file_stem
 from robustmoe.routing import Trace
 
 CURVE = (0.25, 0.5, 1.5, 2.0)
@@ -125,6 +124,4 @@ def written(attack: Attack | Certifier) -> str:
 
 def slug(attack: Attack | Certifier) -> str:
     """A file name from the spec."""
-    text = written(attack)
-    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return file_stem(written(attack))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe import analysis, distributed, provenance, records
+from robustmoe import analysis, distributed, provenance
 from robustmoe import spec as specs
 from robustmoe.attacks import (
     PGD,
@@ -257,10 +257,10 @@ def _dissected(
         seconds, clock = found.seconds + time.monotonic() - clock, time.monotonic()
         found = replace(found, seconds=seconds, done=len(found.under) == len(attacks) + 1)
         if folder is not None:
-            records.write_dissection(folder, found)
+            found.write(folder)
         return found
 
-    old = taken_up(folder, header, records.read_dissection, records.dissection_path)
+    old = taken_up(folder, header, Dissection)
     found = old or timed(_untouched(model, images, header, base.threat, device, batch_size))
     todo = {name: attack for name, attack in attacks.items() if name not in found.under}
     if not todo:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from robustmoe import records
 from robustmoe.data import Data
 from robustmoe.progress import note
-from robustmoe.records import Header
+from robustmoe.records import Blend, Dissection, Header, Lipschitz, Sweep
 
-
-@runtime_checkable
-class Headed(Protocol):
-    """A record of a run folder."""
-
-    @property
-    def header(self) -> Header: ...
-
-
-Kind = TypeVar("Kind", bound=Headed)
+Kind = TypeVar("Kind", Blend, Dissection, Lipschitz, Sweep)
 
 
 def about_run(run: Path, config: dict[str, Any], data: Data) -> dict[str, Any]:
@@ -41,15 +31,13 @@ def about_images(model: object, x: object) -> dict[str, Any]:
     return {"run": "", "model": type(model).__name__, "data": data, "split": "test"}
 
 
-def taken_up(
-    folder: Path | None, header: Header, read: Callable[[Path], Kind | None], path: Callable[[Path], Path]
-) -> Kind | None:
+def taken_up(folder: Path | None, header: Header, kind: type[Kind]) -> Kind | None:
     """What stands in the folder, if it is of the same work; a note says of which other."""
-    old = None if folder is None else read(folder)
+    old = None if folder is None else kind.read(folder)
     if folder is None or old is None:
         return None
     other = records.difference(old.header, header)
     if other is not None:
-        note(f"{path(folder)} is of another {other.replace('_', ' ')}; it is made anew")
+        note(f"{kind.path(folder)} is of another {other.replace('_', ' ')}; it is made anew")
         return None
     return old

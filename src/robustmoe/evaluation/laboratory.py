@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustmoe import analysis, distributed, provenance, records
+from robustmoe import analysis, distributed, provenance
 from robustmoe import spec as specs
 from robustmoe.attacks import PGD, Attack, Surrogate, build_attack, linf
 from robustmoe.data import Batch, Data, ImageSet, batches
@@ -126,7 +126,7 @@ def _measured(
     plan = engine.plan(attack, output, images)
     header = header_of(model, images, attack, plan, device, batch_size, about, "main", "strict")
     bench = Bench(model, attack, None if output.logits.shape[1] <= WHOLE_CLASSES else STEPS)
-    found = taken_up(folder, header, records.read_lipschitz, records.lipschitz_path) or bench.empty(header)
+    found = taken_up(folder, header, Lipschitz) or bench.empty(header)
     if found.done:
         return found
     climbed = frozen(model, images.batch(list(range(min(PROBE, len(images))))).to(device).x)
@@ -139,7 +139,7 @@ def _measured(
             seconds, clock = found.seconds + time.monotonic() - clock, time.monotonic()
             found = replace(found, seconds=seconds)
             if folder is not None:
-                records.write_lipschitz(folder, found)
+                found.write(folder)
             bar.advance(len(batch))
     return found
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe import analysis, distributed, provenance, records
+from robustmoe import analysis, distributed, provenance
 from robustmoe import spec as specs
 from robustmoe.attacks import PGD, Attack, Surrogate, at_radius, build_attack, linf, vmoe_pgd
 from robustmoe.data import Data, ImageSet, batches
@@ -182,10 +182,10 @@ def _swept(
         seconds, clock = found.seconds + time.monotonic() - clock, time.monotonic()
         found = replace(found, seconds=seconds, done=not work.left(found))
         if folder is not None:
-            records.write_sweep(folder, found)
+            found.write(folder)
         return found
 
-    old = taken_up(folder, header, records.read_sweep, records.sweep_path)
+    old = taken_up(folder, header, Sweep)
     found = old or timed(_untouched(work, model, images, header))
     if work.draws not in (0, found.draws):
         overrides, said = redundancy(model, images, work.draws, work.seed, work.device, work.batch_size)

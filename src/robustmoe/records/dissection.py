@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from robustmoe.errors import UserError
-from robustmoe.records.files import read_json, write_atomic
-from robustmoe.records.types import Header, build
-
-VERSION = 2
-"""Version 1 had no attack "router"; such a file is read as one that is not done."""
+from robustmoe.records.record import Column, Record, by_router, no_class, other_routers
+from robustmoe.records.types import Header
 
 CLEAN = "clean"
 """The name of the answers to untouched images."""
@@ -42,7 +34,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Dissection:
+class Dissection(Record, kind="dissection", file="dissection.json", version=2, verb="dissect"):
     """The questions asked of one model. ``header``: the model, the images and the attack that the others are made from.
 
     ``index``, ``labels``: of each image. ``forced``: expert -> the class of each clean image with that expert forced at
@@ -62,82 +54,37 @@ class Dissection:
     seconds: float
     done: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object of the file."""
-        under = {name: dict(vars(answers)) for name, answers in self.under.items()}
-        return {
-            "kind": "dissection", "version": VERSION, **vars(self), "header": self.header.to_dict(), "under": under,
-        }  # fmt: skip
+    def columns(self) -> Iterator[Column]:
+        n = self.header.n
+        yield "index", self.index, n
+        yield "labels", self.labels, n
+        for expert, column in enumerate(self.forced):
+            yield f"forced[{expert}]", column, n
+        for name in ("narrow", "wide", "entropy"):
+            yield from by_router(name, getattr(self, name), n)
+        for attack, answers in self.under.items():
+            for name in ("predicted", "held", "swapped", "size"):
+                yield f"under[{attack!r}].{name}", getattr(answers, name), n
+            for name in ("routes", "moved"):
+                yield from by_router(f"under[{attack!r}].{name}", getattr(answers, name), n)
 
-    @staticmethod
-    def from_dict(data: Any) -> Dissection:
-        """The inverse of :meth:`to_dict`; UserError says what is wrong."""
-        if not isinstance(data, dict) or data.get("kind") != "dissection":
-            raise UserError('not a dissection: expected {"kind": "dissection", ...}')
-        version = data.get("version")
-        if version not in (1, VERSION):
-            raise UserError(f"a dissection of version {version!r}, this robustmoe reads versions 1 and {VERSION}")
-        data = {name: value for name, value in data.items() if name != "version"}
-        data = {**data, "done": False} if version == 1 else data
-        found = build(Dissection, data, under=_under)
-        for problem in _misfits(found):
-            raise UserError(f"dissection: {problem}")
-        return found
-
-
-def dissection_path(run: str | os.PathLike[str]) -> Path:
-    """``RUN/dissection.json``."""
-    return Path(run) / "dissection.json"
-
-
-def write_dissection(run: str | os.PathLike[str], dissection: Dissection) -> None:
-    """Write the run's file, atomically."""
-    write_atomic(dissection_path(run), json.dumps(dissection.to_dict(), separators=(",", ":")) + "\n")
-
-
-def read_dissection(run: str | os.PathLike[str]) -> Dissection | None:
-    """What the run's file holds; None without one. UserError if it is not such a file."""
-    return read_json(
-        dissection_path(run), Dissection.from_dict, f"delete it, and `robustmoe dissect {run}` makes it anew"
-    )
-
-
-def _under(value: Any) -> dict[str, Answers]:
-    if not isinstance(value, dict):
-        raise TypeError("an object")
-    return {name: build(Answers, answers) for name, answers in value.items()}
-
-
-def _misfits(found: Dissection) -> Iterator[str]:
-    """What does not fit together, in words."""
-    n, routers, classes = found.header.n, found.header.routers, len(found.header.classes)
-    if not routers:
-        yield "the model has no router"
-    if next(iter(found.under), None) != CLEAN:
-        yield f"field 'under' must begin with {CLEAN!r}"
-    experts = min((info.experts for info in routers.values()), default=0)
-    if len(found.forced) != experts:
-        yield f"field 'forced' is of {len(found.forced)} experts, expected {experts}"
-    missing = [name for name in (*NEEDED, *(f"expert {k}" for k in range(experts))) if name not in found.under]
-    if found.done and missing:
-        yield f"it is done, but there are no answers under {missing[0]!r}"
-    columns: dict[str, list[Any]] = {"index": found.index, "labels": found.labels}
-    columns |= {f"forced[{expert}]": column for expert, column in enumerate(found.forced)}
-    for field in ("narrow", "wide", "entropy"):
-        columns |= {f"{field}[{name!r}]": column for name, column in getattr(found, field).items()}
-    for attack, answers in found.under.items():
-        for field in ("predicted", "held", "swapped", "size"):
-            columns[f"under[{attack!r}].{field}"] = getattr(answers, field)
-        for field in ("routes", "moved"):
-            named = getattr(answers, field)
-            if set(named) != set(routers):
-                yield f"under[{attack!r}].{field} is of the routers {sorted(named)}, expected {sorted(routers)}"
-            columns |= {f"under[{attack!r}].{field}[{name!r}]": column for name, column in named.items()}
-        for name, rows in answers.routes.items():
-            if name in routers and any(len(row) != routers[name].experts for row in rows):
-                yield f"under[{attack!r}].routes[{name!r}] must have {routers[name].experts} numbers an image"
-    for name, column in columns.items():
-        if len(column) != n:
-            yield f"{name} has {len(column)} entries, expected {n}, one an image"
-    if found.labels and not 0 <= min(found.labels) <= max(found.labels) < classes:
-        yield f"field 'labels' must be from 0 to {classes - 1}"
+    def problems(self) -> Iterator[str]:
+        routers = self.header.routers
+        if not routers:
+            yield "the model has no router"
+        if next(iter(self.under), None) != CLEAN:
+            yield f"field 'under' must begin with {CLEAN!r}"
+        experts = min((info.experts for info in routers.values()), default=0)
+        if len(self.forced) != experts:
+            yield f"field 'forced' is of {len(self.forced)} experts, expected {experts}"
+        missing = [name for name in (*NEEDED, *(f"expert {k}" for k in range(experts))) if name not in self.under]
+        if self.done and missing:
+            yield f"it is done, but there are no answers under {missing[0]!r}"
+        for attack, answers in self.under.items():
+            for name in ("routes", "moved"):
+                yield from other_routers(f"under[{attack!r}].{name}", getattr(answers, name), self.header)
+            for name, rows in answers.routes.items():
+                if name in routers and any(len(row) != routers[name].experts for row in rows):
+                    yield f"under[{attack!r}].routes[{name!r}] must have {routers[name].experts} numbers an image"
+        yield from super().problems()
+        yield from no_class(self.labels, self.header)

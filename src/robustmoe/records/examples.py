@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robustmoe.records.files import dump_line, read_jsonl, write_atomic
-from robustmoe.records.types import build
+from robustmoe.records.typed import build
 
 
 @dataclass(frozen=True)

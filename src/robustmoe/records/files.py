@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +41,12 @@ def explained(verb: str, path: Path) -> Iterator[None]:
     except OSError as error:
         hint = _HINTS.get(error.errno or 0, "check the path and its permissions")
         raise UserError(f"cannot {verb} {path}: {error.strerror or error}; {hint}") from error
+
+
+def file_stem(text: str) -> str:
+    """A file name, without its ending, from a spec: at most 150 of the characters a-z, 0-9, "." and "-"."""
+    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:

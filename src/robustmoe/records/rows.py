@@ -17,7 +17,8 @@ from typing import Any
 
 from robustmoe.errors import UserError
 from robustmoe.records.files import dump_line, explained, parse_line, whole_lines, write_atomic
-from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Result, Row, Time, build
+from robustmoe.records.typed import build
+from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Result, Row, Time
 
 # Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
 # words stand before hashes, so that a difference is named in the words that the user wrote.

@@ -1,20 +1,22 @@
-"""What a rows file holds: header, row, checks; and how each is read from JSON, with errors that name the field."""
+"""What a rows file holds: header, row, checks."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 from robustmoe.errors import UserError
+from robustmoe.records.typed import build, choice, encode
 
 VERSION = 3
+"""Of a rows file."""
+
 PRECISIONS = ("strict", "fast", "fp32")
 NORMS = ("linf", "l2", "l1")
 ROLES = ("main", "curve")
 STATUSES = ("pass", "not run", "warn", "fail")  # best first
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,7 @@ class Header:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file's first line."""
-        routers = {name: dict(vars(info)) for name, info in self.routers.items()}
-        objective = None if self.objective is None else dict(vars(self.objective))
-        return {"kind": "header", "version": VERSION, **vars(self), "objective": objective, "routers": routers}
+        return {"kind": "header", "version": VERSION, **{name: encode(value) for name, value in vars(self).items()}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Header:
@@ -107,13 +107,15 @@ class Header:
                 f"rows file of version {data.get('version')!r}, this robustmoe reads version {VERSION}: install the "
                 "robustmoe that wrote it, or evaluate again"
             )
-        header = build(Header, {name: value for name, value in data.items() if name != "version"})
-        _choice("header", "norm", header.norm, NORMS)
-        _choice("header", "role", header.role, ROLES)
-        _choice("header", "precision", header.precision, PRECISIONS)
-        if header.attack is not None and header.objective is None:
-            raise UserError("header: an attack has an objective, field 'objective' must be an object, got None")
-        return header
+        return build(Header, {name: value for name, value in data.items() if name != "version"})
+
+    def problems(self) -> Iterator[str]:
+        """Words that are not known, and an attack without an objective."""
+        yield from choice("norm", self.norm, NORMS)
+        yield from choice("role", self.role, ROLES)
+        yield from choice("precision", self.precision, PRECISIONS)
+        if self.attack is not None and self.objective is None:
+            yield "an attack has an objective, field 'objective' must be an object, got None"
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,9 @@ class Check:
     value: Any
     sentence: str
 
-    @staticmethod
-    def from_dict(data: Any) -> Check:
-        """A check from its JSON object; UserError names the field that is wrong."""
-        check = build(Check, data)
-        _choice("check", "status", check.status, STATUSES)
-        return check
+    def problems(self) -> Iterator[str]:
+        """A status that is not known."""
+        yield from choice("status", self.status, STATUSES)
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class Checks:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file's last line."""
-        return {"kind": "checks", **vars(self), "checks": [dict(vars(check)) for check in self.checks]}
+        return {"kind": "checks", **{name: encode(value) for name, value in vars(self).items()}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Checks:
@@ -213,105 +212,3 @@ class Result(NamedTuple):
     header: Header
     rows: list[Row]
     checks: Checks | None
-
-
-def _exactly(kind: type, words: str) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if type(value) is not kind:
-            raise TypeError(words)
-        return value
-
-    return read
-
-
-def _float(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError("a number")
-    return float(value)
-
-
-def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else read(value)
-
-
-def _list(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    def whole(value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise TypeError("a list")
-        return [read(item) for item in value]
-
-    return whole
-
-
-def _dict(read: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
-    def whole(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise TypeError("an object")
-        return {name: read(item) for name, item in value.items()}
-
-    return whole
-
-
-def _header(value: Any) -> Header:
-    if not isinstance(value, dict):
-        raise TypeError("an object")
-    return Header.from_dict(value)
-
-
-_int, _str = _exactly(int, "a whole number"), _exactly(str, "a text")
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "Any": lambda value: value,
-    "int": _int,
-    "int | None": _optional(_int),
-    "float": _float,
-    "float | None": _optional(_float),
-    "str": _str,
-    "str | None": _optional(_str),
-    "list[str]": _list(_str),
-    "dict[str, str]": _dict(_str),
-    "dict[str, float]": _dict(_float),
-    "list[int]": _list(_int),
-    "list[float]": _list(_float),
-    "list[list[int]]": _list(_list(_int)),
-    "bool": _exactly(bool, "true or false"),
-    "list[list[bool]]": _list(_list(_exactly(bool, "true or false"))),
-    "dict[str, list[int]]": _dict(_list(_int)),
-    "dict[str, list[float]]": _dict(_list(_float)),
-    "dict[str, list[list[int]]]": _dict(_list(_list(_int))),
-    "dict[str, list[list[float]]]": _dict(_list(_list(_float))),
-    "dict[str, dict[str, str]]": _dict(_dict(_str)),
-    "dict[str, dict[str, list[float]]]": _dict(_dict(_list(_float))),
-    "ObjectiveInfo | None": _optional(lambda value: build(ObjectiveInfo, value)),
-    "dict[str, RouterInfo]": _dict(lambda value: build(RouterInfo, value)),
-    "list[Check]": _list(Check.from_dict),
-    "Header": _header,
-}
-
-
-def build(cls: Callable[..., T], data: Any, **readers: Callable[[Any], Any]) -> T:
-    """An instance of a dataclass from a JSON object: every field there (those with a default may be missing), of its
-    type, and no other. ``readers``: of single fields, where the type does not say it; they raise TypeError."""
-    kind = getattr(cls, "__name__", "object").lower()
-    if not isinstance(data, dict):
-        raise UserError(f"{kind}: expected an object, got {data!r}")
-    data = {name: value for name, value in data.items() if name != "kind"}
-    values = {}
-    for each in fields(cls):  # type: ignore[arg-type]
-        if each.name not in data:
-            if each.default is not MISSING or each.default_factory is not MISSING:
-                continue
-            raise UserError(f"{kind}: field {each.name!r} is missing")
-        value = data.pop(each.name)
-        try:
-            read = readers[each.name] if each.name in readers else _READERS[str(each.type)]
-            values[each.name] = read(value)
-        except TypeError as error:
-            raise UserError(f"{kind}: field {each.name!r} must be {error}, got {value!r:.80}") from None
-    if data:
-        raise UserError(f"{kind}: unknown field {next(iter(data))!r}")
-    return cls(**values)
-
-
-def _choice(kind: str, name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{kind}: field {name!r} must be one of {', '.join(allowed)}, got {value!r}")

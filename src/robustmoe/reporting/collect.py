@@ -25,14 +25,8 @@ from robustmoe.records import (
     Sweep,
     examples_path,
     read,
-    read_all_certificates,
-    read_audit,
-    read_blend,
-    read_dissection,
     read_examples,
     read_jsonl,
-    read_lipschitz,
-    read_sweep,
     rows_files,
 )
 
@@ -165,7 +159,7 @@ def _view(folder: Path, name: str) -> View:
     everything = [(path, read(path)) for path in rows_files(folder)]
     kept = [(path, result) for path, result in everything if result.rows]
     results = [result for _, result in kept]
-    audit = read_audit(folder)
+    audit = Audit.read(folder)
     groups = [_group(members, audit) for members in analysis.groups(results)]
     head = groups[0].results[0] if groups else next(iter(results), None)
     notes = [f"{path.name} has no rows yet and is left out" for path, result in everything if not result.rows]
@@ -203,7 +197,7 @@ def _view(folder: Path, name: str) -> View:
 
 def _dissected(folder: Path, header: Header | None, notes: list[str]) -> Dissected | None:
     """The folder's dissection, if it is done."""
-    found = read_dissection(folder)
+    found = Dissection.read(folder)
     if found is None or not _shown(found, header, notes, "" if found.done else "not finished", "dissect", folder):
         return None
     return Dissected(found, analysis.anatomy(found))
@@ -211,7 +205,7 @@ def _dissected(folder: Path, header: Header | None, notes: list[str]) -> Dissect
 
 def _blended(folder: Path, header: Header | None, notes: list[str]) -> Blended | None:
     """The folder's curve over alpha, if there is a point on it."""
-    found = read_blend(folder)
+    found = Blend.read(folder)
     if found is None:
         return None
     empty = "" if found.alphas and found.index else "empty"
@@ -222,7 +216,7 @@ def _blended(folder: Path, header: Header | None, notes: list[str]) -> Blended |
 
 def _swept(folder: Path, header: Header | None, notes: list[str]) -> Swept | None:
     """The folder's sweep, if something was attacked in it."""
-    found = read_sweep(folder)
+    found = Sweep.read(folder)
     if found is None or not _shown(
         found, header, notes, "" if found.points else "without an attack yet", "sweep", folder
     ):
@@ -234,7 +228,7 @@ def _swept(folder: Path, header: Header | None, notes: list[str]) -> Swept | Non
 
 def _measured(folder: Path, header: Header | None, notes: list[str]) -> Measured | None:
     """The folder's Lipschitz file, if there is an image in it."""
-    found = read_lipschitz(folder)
+    found = Lipschitz.read(folder)
     if found is None or not _shown(
         found, header, notes, "" if found.index else "without an image yet", "lipschitz", folder
     ):
@@ -247,7 +241,7 @@ def _measured(folder: Path, header: Header | None, notes: list[str]) -> Measured
 def _certified(folder: Path, header: Header | None, results: list[Result], notes: list[str]) -> tuple[Certified, ...]:
     """What each certifier proves of the model of that header (None: of the first one's), where there is an image."""
     shown = []
-    for found in read_all_certificates(folder):
+    for found in Certificates.read_all(folder):
         name = f"certificates of {found.certifier}"
         header = header or found.header
         if not found.rows or found.header.model_hash != header.model_hash:

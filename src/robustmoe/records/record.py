@@ -1,0 +1,109 @@
+"""The base class of what a measurement leaves in a run folder: one JSON file, read by the types of its fields."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from robustmoe.errors import UserError
+from robustmoe.records.files import file_stem, read_json, write_atomic
+from robustmoe.records.typed import build, encode
+from robustmoe.records.types import Header
+
+Column = tuple[str, Sequence[Any], int]
+R = TypeVar("R", bound="Record")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured, as it was measured; a subclass adds the fields.
+
+    ``kind``: its name, which the file says. ``file``: where it stands in a run folder; a "*" in it is replaced by
+    :attr:`which`, where a folder may hold several of a kind. ``version``: of the file; no other is read. ``verb``: the
+    command that makes it."""
+
+    kind: ClassVar[str]
+    file: ClassVar[str]
+    version: ClassVar[int]
+    verb: ClassVar[str]
+
+    def __init_subclass__(cls, *, kind: str, file: str, version: int, verb: str) -> None:
+        cls.kind, cls.file, cls.version, cls.verb = kind, file, version, verb
+
+    @property
+    def which(self) -> str:
+        """What tells the records of one kind in a folder apart; "" where there is only one."""
+        return ""
+
+    def columns(self) -> Iterator[Column]:
+        """The lists that must have a certain length: (name, list, length)."""
+        yield from ()
+
+    def problems(self) -> Iterator[str]:
+        """What does not fit together, in words. A subclass adds to the lengths of the columns."""
+        for name, column, length in self.columns():
+            if len(column) != length:
+                yield f"{name} has {len(column)} entries, expected {length}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the file."""
+        return {"kind": self.kind, "version": self.version, **{name: encode(item) for name, item in vars(self).items()}}
+
+    @classmethod
+    def from_dict(cls: type[R], data: Any) -> R:
+        """The inverse of :meth:`to_dict`; UserError says what is wrong."""
+        if not isinstance(data, dict) or data.get("kind") != cls.kind:
+            raise UserError(f'not of the kind {cls.kind}: expected {{"kind": "{cls.kind}", ...}}')
+        if data.get("version") != cls.version:
+            raise UserError(
+                f"{cls.kind} of version {data.get('version')!r}, this robustmoe reads version {cls.version}"
+            )
+        return build(cls, {name: value for name, value in data.items() if name != "version"})
+
+    @classmethod
+    def path(cls: type[R], folder: str | os.PathLike[str], which: str = "") -> Path:
+        """Where the record stands in a run folder."""
+        return Path(folder) / cls.file.replace("*", file_stem(which))
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the file into a run folder, atomically; the path. UserError if it cannot be written."""
+        path = self.path(folder, self.which)
+        write_atomic(path, json.dumps(self.to_dict(), separators=(",", ":"), ensure_ascii=False) + "\n")
+        return path
+
+    @classmethod
+    def read(cls: type[R], folder: str | os.PathLike[str], which: str = "") -> R | None:
+        """The record of a run folder; None without one. UserError if the file is not such a record."""
+        return cls._read(cls.path(folder, which))
+
+    @classmethod
+    def read_all(cls: type[R], folder: str | os.PathLike[str]) -> list[R]:
+        """Every record of this kind in a run folder, by the name of its file."""
+        every = (cls._read(path) for path in sorted(Path(folder).glob(cls.file)))
+        return [record for record in every if record is not None]
+
+    @classmethod
+    def _read(cls: type[R], path: Path) -> R | None:
+        return read_json(path, cls.from_dict, f"delete it, and `robustmoe {cls.verb}` makes it anew")
+
+
+def by_router(name: str, table: Mapping[str, Sequence[Any]], n: int) -> Iterator[Column]:
+    """The columns of a table router -> list of ``n`` entries."""
+    for router, column in table.items():
+        yield f"{name}[{router!r}]", column, n
+
+
+def other_routers(name: str, table: Mapping[str, object], header: Header) -> Iterator[str]:
+    """The problem that a table has not the header's routers, if it has not."""
+    if set(table) != set(header.routers):
+        yield f"{name} is of the routers {sorted(table)}, expected {sorted(header.routers)}"
+
+
+def no_class(labels: Sequence[int], header: Header) -> Iterator[str]:
+    """The problem that a label is not of the header's classes, if there is such a label."""
+    if labels and not 0 <= min(labels) <= max(labels) < len(header.classes):
+        yield f"field 'labels' must be from 0 to {len(header.classes) - 1}"
