@@ -31,16 +31,18 @@ from robustmoe.lipschitz.layers import (
     network_terms,
     route_terms,
     slope_bound,
-    slot_terms,
     whole_experts,
+    whole_terms,
 )
-from robustmoe.lipschitz.quantities import of_tokens
+from robustmoe.lipschitz.quantities import of_layer, of_tokens
 from robustmoe.models import RoutedModel, build_model
-from robustmoe.models.vit_moe import SlotMoE, TokenMoE, ViTMoEModel
+from robustmoe.models.token_layers import Rule, SlotMoE, TokenLayer, TokenMoE, TokenRouter
+from robustmoe.models.tokens import TokenExperts
+from robustmoe.models.vit_moe import ViTMoEModel
 from robustmoe.records import Lipschitz, RouterInfo
 from robustmoe.records.lipschitz import MULTIPLES
 from robustmoe.reporting import lipschitz_table
-from robustmoe.routing import Routing, Tape, detach
+from robustmoe.routing import Routing, Tape, detach, soft
 from test_dissection import make_trained
 from test_report import made, make_header, make_run
 
@@ -196,7 +198,7 @@ def test_soft_moe_as_one_vector(images: Callable[..., Tensor]) -> None:
     model, x = vit("choice=slots, slots=2"), images(2, *SHAPE).double()
     layer, h = model.layers()[NAME], layer_inputs(model, model.layers(), x)[NAME]
     assert isinstance(layer, SlotMoE)
-    found = slot_terms(layer, h, steps=60)
+    found = whole_terms(layer, h, steps=60)
     trace = detach(as_answer(layer)(h).trace)
     for image in range(2):
         held = {"router": trace["router"][image : image + 1]}
@@ -387,6 +389,52 @@ def test_where_the_model_is_no_sum_nothing_is_said(
 
 ATTACK = "pgd(linf(0.05), steps=2)"
 RUN = "vit_moe(tiny, patch=4, width=8, depth=1, heads=2, experts=3, k=2, placement=(0,), {})"
+
+
+class Rows(RoutedModel):
+    """Somebody's own model: the image's rows are its tokens, and its routed layers stand where they like."""
+
+    def __init__(self, *layers: TokenLayer) -> None:
+        super().__init__()
+        self.deep = torch.nn.ModuleDict({f"layer{i}": layer for i, layer in enumerate(layers)})
+
+    def body(self, x: Tensor, tape: Tape) -> Tensor:
+        tokens = x[:, 0]
+        for name, layer in self.deep.items():
+            tokens = tokens + layer(tokens, tape.under(f"deep.{name}"))
+        return tokens.mean(1)
+
+
+class Cosine(TokenLayer):
+    """Somebody's own layer, whose router is not linear in a token."""
+
+    whole = "the router looks at directions"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = TokenRouter(4, 3), TokenExperts(3, 4, 6)
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        routing = tape("router", soft(self.router(torch.nn.functional.normalize(x, dim=-1, eps=1e-3))))
+        index, weight = routing.index.flatten(0, 1), routing.weight.flatten(0, 1)
+        return self.experts(x.flatten(0, 1), index, weight).view_as(x)
+
+
+def test_layers_of_somebodys_own_model_are_measured_as_they_say(images: Callable[..., Tensor]) -> None:
+    """The laboratory asks the model for its layers and each layer for its router, and knows no class of either."""
+    rule = Rule(1, "vmoe", False, "token", None, "vanilla", 1, 1)
+    model = Rows(TokenMoE(TokenRouter(4, 3), TokenExperts(3, 4, 6), rule, "loop"), Cosine()).double().eval()
+    first, second = "deep.layer0.router", "deep.layer1.router"
+    assert list(model.layers()) == [first, second] == list(model.run(images(2, *SHAPE).double()).trace)
+    assert build_model("small_cnn", 4, SHAPE).layers() == {}
+    with pytest.raises(ValueError, match=r"as a whole alone: the router looks at directions"):
+        model.layers()[second].linear()
+    x = images(3, *SHAPE).double()
+    for name, layer in model.layers().items():
+        inputs = [layer_inputs(model, model.layers(), each)[name] for each in (x, (x + 0.01).clamp(max=1))]
+        kinds, absent = of_layer(layer, *inputs, steps=20)[1:3]
+        assert ("layer jacobian" in kinds) is bool(layer.whole)
+        assert absent.get("disagreement and the experts' slopes") == (layer.whole or None)
 
 
 def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

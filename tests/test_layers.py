@@ -16,7 +16,7 @@ MODULES = {
 }
 
 LAYERS = [
-    {"errors", "noise"},
+    {"compat", "errors", "noise"},
     {"distributed", "progress", "provenance", "records", "routing", "spec", "user_model"},
     {"analysis", "data", "models", "recipe"},
     {"attacks", "reporting"},

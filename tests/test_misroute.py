@@ -22,11 +22,10 @@ from robustmoe.evaluation import dissect, dissect_run
 from robustmoe.evaluation.dissection import parts_of
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.models.dual import DualModel
-from robustmoe.models.ensemble import Gate, select
 from robustmoe.noise import Noise
 from robustmoe.records import Dissection
 from robustmoe.reporting import dissection_table
-from robustmoe.routing import Tape, Trace, straight_through
+from robustmoe.routing import Gate, Tape, Trace, choose, straight_through
 from test_dissection import make_trained, record
 from test_report import made, make_run
 
@@ -50,7 +49,7 @@ class Planes(RoutedModel):
 
     def body(self, x: Tensor, tape: Tape) -> Tensor:
         pixels = x.flatten(1) - 0.5
-        routing = tape("router", select((pixels @ self.router.T)[:, None], self.gate, 1))
+        routing = tape("router", choose((pixels @ self.router.T)[:, None], self.gate, 1))
         first = torch.eye(self.answers.shape[1], device=x.device)[0]
         experts = self.answers - self.fragile * pixels[:, -1, None, None] * first
         chosen = experts.gather(1, routing.index[:, 0, :, None].expand(-1, -1, experts.shape[2]))

@@ -13,7 +13,7 @@ from robustmoe.attacks import PGD, linf
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.evaluation.precision import Frozen, frozen
 from robustmoe.models import BatchNorm2d, Plain, RoutedModel
-from robustmoe.models.convolution import RoutedConv, Segments
+from robustmoe.models.convolution import Conv, RoutedConv, Segments
 from robustmoe.routing import Tape, to_expert
 
 FOLDED = {"dense": 9, "pathway": 10}
@@ -211,15 +211,29 @@ def hooked() -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(5))
 
 
+class Doubled(Conv):
+    """A convolution of its own: it says nothing of folding, so it does not inherit its parent's word."""
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        return 2 * super().forward(x, segments)
+
+
+class Mean(BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean((2, 3), keepdim=True)
+
+
 @pytest.mark.parametrize(
     "layers",
     [
         Again,
         hooked,
+        lambda: nn.Sequential(Doubled(3, 5, 3, 1), nn.BatchNorm2d(5)),
+        lambda: nn.Sequential(nn.Conv2d(3, 5, 3), Mean(5)),
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 5, 3)), nn.BatchNorm2d(5)),
         lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, track_running_stats=False)),
     ],
-    ids=["norm_used_twice", "hook", "weight_norm", "batch_statistics"],
+    ids=["norm_used_twice", "hook", "own_convolution", "own_norm", "weight_norm", "batch_statistics"],
 )
 def test_other_pairs_are_left_alone(layers: Callable[[], nn.Module], images: Callable[..., Tensor]) -> None:
     x, model = images(6), Plain(network(layers()))

@@ -18,7 +18,7 @@ from robustmoe.errors import UserError
 from robustmoe.evaluation import checks
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models import RoutedModel, SlotMoE, TokenExperts, TokenMoE, ViT, ViTMoE, ViTMoEModel, build_model
-from robustmoe.models.vit_moe import Rule, SlotRouter, TokenRouter
+from robustmoe.models.token_layers import Rule, SlotRouter, TokenRouter
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, rerouted, soft, to_expert
 

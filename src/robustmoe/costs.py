@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from robustmoe import compat
 from robustmoe import spec as specs
 from robustmoe.attacks.base import evaluating
 from robustmoe.models import ImageShape, ModelSpec, Normalise, RoutedModel
@@ -87,7 +88,7 @@ def _counted(model: RoutedModel, x: Tensor) -> Costs:
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(parent, name, _Same())
     tape = _First()
-    counts = {torch.ops.aten._grouped_mm: _grouped_flops}
+    counts = {compat.grouped_product(): _grouped_flops}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=counts) as counter:
         _Body(model)(x, tape)
     flops: dict[str, Any] = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}

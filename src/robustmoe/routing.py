@@ -20,6 +20,7 @@ from torch import Tensor
 from robustmoe.noise import Noise
 
 Gating = Literal["renormalised", "vmoe", "hard"]
+Gate = Literal["straight_through", "renormalised", "vmoe", "hard", "soft"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,15 @@ def soft(logits: Float[Tensor, "n t e"], temperature: float = 1.0) -> Routing:
         raise ValueError(f"temperature must be above 0; got {temperature}")
     index = _ranked(logits)
     return Routing(logits, index, torch.softmax(logits / temperature, dim=-1).gather(-1, index))
+
+
+def choose(logits: Float[Tensor, "n t e"], gate: Gate, k: int) -> Routing:
+    """Decides by the rule of that name: `soft`, `straight_through`, or `top_k` with that gating."""
+    if gate == "soft":
+        return soft(logits)
+    if gate == "straight_through":
+        return straight_through(logits, k)
+    return top_k(logits, k, gate)
 
 
 def to_rank(trace: Trace, rank: int | Int[Tensor, " n"]) -> Trace:

@@ -31,9 +31,8 @@ from robustmoe.lipschitz import norms
 from robustmoe.lipschitz.layers import layer_inputs
 from robustmoe.lipschitz.norms import PathNorms
 from robustmoe.lipschitz.parts import expert_bound
-from robustmoe.lipschitz.quantities import Found, of_model, of_networks, of_pixels, of_slots, of_tokens, within
+from robustmoe.lipschitz.quantities import Found, of_layer, of_model, of_networks, of_pixels, within
 from robustmoe.models.base import RoutedModel, as_routed
-from robustmoe.models.vit_moe import SlotMoE, TokenMoE, ViTMoEModel
 from robustmoe.noise import Noise
 from robustmoe.progress import progress
 from robustmoe.records import Header, Lipschitz
@@ -152,16 +151,11 @@ class Bench:
     attack: Attack
     steps: int | None
 
-    @property
-    def layers(self) -> dict[str, TokenMoE | SlotMoE]:
-        """The token layers by router; {} for models of another kind."""
-        return self.model.layers() if isinstance(self.model, ViTMoEModel) else {}
-
     def empty(self, header: Header) -> Lipschitz:
         """The record before the first image."""
         bounds = {
             name: expert_bound(layer.experts.w1.detach(), layer.experts.w2.detach()).tolist()
-            for name, layer in self.layers.items()
+            for name, layer in self.model.layers().items()
         }
         names = list(header.routers)
         columns: dict[str, dict[str, list[float]]] = {name: {} for name in names}
@@ -198,15 +192,12 @@ class Bench:
 
     def _layers(self, done: Attacked, pixels: dict[str, Found], splits: dict[str, PathNorms]) -> dict[str, Found]:
         """Every router's quantities, those in the pixels and those of its layer."""
-        x, x_adv, own = done.batch.x, done.x_adv, self.layers
+        x, x_adv, own = done.batch.x, done.x_adv, self.model.layers()
         clean, after = ({}, {}) if not own else (layer_inputs(self.model, own, x), layer_inputs(self.model, own, x_adv))
         found = {}
         for name, pixel in pixels.items():
-            layer = own.get(name)
-            if isinstance(layer, TokenMoE):
-                part = of_tokens(layer, clean[name], after[name], STEPS)
-            elif isinstance(layer, SlotMoE):
-                part = of_slots(layer, clean[name], after[name], STEPS)
+            if name in own:
+                part = of_layer(own[name], clean[name], after[name], STEPS)
             else:
                 part = of_networks(self.model, x, x_adv, self.steps)
             through = {"model's experts' part": splits[name].experts, "model's router's part": splits[name].router}

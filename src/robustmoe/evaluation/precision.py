@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe import compat
 from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.half import Half
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import Output, Plain, RoutedModel, to_channels_last
-from robustmoe.models.convolution import Conv, Norm, RoutedConv, Segments, weighted
-from robustmoe.models.norm import BatchNorm2d
+from robustmoe.models.block import replace
+from robustmoe.models.convolution import Segments, folded
+from robustmoe.models.norm import Foldable
 from robustmoe.models.pruned import PrunedConv
 from robustmoe.routing import Tape, Trace, detach, to_expert
 
@@ -150,7 +152,7 @@ def _copy(source: RoutedModel) -> RoutedModel:
     for parameter in made.parameters():
         parameter.grad = None
     for module in made.modules():
-        if isinstance(module, nn.Conv2d) and isinstance(module._parameters.get("weight"), nn.Parameter):
+        if isinstance(module, nn.Conv2d) and _has_weight(module):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return _Compact(made) if isinstance(made, Plain) else made
 
@@ -190,25 +192,6 @@ def _reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------ folding
 
 
-class _FoldedRoutedConv(nn.Module):
-    """A `RoutedConv` and the BatchNorm behind it as one: scale and shift are in each expert's filters and bias.
-
-    The routed convolution multiplies its output h by the route's weight w, 1 in value, whose gradient is <dL/dh, h>.
-    With the BatchNorm y = s h + t that is <s dL/dy, h> = <dL/dy, y - t>: the straight-through gradient stays what it
-    was.
-    """
-
-    shift: Tensor
-
-    def __init__(self, conv: RoutedConv, shift: Float[Tensor, " d"]) -> None:
-        super().__init__()
-        self.experts = conv.experts
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        return weighted(segments.through(self.experts, x), segments.weight, self.shift)
-
-
 class _Folded(nn.Module):
     """In the place of a BatchNorm that is part of the convolution before it."""
 
@@ -221,12 +204,8 @@ def _fold(model: RoutedModel, answers: list[_Answer]) -> int:
     pairs = _pairs(model, answers)
     for conv, norm in pairs:
         scale, shift = _affine(norm)
-        for single in conv.experts if isinstance(conv, RoutedConv) else [conv]:
-            assert isinstance(single, nn.Conv2d)
-            _absorb(single, scale, shift)
-        if isinstance(conv, RoutedConv):
-            _replace(model, conv, _FoldedRoutedConv(conv, shift.to(norm.running_var)))
-        _replace(model, norm, _Folded())
+        replace(model, conv, folded(conv, scale, shift).eval())
+        replace(model, norm, _Folded().eval())
     return len(pairs)
 
 
@@ -239,21 +218,6 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         scale = scale * norm.weight.double()
     shift = -norm.running_mean.double() * scale
     return scale, shift if norm.bias is None else shift + norm.bias.double()
-
-
-def _absorb(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """The convolution's output times ``scale``, plus ``shift``; its former weights, maybe shared, are left alone."""
-    weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype)
-    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
-    conv.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
-    conv.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, new.eval())
 
 
 def _pairs(model: RoutedModel, answers: list[_Answer]) -> list[tuple[nn.Module, nn.BatchNorm2d]]:
@@ -304,16 +268,19 @@ def _foldable(module: nn.Module) -> bool:
     """Whether the module is what its type says: own parameters (no parametrization, no weight norm), nobody's hooks,
     nobody's forward.
     """
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    ours = isinstance(module, Foldable)
+    if compat.has_hooks(module) or (isinstance(module, Foldable) and not module.foldable):
         return False
-    if isinstance(module, RoutedConv):
-        return all(_foldable(expert) for expert in module.experts)
     if isinstance(module, nn.BatchNorm2d):
-        return type(module) in (nn.BatchNorm2d, BatchNorm2d, Norm) and module.running_var is not None
-    if not isinstance(module, nn.Conv2d) or module._parameters.get("weight") is None:
-        return False
-    kind = type(module)
-    return kind.forward in (nn.Conv2d.forward, Conv.forward) and kind._conv_forward is nn.Conv2d._conv_forward
+        return (ours or type(module) is nn.BatchNorm2d) and module.running_var is not None
+    if isinstance(module, nn.Conv2d):
+        return (ours or compat.computes_as_conv2d(type(module))) and _has_weight(module)
+    return ours and all(_foldable(part) for part in module.modules() if isinstance(part, nn.Conv2d))
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether its weight is a parameter of its own, and no function of others."""
+    return "weight" in dict(module.named_parameters(recurse=False))
 
 
 # ------------------------------------------------------------------------------------------------ fast

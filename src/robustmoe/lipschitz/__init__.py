@@ -10,7 +10,7 @@ from robustmoe.lipschitz.layers import (
     network_terms,
     route_terms,
     slope_bound,
-    slot_terms,
+    whole_terms,
 )
 from robustmoe.lipschitz.norms import (
     empirical_lipschitz,
@@ -75,7 +75,7 @@ __all__ = [
     "routing_radius",
     "routing_split",
     "slope_bound",
-    "slot_terms",
     "spread",
     "vjp",
+    "whole_terms",
 ]

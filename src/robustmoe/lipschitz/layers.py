@@ -2,8 +2,9 @@
 (P3), how far experts disagree and where the layer jumps (P5), how far its routes are from a change (P6), and what of a
 finite change each part makes (P8). `robustmoe.lipschitz.parts` has the statements.
 
-Token layers (`TokenMoE`) are taken token by token, Soft MoE (`SlotMoE`) image by image, as every token there depends on
-every other. Letters as there: m tokens (or images), e experts, k chosen, d the width; here the output has width d too.
+Layers with a linear router (`TokenLayer.linear`) are taken token by token, the others (Soft MoE, where every token
+depends on every other) image by image. Letters as there: m tokens (or images), e experts, k chosen, d the width; here
+the output has width d too.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from robustmoe.lipschitz.norms import (
 from robustmoe.lipschitz.parts import Gating, Shares, jacobian_norm, jump, paths, routing_radius, spread
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.norm import at_least_float32
+from robustmoe.models.token_layers import TokenLayer
 from robustmoe.models.tokens import TokenExperts
-from robustmoe.models.vit_moe import SlotMoE, TokenMoE
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, detach, to_expert
 
@@ -45,7 +46,7 @@ NUMBERS = 2**24
 def layer_inputs(
     model: RoutedModel, layers: Mapping[str, nn.Module], x: Float[Tensor, "n ch h w"]
 ) -> dict[str, Float[Tensor, "n t d"]]:
-    """What enters each of these layers of the model (`ViTMoEModel.layers`), by the same names; not on a graph."""
+    """What enters each of these layers of the model (`RoutedModel.layers`), by the same names; not on a graph."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -64,9 +65,9 @@ def layer_inputs(
     return found
 
 
-def decide(layer: TokenMoE, h: Float[Tensor, "n t d"]) -> Routing:
+def decide(layer: TokenLayer, h: Float[Tensor, "n t d"]) -> Routing:
     """What the layer's router decides about tokens, without noise."""
-    return layer.rule(layer.router(h), Tape(), "router")
+    return layer.linear().rule(layer.router(h), Tape(), "router")
 
 
 @runtime_checkable
@@ -76,7 +77,7 @@ class Answer(Protocol):
     def __call__(self, x: Tensor, forced: Mapping[str, Routing] | None = None) -> Output: ...
 
 
-def as_answer(layer: TokenMoE | SlotMoE) -> Answer:
+def as_answer(layer: TokenLayer) -> Answer:
     """A layer as a function of its input and forced routes; its router is named "router"."""
 
     def answer(x: Tensor, forced: Mapping[str, Routing] | None = None) -> Output:
@@ -167,7 +168,7 @@ class LayerTerms(NamedTuple):
     experts: Tensor
 
 
-def layer_terms(layer: TokenMoE, h: Float[Tensor, "n t d"], steps: int | None = None) -> LayerTerms:
+def layer_terms(layer: TokenLayer, h: Float[Tensor, "n t d"], steps: int | None = None) -> LayerTerms:
     """The parts of P3 at the layer's input ``h``, (n * t,) each, of any gating of token or expert choice; rooms and the
     tokens that experts chose are held.
 
@@ -178,7 +179,7 @@ def layer_terms(layer: TokenMoE, h: Float[Tensor, "n t d"], steps: int | None = 
     routing, slopes = _weight_slopes(layer, h)
     flat, weight = at_least_float32(h.detach()).flatten(0, 1), spread(routing).detach().flatten(0, 1)
     index = routing.index.flatten(0, 1)
-    rows = at_least_float32(layer.router.weight.detach())
+    rows = at_least_float32(layer.linear().rows.detach())
     room = layer.experts.num * (layer.experts.w1.shape[2] + flat.shape[1])
     room = max(room, index.shape[1] * flat.shape[1] ** 2 if steps is None else 0)
     for part in torch.arange(len(flat), device=h.device).split(max(1, NUMBERS // room)):
@@ -193,11 +194,11 @@ def layer_terms(layer: TokenMoE, h: Float[Tensor, "n t d"], steps: int | None = 
     return LayerTerms(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def _weight_slopes(layer: TokenMoE, h: Tensor) -> tuple[Routing, Float[Tensor, "m e e"]]:
+def _weight_slopes(layer: TokenLayer, h: Tensor) -> tuple[Routing, Float[Tensor, "m e e"]]:
     """The decision, and the derivative of each token's weights in its logits."""
     with torch.enable_grad():
         logits = layer.router(h.detach()).detach().requires_grad_(True)
-        routing = layer.rule(logits, Tape(), "router")
+        routing = layer.linear().rule(logits, Tape(), "router")
         weight = spread(routing)
         if piecewise_constant(routing):
             return routing.detach(), logits.new_zeros(*logits.shape, logits.shape[-1]).flatten(0, 1)
@@ -322,16 +323,16 @@ class RouteTerms(NamedTuple):
 
 
 @torch.no_grad()
-def route_terms(layer: TokenMoE, h: Float[Tensor, "n t d"]) -> RouteTerms:
+def route_terms(layer: TokenLayer, h: Float[Tensor, "n t d"]) -> RouteTerms:
     """Of a token layer at its input. (Room is left aside: the radius is of the choice, and P5 of its two experts.)"""
     routing = decide(layer, h)
-    logits, rows = routing.logits.flatten(0, 1), at_least_float32(layer.router.weight)
+    logits, rows = routing.logits.flatten(0, 1), at_least_float32(layer.linear().rows)
     flat = at_least_float32(h).flatten(0, 1)
     p = torch.softmax(logits, 1)
     factor = torch.linalg.qr(rows.T, mode="r")[1].T  # rows = factor times orthonormal rows
     slope = torch.linalg.matrix_norm((torch.diag_embed(p) - p[:, :, None] * p[:, None]) @ factor, ord=2)
     margin = routing_margin(routing)
-    k = layer.rule.k
+    k = layer.linear().rule.k
     jumps, apart = [], []
     chunk = max(1, NUMBERS // (layer.experts.num * layer.experts.w1.shape[2]))
     for some, scores in zip(flat.split(chunk), logits.split(chunk), strict=True):
@@ -353,14 +354,16 @@ def route_terms(layer: TokenMoE, h: Float[Tensor, "n t d"]) -> RouteTerms:
     )
 
 
-def _gating(layer: TokenMoE) -> Gating:
+def _gating(layer: TokenLayer) -> Gating:
     """The gating as a function: straight-through is hard."""
-    return "hard" if layer.rule.gating == "straight_through" else layer.rule.gating
+    gating = layer.linear().rule.gating
+    return "hard" if gating == "straight_through" else gating
 
 
-def slot_terms(layer: SlotMoE, h: Float[Tensor, "n t d"], steps: int = 20) -> PathNorms:
-    """Of Soft MoE, image by image: norms of the Jacobian of all its tokens by all tokens, of the part with the slots'
-    mixing held, and of the part through it. Lower bounds, by power iteration.
+def whole_terms(layer: TokenLayer, h: Float[Tensor, "n t d"], steps: int = 20) -> PathNorms:
+    """For a layer measured as a whole, image by image: norms of the Jacobian of all its tokens by all tokens, of the
+    part with the decision held (of Soft MoE: with the slots' mixing), and of the part through it. Lower bounds, by
+    power iteration.
     """
     with differentiable(layer, h):
         at = at_least_float32(h.detach()).requires_grad_(True)
@@ -447,6 +450,6 @@ def network_terms(model: RoutedModel, x: Float[Tensor, "n ch h w"], steps: int |
     return NetworkTerms(total, expert, router, mixing, mass, apart, step, found.space)
 
 
-def slope_bound(layer: TokenMoE) -> float:
+def slope_bound(layer: TokenLayer) -> float:
     """||S||_2 / 2, which no ||dp/dh|| exceeds."""
-    return float(torch.linalg.matrix_norm(at_least_float32(layer.router.weight.detach()), ord=2)) / 2
+    return float(torch.linalg.matrix_norm(at_least_float32(layer.linear().rows.detach()), ord=2)) / 2

@@ -18,7 +18,7 @@ from robustmoe.lipschitz.layers import Crossed, as_answer, crossed
 from robustmoe.lipschitz.norms import ALL, PathNorms
 from robustmoe.lipschitz.parts import Shares, jacobian_norm
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.vit_moe import SlotMoE, TokenMoE
+from robustmoe.models.token_layers import TokenLayer
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing
 
@@ -108,7 +108,12 @@ def _falls(of: Crossed, y: Tensor) -> Columns:
 # ------------------------------------------------------------------------------------------------ one router
 
 
-def of_tokens(layer: TokenMoE, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
+def of_layer(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
+    """Everything of a routed layer at its input: token by token, or of all tokens together where it must be."""
+    return of_whole(layer, h, h_adv, steps) if layer.whole else of_tokens(layer, h, h_adv, steps)
+
+
+def of_tokens(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
     """Everything of a token layer at its input. ``steps``: of power iteration, for widths above `layers.WHOLE`."""
     n, tokens, width = h.shape
     exact = width <= layers.WHOLE
@@ -137,23 +142,21 @@ def of_tokens(layer: TokenMoE, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "
     kinds |= {} if exact else {"router share": "estimate"}  # of a lower bound
     absent = {}
     if routes.margin is None:
-        why = "the experts choose their tokens" if layer.rule.choice == "expert" else "every expert takes every token"
+        by_experts = layer.linear().rule.choice == "expert"
+        why = "the experts choose their tokens" if by_experts else "every expert takes every token"
         absent["jump, margin and radius"] = why
     how = f"written out ({width} wide)" if exact else f"found by {steps} steps of power iteration ({width} wide)"
     note = f"the Jacobians of each token at the layer's input are {how}"
     return Found(found | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
 
 
-def of_slots(layer: SlotMoE, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
-    """Of Soft MoE, where each output token hangs on all input tokens: the image's tokens as one vector."""
-    total, experts, router = layers.slot_terms(layer, h, steps)
+def of_whole(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
+    """For a layer where an output token depends on all input tokens (Soft MoE): the image's tokens as one vector."""
+    total, experts, router = layers.whole_terms(layer, h, steps)
     found = {
         "layer jacobian": total, "expert term": experts, "router term": router, "router share": _share(router, experts),
     }  # fmt: skip
-    absent = {
-        "jump, margin and radius": "every expert's slots are mixed of all tokens",
-        "disagreement and the experts' slopes": "the experts see slots, not tokens",
-    }
+    absent = dict.fromkeys(("jump, margin and radius", "disagreement and the experts' slopes"), layer.whole)
     kinds = dict.fromkeys(("layer jacobian", "expert term", "router term"), "lower bound")
     kinds["router share"] = "estimate"
     note = f"the Jacobian of all tokens by all tokens, by {steps} steps of power iteration"
@@ -163,7 +166,7 @@ def of_slots(layer: SlotMoE, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n 
 def of_networks(
     model: RoutedModel, x: Float[Tensor, "n ch h w"], x_adv: Float[Tensor, "n ch h w"], steps: int | None
 ) -> Found:
-    """Of a router that is not in a `ViTMoEModel`: everything where its experts are whole networks, in the pixels; else
+    """For a router of no `TokenLayer`: everything where its experts are whole networks, in the pixels; else
     nothing, and why.
     """
     terms = layers.network_terms(model, x, steps)

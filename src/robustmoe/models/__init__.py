@@ -23,10 +23,11 @@ from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
 from robustmoe.models.pruned import Pruned
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
 from robustmoe.models.small import ConvSmall, Downsampled, Linear, Resized, SmallCNN
+from robustmoe.models.token_layers import SlotMoE, TokenLayer, TokenMoE
 from robustmoe.models.tokens import TokenExperts
 from robustmoe.models.vgg import VGG16
 from robustmoe.models.vit import ViT, vit_base, vit_small, vit_tiny
-from robustmoe.models.vit_moe import SlotMoE, TokenMoE, ViTMoE, ViTMoEModel
+from robustmoe.models.vit_moe import ViTMoE, ViTMoEModel
 from robustmoe.models.wide_resnet import WideResNet, wrn_28_10
 
 MODELS: dict[str, Callable[..., ModelSpec]] = {
@@ -132,6 +133,7 @@ __all__ = [
     "StagedNetwork",
     "StagedPathwayModel",
     "TokenExperts",
+    "TokenLayer",
     "TokenMoE",
     "ViT",
     "ViTMoE",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robustmoe.errors import UserError
 from robustmoe.models.norm import Normalise, at_least_float32
 from robustmoe.models.parts import Leaf, Part, through
+from robustmoe.models.token_layers import TokenLayer
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, Trace
 
@@ -65,6 +66,15 @@ class RoutedModel(nn.Module, ABC):
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
         """The routers' decisions alone. A model whose routers need no expert may say them without running one."""
         return self.run(x).trace
+
+    def layers(self) -> dict[str, TokenLayer]:
+        """The routed layers on tokens, by the names of their routers in the trace: what is measured layer by layer.
+
+        These are all `TokenLayer`s inside, each with its router's name: its own path and ".router". Override it where
+        the trace has other names. A model without such layers gives {}.
+        """
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, TokenLayer)}
+        return {f"{name}.router": layer for name, layer in layers.items()}
 
     def parts(self) -> Part:
         """The networks and routers that the model consists of, for certificates. Raises UserError where they are not

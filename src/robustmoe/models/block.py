@@ -19,10 +19,9 @@ from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, initialise
 from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
 from robustmoe.models.convolution import Conv
-from robustmoe.models.ensemble import Gate, select
 from robustmoe.models.mixing import mix_sparse
 from robustmoe.models.norm import Normalise, Standardise, at_least_float32
-from robustmoe.routing import Routing, Tape, straight_through
+from robustmoe.routing import Gate, Routing, Tape, choose, straight_through
 
 LayerRouter = Literal["conv_gap", "gap_fc"]
 """Global average pooling and a linear map: "gap_fc" with a bias, "conv_gap" without.
@@ -122,15 +121,15 @@ class RoutedLayer(nn.Module):
         """By default the paper's: at k = 1 straight through the softmax, above it the chosen, renormalised."""
         if self.gate is None and self.k == 1:
             return straight_through(logits, surrogate="softmax")
-        return select(logits, self.gate or "renormalised", self.k)
+        return choose(logits, self.gate or "renormalised", self.k)
 
 
 def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """``new`` wherever ``old`` stands in ``network``."""
-    for parent in list(network.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
+    for path, module in list(network.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, new)
 
 
 class LayeredModel(RoutedModel):

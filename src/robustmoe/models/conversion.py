@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import Dense, ImageShape, Plain, RoutedModel
 from robustmoe.models.block import LayerRouter, RoutedLayer, check_experts, handing_down, layer_router, replace
-from robustmoe.models.ensemble import Gate
 from robustmoe.models.norm import BatchNorm2d
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from robustmoe.models.norm import BatchNorm2d, enters_empty
+from robustmoe.models.norm import BatchNorm2d, Foldable, enters_empty
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ WIDEST_VECTOR = 16
 """Floats in the widest CPU register (AVX-512)."""
 
 
-class Conv(nn.Conv2d):
+class Conv(Foldable, nn.Conv2d, foldable=True):
     """An ordinary convolution without bias, the same for every image.
 
     A 1x1 convolution with a stride and fewer input channels than a CPU vector has floats takes its pixels first and
@@ -83,14 +83,21 @@ class Conv(nn.Conv2d):
         self.takes_pixels_first = kernel == 1 and stride > 1 and inputs < WIDEST_VECTOR
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        return self.convolved(x, self.weight)
+
+    def convolved(self, x: Float[Tensor, "n d h w"], weight: Float[Tensor, "f d kh kw"]) -> Tensor:
+        """The convolution with other filters than its own, at the same stride and padding."""
         if not self.takes_pixels_first:
-            return super().forward(x)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         rows, columns = self.stride
         x = x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, self.weight, self.bias)
+        return F.conv2d(x, weight, self.bias)
+
+    def folded(self, scale: Float[Tensor, " d"], shift: Float[Tensor, " d"]) -> nn.Module:
+        return fold(self, scale, shift)
 
 
-class Norm(BatchNorm2d):
+class Norm(BatchNorm2d, foldable=True):
     """One BatchNorm for all experts: in train mode over the whole re-assembled batch (AdvMoE's)."""
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
@@ -127,7 +134,7 @@ def weighted(out: Float[Tensor, "n d h w"], weight: Float[Tensor, " n"], shift: 
     return through
 
 
-class RoutedConv(nn.Module):
+class RoutedConv(Foldable, nn.Module, foldable=True):
     """One convolution an expert, equal in shape; expert k's images (n_k, d, h, w) go through expert k's filters
     alone.
 
@@ -143,6 +150,50 @@ class RoutedConv(nn.Module):
         if segments is None:
             raise ValueError("a routed convolution needs the batch's segments")
         return weighted(segments.through(self.experts, x), segments.weight)
+
+    def folded(self, scale: Float[Tensor, " d"], shift: Float[Tensor, " d"]) -> nn.Module:
+        for expert in self.experts:
+            assert isinstance(expert, nn.Conv2d)
+            fold(expert, scale, shift)
+        return FoldedRoutedConv(self, shift)
+
+
+def folded(layer: nn.Module, scale: Float[Tensor, " d"], shift: Float[Tensor, " d"]) -> nn.Module:
+    """A layer of convolutions and y = scale * x + shift behind it as one layer."""
+    if isinstance(layer, Foldable):
+        return layer.folded(scale, shift)
+    assert isinstance(layer, nn.Conv2d)
+    return fold(layer, scale, shift)
+
+
+def fold(conv: nn.Conv2d, scale: Float[Tensor, " d"], shift: Float[Tensor, " d"]) -> nn.Conv2d:
+    """Puts y = scale * x + shift, in float64, into the convolution before it, and returns that. Its former weights,
+    which others may share, are left alone.
+    """
+    weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype)
+    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+    conv.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    return conv
+
+
+class FoldedRoutedConv(nn.Module):
+    """A `RoutedConv` and the BatchNorm behind it as one: scale and shift are in each expert's filters and bias.
+
+    The routed convolution multiplies its output h by the route's weight w, 1 in value, whose gradient is <dL/dh, h>.
+    With the BatchNorm y = s h + t that is <s dL/dy, h> = <dL/dy, y - t>: the straight-through gradient stays what it
+    was.
+    """
+
+    shift: Tensor
+
+    def __init__(self, conv: RoutedConv, shift: Float[Tensor, " d"]) -> None:
+        super().__init__()
+        self.experts = conv.experts
+        self.register_buffer("shift", shift.to(next(conv.parameters())))
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        return weighted(segments.through(self.experts, x), segments.weight, self.shift)
 
 
 class RoutedNorm(nn.Module):

@@ -15,18 +15,7 @@ from robustmoe.models.mixing import mix_sparse, run_sparse
 from robustmoe.models.norm import Normalise, Standardise, at_least_float32
 from robustmoe.models.parts import Fork, Leaf, Part, through
 from robustmoe.models.small import SmallCNN
-from robustmoe.routing import Routing, Tape, Trace, soft, straight_through, top_k
-
-Gate = Literal["straight_through", "renormalised", "vmoe", "hard", "soft"]
-
-
-def select(logits: Float[Tensor, "n t e"], gate: Gate, k: int) -> Routing:
-    """The selection rule of that name (see `robustmoe.routing`)."""
-    if gate == "soft":
-        return soft(logits)
-    if gate == "straight_through":
-        return straight_through(logits, k)
-    return top_k(logits, k, gate)
+from robustmoe.routing import Gate, Routing, Tape, Trace, choose
 
 
 class EnsembleModel(RoutedModel):
@@ -49,7 +38,7 @@ class EnsembleModel(RoutedModel):
         self.normalise = normalise
         self.router = router
         self.experts = nn.ModuleList(experts)
-        self.rule = partial(select, gate=gate, k=k)
+        self.rule = partial(choose, gate=gate, k=k)
         self.gate: Gate = gate
         self.k = k
         self.mix = mix

@@ -5,7 +5,7 @@ normalisation.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,25 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+class Foldable:
+    """A layer class that says whether a frozen copy may fold it: a BatchNorm into the convolution before it.
+
+    ``foldable`` promises that, in eval mode, the layer computes what torch's BatchNorm or convolution computes with the
+    same parameters. Each class makes the promise for itself, ``class Mine(Conv, foldable=True)``; no subclass inherits
+    it.
+    """
+
+    foldable: ClassVar[bool] = False
+
+    def __init_subclass__(cls, foldable: bool = False, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        cls.foldable = foldable
+
+    def folded(self, scale: Float[Tensor, " d"], shift: Float[Tensor, " d"]) -> nn.Module:
+        """A convolution's layer and y = scale * x + shift behind it as one layer, which may be this one, changed."""
+        raise TypeError(f"{type(self).__name__} is no convolution, so no BatchNorm can become part of it")
+
+
 class Normalise(nn.Module):
     """(x - mean) / std per channel, inside the model, so that every radius and every attack is in pixels of [0, 1]."""
 
@@ -43,7 +62,7 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(Foldable, nn.BatchNorm2d, foldable=True):
     """`torch.nn.BatchNorm2d`, with three differences while training.
 
     An empty batch passes through and leaves the statistics alone. A single value a channel is allowed (its variance

@@ -52,9 +52,9 @@ class PrunedConv(Conv):
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         if self.training:
-            return self._conv_forward(x, self.weight * self.factor(), None)
+            return self.convolved(x, self.weight * self.factor())
         kept = self.kept()
-        part = self._conv_forward(x, self.weight[kept], None)
+        part = self.convolved(x, self.weight[kept])
         shape = part.shape[0], self.out_channels, *part.shape[2:]
         out = part.new_zeros(shape).contiguous(memory_format=torch.channels_last)
         return out.index_copy_(1, kept, part)

@@ -7,21 +7,18 @@ gradients of gradients exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-Dispatch = Literal["auto", "loop", "sorted", "grouped", "dense"]
+from robustmoe import compat
 
-DENSE = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
-"""The tensors of `TokenExperts`, and what these are called in the one MLP that each may start as a copy of (its
-matrices transposed): sparse upcycling, Komatsuzaki et al. 2023 (a recipe's ``init`` does it).
-"""
+Dispatch = Literal["auto", "loop", "sorted", "grouped", "dense"]
 
 CACHED = 2**25
 """Bytes of hidden activations up to which torch's grouped product is the fastest on a CPU: it holds those of all
@@ -29,12 +26,25 @@ experts at once, sorted pairs one expert's at a time (measured, docs/studies/tok
 """
 
 
-class TokenExperts(nn.Module):
+class Experts(nn.Module):
+    """Experts of equal shape in shared tensors, the first dimension of each being the expert's number.
+
+    ``dense``: the tensors, and what these are called in the one dense layer in whose place the experts are. Each may
+    start as a copy of that layer, whose matrices are the transposed of an expert's: sparse upcycling, Komatsuzaki et
+    al. 2023 (a recipe's ``init`` does it).
+    """
+
+    dense: ClassVar[Mapping[str, str]]
+
+
+class TokenExperts(Experts):
     """``num`` two-layer MLPs with the exact GELU: x -> GELU(x w1 + b1) w2 + b2.
 
     Expert i is ``w1[i]`` (d, h), ``b1[i]`` (h), ``w2[i]`` (h, d), ``b2[i]`` (d): a ViT's MLP with its matrices
-    transposed (see `DENSE`). ``equal``: all start the same (V-MoE's); else each is drawn.
+    transposed (see `Experts`). ``equal``: all start the same (V-MoE's); else each is drawn.
     """
+
+    dense: ClassVar[Mapping[str, str]] = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
 
     def __init__(self, num: int, width: int, hidden: int, equal: bool = False) -> None:
         super().__init__()
@@ -157,7 +167,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def groupable(x: Tensor, *weights: Tensor) -> bool:
-    """Whether torch's grouped matrix product takes these operands: there is one, the dtype is float32 or half precision
+    """Whether torch's grouped matrix product takes these operands: the dtype is float32 or half precision
     (on CUDA: bfloat16 alone), every row is a multiple of 16 bytes, there are items, and no function transform or
     forward-mode derivative runs.
     """
@@ -165,13 +175,12 @@ def groupable(x: Tensor, *weights: Tensor) -> bool:
     allowed = (torch.float32, torch.bfloat16, torch.float16) if x.device.type == "cpu" else (torch.bfloat16,)
     size = dtype.itemsize
     return (
-        hasattr(F, "grouped_mm")
-        and x.device.type in ("cpu", "cuda")
+        x.device.type in ("cpu", "cuda")
         and dtype in allowed
         and len(x) > 0
         and all(length * size % 16 == 0 for weight in weights for length in weight.shape[1:])
-        and not torch._C._functorch.maybe_current_level()
-        and not any(torch.autograd.forward_ad.unpack_dual(one).tangent is not None for one in (x, *weights))
+        and not compat.in_function_transform()
+        and not any(torch.autograd.forward_ad.unpack_dual(given).tangent is not None for given in (x, *weights))
     )
 
 

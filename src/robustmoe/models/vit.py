@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,16 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+@runtime_checkable
+class Positioned(Protocol):
+    """A network with learned positions ``pos_embed`` (1, 1 + rows * columns, d): of a class token, then of its ``grid``
+    (rows, columns) of patches. Those of another grid can be interpolated to it (`resample_positions`).
+    """
+
+    pos_embed: nn.Parameter
+    grid: tuple[int, int]
 
 
 class ViTNetwork(nn.Module):

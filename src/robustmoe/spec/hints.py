@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections.abc
+import dataclasses
 import inspect
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 SEQUENCES = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
@@ -14,12 +16,30 @@ SCALARS = (bool, int, float, str, types.NoneType)
 ANYTHING = inspect.Parameter.empty
 
 
+@dataclass(frozen=True)
+class Factory:
+    """The default of an argument whose value is made anew by ``make`` for each object."""
+
+    make: Callable[[], Any]
+
+
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature, with annotations evaluated where all of them can be."""
+    """The signature, with annotations evaluated where all of them can be. A dataclass's field that has a
+    ``default_factory`` has a `Factory` for its default.
+    """
     try:
-        return inspect.signature(function, eval_str=True)
+        signature = inspect.signature(function, eval_str=True)
     except (NameError, TypeError, AttributeError, SyntaxError):
-        return inspect.signature(function)
+        signature = inspect.signature(function)
+    if not (isinstance(function, type) and dataclasses.is_dataclass(function)):
+        return signature
+    made = {
+        field.name: Factory(field.default_factory)
+        for field in dataclasses.fields(function)
+        if field.init and field.default_factory is not dataclasses.MISSING
+    }
+    parameters = signature.parameters.values()
+    return signature.replace(parameters=[p.replace(default=made.get(p.name, p.default)) for p in parameters])
 
 
 def arms_of(hint: Any) -> tuple[Any, ...]:

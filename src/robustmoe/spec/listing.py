@@ -9,7 +9,7 @@ from typing import Any
 
 from robustmoe.errors import UserError
 from robustmoe.spec.bind import Table
-from robustmoe.spec.hints import ANYTHING, signature_of
+from robustmoe.spec.hints import ANYTHING, Factory, signature_of
 from robustmoe.spec.write import Writer
 
 
@@ -30,7 +30,7 @@ def _parameter(parameter: inspect.Parameter, writer: Writer) -> str:
         hint = "" if parameter.annotation is ANYTHING else f": {_hint_source(parameter.annotation)}"
         return f"{star}{parameter.name}{hint}"
     default = parameter.default
-    if type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
+    if isinstance(default, Factory):
         return f"{parameter.name}=…"
     try:
         return f"{parameter.name}={writer.value(default, parameter.annotation)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import keyword
 from collections import OrderedDict
@@ -11,7 +10,7 @@ from typing import Any
 
 from robustmoe.errors import UserError
 from robustmoe.spec.bind import Table
-from robustmoe.spec.hints import arms_of, item_hint, signature_of, takes_bare
+from robustmoe.spec.hints import Factory, arms_of, item_hint, signature_of, takes_bare
 
 
 class Writer:
@@ -45,12 +44,10 @@ class Writer:
     def _arguments(self, obj: Any, signature: inspect.Signature) -> inspect.BoundArguments:
         """The attributes of ``obj`` that a signature names and that differ from its defaults."""
         arguments = inspect.BoundArguments(signature, OrderedDict())
-        fields = dataclasses.fields(obj) if dataclasses.is_dataclass(obj) else ()
-        factories = {f.name: f.default_factory for f in fields}
         for name, parameter in signature.parameters.items():
             default = parameter.default
-            if type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
-                default = factories[name]()  # type: ignore[operator]
+            if isinstance(default, Factory):
+                default = default.make()
             needed = default is parameter.empty
             if needed or (hasattr(obj, name) and getattr(obj, name) != default):
                 arguments.arguments[name] = getattr(obj, name)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from robustmoe.models.token_layers import SlotMoE, SlotRouter
 from robustmoe.models.tokens import TokenExperts
-from robustmoe.models.vit_moe import SlotMoE, SlotRouter
 from robustmoe.records.theory import Chart, Comparison, Curve, Experiment
 from robustmoe.routing import Tape
 from robustmoe.theory.draws import normal

@@ -166,7 +166,9 @@ def train_step(
             if own:
                 router_grad[router] = router_grad.get(router, torch.zeros_like(norm)) + _norm(own)
         if clip > 0:
-            torch._foreach_mul_(list(gradients.values()), (clip / norm.clamp(min=1e-12)).clamp(max=1.0))
+            factor = (clip / norm.clamp(min=1e-12)).clamp(max=1.0)
+            for gradient in gradients.values():
+                gradient.mul_(factor)
         for name, parameter in named.items():
             parameter.grad = gradients[name]
         optimiser.step()

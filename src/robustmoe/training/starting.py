@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from robustmoe.errors import UserError, nearest
 from robustmoe.models import RoutedModel
 from robustmoe.models.pruned import reset_scores
-from robustmoe.models.tokens import DENSE, TokenExperts
-from robustmoe.models.vit import ViTNetwork, resample_positions
+from robustmoe.models.tokens import Experts
+from robustmoe.models.vit import Positioned, resample_positions
 from robustmoe.progress import note
 from robustmoe.training.checkpoint import read_config, read_weights
 
@@ -37,9 +37,9 @@ def start_from(model: RoutedModel, init: str | Path) -> None:
     "standard=runs/std, robust=runs/rt", a part being a module's path. Where a tensor's name is one of the model's (or
     the part's), it goes there. Where none is, the weights are of a network inside: they fill every submodule that has
     all of their names (``head.`` apart), such as each expert of an ensemble, all of which then start equal (as in
-    sparse upcycling, Komatsuzaki et al. 2023), and both halves of a dual model. Experts of tokens (`TokenExperts`) also
-    go by the names of the MLP in whose place they are, of which each then is a copy. Routers are filled only where they
-    are named as the part. A dense run's ``network.`` counts as such weights, and its normalisation goes with it.
+    sparse upcycling, Komatsuzaki et al. 2023), and both halves of a dual model. `Experts` in shared tensors also
+    go by the names of the layer in whose place they are, of which each then is a copy. Routers are filled only where
+    they are named as the part. A dense run's ``network.`` counts as such weights, and its normalisation goes with it.
 
     Of a file (not of a run), a ``head`` of another number of classes is left out, and position embeddings of a square
     grid are interpolated to the model's. Scores of pruned convolutions that are not given are made anew from the loaded
@@ -116,8 +116,8 @@ def _taken(model: RoutedModel, own: Iterable[str]) -> dict[str, str]:
     """
     taken = {name: name for name in own}
     for path, module in model.named_modules():
-        if isinstance(module, TokenExperts):
-            taken |= {_join(_outer(path), name): _join(path, tensor) for tensor, name in DENSE.items()}
+        if isinstance(module, Experts):
+            taken |= {_join(_outer(path), name): _join(path, tensor) for tensor, name in module.dense.items()}
     return taken
 
 
@@ -163,7 +163,8 @@ def _fitted(
     """The source's tensor ``name`` in the shape of the model's ``target``; None for a head that is left out."""
     value, place = source.weights[name], own[target]
     owner_path, _, last = target.rpartition(".")
-    copied = last in DENSE and not name.endswith(last)
+    owner = model.get_submodule(owner_path)
+    copied = isinstance(owner, Experts) and last in owner.dense and not name.endswith(last)
     if copied:
         place = place[0].t()
     if value.shape == place.shape:
@@ -174,10 +175,9 @@ def _fitted(
     if not source.is_run and _dense(name).startswith("head.") and value.shape[1:] == place.shape[1:]:
         remarks[f"but not its head of {len(value)} classes: that of {len(place)} stays as initialised"] = None
         return None
-    if not source.is_run and last == "pos_embed" and value.ndim == 3 and value.shape[::2] == place.shape[::2]:
-        owner = model.get_submodule(owner_path)
-        if isinstance(owner, ViTNetwork):
-            return _interpolated(value, owner.grid, f"init: {source.file}: {name!r}", remarks)
+    positions = last == "pos_embed" and value.ndim == 3 and value.shape[::2] == place.shape[::2]
+    if not source.is_run and positions and isinstance(owner, Positioned):
+        return _interpolated(value, owner.grid, f"init: {source.file}: {name!r}", remarks)
     if target.endswith("patch_embed.proj.weight") and value.shape[:2] == place.shape[:2]:
         raise UserError(
             f"init: {source.file}: {name!r} is for patches of {value.shape[-1]} pixels, the model's are of "

@@ -324,15 +324,14 @@ def _held(model: nn.Module, x: Tensor, other: Tensor) -> list[str]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers", "_modules"):
-                continue
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
             for part in parts:
                 if isinstance(part, Routing):
                     part = part.logits
-                if isinstance(part, Tensor):
+                if isinstance(part, Tensor) and id(part) not in registered:
                     yield f"{name}.{key}".strip("."), part
 
 

@@ -1,0 +1,34 @@
+"""The private names of torch that this package reads, each behind a function that says what it is for.
+
+No other module reads one (tests/test_compat.py). Such a name may change with any release of torch; what works is what
+pyproject.toml promises and constraints.txt pins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether anybody has registered a hook, of forward or backward passes, on this module itself."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def computes_as_conv2d(kind: type[nn.Conv2d]) -> bool:
+    """Returns whether a class of convolutions computes as torch's own does, with its forward in no part replaced."""
+    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+
+
+def in_function_transform() -> bool:
+    """Returns whether a transform of torch.func (vmap, grad, jvp) is running."""
+    return bool(torch._C._functorch.maybe_current_level())
+
+
+def grouped_product() -> Any:
+    """Returns the operator that torch.nn.functional.grouped_mm calls, by which a counter of operations knows it."""
+    return torch.ops.aten._grouped_mm
