@@ -1,11 +1,14 @@
 """Mixture-of-Experts vision models that hold under attack: train, attack, evaluate and report, the router included.
 
-The names below are the public ones; each is imported when first used, so that ``robustmoe --help`` needs no torch.
+The imports below are the public names. Type checkers and editors read them; a running program imports each when it is
+first used, so that ``robustmoe --help`` needs no torch.
 """
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,47 +44,26 @@ if TYPE_CHECKING:
     from robustmoe.training import load_model as load_model
     from robustmoe.training import train as train
 
-_HOMES = {
-    "Output": "models",
-    "Recipe": "recipe",
-    "RoutedModel": "models",
-    "Routing": "routing",
-    "Tape": "routing",
-    "Trace": "routing",
-    "UserError": "errors",
-    "as_art": "interop",
-    "as_foolbox": "interop",
-    "attack_view": "attacks",
-    "benchmark": "interop",
-    "blend": "evaluation",
-    "blend_run": "evaluation",
-    "build_attack": "attacks",
-    "build_certifier": "certification",
-    "build_method": "training",
-    "build_model": "models",
-    "certify": "evaluation",
-    "certify_run": "evaluation",
-    "dissect": "evaluation",
-    "dissect_run": "evaluation",
-    "evaluate": "evaluation",
-    "evaluate_run": "evaluation",
-    "measure_lipschitz": "evaluation",
-    "lipschitz_run": "evaluation",
-    "load_model": "training",
-    "moefy": "models",
-    "report": "reporting",
-    "sweep": "evaluation",
-    "sweep_run": "evaluation",
-    "train": "training",
-}
 
+def _homes() -> dict[str, str]:
+    """The public names, and the module that each is in, as the imports above say: from the text of this very file."""
+    block = next(
+        node for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body if isinstance(node, ast.If)
+    )
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+_HOMES = _homes()
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'robustmoe' has no attribute {name!r}")
-    return getattr(import_module(f"robustmoe.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # else a misspelt name would be "any" to a type checker
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'robustmoe' has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
