@@ -84,7 +84,7 @@ def numbers(study: Study, arm: str, seed: int) -> dict[str, float] | None:
     worst = analysis.worst_case([(file.header, file.rows) for file in inside.values()])
     found = {"clean": worst.clean.value, "worst case": worst.robust.value}
     for name, file in study.files(arm, seed).items():
-        found[name] = analysis.summary(*file).robust.value
+        found[name] = analysis.evaluation_summary(*file).robust.value
         moved = [value for row in file.rows for value in row.rerouted.values()]
         if moved and name in ("PGD-50", "router only"):
             found[f"rerouted, {name}"] = statistics.mean(moved)

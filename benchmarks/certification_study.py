@@ -130,7 +130,7 @@ def numbers(work: Certified, arm: str, seed: int) -> dict[str, float]:
     if found is None:
         return {}
     files = list(Study.files(work, arm, seed).values())
-    proven = analysis.proven(found, files)
+    proven = analysis.certificates_summary(found, files)
     attacked = analysis.worst_case([(file.header, file.rows) for file in files]) if files else None
     named = {"clean": proven.right, "certified": proven.certified}
     if attacked is not None and attacked.robust is not None:

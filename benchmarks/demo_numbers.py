@@ -51,7 +51,7 @@ def measure(folder: Path) -> dict[str, float]:
         results = [records.read(path) for path in records.rows_files(folder / run)]
         results = [result for result in results if result.header.role == "main"]
         for result in results:
-            summary = analysis.summary(result.header, result.rows, result.checks)
+            summary = analysis.evaluation_summary(result.header, result.rows, result.checks)
             name = "transition" if "expert_transition" in (summary.attack or "") else ""
             for part in ("experts_only", "router_only"):
                 name = part if part in (summary.attack or "") else name
@@ -63,7 +63,9 @@ def measure(folder: Path) -> dict[str, float]:
     numbers["pathway_minus_dense.pgd"] = numbers["pathway.pgd"] - numbers["dense.pgd"]
     numbers["pathway_minus_dense.worst"] = numbers["pathway.worst"] - numbers["dense.worst"]
     [found] = records.Certificates.read_all(folder / "certified")
-    proven = analysis.proven(found, [records.read(path) for path in records.rows_files(folder / "certified")])
+    proven = analysis.certificates_summary(
+        found, [records.read(path) for path in records.rows_files(folder / "certified")]
+    )
     attacked = proven.at(found.header.eps)
     assert attacked is not None
     assert attacked.certified.n == CERTIFIED

@@ -128,13 +128,13 @@ def numbers(given: Study, arm: str, seed: int) -> dict[str, float] | None:
     last = analysis.by_part(files["suite"])[-1].left
     found = {
         "clean": union.clean.value,
-        "PGD-50": analysis.summary(*files["PGD-50"]).robust.value,
+        "PGD-50": analysis.evaluation_summary(*files["PGD-50"]).robust.value,
         "AutoAttack": (suite[0] if suite else last).value,
         "AutoAttack + routing": last.value,
         "union": union.robust.value,
     }
     if "steered" in files:
-        found["transition alone"] = analysis.summary(*files["steered"]).robust.value
+        found["transition alone"] = analysis.evaluation_summary(*files["steered"]).robust.value
     return {name: 100 * value for name, value in found.items()}
 
 
@@ -185,7 +185,7 @@ def tables(given: Study, arms: list[str], names: list[str], seeds: int) -> str:
     rows = {arm: [n for seed in range(seeds) if (n := numbers(given, arm, seed))] for arm in arms}
     columns = ["clean", "PGD-50", "AutoAttack", "AutoAttack + routing", "transition alone", "union"]
     lines = [*table(columns, rows), "", *given.differences(PAIRS, seeds), ""]
-    parts = {arm: [anatomy for seed in range(seeds) if (anatomy := anatomy_of(given, arm, seed))] for arm in DISSECTED}
+    parts = {arm: [parts for seed in range(seeds) if (parts := anatomy_of(given, arm, seed))] for arm in DISSECTED}
     if any(parts.values()):
         first = next(runs[0] for runs in parts.values() if runs)
         lines += [*table(list(first), parts), ""]
@@ -204,15 +204,15 @@ def anatomy_of(given: Study, arm: str, seed: int) -> dict[str, float] | None:
     found = records.Dissection.read(given.folder(arm, seed))
     if found is None or not found.done:
         return None
-    anatomy = analysis.anatomy(found)
+    parts = analysis.dissection_summary(found)
     rates = {
-        "SA": anatomy.clean,
-        "RA (PGD-20)": anatomy.robust["prediction"],
-        "RA-E frozen": anatomy.frozen,
-        "RA-E live": anatomy.robust["frozen"],
-        "RA-R frozen": anatomy.swapped,
-        "RA-R live": anatomy.robust["router"],
-        "RA, union": anatomy.worst,
+        "SA": parts.clean,
+        "RA (PGD-20)": parts.robust["prediction"],
+        "RA-E frozen": parts.frozen,
+        "RA-E live": parts.robust["frozen"],
+        "RA-R frozen": parts.swapped,
+        "RA-R live": parts.robust["router"],
+        "RA, union": parts.worst,
     }
     return {name: 100 * rate.value for name, rate in rates.items()}
 

@@ -38,7 +38,7 @@ def one(objective: str, seed: int, folder: Path) -> dict[str, float]:
     worst = analysis.worst_case([(r.header, r.rows) for r in results])
     found = {"clean": worst.clean.value, "worst case": worst.robust.value}
     for attack, result in zip(attacks, results):
-        found[attack.objective.name] = analysis.summary(*result).robust.value
+        found[attack.objective.name] = analysis.evaluation_summary(*result).robust.value
     return {name: 100 * value for name, value in found.items()}
 
 

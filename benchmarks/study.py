@@ -14,7 +14,7 @@ from robustmoe import spec as specs
 from robustmoe.attacks import build_attack
 from robustmoe.evaluation import evaluate_run
 from robustmoe.recipe import Recipe
-from robustmoe.records import Result
+from robustmoe.records import Evaluation
 from robustmoe.training import train
 
 
@@ -48,14 +48,14 @@ class Study:
                 attacks = tuple(self.attacks(arm).values())
                 evaluate_run(self.folder(arm, seed), attacks=attacks, limit=limit, precision="fast", curve=())
 
-    def files(self, arm: str, seed: int) -> dict[str, Result]:
+    def files(self, arm: str, seed: int) -> dict[str, Evaluation]:
         """The rows by the attack's name in ``attacks``."""
         names = {specs.text(build_attack(text)): name for name, text in self.attacks(arm).items()}
         paths = sorted((self.folder(arm, seed) / "rows").glob("*.jsonl"))
         read = [records.read(path) for path in paths if "examples" not in path.name]
         return {names[file.header.attack]: file for file in read if file.header.attack in names}
 
-    def inside(self, arm: str, seed: int) -> dict[str, Result]:
+    def inside(self, arm: str, seed: int) -> dict[str, Evaluation]:
         """The files of the worst case; {} where an attack is missing."""
         found = self.files(arm, seed)
         if set(found) != set(self.attacks(arm)):

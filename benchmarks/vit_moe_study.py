@@ -124,7 +124,7 @@ def numbers(given: Study, arm: str, seed: int) -> dict[str, float]:
     found = {}
     swept = records.Sweep.read(given.folder(arm, seed))
     if swept is not None and swept.done:
-        curves = analysis.sweep_numbers(swept)
+        curves = analysis.sweep_summary(swept)
         found["clean"] = curves.clean.value
         for name, curve in zip(("weak (paper's)", "PGD-50 x 2"), curves.curves, strict=True):
             found[name] = curve.points[-1].robust.value
@@ -143,7 +143,7 @@ def routes(given: Study, arm: str, seed: int) -> dict[str, float]:
     swept, measured = (read(given.folder(arm, seed)) for read in (records.Sweep.read, records.Lipschitz.read))
     found: dict[str, float] = {}
     if swept is not None and swept.done and swept.header.routers:
-        curves = analysis.sweep_numbers(swept)
+        curves = analysis.sweep_summary(swept)
         for name, curve in zip(("weak", "PGD-50"), curves.curves):
             point = curve.points[-1]
             found[f"rerouted, {name}"] = statistics.mean(point.moved.values())
@@ -158,7 +158,7 @@ def routes(given: Study, arm: str, seed: int) -> dict[str, float]:
             if spare.rule == "without" and spare.router == "":
                 found["worst expert out"] = spare.lowest[1].value
     if measured is not None and measured.done:
-        parts_of = analysis.sensitivity(measured)
+        parts_of = analysis.lipschitz_summary(measured)
         fall = parts_of.fall
         found["margin's fall by the routes"] = fall[2] / fall[0] if fall[0] else 0.0
         shares = [layer.numbers["attack router share"].mean for layer in parts_of.layers]
@@ -166,7 +166,7 @@ def routes(given: Study, arm: str, seed: int) -> dict[str, float]:
             found["router's share in the layers (P8)"] = statistics.mean(shares)
     found = {name: 100 * value for name, value in found.items()}
     if measured is not None and measured.done:
-        found["margin gradient"] = analysis.sensitivity(measured).model["margin slope"].mean
+        found["margin gradient"] = analysis.lipschitz_summary(measured).model["margin slope"].mean
     return found
 
 

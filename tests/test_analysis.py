@@ -16,19 +16,19 @@ from robustmoe.analysis import (
     attack_name,
     by_part,
     eps_curve,
+    evaluation_summary,
     family,
     groups,
     judge,
     load_by_class,
     names,
     routing_gap,
-    summary,
     warnings,
     wilson,
     worst_case,
 )
 from robustmoe.errors import UserError
-from robustmoe.records import Audit, Check, Checks, Header, Result, RouterInfo, Row
+from robustmoe.records import Audit, Check, Checks, Evaluation, Header, RouterInfo, Row
 
 EPS = 8 / 255
 FINE = Checks([Check("R1", "router reached", "pass", 0.3, "30% of the gradient goes through the router.")], 1.0)
@@ -87,7 +87,7 @@ def test_wilson_by_hand() -> None:
 
 
 def test_summary_of_four_rows() -> None:
-    one = summary(make_header(), FOUR, FINE)
+    one = evaluation_summary(make_header(), FOUR, FINE)
     assert one.clean == Rate(2, 4)
     assert one.robust == Rate(1, 4)  # image 3 was wrong before the attack, so it does not count
     assert one.router_exposed == Rate(2, 4)  # images 0 and 3
@@ -101,14 +101,14 @@ def test_summary_of_four_rows() -> None:
 
 
 def test_summary_of_a_dense_model_and_of_no_attack() -> None:
-    dense = summary(make_header(routers={}), outcomes("1100"), FINE)
+    dense = evaluation_summary(make_header(routers={}), outcomes("1100"), FINE)
     assert dense.robust == Rate(2, 4)
     assert (dense.router_exposed, dense.experts_exposed, dense.rerouted, dense.rerouted_mean) == (None, None, {}, None)
     assert dense.router_attacked is None
-    clean = summary(make_header(attack=None, objective=None), FOUR, FINE)
+    clean = evaluation_summary(make_header(attack=None, objective=None), FOUR, FINE)
     assert (clean.clean, clean.robust, clean.router_exposed) == (Rate(2, 4), None, None)
     with pytest.raises(UserError, match=r"no rows yet for pgd\(linf\(8/255\), steps=50\); `robustmoe evaluate RUN`"):
-        summary(make_header(), [], None)
+        evaluation_summary(make_header(), [], None)
 
 
 def test_worst_case_by_hand() -> None:
@@ -143,20 +143,20 @@ def test_worst_case_of_what_does_not_belong_together(field: str, value: object) 
 
 def test_groups_are_one_threat_each() -> None:
     files = [
-        Result(make_header(norm="l2", eps=0.5), outcomes("1100"), FINE),
-        Result(make_header(), outcomes("1100"), FINE),
-        Result(make_header(seed=1), outcomes("1100"), FINE),
-        Result(make_header(role="curve"), outcomes("1100"), FINE),
-        Result(make_header(attack=None, objective=None), outcomes("1111"), FINE),
-        Result(make_header(seed=2), [], None),
-        Result(make_header(index_hash="few"), outcomes("11"), FINE),
+        Evaluation(make_header(norm="l2", eps=0.5), outcomes("1100"), FINE),
+        Evaluation(make_header(), outcomes("1100"), FINE),
+        Evaluation(make_header(seed=1), outcomes("1100"), FINE),
+        Evaluation(make_header(role="curve"), outcomes("1100"), FINE),
+        Evaluation(make_header(attack=None, objective=None), outcomes("1111"), FINE),
+        Evaluation(make_header(seed=2), [], None),
+        Evaluation(make_header(index_hash="few"), outcomes("11"), FINE),
     ]
     assert [[file.header.norm for file in group] for group in groups(files)] == [["linf", "linf"], ["l2"], ["linf"]]
 
 
 def verdict(objective: ObjectiveInfo, status: str | None, rows: str = "1100") -> bool | None:
     checks = Checks([Check("R1", "router reached", status, 0, "A sentence.")] if status else [], 1.0)
-    return judge([Result(make_header(objective=objective), outcomes(rows), checks)]).router_attacked
+    return judge([Evaluation(make_header(objective=objective), outcomes(rows), checks)]).router_attacked
 
 
 def test_when_the_router_counts_as_attacked() -> None:
@@ -168,7 +168,7 @@ def test_when_the_router_counts_as_attacked() -> None:
     assert verdict(EXPERTS_ONLY, "pass") is False
     assert verdict(JOINT, "fail") is False
     assert verdict(JOINT, "pass", rows="11") is False  # it has not seen all images
-    dense = judge([Result(make_header(routers={}), outcomes("1100"), FINE)])
+    dense = judge([Evaluation(make_header(routers={}), outcomes("1100"), FINE)])
     assert (dense.router_attacked, dense.trusted) == (None, True)
 
 
@@ -176,12 +176,14 @@ def test_verdict_says_what_is_wrong() -> None:
     bad = Checks(
         [Check("H4", "alone", "fail", 1, "One answer changed."), Check("G5", "end", "warn", 1, "Rising.")], 1.0
     )
-    judged = judge([Result(make_header(), outcomes("1100"), bad), Result(make_header(seed=1), outcomes("11"), None)])
+    judged = judge(
+        [Evaluation(make_header(), outcomes("1100"), bad), Evaluation(make_header(seed=1), outcomes("11"), None)]
+    )
     assert judged.failed == ("H4 alone: One answer changed.",)
     assert judged.warned == ("G5 end: Rising.",)
     assert judged.incomplete == ("pgd(linf(8/255), steps=50), seed 1: 2 of 4 images",)
     assert not judged.trusted
-    unfinished = judge([Result(make_header(), outcomes("1100"), None)])
+    unfinished = judge([Evaluation(make_header(), outcomes("1100"), None)])
     assert unfinished.incomplete == ("pgd(linf(8/255), steps=50): not finished, its checks were not run",)
 
 
@@ -190,7 +192,7 @@ def test_verdict_says_what_is_wrong() -> None:
 )
 def test_a_perturbation_outside_the_ball_is_a_failure(size: float, trusted: bool) -> None:
     rows = [make_row(i, size={"linf": size}) for i in range(4)]
-    judged = judge([Result(make_header(), rows, FINE)])
+    judged = judge([Evaluation(make_header(), rows, FINE)])
     assert judged.trusted is trusted
     assert trusted or "is outside linf <= 0.0313725" in judged.failed[0]
 
@@ -235,12 +237,12 @@ def test_eps_curve_by_hand() -> None:
 
 
 def test_warnings() -> None:
-    joint = Result(make_header(), outcomes("1111"), FINE)
-    experts = Result(make_header(objective=EXPERTS_ONLY), outcomes("1100"), FINE)
+    joint = Evaluation(make_header(), outcomes("1111"), FINE)
+    experts = Evaluation(make_header(objective=EXPERTS_ONLY), outcomes("1100"), FINE)
     assert warnings([joint, joint]) == []
     (weak,) = warnings([joint, experts])
     assert weak.startswith("the experts only attack leaves 50.0%, the joint one 100.0%")
-    moody = Result(make_header(seed=1), [make_row(0, clean=1), *outcomes("-111")], FINE)
+    moody = Evaluation(make_header(seed=1), [make_row(0, clean=1), *outcomes("-111")], FINE)
     (unsteady,) = warnings([joint, moody])
     assert unsteady.startswith("1 clean images are predicted differently")
 
@@ -268,14 +270,14 @@ def test_a_suite_is_told_part_by_part() -> None:
         make_row(i, 0, int(part == "clean"), int(bool(part)), part=part) for i, part in enumerate(parts)
     ]  # label 0: 1 is wrong
     header = make_header(n=5, parts=["one", "two", "three"])
-    found = by_part(Result(header, rows, FINE))
+    found = by_part(Evaluation(header, rows, FINE))
     assert [(part.name, part.broken, part.left) for part in found] == [
         ("one", 2, Rate(2, 5)),
         ("two", 0, Rate(2, 5)),
         ("three", 1, Rate(1, 5)),
     ]
-    assert by_part(Result(header, rows[:4], None)) == ()
-    assert by_part(Result(make_header(n=5), rows, FINE)) == ()
+    assert by_part(Evaluation(header, rows[:4], None)) == ()
+    assert by_part(Evaluation(make_header(n=5), rows, FINE)) == ()
 
 
 def test_what_knowing_the_router_costs() -> None:
@@ -285,24 +287,24 @@ def test_what_knowing_the_router_costs() -> None:
     rows = [make_row(i, 0, int(part == "clean"), int(bool(part)), part=part) for i, part in enumerate(broke)]
     order = ["apgd-ce", "apgd-t", "fab-t", "square", "experts held", "routers", "flip", "transition"]
     header = make_header(n=8, attack="autoattack_routing(linf(8/255))", objective=ROUTING, parts=order)
-    assert routing_gap(Result(header, rows, FINE)) == (Rate(3, 8), Rate(1, 8))
-    assert routing_gap(Result(header, rows, None)) == (Rate(3, 8), Rate(1, 8))
+    assert routing_gap(Evaluation(header, rows, FINE)) == (Rate(3, 8), Rate(1, 8))
+    assert routing_gap(Evaluation(header, rows, None)) == (Rate(3, 8), Rate(1, 8))
     plus = ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t", "routers", "flip"]
-    assert routing_gap(Result(replace(header, parts=plus), rows, FINE)) == (Rate(3, 8), Rate(1, 8))
-    assert routing_gap(Result(header, rows[:7], None)) is None, "an image is missing"
+    assert routing_gap(Evaluation(replace(header, parts=plus), rows, FINE)) == (Rate(3, 8), Rate(1, 8))
+    assert routing_gap(Evaluation(header, rows[:7], None)) is None, "an image is missing"
     dense = [row for row in rows if row.part not in ("routers", "flip")]
-    assert routing_gap(Result(replace(header, n=6, parts=order[:4]), dense, FINE)) is None, "no part knows a router"
-    assert routing_gap(Result(replace(header, attack="a_suite(linf(8/255))"), rows, FINE)) is None
-    assert routing_gap(Result(make_header(attack=None, objective=None), FOUR, FINE)) is None
+    assert routing_gap(Evaluation(replace(header, n=6, parts=order[:4]), dense, FINE)) is None, "no part knows a router"
+    assert routing_gap(Evaluation(replace(header, attack="a_suite(linf(8/255))"), rows, FINE)) is None
+    assert routing_gap(Evaluation(make_header(attack=None, objective=None), FOUR, FINE)) is None
 
 
 def test_deep_checks_mark_the_number_of_their_own_model() -> None:
     audit = Audit("m", ["fgsm"], 64, 0, [Check("G2", "finite differences", "fail", 0.9, "off.")])
-    result = Result(make_header(), FOUR, FINE)
+    result = Evaluation(make_header(), FOUR, FINE)
     assert judge([result]).trusted
     assert judge([result], audit).failed == ("G2 finite differences: off. (robustmoe check)",)
     assert not judge([result], audit).trusted
-    other = Result(make_header(model_hash="another"), FOUR, FINE)
+    other = Evaluation(make_header(model_hash="another"), FOUR, FINE)
     assert judge([other], audit).trusted
     blind = Audit("m", ["fgsm"], 64, 0, [Check("R1", "router reached", "fail", 0.0, "blind.")])
     assert judge([result], blind).trusted, "the file's own R1 passed: one attack that sees the router is enough"

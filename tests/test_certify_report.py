@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from robustmoe import records
-from robustmoe.analysis import Rate, proven, refuted
+from robustmoe.analysis import Rate, certificates_summary, refuted
 from robustmoe.analysis.certificates import POINTS
-from robustmoe.records import Certificates, Proof, Result, RouterInfo, Row
+from robustmoe.records import Certificates, Evaluation, Proof, RouterInfo, Row
 from robustmoe.reporting import certificates_table
 from robustmoe.reporting.certificates import doubts, story
 from robustmoe.reporting.collect import Certified
@@ -55,14 +55,14 @@ def attacked(broken: dict[int, float], eps: float = EPS, n: int = 8, **changes: 
             {"linf": broken.get(i, eps), "l2": 9.0, "l1": 9.0}, {}, None, None, {}, {})
         for i in range(n)
     ]  # fmt: skip
-    return Result(header, rows, None)
+    return Evaluation(header, rows, None)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
 
 
 def test_the_numbers_of_eight_images() -> None:
-    found = proven(record())
+    found = certificates_summary(record())
     assert (found.right, found.certified) == (Rate(6, 8), Rate(2, 8)), "images 0 to 5; images 0 and 1"
     assert (found.unstable, found.abstained) == (Rate(1, 8), Rate(1, 8))
     assert found.mean_radius == pytest.approx((0.2 + 0.1 + 0.05) / 8)
@@ -75,10 +75,10 @@ def test_the_numbers_of_eight_images() -> None:
 
 
 def test_the_curve_falls_at_each_radius() -> None:
-    shares = dict(proven(record()).curve)
+    shares = dict(certificates_summary(record()).curve)
     assert [shares[radius].count for radius in (0.0, 0.05, EPS, 0.2)] == [6, 3, 2, 1]
     assert (shares[0.0125].count, shares[0.15000000000000002].count) == (3, 1), "between two radii, the farther one's"
-    many = proven(record([proof(i, 0.001 * i) for i in range(1, 1000)])).curve
+    many = certificates_summary(record([proof(i, 0.001 * i) for i in range(1, 1000)])).curve
     assert len(many) <= POINTS + 10
     for radius, share in many[1:]:
         assert share.count == 1000 - math.ceil(1000 * radius - 1e-6), "images i of 1 to 999 with i / 1000 >= radius"
@@ -89,12 +89,14 @@ def test_a_radius_of_float32_counts_as_eps() -> None:
     header = dataclasses.replace(record().header, eps=8 / 255)
     rows = [proof(0, 0.03137254714965820), proof(1, 0.0313)]
     assert rows[0].radius < 8 / 255
-    assert proven(record(rows, header=header)).certified == Rate(1, 2)
+    assert certificates_summary(record(rows, header=header)).certified == Rate(1, 2)
 
 
 def test_a_dense_model_and_two_halves_have_no_number_of_experts() -> None:
     for routers in ({}, {"standard.router": RouterInfo(3, 1, 1)}, dict.fromkeys("ab", RouterInfo(3, 1, 1))):
-        assert proven(record(header=dataclasses.replace(record().header, routers=routers))).experts is None
+        assert (
+            certificates_summary(record(header=dataclasses.replace(record().header, routers=routers))).experts is None
+        )
 
 
 # ------------------------------------------------------------------------------------------------ attacks
@@ -103,7 +105,7 @@ def test_a_dense_model_and_two_halves_have_no_number_of_experts() -> None:
 def test_attacks_on_the_same_images() -> None:
     """Two attacks at eps, one of which saw four images only, and one at half of it."""
     some = [attacked({3: 0.09, 4: 0.1}), attacked({2: 0.1}, n=4), attacked({3: 0.05}, eps=0.05)]
-    found = proven(record(), some)
+    found = certificates_summary(record(), some)
     half, whole = found.against
     assert (half.eps, half.robust, half.certified, half.clean) == (0.05, Rate(5, 8), Rate(3, 8), Rate(6, 8))
     assert (whole.robust, whole.certified) == (Rate(2, 4), Rate(2, 4)), "images 0 to 3, of which 2 and 3 are broken"
@@ -142,7 +144,7 @@ def test_other_work_refutes_nothing(change: dict[str, Any]) -> None:
     result = attacked({0: 0.01})
     assert refuted(record(), [result])
     header = dataclasses.replace(result.header, **change)
-    found = proven(record(), [result._replace(header=header)])
+    found = certificates_summary(record(), [result._replace(header=header)])
     assert (found.refuted, found.against) == ((), ())
 
 
@@ -155,15 +157,15 @@ def test_images_without_a_name_are_told_apart_by_their_hash() -> None:
 
 
 def test_a_smoothed_model_is_not_compared() -> None:
-    found = proven(record(subject="smoothed model"), [attacked({0: 0.01})])
+    found = certificates_summary(record(subject="smoothed model"), [attacked({0: 0.01})])
     assert (found.refuted, found.against) == ((), ())
 
 
 # ------------------------------------------------------------------------------------------------ words
 
 
-def said(found: Certificates, *results: Result) -> str:
-    return story(Certified(found, proven(found, results)))
+def said(found: Certificates, *results: Evaluation) -> str:
+    return story(Certified(found, certificates_summary(found, results)))
 
 
 def test_the_story() -> None:
@@ -211,12 +213,12 @@ def test_doubts_are_told_one_by_one_up_to_five() -> None:
     found = record(rows)
     result = attacked(dict.fromkeys(range(8), 0.05))
     result = result._replace(rows=[dataclasses.replace(row, clean=1) for row in result.rows])
-    told = doubts(Certified(found, proven(found, [result])))
+    told = doubts(Certified(found, certificates_summary(found, [result])))
     assert told[0] == "Certified accuracy 100.0% is above what the attacks leave, 0.0%, within L∞ ≤ 25.5/255."
     assert told[1].startswith("Image 0 is certified as 1 up to L∞ 0.2, but ")
     assert told[1].endswith("makes it 2 with 0.05.")
     assert (len(told), told[-1]) == (7, "3 more certificates of other images or attacks are disproved.")
-    assert doubts(Certified(found, proven(found))) == []
+    assert doubts(Certified(found, certificates_summary(found))) == []
     assert "! Certified accuracy 100.0%" in certificates_table(found, [result])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import robustmoe as rm
 from robustmoe import analysis, records
-from robustmoe.analysis import Rate, anatomy, route_iou, weaker_part
+from robustmoe.analysis import Rate, dissection_summary, route_iou, weaker_part
 from robustmoe.attacks import PGD, linf
 from robustmoe.cli import main
 from robustmoe.errors import UserError
@@ -62,14 +62,14 @@ steps of 0.1 reach the corner of the ball from any start."""
 
 
 @pytest.fixture(scope="module")
-def corners() -> analysis.Anatomy:
+def corners() -> analysis.DissectionSummary:
     return dissect(Corners(), X, Y, attack=CORNER)
 
 
 # ------------------------------------------------------------------------------------------------ by hand
 
 
-def test_the_whole_model(corners: analysis.Anatomy) -> None:
+def test_the_whole_model(corners: analysis.DissectionSummary) -> None:
     """Right: all but 4. Route held: 2 and 7 break. Misrouted: 1 and 5 meet the other expert, which says the opposite.
     Steering, like all attacks together, leaves 0, 3 and 6.
     """
@@ -80,7 +80,7 @@ def test_the_whole_model(corners: analysis.Anatomy) -> None:
     assert corners.weaker == "unclear", "two images each"
 
 
-def test_the_router(corners: analysis.Anatomy) -> None:
+def test_the_router(corners: analysis.DissectionSummary) -> None:
     (router,) = corners.routers
     assert router.consistency["margin"] == router.consistency["flip"] == Rate(6, 8)
     assert router.kept["margin"] == 6 / 8
@@ -95,7 +95,7 @@ def test_the_router(corners: analysis.Anatomy) -> None:
     assert router.residue == (Rate(3, 8), Rate(2, 8)), "expert y mod 2 gets 0, 1, 2; 1 can be moved away"
 
 
-def test_where_the_routes_of_a_class_go(corners: analysis.Anatomy) -> None:
+def test_where_the_routes_of_a_class_go(corners: analysis.DissectionSummary) -> None:
     """Class 0: expert 0 had {0, 1, 2}, then {0, 2, 5}; expert 1 had {3, 4, 5, 7}, then {1, 3, 4, 7}. Class 1: {6}, {6};
     expert 1 never gets it.
     """
@@ -107,7 +107,7 @@ def test_where_the_routes_of_a_class_go(corners: analysis.Anatomy) -> None:
     assert router.classes.clean == ((3 / 7, 4 / 7), (1.0, 0.0))
 
 
-def test_the_experts(corners: analysis.Anatomy) -> None:
+def test_the_experts(corners: analysis.DissectionSummary) -> None:
     """Expert 0 alone is right on 0, 1, 2, 4, 6, of which 2 is near; expert 1 on 3, 5, 7, of which 7 is near."""
     first, second = corners.experts
     assert (first.clean, first.robust) == (Rate(5, 8), Rate(4, 8))
@@ -219,7 +219,7 @@ def test_equal_experts_make_the_route_matter_nothing(case: Case) -> None:
     assert 0 < found.frozen.count < 12
 
 
-def test_the_batch_size_decides_nothing(corners: analysis.Anatomy) -> None:
+def test_the_batch_size_decides_nothing(corners: analysis.DissectionSummary) -> None:
     again = dissect(Corners(), X, Y, attack=CORNER, batch_size=3)
     assert again.robust == corners.robust
     assert again.experts == corners.experts
@@ -346,7 +346,7 @@ def record(**changes: Any) -> Dissection:
 
 
 def test_a_record_by_hand() -> None:
-    found = anatomy(record())
+    found = dissection_summary(record())
     assert (found.clean, found.frozen, found.worst) == (Rate(4, 4), Rate(4, 4), Rate(4, 4))
     assert found.swapped == found.misrouted == Rate(3, 4)
     (router,) = found.routers

@@ -124,7 +124,7 @@ MANY_LABELS = torch.tensor([0, 1] * 8)
 PGD5 = "pgd(linf(0.1), steps=5)"
 
 
-def rows_of(folder: Path) -> list[records.Result]:
+def rows_of(folder: Path) -> list[records.Evaluation]:
     files = [file for file in folder.glob("*.jsonl") if not file.name.endswith(".examples.jsonl")]
     return [records.read(file) for file in sorted(files)]
 
@@ -377,7 +377,7 @@ def test_a_dishonest_attack_is_caught(how: str, check: str, tmp_path: Path) -> N
     assert [c.id for c in checks.checks if c.status == "fail"] == [check]
     assert [row.label for row in rows] == [0, 0, 0]
     assert [row.clean for row in rows] == [0, 0, 0]
-    judged = analysis.judge([records.Result(header, rows, checks)])
+    judged = analysis.judge([records.Evaluation(header, rows, checks)])
     assert not judged.trusted
     (table,) = [line for line in summary_table(rows_of(tmp_path)).splitlines() if line.startswith("worst of 1")]
     assert " !" in table

@@ -22,7 +22,7 @@ from robustmoe.attacks import PGD, linf
 from robustmoe.errors import UserError
 from robustmoe.evaluation import evaluate
 from robustmoe.models import RoutedModel
-from robustmoe.records import Check, Checks, Result
+from robustmoe.records import Check, Checks, Evaluation
 
 N, WRONG = 12, 3
 
@@ -203,7 +203,7 @@ def test_what_benchmark_refuses(
 
 
 @pytest.fixture
-def run(cifar: nn.Module, tmp_path: Path) -> list[Result]:
+def run(cifar: nn.Module, tmp_path: Path) -> list[Evaluation]:
     """AutoAttack standard and PGD on 12 images; the rows then say that 6 and 5 of the 9 right ones hold."""
     interop.benchmark(cifar, aa_state_path="rows")
     from robustmoe.data import cifar10
@@ -215,7 +215,7 @@ def run(cifar: nn.Module, tmp_path: Path) -> list[Result]:
     return [holding(result, left) for result, left in zip(read, (6, 5), strict=True)]
 
 
-def holding(result: Result, left: int) -> Result:
+def holding(result: Evaluation, left: int) -> Result:
     """The result with the attack's answers changed: the first ``left`` of the right images hold."""
     right = [row.index for row in result.rows if row.clean == row.label]
     assert len(right) == N - WRONG
@@ -223,16 +223,16 @@ def holding(result: Result, left: int) -> Result:
         dataclasses.replace(row, adversarial=row.label if row.index in right[:left] else (row.label + 1) % 10)
         for row in result.rows
     ]
-    return Result(result.header, rows, result.checks)
+    return Evaluation(result.header, rows, result.checks)
 
 
-def with_checks(result: Result, *checks: Check) -> Result:
+def with_checks(result: Evaluation, *checks: Check) -> Result:
     assert result.checks is not None
     kept = [check for check in result.checks.checks if check.id not in {new.id for new in checks}]
-    return Result(result.header, result.rows, Checks([*kept, *checks], 1.0))
+    return Evaluation(result.header, result.rows, Checks([*kept, *checks], 1.0))
 
 
-def test_an_entry(run: list[Result]) -> None:
+def test_an_entry(run: list[Evaluation]) -> None:
     """9, 6 and 5 of 12: 75, 50 and 41.67 per cent."""
     entry = interop.robustbench_json(run, name="A title", architecture="Linear", reported="51")
     assert " ".join(entry) == KEYS
@@ -253,25 +253,25 @@ def test_an_entry(run: list[Result]) -> None:
 
 
 @pytest.mark.parametrize("eps, text", [(4 / 255, "4/255"), (0.5, "0.5"), (0.031, "0.031"), (0.0, "0")])
-def test_eps_is_written_as_they_do(eps: float, text: str, run: list[Result]) -> None:
+def test_eps_is_written_as_they_do(eps: float, text: str, run: list[Evaluation]) -> None:
     header = dataclasses.replace(run[0].header, eps=eps)
-    assert interop.robustbench_json([Result(header, run[0].rows, run[0].checks)])["eps"] == text
+    assert interop.robustbench_json([Evaluation(header, run[0].rows, run[0].checks)])["eps"] == text
 
 
-def test_a_failed_check_makes_an_entry_unreliable(run: list[Result]) -> None:
+def test_a_failed_check_makes_an_entry_unreliable(run: list[Evaluation]) -> None:
     failed = with_checks(run[0], Check("H7", "determinism", "fail", 1.0, "passes differ"))
     assert interop.robustbench_json([failed])["unreliable"] is True
 
 
-def test_only_autoattack_standard_makes_an_entry(run: list[Result]) -> None:
+def test_only_autoattack_standard_makes_an_entry(run: list[Evaluation]) -> None:
     with pytest.raises(UserError, match=r"a finished AutoAttack standard, .*; got pgd\(linf\(8/255\), steps=1\)$"):
         interop.robustbench_json(run[1:])
     renamed = with_checks(run[0], Check("G14", "attack identity", "pass", {"label": None}, "no published name"))
     with pytest.raises(UserError, match="a finished AutoAttack standard"):
         interop.robustbench_json([renamed])
     with pytest.raises(UserError, match="a finished AutoAttack standard"):
-        interop.robustbench_json([Result(run[0].header, run[0].rows, None)])
+        interop.robustbench_json([Evaluation(run[0].header, run[0].rows, None)])
     with pytest.raises(UserError, match="got no rows file at all"):
         interop.robustbench_json([])
     with pytest.raises(UserError, match="has 11 of 12 images; let it finish first"):
-        interop.robustbench_json([Result(run[0].header, run[0].rows[1:], run[0].checks)])
+        interop.robustbench_json([Evaluation(run[0].header, run[0].rows[1:], run[0].checks)])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import robustmoe as rm
 from robustmoe import analysis, records
-from robustmoe.analysis import sensitivity
+from robustmoe.analysis import lipschitz_summary
 from robustmoe.analysis.lipschitz import middle
 from robustmoe.cli import main
 from robustmoe.errors import UserError
@@ -542,7 +542,7 @@ def record(**changes: Any) -> Lipschitz:
 
 
 def test_the_numbers_of_a_record() -> None:
-    found = sensitivity(record())
+    found = lipschitz_summary(record())
     jacobian = found.model["jacobian"]
     assert (jacobian.median, jacobian.mean, jacobian.n) == (2.5, 2.5, 4)
     assert (jacobian.low, jacobian.high) == pytest.approx((1.3, 3.7)), "a tenth of the way through 1, 2, 3, 4"

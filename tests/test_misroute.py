@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustmoe import records
-from robustmoe.analysis import Rate, anatomy
+from robustmoe.analysis import Rate, dissection_summary
 from robustmoe.attacks import PGD, Threat, l2, linf
 from robustmoe.attacks.routes import Misroute, Misrouting, countable
 from robustmoe.attacks.routes.misroute import misrouted
@@ -301,9 +301,9 @@ def weak() -> Dissection:
 
 
 def test_a_whole_model_attack_that_is_too_weak_is_said() -> None:
-    assert anatomy(record()).undercut == ()
+    assert dissection_summary(record()).undercut == ()
     assert "Warning" not in dissection_table(record())
-    assert anatomy(weak()).undercut == ("router",)
+    assert dissection_summary(weak()).undercut == ("router",)
     text = " ".join(dissection_table(weak()).split())
     assert (
         "Warning: the attack on the whole model was too weak. It leaves 100.0%, an attack on one part leaves the same "

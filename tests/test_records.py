@@ -426,5 +426,5 @@ def test_an_audit_survives_its_file(tmp_path: Path) -> None:
 )
 def test_a_bad_audit_is_named(tmp_path: Path, text: str) -> None:
     Audit.path(tmp_path).write_text(text)
-    with pytest.raises(UserError, match=r"checks\.json: .*robustmoe check .* makes it anew"):
+    with pytest.raises(UserError, match=r"checks\.json: .*`robustmoe check` makes it anew"):
         Audit.read(tmp_path)

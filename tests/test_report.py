@@ -22,9 +22,9 @@ from robustmoe.records import (
     Audit,
     Check,
     Checks,
+    Evaluation,
     Example,
     Header,
-    Result,
     RouterInfo,
     Row,
     Writer,
@@ -516,7 +516,7 @@ def test_terminal_table(tmp_path: Path) -> None:
         for i in range(10)
     ]
     header = make_header(n=10, classes=["a", "b"], routers={"router": RouterInfo(1, 1, 1)})
-    text = summary_table([Result(header, rows, Checks([R1], 1.0))])
+    text = summary_table([Evaluation(header, rows, Checks([R1], 1.0))])
     # 6 of 10 survive; Wilson's interval of 6/10 is 31.3 to 83.2 %.
     assert text.splitlines() == [
         "threat L∞ ≤ 8/255",
@@ -529,7 +529,7 @@ def test_terminal_table(tmp_path: Path) -> None:
         "router attacked: yes (1 of 1 attacks aim at the router; check R1 passed)",
         "1 check: 0 failed, 0 warned, 1 passed, 0 not run",
     ]
-    doubtful = summary_table([Result(header, rows[:4], None), Result(make_header(seed=5), [], None)])
+    doubtful = summary_table([Evaluation(header, rows[:4], None), Evaluation(make_header(seed=5), [], None)])
     assert "100.0% !" in doubtful
     assert "router attacked: NO (no attack on the router has seen all its images)" in doubtful
     assert "! incomplete  pgd(linf(8/255), steps=50): 4 of 10 images" in doubtful
@@ -584,7 +584,7 @@ def test_a_suite_is_shown_part_by_part(tmp_path: Path) -> None:
     gap = attack["routing_gap"]
     assert (gap["autoattack"]["count"], gap["all"]["count"], gap["points"]) == (4, 2, pytest.approx(20.0))
     assert (attack["precision"], attack["batch_size"]) == ("strict", 5)
-    assert f"  {GAP}" in summary_table([Result(header, rows, Checks([R1], 1.0))]).splitlines()
+    assert f"  {GAP}" in summary_table([Evaluation(header, rows, Checks([R1], 1.0))]).splitlines()
 
 
 def test_suites_without_a_gap(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import robustmoe as rm
 from robustmoe import analysis, records, spec
-from robustmoe.analysis import Rate, sweep_numbers
+from robustmoe.analysis import Rate, sweep_summary
 from robustmoe.attacks import PGD, at_radius, build_attack, linf, vmoe_pgd
 from robustmoe.cli import main
 from robustmoe.errors import UserError
@@ -64,14 +64,14 @@ WEAK, STRONG = "vmoe_pgd(linf(0.1), steps=2)", "pgd(linf(0.1), steps=2, step_siz
 
 
 @pytest.fixture(scope="module")
-def tokens() -> analysis.SweepNumbers:
+def tokens() -> analysis.SweepSummary:
     return sweep(Tokens(), X, Y, attacks=[WEAK, STRONG], eps=[0.1, 0.2], draws=2)
 
 
 # ------------------------------------------------------------------------------------------------ by hand
 
 
-def test_accuracies(tokens: analysis.SweepNumbers) -> None:
+def test_accuracies(tokens: analysis.SweepSummary) -> None:
     assert tokens.clean == Rate(6, 8)
     assert [curve.attack for curve in tokens.curves] == [WEAK, STRONG]
     for curve in tokens.curves:
@@ -85,7 +85,7 @@ def test_accuracies(tokens: analysis.SweepNumbers) -> None:
     assert tokens.worst == {0.1: Rate(4, 8), 0.2: Rate(4, 8)}
 
 
-def test_losses(tokens: analysis.SweepNumbers) -> None:
+def test_losses(tokens: analysis.SweepSummary) -> None:
     """log(1 + exp(-2 s)) for label 0, with s written out for each image, and exp(2 s) for label 1."""
     clean = [0.307, 0.056, 0.1085, 0.3035, 0.302, -0.194, 0.056, -0.296]
     moved = [0.205, -0.046, -0.2935, 0.202, 0.2005, -0.296, 0.158, -0.194]  # 3 and 4 stop at the box, at 0
@@ -95,7 +95,7 @@ def test_losses(tokens: analysis.SweepNumbers) -> None:
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_routes_by_both_rules(tokens: analysis.SweepNumbers) -> None:
+def test_routes_by_both_rules(tokens: analysis.SweepSummary) -> None:
     """Image 2 moves one of two items; 3 has one item that goes nowhere twice, left out or counted; of 4 one item loses
     its expert and one has none twice: 1 of 1, or 2 of 2. The others keep theirs.
     """
@@ -105,7 +105,7 @@ def test_routes_by_both_rules(tokens: analysis.SweepNumbers) -> None:
     assert point.idle == {"router": (1 / 2 + 1 / 2) / 8}
 
 
-def test_redundancy(tokens: analysis.SweepNumbers) -> None:
+def test_redundancy(tokens: analysis.SweepSummary) -> None:
     """Without expert 1, image 2 is lost; with it alone, 0.6 is added and 5 is won, 7 lost; with both, half of that."""
     spare = {(one.rule, one.router): one for one in tokens.spare}
     assert set(spare) == {("random", ""), ("without", ""), ("k", "")}, "weights kept: the same where they are constant"
@@ -121,7 +121,7 @@ def test_the_union_over_smaller_eps_can_only_fall() -> None:
     """An attack that breaks images 0 and 1 at a small eps, and 1 and 2 at a larger one: raw 2 and 2 of 4 left, by union
     2 and 1. The other attack breaks 3 at an eps between.
     """
-    found = sweep_numbers(record())
+    found = sweep_summary(record())
     weak, strong = found.curves
     assert [point.right for point in weak.points] == [Rate(2, 4), Rate(2, 4)]
     assert [point.robust for point in weak.points] == [Rate(2, 4), Rate(1, 4)]
@@ -146,7 +146,7 @@ def test_a_point_is_an_evaluation(tiny: Callable[..., RoutedModel], images: Call
     assert found.spare == ()
 
 
-def test_the_batch_size_decides_nothing(tokens: analysis.SweepNumbers) -> None:
+def test_the_batch_size_decides_nothing(tokens: analysis.SweepSummary) -> None:
     again = sweep(Tokens(), X, Y, attacks=[WEAK, STRONG], eps=[0.1, 0.2], draws=2, batch_size=3)
     assert again.spare == tokens.spare
     assert again.worst == tokens.worst

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from digits_vit import digits_batches, trained
-from robustmoe.analysis import SweepNumbers
+from robustmoe.analysis import SweepSummary
 from robustmoe.attacks import Threat, build_attack
 from robustmoe.attacks.routes.reach import route_radius
 from robustmoe.data import Batch
@@ -283,7 +283,7 @@ def test_claim_29_experts_are_redundant(batches: tuple[Batch, Batch]) -> None:
     assert statistics.mean(lost["without"]) < 0.2
 
 
-def lowest(found: SweepNumbers, rule: str) -> float:
+def lowest(found: SweepSummary, rule: str) -> float:
     """The lowest clean accuracy: of all draws of random experts in all layers, of any single removal in one layer."""
     return min(
         one.lowest[1].value for one in found.spare if one.rule == rule and bool(one.router) == (rule == "without")

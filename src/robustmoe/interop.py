@@ -22,7 +22,7 @@ from robustmoe.data import DATASETS, Data
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import as_routed
 from robustmoe.progress import note
-from robustmoe.records import Result
+from robustmoe.records import Evaluation
 from robustmoe.records.files import explained
 
 EPS: dict[tuple[str, str], float] = {
@@ -160,13 +160,13 @@ def benchmark(
         _log(Path(log_path), result)
     if to_disk:
         _to_disk(Path("model_info") / dataset / threat_model / f"{model_name}.json", robustbench_json([result]))
-    found = analysis.summary(*result)
+    found = analysis.evaluation_summary(*result)
     assert found.robust is not None
     return found.clean.value, found.robust.value
 
 
 def robustbench_json(
-    results: Sequence[Result],
+    results: Sequence[Evaluation],
     *,
     link: str | None = None,
     name: str | None = None,
@@ -195,7 +195,7 @@ def robustbench_json(
     header = standard.header
     if len(standard.rows) < header.n:
         raise UserError(f"{header.attack} has {len(standard.rows)} of {header.n} images; let it finish first")
-    found = analysis.summary(*standard)
+    found = analysis.evaluation_summary(*standard)
     assert found.robust is not None
     alike = [result for result in mains if all(_same(result, standard, key) for key in analysis.SAME_THREAT)]
     worst = analysis.worst_case([(result.header, result.rows) for result in alike])
@@ -244,7 +244,7 @@ def _data(dataset: str, data_dir: str | Path | None) -> Data:
     return DATASETS[dataset](root=data_dir)
 
 
-def _label(result: Result) -> str | None:
+def _label(result: Evaluation) -> str | None:
     """The published name that check G14 found the attack entitled to; None before the checks were run."""
     for check in result.checks.checks if result.checks else ():
         if check.id == "G14" and isinstance(check.value, dict):
@@ -252,13 +252,13 @@ def _label(result: Result) -> str | None:
     return None
 
 
-def _doubts(results: Sequence[Result]) -> list[str]:
+def _doubts(results: Sequence[Evaluation]) -> list[str]:
     """Why the number should not be quoted; [] if nothing speaks against it."""
     verdict = analysis.judge(results)
     return list(verdict.failed) or ([verdict.reason] if verdict.router_attacked is False else [])
 
 
-def _same(a: Result, b: Result, field: str) -> bool:
+def _same(a: Evaluation, b: Evaluation, field: str) -> bool:
     return bool(getattr(a.header, field) == getattr(b.header, field))
 
 
@@ -273,9 +273,9 @@ def _fraction(eps: float) -> str:
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 and levels >= 0.5 else f"{eps:g}"
 
 
-def _log(path: Path, result: Result) -> None:
+def _log(path: Path, result: Evaluation) -> None:
     """What AutoAttack's log says: the accuracy at the start and after each part."""
-    clean = analysis.summary(*result).clean
+    clean = analysis.evaluation_summary(*result).clean
     lines = [f"initial accuracy: {clean.value:.2%}"]
     lines += [f"robust accuracy after {part.name.upper()}: {part.left.value:.2%}" for part in analysis.by_part(result)]
     with explained("write", path):

@@ -5,17 +5,31 @@ the worst case: an image survives only if it survives every attack of the same t
 """
 
 from robustmoe.analysis.blend import AlphaPoint, Paired, alpha_change, alpha_curve, alpha_shown
-from robustmoe.analysis.certificates import OBSTACLES, Against, Proven, Refuted, proven, refuted
+from robustmoe.analysis.certificates import (
+    OBSTACLES,
+    Against,
+    CertificatesSummary,
+    Refuted,
+    certificates_summary,
+    refuted,
+)
 from robustmoe.analysis.conflicts import warnings
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
-from robustmoe.analysis.dissection import Anatomy, ExpertPart, RouterPart, anatomy, route_iou, weaker_part
+from robustmoe.analysis.dissection import (
+    DissectionSummary,
+    ExpertPart,
+    RouterPart,
+    dissection_summary,
+    route_iou,
+    weaker_part,
+)
+from robustmoe.analysis.evaluation import EvaluationSummary, evaluation_summary
 from robustmoe.analysis.labels import attack_name, names
-from robustmoe.analysis.lipschitz import LayerPart, Middle, Sensitivity, sensitivity
+from robustmoe.analysis.lipschitz import LayerPart, LipschitzSummary, Middle, lipschitz_summary
 from robustmoe.analysis.load import Load, load_by_class
 from robustmoe.analysis.parts import AUTOATTACK_PARTS, Part, by_part, routing_gap
 from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, inside, largest, right, robust, wilson
-from robustmoe.analysis.summaries import Summary, summary
-from robustmoe.analysis.sweep import Spare, SweepCurve, SweepNumbers, SweepPoint, sweep_numbers
+from robustmoe.analysis.sweep import Spare, SweepCurve, SweepPoint, SweepSummary, sweep_summary
 from robustmoe.analysis.verdict import Verdict, judge, worst_answers
 from robustmoe.analysis.worst import SAME_IMAGES, SAME_THREAT, Adds, WorstCase, groups, worst_case
 
@@ -29,49 +43,49 @@ __all__ = [
     "Adds",
     "Against",
     "AlphaPoint",
-    "Anatomy",
+    "CertificatesSummary",
     "Curve",
+    "DissectionSummary",
+    "EvaluationSummary",
     "ExpertPart",
     "LayerPart",
+    "LipschitzSummary",
     "Load",
     "Middle",
     "Paired",
     "Part",
-    "Proven",
     "Rate",
     "Refuted",
     "RouterPart",
-    "Sensitivity",
     "Spare",
-    "Summary",
     "SweepCurve",
-    "SweepNumbers",
     "SweepPoint",
+    "SweepSummary",
     "Verdict",
     "WorstCase",
     "alpha_change",
     "alpha_curve",
     "alpha_shown",
-    "anatomy",
     "attack_name",
     "by_part",
+    "certificates_summary",
+    "dissection_summary",
     "eps_curve",
+    "evaluation_summary",
     "family",
     "groups",
     "inside",
     "judge",
     "largest",
+    "lipschitz_summary",
     "load_by_class",
     "names",
-    "proven",
     "refuted",
     "right",
     "robust",
     "route_iou",
     "routing_gap",
-    "sensitivity",
-    "summary",
-    "sweep_numbers",
+    "sweep_summary",
     "warnings",
     "weaker_part",
     "wilson",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from robustmoe.analysis.labels import attack_name
 from robustmoe.analysis.rates import Rate, inside, rate, right, robust
-from robustmoe.records import Certificates, Header, Proof, Result, Row
+from robustmoe.records import Certificates, Evaluation, Header, Proof, Row
 
 HAIR = 1e-6
 """Relative: the rounding of a radius that was computed in float32."""
@@ -52,7 +52,7 @@ class Against:
 
 
 @dataclass(frozen=True)
-class Proven:
+class CertificatesSummary:
     """What a certifier proves. ``right``: images whose certified prediction is the label (of a model's own
     certificates: its clean accuracy); ``certified``: at the certifier's eps too; ``unstable``: that, though the route
     is not the same in the whole ball; ``abstained``: no prediction. ``curve``: (radius, share right and certified
@@ -92,7 +92,7 @@ class Proven:
         return next((one for one in self.against if abs(one.eps - eps) <= HAIR * eps), None)
 
 
-def proven(found: Certificates, results: Sequence[Result] = ()) -> Proven:
+def certificates_summary(found: Certificates, results: Sequence[Evaluation] = ()) -> CertificatesSummary:
     """The numbers of the images that are done. ``results``: evaluations of the run; those of the same model, images and
     norm are compared."""
     rows, eps = found.rows, found.header.eps
@@ -101,7 +101,7 @@ def proven(found: Certificates, results: Sequence[Result] = ()) -> Proven:
     kinds = [obstacle(row) for row in missing]
     results = _same(found, results)
     radii = tuple(eps * multiple for multiple in MULTIPLES)
-    return Proven(
+    return CertificatesSummary(
         right=rate([row.right for row in rows]),
         certified=rate(good),
         unstable=rate([sure and row.stable is not None and row.stable < 1 for row, sure in zip(rows, good)]),
@@ -159,7 +159,7 @@ def _experts(found: Certificates) -> int | None:
 # Against attacks -------------------------------------------------------------------------------------------------
 
 
-def refuted(found: Certificates, results: Sequence[Result]) -> list[Refuted]:
+def refuted(found: Certificates, results: Sequence[Evaluation]) -> list[Refuted]:
     """Certificates that the model itself contradicts: it says something else on the clean image, or an attack changes
     what it says with a perturbation below the radius, or inside a ball that is certified. Certificates of a smoothed
     model say nothing of the model that was attacked: [] for them."""
@@ -179,7 +179,7 @@ def refuted(found: Certificates, results: Sequence[Result]) -> list[Refuted]:
     return sorted(wrong, key=lambda one: (one.index, one.size))
 
 
-def _against(found: Certificates, results: Sequence[Result]) -> Iterable[Against]:
+def _against(found: Certificates, results: Sequence[Evaluation]) -> Iterable[Against]:
     """``results``: those of `_same`."""
     proofs = {row.index: row for row in found.rows}
     for eps in sorted({result.header.eps for result in results}):
@@ -196,7 +196,7 @@ def _against(found: Certificates, results: Sequence[Result]) -> Iterable[Against
             )
 
 
-def _same(found: Certificates, results: Sequence[Result]) -> list[Result]:
+def _same(found: Certificates, results: Sequence[Evaluation]) -> list[Evaluation]:
     """The attacked files of the same model, images and norm."""
 
     def images(header: Header) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, eps_curve
 from robustmoe.analysis.rates import rate, robust
 from robustmoe.analysis.worst import groups
-from robustmoe.records import Result
+from robustmoe.records import Evaluation
 
 
-def warnings(results: Sequence[Result]) -> list[str]:
+def warnings(results: Sequence[Evaluation]) -> list[str]:
     """What does not fit together in the files of one run, in sentences; empty if all is well."""
     found: list[str] = []
     attacked = [result for result in results if result.header.attack is not None and result.rows]
@@ -33,7 +33,7 @@ def warnings(results: Sequence[Result]) -> list[str]:
     return found
 
 
-def _weaker_joint(group: list[Result]) -> list[str]:
+def _weaker_joint(group: list[Evaluation]) -> list[str]:
     """An attack on the whole model may do whatever a narrower one does, so it should not break fewer images (half a
     point)."""
     whole: list[float] = []

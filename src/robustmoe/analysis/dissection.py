@@ -65,7 +65,7 @@ class ExpertPart:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class DissectionSummary:
     """A routed model taken apart; every rate is over the same images.
 
     ``clean``: SA. ``robust``: attack -> images right before and after it, by the model as it is: RA under "prediction",
@@ -110,12 +110,12 @@ class Anatomy:
         return min((router.consistency[attack] for router in self.routers), key=lambda found: found.value)
 
 
-def anatomy(found: Dissection) -> Anatomy:
+def dissection_summary(found: Dissection) -> DissectionSummary:
     """The numbers of a dissection that is done."""
     rows = {attack: rows_under(found, attack) for attack in found.under}
     attacks = [attack for attack in rows if attack != CLEAN]
     frozen, swapped = _kept(rows["frozen"], "experts_exposed"), _kept(rows["router"], "router_exposed")
-    return Anatomy(
+    return DissectionSummary(
         clean=rate([right(row) for row in rows[CLEAN]]),
         robust={attack: rate([robust(row) for row in rows[attack]]) for attack in attacks},
         frozen=rate(frozen),

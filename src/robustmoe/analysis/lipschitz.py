@@ -50,7 +50,7 @@ class LayerPart:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class LipschitzSummary:
     """What the laboratory found. ``kinds``: quantity -> "lower bound", "upper bound", "first order" or "estimate"; any
     other is exact. ``right``: accuracy in each of `RIGHT`. ``fall``: (of the margin, by the experts, by the routes),
     means over the images in logits; the last two add up to the first, and are (it, 0) for a dense model."""
@@ -66,10 +66,10 @@ class Sensitivity:
         return self.kinds.get(quantity, "exact")
 
 
-def sensitivity(found: Lipschitz) -> Sensitivity:
+def lipschitz_summary(found: Lipschitz) -> LipschitzSummary:
     """The numbers of the images that are done."""
     right = {name: rate([value > 0.5 for value in found.model[f"right, {name}"]]) for name in RIGHT}
-    return Sensitivity(
+    return LipschitzSummary(
         model={name: middle(values) for name, values in found.model.items() if not name.startswith("right, ")},
         layers=tuple(_layer(found, name) for name in found.header.routers),
         kinds=found.kinds,

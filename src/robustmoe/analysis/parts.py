@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from robustmoe.analysis.rates import Rate, right, robust
-from robustmoe.records import Result
+from robustmoe.records import Evaluation
 
 ROUTING_SUITE = "autoattack_routing"
 AUTOATTACK_PARTS = frozenset({"apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"})
@@ -22,7 +22,7 @@ class Part:
     left: Rate
 
 
-def by_part(result: Result) -> tuple[Part, ...]:
+def by_part(result: Evaluation) -> tuple[Part, ...]:
     """The parts of a suite in the order they ran; empty for a simple attack, and while images are missing."""
     header, rows, _ = result
     if not header.parts or len(rows) < header.n:
@@ -36,7 +36,7 @@ def by_part(result: Result) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def routing_gap(result: Result) -> tuple[Rate, Rate] | None:
+def routing_gap(result: Evaluation) -> tuple[Rate, Rate] | None:
     """What AutoAttack alone left, and what is left after the attacks that know the router, of the same images.
 
     None for any other suite, for a dense model (no part knows a router) and while images are missing."""

@@ -67,7 +67,7 @@ class Spare:
 
 
 @dataclass(frozen=True)
-class SweepNumbers:
+class SweepSummary:
     """A model swept. ``clean``, ``loss``: on untouched images. ``curves``: an attack each. ``worst``: eps -> images
     right on the clean image and under every attack at this and every smaller eps. ``spare``: see `Spare`; () where it
     was not asked for, or there is no router."""
@@ -84,10 +84,10 @@ class SweepNumbers:
         return min(self.curves, key=lambda curve: (-curve.points[-1].eps, curve.points[-1].robust.value), default=None)
 
 
-def sweep_numbers(found: Sweep) -> SweepNumbers:
+def sweep_summary(found: Sweep) -> SweepSummary:
     """The numbers of a sweep; also of one that was stopped, as far as it went."""
     attacks = list(dict.fromkeys(point.attack for point in found.points))
-    return SweepNumbers(
+    return SweepSummary(
         clean=rate(_right(found.predicted, found.labels)),
         loss=_mean(found.loss),
         curves=tuple(_curve(found, attack) for attack in attacks),

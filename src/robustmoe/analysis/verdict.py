@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from robustmoe.analysis.labels import names
 from robustmoe.analysis.rates import inside, largest
-from robustmoe.records import Audit, Check, Result
+from robustmoe.records import Audit, Check, Evaluation
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Verdict:
         return not self.failed and not self.incomplete and self.router_attacked is not False
 
 
-def judge(results: Sequence[Result], audit: Audit | None = None) -> Verdict:
+def judge(results: Sequence[Evaluation], audit: Audit | None = None) -> Verdict:
     """Whether the numbers of these files, taken together, can be quoted.
 
     The router counts as attacked only if some file with all its rows has an attack whose objective aims at the router
@@ -61,7 +61,7 @@ def judge(results: Sequence[Result], audit: Audit | None = None) -> Verdict:
     return Verdict(attacked, reason, tuple(failed), tuple(warned), tuple(incomplete))
 
 
-def _router_attacked(results: Sequence[Result]) -> tuple[bool | None, str]:
+def _router_attacked(results: Sequence[Evaluation]) -> tuple[bool | None, str]:
     if not any(result.header.routers for result in results):
         return None, "the model is dense"
     aiming = [result for result in results if result.header.attack and _aims(result)]
@@ -85,16 +85,16 @@ def _router_attacked(results: Sequence[Result]) -> tuple[bool | None, str]:
     return True, f"{len(seeing)} of {len(results)} attacks aim at the router; {proof}"
 
 
-def _aims(result: Result) -> bool:
+def _aims(result: Evaluation) -> bool:
     objective = result.header.objective
     return objective is not None and objective.aims_at_router
 
 
-def _kind(result: Result) -> str:
+def _kind(result: Evaluation) -> str:
     return "" if result.header.objective is None else result.header.objective.name.replace("_", " ")
 
 
-def _r1(result: Result) -> str:
+def _r1(result: Evaluation) -> str:
     """The status of check R1 in one file."""
     found = [check.status for check in result.checks.checks if check.id == "R1"] if result.checks else []
     return found[0] if found else "not run"

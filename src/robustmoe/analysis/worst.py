@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from robustmoe.analysis.labels import names
 from robustmoe.analysis.rates import Rate, right, robust
 from robustmoe.errors import UserError
-from robustmoe.records import Header, Result, Row
+from robustmoe.records import Evaluation, Header, Row
 
 SAME_IMAGES = ("model_hash", "data_hash", "split", "index_hash")
 SAME_THREAT = (*SAME_IMAGES, "norm", "eps")
@@ -35,10 +35,10 @@ class WorstCase:
     partial: tuple[str, ...]  # attacks that have not seen all of these images: the number can still fall
 
 
-def groups(results: Sequence[Result]) -> list[list[Result]]:
+def groups(results: Sequence[Evaluation]) -> list[list[Evaluation]]:
     """The attacked main files that may be put together (same model, images and threat), the largest group first: most
     images, then most attacks, then smallest eps."""
-    found: dict[tuple[object, ...], list[Result]] = {}
+    found: dict[tuple[object, ...], list[Evaluation]] = {}
     for result in results:
         if result.header.attack is not None and result.header.role == "main" and result.rows:
             found.setdefault(tuple(getattr(result.header, name) for name in SAME_THREAT), []).append(result)

@@ -49,9 +49,9 @@ def certify(
 
     ``model``: a `RoutedModel`, or any callable from images to logits (n, c), which counts as one network without a
     router. ``seed``: of every random draw. ``.radii()`` of the result is what `evaluate` takes as ``certified``;
-    `robustmoe.analysis.proven` makes numbers of it. Weights in half precision are certified in a float32 copy. The
-    model keeps its modes and device. Raises UserError for a model that the certifier cannot bound, and where `evaluate`
-    does.
+    `robustmoe.analysis.certificates_summary` makes numbers of it. Weights in half precision are certified in a float32
+    copy. The model keeps its modes and device. Raises UserError for a model that the certifier cannot bound, and
+    where `evaluate` does.
     """
     built = build_certifier(certifier)
     routed, where = in_float32(as_routed(model)), distributed.local_device(provenance.pick_device(device))

@@ -190,7 +190,7 @@ def dissect(
     batch_size: int = BATCH,
     limit: int | None = None,
     device: str = "auto",
-) -> analysis.Anatomy:
+) -> analysis.DissectionSummary:
     """Take a routed model apart: how well its router keeps the route, and its experts the label, each attacked alone.
 
     ``x``, ``y``: images (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split).
@@ -203,7 +203,7 @@ def dissect(
     images = images_of(x, y, num_classes).head(limit)
     about = about_images(model, x)
     with borrowed(routed, where):
-        return analysis.anatomy(_dissected(routed, images, base, about, where, batch_size))
+        return analysis.dissection_summary(_dissected(routed, images, base, about, where, batch_size))
 
 
 def dissect_run(
@@ -218,7 +218,7 @@ def dissect_run(
     each attack, and a rerun goes on with the attacks that are missing.
 
     ``attack``: the spec of a pgd on the whole model; default PGD-20 at the threat the run was trained for. ``seed``: of
-    the attacks, unless the spec gives one. `analysis.anatomy` makes numbers of the result.
+    the attacks, unless the spec gives one. `analysis.dissection_summary` makes numbers of the result.
     """
     run = Path(run)
     config = read_config(run)

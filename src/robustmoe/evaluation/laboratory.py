@@ -64,7 +64,7 @@ def measure_lipschitz(
     batch_size: int = BATCH,
     limit: int | None = LIMIT,
     device: str = "auto",
-) -> analysis.Sensitivity:
+) -> analysis.LipschitzSummary:
     """How much a model can move, and through which of its parts, on images (n, ch, h, w) in [0, 1] with labels (n), or
     on a data set of the project (its test split).
 
@@ -77,7 +77,7 @@ def measure_lipschitz(
     images = images_of(x, y, num_classes).head(limit)
     about = about_images(model, x)
     with borrowed(routed, where):
-        return analysis.sensitivity(_measured(routed, images, base, about, where, batch_size))
+        return analysis.lipschitz_summary(_measured(routed, images, base, about, where, batch_size))
 
 
 def lipschitz_run(
@@ -92,7 +92,7 @@ def lipschitz_run(
     batch, and a rerun goes on with the images that are missing.
 
     ``attack``: a spec; default PGD-20 at the threat the run was trained for. ``seed``: of the attack, unless the spec
-    gives one, and of every iteration's start. `analysis.sensitivity` makes numbers of the result.
+    gives one, and of every iteration's start. `analysis.lipschitz_summary` makes numbers of the result.
     """
     run = Path(run)
     config = read_config(run)

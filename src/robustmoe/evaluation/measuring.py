@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robustmoe import distributed, provenance
 from robustmoe import spec as specs
-from robustmoe.analysis import Summary, robust, summary
+from robustmoe.analysis import EvaluationSummary, evaluation_summary, robust
 from robustmoe.attacks import (
     Attack,
     Surrogate,
@@ -34,7 +34,7 @@ from robustmoe.evaluation import checks, engine
 from robustmoe.evaluation.choosing import attacks_for, one_norm, radii_of, seeded, slug, threat_of, written
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models.base import Output, RoutedModel, as_routed
-from robustmoe.records import PRECISIONS, Check, Header, ObjectiveInfo, Result, RouterInfo, Writer, examples_path
+from robustmoe.records import PRECISIONS, Check, Evaluation, Header, ObjectiveInfo, RouterInfo, Writer, examples_path
 from robustmoe.routing import Tape
 from robustmoe.training.checkpoint import load_model, read_config
 
@@ -60,9 +60,9 @@ def evaluate(
     out: str | Path | None = None,
     device: str = "auto",
     about: dict[str, Any] | None = None,
-) -> list[Summary]:
-    """Attack ``model`` on images and give one `Summary` an attack: clean, robust, the router's part, the experts'
-    part, checks.
+) -> list[EvaluationSummary]:
+    """Attack ``model`` on images and give one `EvaluationSummary` an attack: clean, robust, the router's part, the
+    experts' part, checks.
 
     ``model``: a `RoutedModel`, or any callable from images to logits (n, c). ``x``, ``y``: images (n, ch, h, w) in
     [0, 1] with labels (n), or one of the project's data sets (its test split). ``attacks``: specs or attacks; by
@@ -93,7 +93,7 @@ def evaluate(
         one_norm(chosen, certified)
         paths = [Path(out or scratch) / f"{slug(attack)}.jsonl" for attack in chosen]
         return [
-            summary(
+            evaluation_summary(
                 *measure(
                     routed, images, attack, path, where, batch_size, about, precision=precision, certified=certified
                 )
@@ -115,7 +115,7 @@ def evaluate_run(
     out: str | Path | None = None,
     precision: str = "strict",
     certified: Mapping[int, float] | None = None,
-) -> list[Result]:
+) -> list[Evaluation]:
     """Evaluate a run folder with each attack into ``RUN/rows`` (or ``out``), one file an attack; gives their
     contents.
 
@@ -176,7 +176,7 @@ def evaluate_model(
     precision: str = "strict",
     certified: Mapping[int, float] | None = None,
     about: dict[str, Any] | None = None,
-) -> list[Result]:
+) -> list[Evaluation]:
     """Evaluate a model in hand on a data set with each attack into the folder ``out``, one file an attack; gives their
     contents.
 

@@ -65,7 +65,7 @@ def sweep(
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
-) -> analysis.SweepNumbers:
+) -> analysis.SweepSummary:
     """Attack ``model`` at every ``eps`` and say what is left, and how far its routes move.
 
     ``x``, ``y``: images (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split).
@@ -79,7 +79,7 @@ def sweep(
     about = about_images(model, x)
     routed = as_routed(model)
     with borrowed(routed, work.device):
-        return analysis.sweep_numbers(_swept(work, routed, images, about))
+        return analysis.sweep_summary(_swept(work, routed, images, about))
 
 
 def sweep_run(
@@ -95,7 +95,7 @@ def sweep_run(
     """Sweep the model of a run folder on its first ``limit`` test images; writes ``RUN/sweep.json`` after each attack
     and eps. A rerun goes on with what is missing, and other attacks or radii are added to what is there.
 
-    The rest: see `sweep`. `analysis.sweep_numbers` makes numbers of the result.
+    The rest: see `sweep`. `analysis.sweep_summary` makes numbers of the result.
     """
     run, work = Path(run), _work_of(attacks, eps, draws, batch_size, seed, device)
     config = read_config(run)

@@ -18,7 +18,7 @@ from typing import Any
 from robustmoe.errors import UserError
 from robustmoe.records.files import dump_line, explained, parse_line, whole_lines, write_atomic
 from robustmoe.records.typed import build
-from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Result, Row, Time
+from robustmoe.records.types import STATUSES, Check, Checks, Evaluation, Header, Passed, Row, Time
 
 # Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
 # words stand before hashes, so that a difference is named in the words that the user wrote.
@@ -53,7 +53,7 @@ def rows_files(run: str | os.PathLike[str]) -> list[Path]:
 
 
 def _result(header: Header, rows: dict[int, Row], checks: Checks | None) -> Result:
-    return Result(header, [rows[index] for index in sorted(rows)], checks)
+    return Evaluation(header, [rows[index] for index in sorted(rows)], checks)
 
 
 @dataclass

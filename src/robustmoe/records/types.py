@@ -206,7 +206,7 @@ class Passed:
         return {"kind": "part", **vars(self)}
 
 
-class Result(NamedTuple):
+class Evaluation(NamedTuple):
     """A whole rows file: unpacks as ``header, rows, checks``. ``checks`` is None while the evaluation is unfinished."""
 
     header: Header

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from robustmoe.analysis import Against, Proven, Rate
+from robustmoe.analysis import Against, CertificatesSummary, Rate
 from robustmoe.records import Certificates
 from robustmoe.reporting.collect import Certified, View
 from robustmoe.reporting.figures import Series, colour, lines
@@ -53,7 +53,7 @@ def story(one: Certified) -> str:
     return " ".join([said, *_why(found, numbers), *_attacked(found, numbers)])
 
 
-def _proven(found: Certificates, numbers: Proven) -> str:
+def _proven(found: Certificates, numbers: CertificatesSummary) -> str:
     header = found.header
     said = (
         f"Of {plural(len(found.rows), 'image')} {percent(numbers.right)} are right, and {percent(numbers.certified)} "
@@ -72,7 +72,7 @@ def _proven(found: Certificates, numbers: Proven) -> str:
     return said
 
 
-def _smoothed(found: Certificates, numbers: Proven) -> str:
+def _smoothed(found: Certificates, numbers: CertificatesSummary) -> str:
     header = found.header
     said = (
         f"Of {plural(len(found.rows), 'image')} the smoothed model is right on {percent(numbers.right)}, abstains on "
@@ -84,7 +84,7 @@ def _smoothed(found: Certificates, numbers: Proven) -> str:
     return said
 
 
-def _why(found: Certificates, numbers: Proven) -> list[str]:
+def _why(found: Certificates, numbers: CertificatesSummary) -> list[str]:
     """What keeps the right images from being certified, the greatest obstacle first."""
     if not numbers.obstacles:
         return []
@@ -118,11 +118,11 @@ def _why(found: Certificates, numbers: Proven) -> list[str]:
     return [f"Of the {plural(missing, 'right image')} without a proof: {'; '.join(ordered)}."]
 
 
-def _of(numbers: Proven) -> str:
+def _of(numbers: CertificatesSummary) -> str:
     return "" if numbers.experts is None else f" of {numbers.experts}"
 
 
-def _attacked(found: Certificates, numbers: Proven) -> list[str]:
+def _attacked(found: Certificates, numbers: CertificatesSummary) -> list[str]:
     header = found.header
     if found.subject != "model":
         return [
@@ -190,7 +190,7 @@ def grids(one: Certified) -> list[Grid]:
     return tables
 
 
-def _whole(found: Certificates, numbers: Proven) -> Grid:
+def _whole(found: Certificates, numbers: CertificatesSummary) -> Grid:
     header, model = found.header, found.subject == "model"
     rows: list[tuple[Entry, ...]] = [
         (("right", "clean" if model else "smoothed"), rated(numbers.right)),
@@ -210,7 +210,7 @@ def _whole(found: Certificates, numbers: Proven) -> Grid:
     return Grid(f"What {found.certifier} proves", ("Quantity", "Value"), tuple(rows))
 
 
-def _by_radius(found: Certificates, numbers: Proven) -> Grid:
+def _by_radius(found: Certificates, numbers: CertificatesSummary) -> Grid:
     """Certified accuracy at a few radii, and at each eps that was attacked."""
     norm, shares = found.header.norm, dict(numbers.curve)
     wanted = sorted({*numbers.radii, *(one.eps for one in numbers.against if one.eps in shares)})
@@ -322,7 +322,7 @@ def _figure(there: Sequence[tuple[View, Certified]]) -> str:
     return lines(title, series, label, unit="%", y_range=(0.0, 100.0), note=note, mark=scale * header.eps)
 
 
-def _steps(numbers: Proven, scale: float, end: float) -> tuple[tuple[float, float], ...]:
+def _steps(numbers: CertificatesSummary, scale: float, end: float) -> tuple[tuple[float, float], ...]:
     """The corners of the step curve: a share holds up to its own radius, and from the last one on there is none."""
     points: list[tuple[float, float]] = []
     before = 0.0

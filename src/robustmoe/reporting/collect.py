@@ -18,10 +18,10 @@ from robustmoe.records import (
     Certificates,
     Check,
     Dissection,
+    Evaluation,
     Example,
     Header,
     Lipschitz,
-    Result,
     Sweep,
     examples_path,
     read,
@@ -35,9 +35,9 @@ from robustmoe.records import (
 class Group:
     """Attacks of one threat on the same images, their worst case and whether it can be quoted."""
 
-    results: list[Result]
+    results: list[Evaluation]
     names: list[str]
-    summaries: list[analysis.Summary]
+    summaries: list[analysis.EvaluationSummary]
     worst: analysis.WorstCase
     verdict: analysis.Verdict
 
@@ -46,7 +46,7 @@ class Dissected(NamedTuple):
     """A run's dissection, and its numbers."""
 
     record: Dissection
-    parts: analysis.Anatomy
+    parts: analysis.DissectionSummary
 
 
 class Blended(NamedTuple):
@@ -66,21 +66,21 @@ class Measured(NamedTuple):
     """What the Lipschitz laboratory measured of a run, and its numbers."""
 
     record: Lipschitz
-    numbers: analysis.Sensitivity
+    numbers: analysis.LipschitzSummary
 
 
 class Swept(NamedTuple):
     """A run's sweep over eps, and its numbers."""
 
     record: Sweep
-    numbers: analysis.SweepNumbers
+    numbers: analysis.SweepSummary
 
 
 class Certified(NamedTuple):
     """What one certifier proves of a run, and its numbers."""
 
     record: Certificates
-    numbers: analysis.Proven
+    numbers: analysis.CertificatesSummary
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class View:
     folder: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
-    results: list[Result]
+    results: list[Evaluation]
     groups: list[Group]
-    clean_only: list[analysis.Summary]
+    clean_only: list[analysis.EvaluationSummary]
     curves: list[analysis.Curve]
     loads: list[analysis.Load]
     examples: list[Example]
@@ -130,7 +130,7 @@ class View:
         """Clean accuracy on the headline's images, of a run that has rows."""
         if self.groups:
             return self.groups[0].worst.clean
-        return self.clean_only[0].clean if self.clean_only else analysis.summary(*self.results[0]).clean
+        return self.clean_only[0].clean if self.clean_only else analysis.evaluation_summary(*self.results[0]).clean
 
     @property
     def seconds(self) -> float | None:
@@ -181,7 +181,7 @@ def _view(folder: Path, name: str) -> View:
         metrics=read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else [],
         results=results,
         groups=groups,
-        clean_only=[analysis.summary(*result) for result in results if result.header.attack is None],
+        clean_only=[analysis.evaluation_summary(*result) for result in results if result.header.attack is None],
         curves=analysis.eps_curve([(result.header, result.rows) for result in results]),
         loads=_loads(groups[0] if groups else None, head),
         examples=_examples(kept, groups),
@@ -200,7 +200,7 @@ def _dissected(folder: Path, header: Header | None, notes: list[str]) -> Dissect
     found = Dissection.read(folder)
     if found is None or not _shown(found, header, notes, "" if found.done else "not finished", "dissect", folder):
         return None
-    return Dissected(found, analysis.anatomy(found))
+    return Dissected(found, analysis.dissection_summary(found))
 
 
 def _blended(folder: Path, header: Header | None, notes: list[str]) -> Blended | None:
@@ -223,7 +223,7 @@ def _swept(folder: Path, header: Header | None, notes: list[str]) -> Swept | Non
         return None
     if not found.done:
         notes.append(f"the sweep was stopped; `robustmoe sweep {folder}` goes on with it")
-    return Swept(found, analysis.sweep_numbers(found))
+    return Swept(found, analysis.sweep_summary(found))
 
 
 def _measured(folder: Path, header: Header | None, notes: list[str]) -> Measured | None:
@@ -235,10 +235,12 @@ def _measured(folder: Path, header: Header | None, notes: list[str]) -> Measured
         return None
     if not found.done:
         notes.append(f"the Lipschitz laboratory was stopped; `robustmoe lipschitz {folder}` goes on with it")
-    return Measured(found, analysis.sensitivity(found))
+    return Measured(found, analysis.lipschitz_summary(found))
 
 
-def _certified(folder: Path, header: Header | None, results: list[Result], notes: list[str]) -> tuple[Certified, ...]:
+def _certified(
+    folder: Path, header: Header | None, results: list[Evaluation], notes: list[str]
+) -> tuple[Certified, ...]:
     """What each certifier proves of the model of that header (None: of the first one's), where there is an image."""
     shown = []
     for found in Certificates.read_all(folder):
@@ -250,7 +252,7 @@ def _certified(folder: Path, header: Header | None, results: list[Result], notes
             continue
         if not found.done:
             notes.append(f"the {name} are not complete; the same `robustmoe certify` goes on with them")
-        one = Certified(found, analysis.proven(found, results))
+        one = Certified(found, analysis.certificates_summary(found, results))
         if one.numbers.refuted:
             notes.append(f"an attack disproves the {name}; see Certificates")
         shown.append(one)
@@ -289,11 +291,11 @@ def _config(path: Path) -> dict[str, Any]:
     return value
 
 
-def _group(results: list[Result], audit: Audit | None) -> Group:
+def _group(results: list[Evaluation], audit: Audit | None) -> Group:
     return Group(
         results=results,
         names=analysis.names([result.header for result in results]),
-        summaries=[analysis.summary(*result) for result in results],
+        summaries=[analysis.evaluation_summary(*result) for result in results],
         worst=analysis.worst_case([(result.header, result.rows) for result in results]),
         verdict=analysis.judge(results, audit),
     )
@@ -305,7 +307,7 @@ def strongest(group: Group) -> int:
     return values.index(min(values))
 
 
-def _loads(group: Group | None, head: Result | None) -> list[analysis.Load]:
+def _loads(group: Group | None, head: Evaluation | None) -> list[analysis.Load]:
     """The load under the headline's strongest attack."""
     result = group.results[strongest(group)] if group is not None else head
     if result is None:
@@ -313,7 +315,7 @@ def _loads(group: Group | None, head: Result | None) -> list[analysis.Load]:
     return [analysis.load_by_class(result.header, result.rows, name) for name in result.header.routers]
 
 
-def _examples(kept: list[tuple[Path, Result]], groups: list[Group]) -> list[Example]:
+def _examples(kept: list[tuple[Path, Evaluation]], groups: list[Group]) -> list[Example]:
     """The examples of the headline's strongest attack that has some, else of any file."""
     ranked = [path for path, _ in kept]
     if groups:
@@ -330,7 +332,7 @@ def _examples(kept: list[tuple[Path, Result]], groups: list[Group]) -> list[Exam
     return []
 
 
-def _checks(results: list[Result], audit: Audit | None) -> list[tuple[str, Check]]:
+def _checks(results: list[Evaluation], audit: Audit | None) -> list[tuple[str, Check]]:
     order = ("fail", "warn", "not run", "pass")
     labels = analysis.names([result.header for result in results])
     pairs = [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 
-from robustmoe.analysis import Anatomy, ExpertPart, Rate, RouterPart
+from robustmoe.analysis import DissectionSummary, ExpertPart, Rate, RouterPart
 from robustmoe.records import Dissection
 from robustmoe.reporting.collect import Dissected, View
 from robustmoe.reporting.figures import bars, colour, heat
@@ -124,7 +124,7 @@ def grids(one: Dissected) -> list[Grid]:
     return [*tables, *experts, *([_pairs(one.parts)] if one.parts.disagreement else [])]
 
 
-def _components(parts: Anatomy) -> Grid:
+def _components(parts: DissectionSummary) -> Grid:
     """SA, RA, RA-E and RA-R, a sentence each."""
     live, none = parts.robust, ("", "")
     rows: tuple[tuple[Entry, ...], ...] = (
@@ -141,7 +141,7 @@ def _components(parts: Anatomy) -> Grid:
     return Grid("Which part breaks", ("Measure", "That part alone", "The model as it is (live)"), rows, strong=UNION)
 
 
-def _whole(parts: Anatomy) -> Grid:
+def _whole(parts: DissectionSummary) -> Grid:
     rows: list[tuple[Entry, ...]] = [(("no attack", ""), rated(parts.clean), ("", ""))]
     rows += [
         ((attack_words(name), ""), rated(rate), rated(parts.consistency(name))) for name, rate in parts.robust.items()
@@ -190,7 +190,7 @@ def _state(router: RouterPart) -> str:
     return text
 
 
-def _experts(parts: Anatomy, router: str, several: bool) -> Grid:
+def _experts(parts: DissectionSummary, router: str, several: bool) -> Grid:
     def row(expert: ExpertPart) -> tuple[Entry, ...]:
         load = next(one.load["clean"] for one in parts.routers if one.name == router)
         return (
@@ -213,7 +213,7 @@ def _experts(parts: Anatomy, router: str, several: bool) -> Grid:
     return Grid(title, head, tuple(row(expert) for expert in parts.experts), note)
 
 
-def _pairs(parts: Anatomy) -> Grid:
+def _pairs(parts: DissectionSummary) -> Grid:
     rows = tuple(((f"experts {i} and {j}", ""), rated(rate)) for (i, j), rate in parts.disagreement.items())
     note = f"Mean over the pairs: {percent(parts.mean_disagreement)}." if len(rows) > 1 else ""
     return Grid("How often experts disagree on clean images", ("Pair", "Disagree"), rows, note)

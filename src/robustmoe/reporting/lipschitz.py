@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from robustmoe.analysis import LayerPart, Middle, Sensitivity
+from robustmoe.analysis import LayerPart, LipschitzSummary, Middle
 from robustmoe.records import Lipschitz
 from robustmoe.reporting.collect import Measured, View
 from robustmoe.reporting.figures import Series, bars, colour, heat, lines
@@ -204,7 +204,7 @@ def _model(one: Measured) -> Grid:
     return Grid("The whole model", ("Quantity", "Median", "How exact"), tuple(rows), note)
 
 
-def _layers(found: Sensitivity, title: str, words: Mapping[str, str]) -> Grid | None:
+def _layers(found: LipschitzSummary, title: str, words: Mapping[str, str]) -> Grid | None:
     """The layers side by side; None where no layer has any of these quantities."""
     shown = found.layers[:ROUTERS_SHOWN]
     rows = tuple(
@@ -219,7 +219,7 @@ def _layers(found: Sensitivity, title: str, words: Mapping[str, str]) -> Grid | 
     return Grid(title, ("Quantity", *(short(layer.name) for layer in shown), "How exact"), rows, notes)
 
 
-def _notes(found: Sensitivity) -> list[str]:
+def _notes(found: LipschitzSummary) -> list[str]:
     """How the layers were computed and what they have not, each sentence once."""
     told: dict[str, list[str]] = {}
     for layer in found.layers:
@@ -245,7 +245,7 @@ def _boundaries(one: Measured) -> Grid:
     return Grid("Boundary mass: items with a routing boundary that near", head, rows, note)
 
 
-def _experts(found: Sensitivity) -> list[Grid]:
+def _experts(found: LipschitzSummary) -> list[Grid]:
     """Load and bound of each expert."""
     out = []
     for layer in found.layers[:ROUTERS_SHOWN]:

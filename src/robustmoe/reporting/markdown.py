@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from robustmoe import analysis
-from robustmoe.records import Check, Result
+from robustmoe.records import Check, Evaluation
 from robustmoe.reporting import blend, certificates, dissection, lipschitz, sweep
 from robustmoe.reporting.collect import Group, View, comparable
 from robustmoe.reporting.provenance import FOLDED, OPEN, commands, facts, merged, tally, where_found
@@ -97,11 +97,11 @@ def _grid(grid: Grid) -> list[str]:
     return [f"#### {_safe(grid.title)}", _table(grid.head, rows), *([_safe(grid.note)] if grid.note else [])]
 
 
-def _suite(name: str, result: Result) -> list[str]:
+def _suite(name: str, result: Evaluation) -> list[str]:
     found = analysis.by_part(result)
     if not found:
         return []
-    clean = analysis.summary(*result).clean
+    clean = analysis.evaluation_summary(*result).clean
     rows = [["clean", "", f"{percent(clean)} ({interval(clean)})"]]
     rows += [[part.name, str(part.broken), f"{percent(part.left)} ({interval(part.left)})"] for part in found]
     gap = analysis.routing_gap(result)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 
-from robustmoe.analysis import Rate, Spare, SweepCurve, SweepNumbers, SweepPoint
+from robustmoe.analysis import Rate, Spare, SweepCurve, SweepPoint, SweepSummary
 from robustmoe.records import Sweep
 from robustmoe.records.sweep import KEPT, OTHER_K, RANDOM, WITHOUT
 from robustmoe.reporting.collect import Swept, View
@@ -140,7 +140,7 @@ def grids(one: Swept) -> list[Grid]:
     return tables + ([_redundancy(one)] if numbers.spare or one.record.left_out else [])
 
 
-def _together(numbers: SweepNumbers, norm: str) -> Grid:
+def _together(numbers: SweepSummary, norm: str) -> Grid:
     head = ("eps", *(attack_name(curve.attack) for curve in numbers.curves), "All together")
     rows: list[tuple[Entry, ...]] = [(("no attack", ""), *[rated(numbers.clean)] * (len(head) - 1))]
     for eps, worst in numbers.worst.items():
@@ -149,7 +149,7 @@ def _together(numbers: SweepNumbers, norm: str) -> Grid:
     return Grid("Robust accuracy, weak beside strong", head, tuple(rows))
 
 
-def _curve(numbers: SweepNumbers, curve: SweepCurve, norm: str) -> Grid:
+def _curve(numbers: SweepSummary, curve: SweepCurve, norm: str) -> Grid:
     routed = curve.points[0].held is not None
     routes = ("Right, clean route held", "Clean images, attacked route") if routed else ()
     head = ("eps", "Right", "Robust", "Loss", "Class changes", *routes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from robustmoe import analysis
-from robustmoe.records import Result
+from robustmoe.records import Evaluation
 from robustmoe.reporting.collect import Group, View, strongest
 from robustmoe.reporting.figures import colour
 from robustmoe.reporting.words import GLOSSARY, aim, count, duration, gap_text, interval, percent, plural, threat
@@ -118,7 +118,7 @@ def _attacks(group: Group, routed: bool) -> str:
     )
 
 
-def _attack_row(name: str, one: analysis.Summary, adds: analysis.Adds, routed: bool) -> str:
+def _attack_row(name: str, one: analysis.EvaluationSummary, adds: analysis.Adds, routed: bool) -> str:
     note = aim(one.objective) if routed and one.objective is not None else ""
     state = "" if one.complete else ' <span class="chip warn">incomplete</span>'
     state += ' <span class="chip fail">check failed</span>' if one.failed else ""
@@ -148,14 +148,14 @@ def _worst_row(group: Group, routed: bool) -> str:
     return f'<tr class="worst"><th scope="row">{title}<small>{why}</small></th>{"".join(cells)}</tr>'
 
 
-def _suite(name: str, result: Result) -> str:
+def _suite(name: str, result: Evaluation) -> str:
     """The parts of a suite, in order; with attacks that know the router: under two heads, and what they cost."""
     title = f'<h3 class="suite"><code>{escape(name)}</code> part by part</h3>'
     found = analysis.by_part(result)
     if not found:
         return f'{title}<p class="lead">Told once every image has its row.</p>'
     gap = analysis.routing_gap(result)
-    clean = analysis.summary(*result).clean
+    clean = analysis.evaluation_summary(*result).clean
     start = f'<tr><th scope="row">clean</th><td></td>{_left(clean)}</tr>'
     blocks = [("", found)]
     if gap is not None:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from robustmoe import analysis
-from robustmoe.records import STATUSES, Audit, Blend, Certificates, Dissection, Lipschitz, Result, Sweep
+from robustmoe.records import STATUSES, Audit, Blend, Certificates, Dissection, Evaluation, Lipschitz, Sweep
 from robustmoe.reporting import blend, certificates, dissection, lipschitz, sweep
 from robustmoe.reporting.card import WIDTH
 from robustmoe.reporting.collect import Blended, Certified, Dissected, Measured, Swept
@@ -14,7 +14,7 @@ from robustmoe.reporting.tables import Grid
 from robustmoe.reporting.words import eps_text, gap_text, interval, percent, plural, threat
 
 
-def summary_table(results: Sequence[Result], audit: Audit | None = None) -> str:
+def summary_table(results: Sequence[Evaluation], audit: Audit | None = None) -> str:
     """The attacks of each threat, their worst case and the verdict card beside it, as lines of text. Files without
     rows are named, not shown. ``audit``: what `robustmoe check` found of the same model."""
     lines: list[str] = []
@@ -25,7 +25,7 @@ def summary_table(results: Sequence[Result], audit: Audit | None = None) -> str:
         if not result.rows:
             lines.append(f"{name}: no rows yet")
         elif result.header.attack is None:
-            rate = analysis.summary(*result).clean
+            rate = analysis.evaluation_summary(*result).clean
             lines.append(f"clean accuracy {percent(rate)} ({interval(rate)}), {plural(rate.n, 'image')}, no attack")
     for curve in analysis.eps_curve([(result.header, result.rows) for result in results]):
         lines.append(f"{curve.name}, accuracy at eps (n = {curve.n}):")
@@ -36,7 +36,7 @@ def summary_table(results: Sequence[Result], audit: Audit | None = None) -> str:
 
 def dissection_table(found: Dissection) -> str:
     """A dissection that is done: which part gives way first, and every number, as lines of text."""
-    one = Dissected(found, analysis.anatomy(found))
+    one = Dissected(found, analysis.dissection_summary(found))
     lines = [*textwrap.wrap(dissection.story(one), WIDTH), *textwrap.wrap(dissection.setting(found), WIDTH)]
     return "\n".join([*lines, *(line for grid in dissection.grids(one) for line in _grid(grid))])
 
@@ -51,20 +51,20 @@ def blend_table(found: Blend) -> str:
 
 def lipschitz_table(found: Lipschitz) -> str:
     """What the laboratory measured: the whole model, then its layers side by side, as lines of text."""
-    one = Measured(found, analysis.sensitivity(found))
+    one = Measured(found, analysis.lipschitz_summary(found))
     lines = [*textwrap.wrap(lipschitz.story(one), WIDTH), *textwrap.wrap(lipschitz.setting(found), WIDTH)]
     return "\n".join([*lines, *(line for grid in lipschitz.grids(one) for line in _grid(grid))])
 
 
-def certificates_story(found: Certificates, results: Sequence[Result] = ()) -> str:
+def certificates_story(found: Certificates, results: Sequence[Evaluation] = ()) -> str:
     """What a certifier proves, beside what the attacks in ``results`` leave, in a few sentences on lines of text."""
-    one = Certified(found, analysis.proven(found, results))
+    one = Certified(found, analysis.certificates_summary(found, results))
     return "\n".join(textwrap.wrap(certificates.story(one), WIDTH))
 
 
-def certificates_table(found: Certificates, results: Sequence[Result] = ()) -> str:
+def certificates_table(found: Certificates, results: Sequence[Evaluation] = ()) -> str:
     """What a certifier proves, beside what the attacks in ``results`` leave, as lines of text."""
-    one = Certified(found, analysis.proven(found, results))
+    one = Certified(found, analysis.certificates_summary(found, results))
     lines = [*textwrap.wrap(certificates.story(one), WIDTH), *textwrap.wrap(certificates.setting(found), WIDTH)]
     lines += [f"! {sentence}" for sentence in certificates.doubts(one)]
     return "\n".join([*lines, *(line for grid in certificates.grids(one) for line in _grid(grid))])
@@ -72,7 +72,7 @@ def certificates_table(found: Certificates, results: Sequence[Result] = ()) -> s
 
 def sweep_table(found: Sweep) -> str:
     """A sweep: what the weak and the strong attack leave, and every number, as lines of text."""
-    one = Swept(found, analysis.sweep_numbers(found))
+    one = Swept(found, analysis.sweep_summary(found))
     lines = [*textwrap.wrap(sweep.story(one), WIDTH), *textwrap.wrap(sweep.setting(found), WIDTH)]
     return "\n".join([*lines, *(line for grid in sweep.grids(one) for line in _grid(grid))])
 
@@ -83,7 +83,7 @@ def _grid(grid: Grid) -> list[str]:
     return ["", grid.title, *aligned([list(grid.head), *table], last=False), *textwrap.wrap(grid.note, WIDTH)]
 
 
-def _block(group: list[Result], audit: Audit | None) -> list[str]:
+def _block(group: list[Evaluation], audit: Audit | None) -> list[str]:
     worst = analysis.worst_case([(result.header, result.rows) for result in group])
     verdict = analysis.judge(group, audit)
     routed = bool(group[0].header.routers)
@@ -91,7 +91,7 @@ def _block(group: list[Result], audit: Audit | None) -> list[str]:
     head += ["router's", "experts'", "rerouted"] if routed else []
     table = [[*head, "only it", "images"]]
     for name, result, adds in zip(analysis.names([r.header for r in group]), group, worst.adds, strict=True):
-        one = analysis.summary(*result)
+        one = analysis.evaluation_summary(*result)
         cells = [name, percent(one.clean), percent(one.robust), interval(one.robust)]
         if routed:
             cells += [percent(one.router_exposed), percent(one.experts_exposed), percent(one.rerouted_mean)]
@@ -103,7 +103,7 @@ def _block(group: list[Result], audit: Audit | None) -> list[str]:
     lines = [f"threat {threat(worst.norm, worst.eps)}", *aligned(table)]
     for name, result in zip(analysis.names([r.header for r in group]), group, strict=True):
         if parts := analysis.by_part(result):
-            lines += [f"{name}, part by part:", f"  clean {percent(analysis.summary(*result).clean)}"]
+            lines += [f"{name}, part by part:", f"  clean {percent(analysis.evaluation_summary(*result).clean)}"]
             width = max(len(part.name) for part in parts)
             lines += [
                 f"  {part.name.ljust(width)}  broke {part.broken:>5}, left {percent(part.left)} ({interval(part.left)})"

@@ -10,11 +10,11 @@ from robustmoe.analysis.labels import attack_name
 from robustmoe.analysis.rates import Rate, largest, rate, right, robust
 from robustmoe.analysis.verdict import judge
 from robustmoe.errors import UserError
-from robustmoe.records import Checks, Header, ObjectiveInfo, Result, Row
+from robustmoe.records import Checks, Evaluation, Header, ObjectiveInfo, Row
 
 
 @dataclass(frozen=True)
-class Summary:
+class EvaluationSummary:
     """One rows file in numbers. ``robust`` and what follows is None without an attack; ``router_exposed`` (attacked
     route, clean image) and ``experts_exposed`` (clean route, attacked image) are None for a dense model too.
     ``rerouted``: mean share of items that changed expert, per router. ``rerouted_broken``: images that the attack
@@ -50,14 +50,14 @@ class Summary:
         return sum(self.rerouted.values()) / len(self.rerouted) if self.rerouted else None
 
 
-def summary(header: Header, rows: Sequence[Row], checks: Checks | None) -> Summary:
+def evaluation_summary(header: Header, rows: Sequence[Row], checks: Checks | None) -> EvaluationSummary:
     """One rows file in numbers; UserError if it has no rows."""
     if not rows:
         raise UserError(f"no rows yet for {attack_name(header)}; `robustmoe evaluate RUN` makes them")
     attacked = header.attack is not None
     routed = attacked and bool(header.routers)
-    verdict = judge([Result(header, list(rows), checks)])
-    return Summary(
+    verdict = judge([Evaluation(header, list(rows), checks)])
+    return EvaluationSummary(
         attack=header.attack,
         objective=header.objective,
         norm=header.norm,
