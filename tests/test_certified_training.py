@@ -190,13 +190,13 @@ def test_a_run_keeps_the_most_certified_weights_and_goes_on_after_a_stop(tmp_pat
     recipe = Recipe(
         model="ensemble(conv_small(width=4, hidden=16), experts=2, router=linear, standardise=True)",
         data="digits",
-        method="certified(linf(0.03), stability=0.1, balance=0.1)",
-        optimizer="adamw(lr=5e-3, weight_decay=0)",
-        epochs=8,
+        method="certified(linf(0.01), stability=0.1, balance=0.1)",
+        optimizer="adamw(lr=1e-2, weight_decay=0)",
+        epochs=3,
         batch_size=64,
         clip=8.0,
         seed=1,
-        val_certifier="bounds(linf(0.03), how=ibp, search=0, dtype=float32)",
+        val_certifier="bounds(linf(0.01), how=ibp, search=0, dtype=float32)",
         val_limit=64,
         threads=1,
     )
@@ -204,17 +204,17 @@ def test_a_run_keeps_the_most_certified_weights_and_goes_on_after_a_stop(tmp_pat
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = max(lines, key=lambda line: line["val_certified"])
     assert [line["best"] for line in lines][best["epoch"] - 1]
-    assert "certified by bounds(linf(0.03)" in json.loads((run / "config.json").read_text())["selection"]
+    assert "certified by bounds(linf(0.01)" in json.loads((run / "config.json").read_text())["selection"]
     data = specs.build("digits", "data")
     batch = data.val.head(64).batch(list(range(64)))
-    certifier = build_certifier("bounds(linf(0.03), how=ibp, search=0, dtype=float32)")
+    certifier = build_certifier("bounds(linf(0.01), how=ibp, search=0, dtype=float32)")
     found = certifier(load_model(run), batch.x, Noise.of(batch.index))
     share = sum(one.radius > 0 and one.prediction == label for one, label in zip(found, batch.y.tolist())) / 64
-    assert share == best["val_certified"] > 0.3
-    stopped = train(Recipe(**{**vars(recipe), "max_steps": 90}), tmp_path / "stopped")
+    assert share == best["val_certified"] > 0.1  # 0.50, 0.66, 0.59 with seeds 1 to 3
+    stopped = train(Recipe(**{**vars(recipe), "max_steps": 30}), tmp_path / "stopped")
     train(recipe, stopped, resume=True)
     assert (stopped / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
-    assert threat_of(json.loads((run / "config.json").read_text())) == linf(0.03)
+    assert threat_of(json.loads((run / "config.json").read_text())) == linf(0.01)
 
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes" / "certified").glob("*.toml"))

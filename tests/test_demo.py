@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,17 @@ from robustmoe.errors import UserError
 from robustmoe.records import Certificates, read
 from robustmoe.training.checkpoint import read_config
 
+measuring = importlib.import_module("robustmoe.evaluation.measuring")
+
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ROUTED", "DENSE", "PROVABLE"):
         recipe = getattr(demo, name)
-        quick = tuple(attack.replace("steps=20", "steps=1") for attack in recipe.attacks)
+        quick = tuple(attack.replace("steps=20", "steps=1, keep=first") for attack in recipe.attacks[:3])
+        quick += tuple(attack.replace("steps=20", "steps=1") for attack in recipe.attacks[3:])
         changes = {
+            "model": recipe.model.replace("width=16", "width=4"),
             "epochs": 1,
             "max_steps": 2,
             "val_limit": 8,
@@ -28,10 +33,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         monkeypatch.setattr(demo, name, dataclasses.replace(recipe, **changes))
     monkeypatch.setattr(demo, "CERTIFIED", 2)
+    monkeypatch.setattr(measuring, "CURVE_LIMIT", 8)
 
 
 @pytest.mark.usefixtures("short")
-def test_demo_makes_three_runs_and_one_report_and_can_be_repeated(tmp_path: Path) -> None:
+def test_demo_makes_three_runs_and_one_report_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = demo.demo(tmp_path / "demo")
     assert page == tmp_path / "demo" / "report.html"
     assert "pathway" in page.read_text()
@@ -50,6 +58,10 @@ def test_demo_makes_three_runs_and_one_report_and_can_be_repeated(tmp_path: Path
     }
     assert "The certifiers side by side" in page.read_text()
     (tmp_path / "demo" / "dense" / "state.pt").unlink()
+    for name in ("ROUTED", "DENSE", "PROVABLE"):  # one attack and one certifier a run: what is repeated is the rest
+        recipe = getattr(demo, name)
+        monkeypatch.setattr(demo, name, dataclasses.replace(recipe, attacks=recipe.attacks[:1]))
+    monkeypatch.setattr(demo, "RUNS", dict.fromkeys(demo.RUNS, (demo.BOUNDS,)))
     assert demo.demo(tmp_path / "demo", seed=3) == page
     assert (tmp_path / "demo" / "dense" / "state.pt").exists(), "made anew"
     assert {read_config(tmp_path / "demo" / run)["seed"] for run in demo.RUNS} == {3}

@@ -7,7 +7,9 @@ tests/test_jtdmoe.py, C8 with P7 and P9 in tests/test_dual.py too.
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
-from robustmoe.attacks import PGD, Attack, ExpertTransition, build_attack, linf
+from robustmoe.attacks import PGD, Attack, ExpertTransition, NotFiniteError, build_attack, linf
 from robustmoe.data import Batch, digits
 from robustmoe.evaluation.checks import strength
 from robustmoe.models import Dense, DualModel, EnsembleModel, Normalise, Plain, RoutedModel, Scaled, build_model
@@ -26,6 +28,8 @@ from robustmoe.training import Method, at, build_method, train_step
 from robustmoe.training.optimisation import SGD
 
 EPS = 0.1
+SEEDS = range(5)
+"""Of what is said about trained nets: a mean over them, for one run is a claim about one CPU's roundings too."""
 HALF = "ensemble(small_cnn(width=4), experts=3, gate=hard, router=linear)"
 
 
@@ -173,35 +177,38 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-@pytest.fixture(scope="module")
-def dense(train_images: Batch) -> RoutedModel:
-    torch.manual_seed(0)
-    return fit(Dense(mlp(), Normalise((0.5,), (0.5,))), at(TRAIN), train_images, 12)
-
-
 TRAIN = PGD(linf(EPS), steps=2, step_size=0.075, keep="last")
 NAIVE = PGD(linf(EPS), steps=20)
 SOFT = [build_attack(f"through(soft({t}), pgd(linf({EPS}), steps=20))") for t in (0.3, 1.0)]
 
 
-def test_c9_the_route_hides_how_little_a_hard_moe_withstands(
-    dense: RoutedModel, train_images: Batch, test_images: Batch
-) -> None:
+@pytest.mark.slow
+def test_c9_the_route_hides_how_little_a_hard_moe_withstands(train_images: Batch, test_images: Batch) -> None:
     """Adversarially trained: four small experts behind a fixed random linear router, and one expert alone. PGD through
-    the hard gate sees no route. Attacks that do take the MoE far down, and the dense net hardly.
+    the hard gate sees no route. Attacks that do take the MoE far down, and the dense net hardly. Means over SEEDS;
+    planted models show the same without a seed in tests/test_routing_attacks.py.
     """
-    torch.manual_seed(0)
-    router = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    moe: RoutedModel = EnsembleModel(router, [mlp() for _ in range(4)], "hard", 1, "logits", Normalise((0.5,), (0.5,)))
-    moe = fit(moe, at(TRAIN), train_images, 12)
-    naive, *others = surviving(moe, test_images, [NAIVE, *SOFT, ExpertTransition(linf(EPS), steps=10)])
-    union = torch.stack([naive, *others]).all(0)
-    assert share(union) <= share(naive)
-    assert share(naive) > 0.3
-    assert share(union) < 0.6 * share(naive)
-    assert share(others[-1]) < 0.7 * share(naive)  # the expert-transition attack alone
-    naive, *others = surviving(dense, test_images, [NAIVE, *SOFT, PGD(linf(EPS), steps=20, seed=1)])
-    assert share(naive) - share(torch.stack([naive, *others]).all(0)) < 0.03
+    naive, union, transition, hidden = [], [], [], []
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        router = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        experts = [mlp() for _ in range(4)]
+        moe: RoutedModel = EnsembleModel(router, experts, "hard", 1, "logits", Normalise((0.5,), (0.5,)))
+        moe = fit(moe, at(TRAIN), train_images, 12)
+        first, *others = surviving(moe, test_images, [NAIVE, *SOFT, ExpertTransition(linf(EPS), steps=10)])
+        both = torch.stack([first, *others]).all(0)
+        assert share(both) <= share(first)
+        naive.append(share(first))
+        union.append(share(both) / share(first))
+        transition.append(share(others[-1]) / share(first))
+        dense = fit(Dense(mlp(), Normalise((0.5,), (0.5,))), at(TRAIN), train_images, 12)
+        first, *others = surviving(dense, test_images, [NAIVE, *SOFT, PGD(linf(EPS), steps=20, seed=1)])
+        hidden.append(share(first) - share(torch.stack([first, *others]).all(0)))
+    print(f"naive {naive}\nunion / naive {union}\ntransition / naive {transition}\ndense, hidden {hidden}")
+    assert statistics.mean(naive) > 0.3
+    assert statistics.mean(union) < 0.6
+    assert statistics.mean(transition) < 0.7
+    assert statistics.mean(hidden) < 0.03
 
 
 # ------------------------------------------------------------------------------------------------ C10
@@ -316,13 +323,21 @@ def test_c12_batched_dispatch_is_the_loop_over_images(
 # ------------------------------------------------------------------------------------------------ C13
 
 
-def test_c13_no_image_is_without_gradient_in_float32(dense: RoutedModel, test_images: Batch) -> None:
+def test_c13_no_image_is_without_gradient_in_float32(test_images: Batch) -> None:
     """Wherever the label is not certain to float32 (p < 1) the cross-entropy summed over the batch has a gradient, and
     check G1 says so. In fp16 with the mean over 512 images, as released, a residual 1 - p of 512 * 2^-25 or less is
-    rounded to 0 as it leaves the loss, however large the derivatives are behind it.
+    rounded to 0 as it leaves the loss, however large the derivatives are behind it. The net is made sure of its own
+    answers: its logits have deviation 1, and then 8.
     """
-    x, y = test_images.x, test_images.y
-    check = strength.gradients(dense, NAIVE, test_images)
+    dense = Dense(mlp(), Normalise((0.5,), (0.5,))).eval()
+    x = test_images.x
+    with torch.no_grad():
+        head = dense.network[-1]
+        scale = 1 / dense(x).std()
+        head.weight.mul_(scale)
+        head.bias.mul_(scale)
+        y = dense(x).argmax(1)
+    check = strength.gradients(dense, NAIVE, Batch(x, y, test_images.index))
     assert (check.status, check.value) == ("pass", 0.0)
     at = x.clone().requires_grad_()
     logits = dense(at)
@@ -337,48 +352,65 @@ def test_c13_no_image_is_without_gradient_in_float32(dense: RoutedModel, test_im
     lost = (half == 0).all(1) & residual.any(1)
     expected = (residual.abs().amax(1) / 512 <= 2.0**-25) & residual.any(1)
     assert torch.equal(lost, expected)
-    assert share(lost) > 0.01
+    assert 0.01 < share(lost) < 1
 
 
 # ------------------------------------------------------------------------------------------------ C17
 
 
-def batch_norm_training(released: bool, data: Batch, epochs: int) -> RoutedModel:
+def batch_norm_training(released: bool, data: Batch, epochs: int, seed: int = 0) -> RoutedModel:
     """Adversarial training of one small ResNet. ``released``: train mode only for the first batch of an epoch, passed
     through one image at a time; after that the attack's eval mode stays, and every loss is by those statistics.
     """
-    model = build_model("resnet8(width=4)", 10, (1, 8, 8))
+    model = build_model("resnet8(width=4)", 10, (1, 8, 8), seed=seed)
     attack = PGD(linf(EPS), steps=1, step_size=EPS, keep="last")
     optimiser = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
     for epoch in range(epochs):
-        for number, rows in enumerate(permutation(len(data), epoch).split(64)):
+        for number, rows in enumerate(permutation(len(data), seed, epoch).split(64)):
             model.train()
             if released:
                 with torch.no_grad():
                     for image in data.x[rows].split(1) if number == 0 else ():
                         model(image)
                 model.eval()
-            x_adv = attack(model, data.x[rows], data.y[rows], Noise.of(rows, epoch))
+            x_adv = attack(model, data.x[rows], data.y[rows], Noise.of(rows, seed, epoch))
             optimiser.zero_grad()
             F.cross_entropy(model(x_adv), data.y[rows]).backward()
             optimiser.step()
     return model.eval()
 
 
+@pytest.mark.parametrize("released, batches", [(False, 2), (True, 64)])
+def test_c17_what_the_statistics_have_seen_after_an_epoch_of_two_batches(
+    released: bool, batches: int, images: Callable[..., Tensor]
+) -> None:
+    """Two batches of 64, or the 64 images of the first batch one at a time and nothing of the second."""
+    data = Batch(images(128, 1, 8, 8), torch.arange(128) % 10, torch.arange(128))
+    model = batch_norm_training(released, data, 1)
+    seen = {int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert seen == {batches}
+
+
+@pytest.mark.slow
 def test_c17_batched_statistics_train_and_the_released_protocol_does_not(
     train_images: Batch, test_images: Batch
 ) -> None:
-    """Same data, same order, same steps; only whose statistics BatchNorm uses differs. Clean accuracy after 4 epochs
-    was 92.7 against 9.3 %. It is a matter of the learning rate: 81.3 against 68.7 % at 0.05 (86.7 and 86.0 after a
-    fifth epoch), 56.0 and 56.7 % at 0.01, where batched statistics have no use for their tolerance either.
+    """Same data, same order, same steps; only whose statistics BatchNorm uses differs. Clean accuracy after 4 epochs,
+    over the five SEEDS: 65 to 93 %, mean 81, against 26 to 65 %, mean 51. One run decides nothing: the released
+    way diverges for some roundings of some CPUs, and is then counted as right by chance.
     """
     some = Batch(train_images.x[:640], train_images.y[:640], train_images.index[:640])
-    accuracy = []
-    for released in (False, True):
-        model = batch_norm_training(released, some, 4)
+    accuracy: dict[bool, list[float]] = {False: [], True: []}
+    for seed, released in product(SEEDS, accuracy):
+        try:
+            model = batch_norm_training(released, some, 4, seed)
+        except NotFiniteError:
+            accuracy[released].append(0.1)
+            continue
         with torch.no_grad():
-            accuracy.append(share(model(test_images.x).argmax(1) == test_images.y))
-    assert accuracy[0] > accuracy[1] + 0.3
+            accuracy[released].append(share(model(test_images.x).argmax(1) == test_images.y))
+    print(accuracy)
+    assert statistics.mean(accuracy[False]) > statistics.mean(accuracy[True]) + 0.15
 
 
 # ------------------------------------------------------------------------------------------------ C18

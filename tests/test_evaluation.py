@@ -27,6 +27,7 @@ from robustmoe import analysis, records
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Threat, build_attack, exact_of, linf
 from robustmoe.errors import UserError
 from robustmoe.evaluation import evaluate, evaluate_run, slug
+from robustmoe.evaluation.choosing import threat_of
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.reporting import summary_table
@@ -580,19 +581,24 @@ def headers(folder: Path) -> list[records.Header]:
 
 
 @pytest.mark.parametrize(
-    "changes, threat",
+    "method, val_attack, threat",
     [
-        ({}, ("l2", 0.3)),
-        ({"method": "trades(pgd(linf(0.2)))"}, ("linf", 0.2)),
-        ({"method": "standard", "val_attack": "pgd(l1(3), steps=2)"}, ("l1", 3.0)),
-        ({"method": "standard"}, ("linf", EPS)),
+        ("at(pgd(l2(0.3), steps=1))", None, ("l2", 0.3)),
+        ("trades(pgd(linf(0.2)))", "pgd(l1(3), steps=2)", ("linf", 0.2)),
+        ("standard", "pgd(l1(3), steps=2)", ("l1", 3.0)),
+        ("standard", None, ("linf", EPS)),
     ],
 )
-def test_the_threat_is_that_of_the_recipe(changes: dict[str, Any], threat: tuple[str, float], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", **changes)
+def test_the_threat_is_that_of_the_recipe(method: str, val_attack: str | None, threat: tuple[str, float]) -> None:
+    found = threat_of({"method": method, "val_attack": val_attack})
+    assert (found.norm, found.eps) == threat
+
+
+def test_the_default_attacks_are_of_the_recipes_threat(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
     evaluate_run(run, limit=2, curve=())
     found = headers(run / "rows")
-    assert {(header.norm, header.eps) for header in found} == {threat}
+    assert {(header.norm, header.eps) for header in found} == {("l2", 0.3)}
     assert sorted(header.objective.name for header in found if header.objective) == [
         "experts_only",
         "joint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -23,6 +24,7 @@ class Factory:
     make: Callable[[], Any]
 
 
+@functools.lru_cache(maxsize=4096)
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
     """The signature, with annotations evaluated where all of them can be. A dataclass's field that has a
     ``default_factory`` has a `Factory` for its default.
