@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Freed memory is kept for the next tensor: returning and asking for it again is a tenth of the suite's time.
-KEEP_MEMORY := MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
+# Freed memory is kept for the next tensor (returning and asking for it again is a tenth of the suite's time), and
+# compiled modules for the next run.
+KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
 .PHONY: demo test test-typed test-slow lint bench recipes crosscheck clean
 
@@ -13,10 +14,10 @@ demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints
 	$(BIN)/robustmoe demo
 
 test: $(VENV)/.dev  ## the whole test suite, two processes of one thread; shapes checked in each test's first calls
-	$(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-typed: $(VENV)/.dev  ## the same with the shapes of every call checked
-	$(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist worksteal --check-every-call
+	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal --check-every-call
 
 test-slow: $(VENV)/.dev  ## claims about training, means over several seeds: minutes
 	$(BIN)/python -m pytest -m slow
@@ -32,7 +33,7 @@ bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/ensemble_step.py --width 16 --batch 32 --steps 2 --memory  # small; the issue's size: no flags
 
 recipes: $(VENV)/.dev  ## two training steps of every published recipe, its networks at true size
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py tests/test_recipes_dual.py tests/test_recipes_vit_moe.py
+	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py tests/test_recipes_dual.py tests/test_recipes_vit_moe.py
 
 crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks
 	$(INSTALL) -e '.[crosscheck]'

@@ -42,12 +42,15 @@ EVERY_CALL = sys.maxsize
 
 
 def typechecked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``function`` checked by beartype, every call counted."""
-    checked = beartype.beartype(function)
+    """Returns ``function`` checked by beartype, every call counted; its checks are made when it is first called."""
+    checked: Callable[..., Any] | None = None
 
-    @functools.wraps(checked)
+    @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
         budget.spend()
+        if checked is None:
+            checked = beartype.beartype(function)
         return checked(*args, **kwargs)
 
     return counted
