@@ -28,7 +28,7 @@ from robustmoe.analysis import (
     worst_case,
 )
 from robustmoe.errors import UserError
-from robustmoe.records import Audit, Check, Checks, Evaluation, Header, RouterInfo, Row
+from robustmoe.records import Audit, Check, Checks, Evaluation, Header, ObjectiveInfo, RouterInfo, Row
 
 EPS = 8 / 255
 FINE = Checks([Check("R1", "router reached", "pass", 0.3, "30% of the gradient goes through the router.")], 1.0)

@@ -47,7 +47,7 @@ def record(rows: list[Proof] | None = None, **changes: Any) -> Certificates:
     return Certificates(**{**values, **changes})
 
 
-def attacked(broken: dict[int, float], eps: float = EPS, n: int = 8, **changes: Any) -> Result:
+def attacked(broken: dict[int, float], eps: float = EPS, n: int = 8, **changes: Any) -> Evaluation:
     """An attack that breaks the images ``broken`` with perturbations of those sizes; what it leaves has size eps."""
     header = make_header(eps=eps, n=n, attack=f"pgd(linf({eps}), steps=5)", **changes)
     rows = [
@@ -230,7 +230,7 @@ def of_run(header: Any, rows: list[Proof]) -> Certificates:
     return Certificates(dataclasses.replace(header, **about), "bounds(linf(8/255))", "model", rows)
 
 
-def the_runs_own(run: Path) -> Result:
+def the_runs_own(run: Path) -> Evaluation:
     return records.read(next(path for path in records.rows_files(run) if path.stem == "attack0"))
 
 

@@ -215,7 +215,7 @@ def run(cifar: nn.Module, tmp_path: Path) -> list[Evaluation]:
     return [holding(result, left) for result, left in zip(read, (6, 5), strict=True)]
 
 
-def holding(result: Evaluation, left: int) -> Result:
+def holding(result: Evaluation, left: int) -> Evaluation:
     """The result with the attack's answers changed: the first ``left`` of the right images hold."""
     right = [row.index for row in result.rows if row.clean == row.label]
     assert len(right) == N - WRONG
@@ -226,7 +226,7 @@ def holding(result: Evaluation, left: int) -> Result:
     return Evaluation(result.header, rows, result.checks)
 
 
-def with_checks(result: Evaluation, *checks: Check) -> Result:
+def with_checks(result: Evaluation, *checks: Check) -> Evaluation:
     assert result.checks is not None
     kept = [check for check in result.checks.checks if check.id not in {new.id for new in checks}]
     return Evaluation(result.header, result.rows, Checks([*kept, *checks], 1.0))

@@ -213,7 +213,7 @@ def evaluate_model(
             raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
         radii = {attack.threat: radii_of(attack.threat, curve) for attack in chosen}
 
-        def one(attack: Attack, images: ImageSet, end: str, role: str) -> Result:
+        def one(attack: Attack, images: ImageSet, end: str, role: str) -> Evaluation:
             path = Path(out) / f"{slug(attack)}{end}.jsonl"
             return measure(routed, images, attack, path, where, batch_size, about, role, precision, certified)
 
@@ -238,7 +238,7 @@ def measure(
     role: str = "main",
     precision: str = "strict",
     certified: Mapping[int, float] | None = None,
-) -> Result:
+) -> Evaluation:
     """One attack on every image, row by row into ``path``; images that stand there already are skipped, checks are
     run anew.
 
@@ -274,7 +274,7 @@ def measure(
                 return None
             return engine.Ledger.of(writer, examples_path(path))
 
-        def finish() -> Result:
+        def finish() -> Evaluation:
             assert writer is not None
             if ledger is not None:
                 found.append(checks.ball_and_box(writer.result.rows, attack.threat.norm, attack.threat.eps))

@@ -16,7 +16,7 @@ from robustmoe.models.base import Dense, ImageShape, Plain, RoutedModel
 from robustmoe.models.block import LayerRouter, RoutedLayer, check_experts, handing_down, layer_router, replace
 from robustmoe.models.norm import BatchNorm2d
 from robustmoe.noise import Noise
-from robustmoe.routing import Tape
+from robustmoe.routing import Gate, Tape
 
 TOLERANCE = 1e-4
 """How far the converted model may be off on the probe, relative to the largest logit."""

@@ -35,7 +35,7 @@ def difference(old: Header, new: Header) -> str | None:
     return next((name for name in names if getattr(old, name) != getattr(new, name)), None)
 
 
-def read(path: str | os.PathLike[str]) -> Result:
+def read(path: str | os.PathLike[str]) -> Evaluation:
     """A whole rows file, rows sorted by index. A half-written last line is ignored; any other bad line, and two
     different rows of one image, are a UserError that names the line."""
     path = Path(path)
@@ -52,7 +52,7 @@ def rows_files(run: str | os.PathLike[str]) -> list[Path]:
     return [path for path in files if path.stat().st_size > 0]
 
 
-def _result(header: Header, rows: dict[int, Row], checks: Checks | None) -> Result:
+def _result(header: Header, rows: dict[int, Row], checks: Checks | None) -> Evaluation:
     return Evaluation(header, [rows[index] for index in sorted(rows)], checks)
 
 
@@ -116,7 +116,7 @@ def _put(rows: dict[int, Row], row: Row) -> None:
         raise UserError(f"image {row.index} has two different rows; delete one of them")
 
 
-def merge(paths: Sequence[str | os.PathLike[str]]) -> Result:
+def merge(paths: Sequence[str | os.PathLike[str]]) -> Evaluation:
     """Shards of one evaluation as one result: the same work in every header, rows disjoint or identical, otherwise a
     UserError. The checks are None until every shard has them; a check's status is the worst over the shards, seconds
     and queries are summed."""
@@ -283,7 +283,7 @@ class Writer:
         return set(self._rows)
 
     @property
-    def result(self) -> Result:
+    def result(self) -> Evaluation:
         """What the file holds now, as `read` would give it."""
         return _result(self.header, self._rows, self.checks)
 
