@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from results import RESULTS, described, spread_of, write
 from robustmoe import analysis, records
@@ -44,34 +45,41 @@ def instructions(extra: dict[str, str]) -> str:
     return f"torch {aten}, oneDNN {onednn}"
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """The numbers of one demo, in per cent of the images; counts of images where it is said."""
-    numbers: dict[str, float] = {}
-    for run in ("pathway", "dense"):
-        results = [records.read(path) for path in records.rows_files(folder / run)]
-        results = [result for result in results if result.header.role == "main"]
-        for result in results:
-            summary = analysis.evaluation_summary(result.header, result.rows, result.checks)
-            name = "transition" if "expert_transition" in (summary.attack or "") else ""
-            for part in ("experts_only", "router_only"):
-                name = part if part in (summary.attack or "") else name
-            assert summary.robust is not None
-            numbers[f"{run}.{name or 'pgd'}"] = 100 * summary.robust.value
-        worst = analysis.worst_case([(result.header, result.rows) for result in results])
-        numbers |= {f"{run}.clean": 100 * worst.clean.value, f"{run}.worst": 100 * worst.robust.value}
-    numbers["pathway.gap"] = numbers["pathway.pgd"] - numbers["pathway.worst"]
-    numbers["pathway_minus_dense.pgd"] = numbers["pathway.pgd"] - numbers["dense.pgd"]
-    numbers["pathway_minus_dense.worst"] = numbers["pathway.worst"] - numbers["dense.worst"]
-    [found] = records.Certificates.read_all(folder / "certified")
-    proven = analysis.certificates_summary(
-        found, [records.read(path) for path in records.rows_files(folder / "certified")]
-    )
-    attacked = proven.at(found.header.eps)
-    assert attacked is not None
-    assert attacked.certified.n == CERTIFIED
-    numbers["certified.not_broken"], numbers["certified.proven"] = attacked.robust.count, attacked.certified.count
-    numbers["certified.right"] = attacked.clean.count
-    return numbers
+def measure(folder: Path) -> dict[str, dict[str, float]]:
+    """The numbers of one demo: per cent of the test images; of the certified run, counts of `CERTIFIED` images."""
+    pathway, dense = (accuracies(folder / run) for run in ("pathway", "dense"))
+    [certificates] = records.Certificates.read_all(folder / "certified")
+    proven = analysis.certificates_summary(certificates, attacked(folder / "certified"))
+    beside = proven.at(certificates.header.eps)
+    assert beside is not None
+    assert beside.certified.n == CERTIFIED
+    return {
+        "pathway": pathway,
+        "dense": dense,
+        "more_than_dense": {name: pathway[name] - dense[name] for name in ("clean", "pgd", "worst")},
+        "hidden": {"worst": pathway["pgd"] - pathway["worst"]},
+        "certified": {"not_broken": beside.robust.count, "proven": beside.certified.count, "right": beside.clean.count},
+    }
+
+
+def attacked(run: Path) -> list[records.Evaluation]:
+    """The attacks of a run at its radius."""
+    results = [records.read(path) for path in records.rows_files(run)]
+    return [result for result in results if result.header.role == "main"]
+
+
+def accuracies(run: Path) -> dict[str, float]:
+    """Clean and under each attack, by its objective or name, and in the worst case."""
+    results = attacked(run)
+    found = {}
+    for result in results:
+        summary = analysis.evaluation_summary(result.header, result.rows, result.checks)
+        text = summary.attack or ""
+        assert summary.robust is not None
+        names = [name for name in ("experts_only", "router_only", "transition") if name in text]
+        found[names[0] if names else "pgd"] = 100 * summary.robust.value
+    worst = analysis.worst_case([(result.header, result.rows) for result in results])
+    return {"clean": 100 * worst.clean.value, **found, "worst": 100 * worst.robust.value}
 
 
 def main() -> None:
@@ -80,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     given = parser.parse_args()
     used = {name: instructions(extra) for name, extra in SETS.items()}
-    runs = []
+    runs: list[dict[str, Any]] = []
     for seed in given.seeds:
         for name, extra in SETS.items():
             folder = given.out / f"{name}-{seed}"
@@ -88,10 +96,13 @@ def main() -> None:
                 command = [sys.executable, "-m", "robustmoe", "demo", "--out", str(folder), "--seed", str(seed)]
                 subprocess.run(command, env={**os.environ, **extra}, check=True)
             runs.append({"seed": seed, "set": name, **measure(folder)})
-            names = [key for key in runs[0] if key not in ("seed", "set")]
-            numbers = {key: spread_of([run[key] for run in runs]) for key in names}
+            numbers = {
+                part: {name: spread_of([run[part][name] for run in runs]) for name in values}
+                for part, values in measure(folder).items()
+            }
+            numbers["runs"] = {"count": len(runs), "seeds": len({run["seed"] for run in runs})}
             about = described("python benchmarks/demo_numbers.py", seeds=given.seeds, instruction_sets=used)
-            write(RESULTS / "demo.json", about, numbers, runs)
+            write(RESULTS / "demo.json", about, numbers, runs=runs)
 
 
 if __name__ == "__main__":

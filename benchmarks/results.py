@@ -37,9 +37,28 @@ def spread_of(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def write(path: Path, about: Mapping[str, Any], numbers: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one results file, whole or not at all."""
-    text = json.dumps({"about": about, "numbers": numbers, "runs": runs}, indent=1, default=float) + "\n"
+def write(path: Path, about: Mapping[str, Any], numbers: Mapping[str, Any], **more: Any) -> None:
+    """Writes one results file, whole or not at all. ``numbers``: what pages are tied to (tests/pages.py); ``more``:
+    what else is kept beside them, such as every single run."""
+    text = _text({"about": about, "numbers": numbers, **more}) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
     half.write_text(text, encoding="utf-8")
     half.replace(path)
+
+
+def _text(value: Any, depth: int = 3, indent: str = "") -> str:
+    """JSON with a line for each entry of the upper levels."""
+    if depth == 0 or not isinstance(value, dict | list) or not any(isinstance(v, dict | list) for v in _values(value)):
+        return json.dumps(value, ensure_ascii=False, default=float)
+    inner = indent + " "
+    if isinstance(value, list):
+        lines = [inner + _text(each, depth - 1, inner) for each in value]
+    else:
+        lines = [f"{inner}{json.dumps(key)}: {_text(each, depth - 1, inner)}" for key, each in value.items()]
+    left, right = "[]" if isinstance(value, list) else "{}"
+    return f"{left}\n" + ",\n".join(lines) + f"\n{indent}{right}"
+
+
+def _values(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value

@@ -498,6 +498,7 @@ names, only those), asserted by `tests/test_planted.py`.
 |---|---|---|---|---|
 """
 
+TIE = "\n<!-- numbers: planted * -->\n"
 END = """
 *capacity* gives no answer to an image that stands alone; *stale route* answers by the batch before; *dead router* is
 one expert, which really holds; of the *NaN router*'s route nothing can be said. The control shows that nothing is
@@ -541,7 +542,7 @@ def main(names: Sequence[str]) -> None:
         old = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
         rows = {text[2:].partition(" | ")[0]: text for text in [*old, new] if text.startswith("| ") and text != HEAD}
         table = "\n".join(rows[name] for name in known if name in rows)
-        PAGE.write_text(TEXT + table + "\n" + END.format(plain=plain), encoding="utf-8")
+        PAGE.write_text(TEXT + table + "\n" + TIE + END.format(plain=plain), encoding="utf-8")
 
 
 if __name__ == "__main__":
