@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import shapes
+from tiny_models import CLASSES, IMAGE_SHAPE, TINY
 
 if TYPE_CHECKING:
     from robustmoe.models import RoutedModel
@@ -24,8 +25,6 @@ with contextlib.suppress(
     RuntimeError
 ):  # too late where something ran in parallel already; one process is one thread then
     torch.set_num_interop_threads(1)
-
-IMAGE_SHAPE, CLASSES = (3, 8, 8), 4
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
         shapes.budget.calls = shapes.EVERY_CALL
 
 
+SLOWEST = ["test_loop", "test_distributed", "test_engine", "test_demo", "test_auxiliary", "test_certified_training"]
+"""Files with tests of many seconds: they start first, so that the last test to run is a short one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     shapes.budget.start()
@@ -45,22 +53,6 @@ def pytest_runtest_setup() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     shapes.budget.start()
-
-
-TINY = {
-    "dense": "resnet8(width=4)",
-    "ensemble_hard": "ensemble(small_cnn(width=4), experts=3, gate=hard, router=small_cnn(width=4))",
-    "ensemble_soft": "ensemble(small_cnn(width=4), experts=3, gate=soft, router=small_cnn(width=4))",
-    "ensemble_k2": "ensemble(small_cnn(width=4), experts=3, k=2, gate=vmoe, router=small_cnn(width=4))",
-    "ensemble_straight": "ensemble(small_cnn(width=4), experts=3, gate=straight_through, router=small_cnn(width=4))",
-    "pathway": "pathway(resnet8(width=4), experts=3, router=small_cnn(width=4))",
-    "dual": (
-        "dual(ensemble(small_cnn(width=4), experts=3, gate=soft, router=small_cnn(width=4)), "
-        "ensemble(small_cnn(width=4), experts=3, gate=straight_through, router=linear))"
-    ),
-    "vit_moe": "vit_moe(patch=4, width=16, depth=2, heads=2, experts=3, k=2, placement=(1,))",
-}
-"""Models of every kind, at most a few thousand parameters; "dense" is the one without a router, "dual" has two."""
 
 
 @pytest.fixture(autouse=True)

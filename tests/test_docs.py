@@ -46,10 +46,10 @@ def test_a_recipe_builds_and_takes_two_steps(file: Path, tmp_path: Path, monkeyp
     written = recipe.load(file)
     for attack in written.attacks:
         spec.build(attack, "attack")
-    images = from_arrays(torch.rand(16, 3, 32, 32), torch.arange(16) % 10)
+    images = from_arrays(torch.rand(8, 3, 32, 32), torch.arange(8))
     data = Data("random", images, images, images, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
     real = spec.build
     monkeypatch.setattr(loop.specs, "build", lambda text, kind: data if kind == "data" else real(text, kind))
-    small = dataclasses.replace(written, batch_size=8, epochs=1, val_limit=4, threads=1, device="cpu")
+    small = dataclasses.replace(written, batch_size=4, epochs=1, val_limit=2, threads=1, device="cpu")
     run = train(small, tmp_path / "run")
     assert (run / "model.safetensors").exists()

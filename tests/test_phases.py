@@ -17,6 +17,7 @@ from robustmoe.routing import Tape
 from robustmoe.training import METHODS, Loss, Method, Phase, TrainingStopped, build_method, train_step
 from robustmoe.training.methods import EXPERTS, ROUTERS
 from robustmoe.training.optimisation import SGD
+from tiny_models import TINY
 
 NO_NOISE = Noise.of(torch.arange(2))
 
@@ -186,17 +187,29 @@ def test_every_method_is_tested_here() -> None:
     assert set(METHODS_HERE) == set(METHODS)
 
 
-@pytest.mark.parametrize("name", METHODS_HERE)
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def meetings() -> list[tuple[str, str, torch.dtype | None]]:
+    """Returns every method with every tiny model; under bf16 every method with every second model, in turn."""
+    pairs = [
+        (turn + place, name, model)
+        for turn, name in enumerate(METHODS_HERE)
+        for place, model in enumerate(sorted(TINY))
+    ]
+    return [(name, model, None) for _, name, model in pairs] + [
+        (n, m, torch.bfloat16) for turn, n, m in pairs if turn % 2
+    ]
+
+
+@pytest.mark.parametrize("name, kind, autocast", meetings())
 def test_every_method_moves_its_phases_parameters_alone(
     name: str,
+    kind: str,
     autocast: torch.dtype | None,
-    model: RoutedModel,
+    tiny: Callable[..., RoutedModel],
     images: Callable[..., Tensor],
     labels: Callable[[int], Tensor],
 ) -> None:
     """The routers frozen, then the routers alone: the others are bit for bit as they were, and no gradient is left."""
-    whole = build_method(METHODS_HERE[name])
+    whole, model = build_method(METHODS_HERE[name]), tiny(kind)
     names = [key for key, _ in model.named_parameters()]
     if name == "jtdmoe" and not isinstance(model, DualModel):
         with pytest.raises(UserError, match="expected a dual model"):

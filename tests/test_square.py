@@ -15,6 +15,7 @@ from robustmoe.attacks.square import Square
 from robustmoe.models import RoutedModel
 from robustmoe.models.base import Output, Plain
 from robustmoe.noise import Noise
+from tiny_models import TINY
 
 NORMS = [linf, l2, l1]
 SIZES = {"linf": 0.05, "l2": 0.5, "l1": 4.0}
@@ -243,12 +244,16 @@ def test_more_steps_and_restarts_only_add() -> None:
 # ------------------------------------------------------------------------------------------------ contract
 
 
-@pytest.mark.parametrize("rng, loss", [("image", "margin"), ("autoattack", "ce")])
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_attacks_every_kind_of_model(
-    rng: str, loss: str, threat: Threat, model: RoutedModel, images: Callable[..., Tensor]
+    name: str, threat: Threat, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
-    """A broken image is in ball and box, every other comes back clean, and the model is as it was."""
-    x = images(6)
+    """A broken image is in ball and box, every other comes back clean, and the model is as it was. The two random
+    streams, each with its loss, take turns over models and norms.
+    """
+    turn = sorted(TINY).index(name) + [norm.__name__ for norm in NORMS].index(threat.norm)
+    rng, loss = [("image", "margin"), ("autoattack", "ce")][turn % 2]
+    model, x = tiny(name), images(6)
     with torch.no_grad():
         y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 4  # missed from the start
