@@ -341,12 +341,12 @@ def test_top_2_of_equal_weights_is_certified_where_the_mean_is_right() -> None:
         lambda x: router(x.flatten(1)),
         (Leaf(lambda x: good(x.flatten(1))), Leaf(lambda x: bad(x.flatten(1)))),
         k=2,
-        equal=True,
+        weighting="equal",
     )
     y = torch.zeros(1, dtype=torch.long)
     ball = Ball(torch.full((1, 1, 2, 2), 0.5), "linf", torch.tensor([0.5]))
     with torch.no_grad():
-        equal, any_ = (worst_margins(replace(fork, equal=each), ball, y) for each in (True, False))
+        equal, any_ = (worst_margins(replace(fork, weighting=each), ball, y) for each in ("equal", "chosen"))
     assert equal.lower[0, 1].item() == pytest.approx(1.0)
     assert any_.lower[0, 1].item() == pytest.approx(-1.0)
     assert equal.rule == ["P3"]

@@ -826,3 +826,13 @@ def test_bad_images_are_named_when_read(tmp_path: Path) -> None:
     (tmp_path / "train/class0/000.png").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"class0/000\.png cannot be read as an image"):
         data.folder(tmp_path)
+
+
+@pytest.mark.parametrize("select", [slice(1, 3), torch.tensor([2, 0]), torch.tensor([True, False, True])])
+def test_some_images_of_a_batch(select: slice | torch.Tensor) -> None:
+    batch = data.Batch(torch.rand(3, 1, 2, 2), torch.tensor([5, 6, 7]), torch.tensor([30, 10, 20]))
+    some = batch[select]
+    assert torch.equal(some.x, batch.x[select])
+    assert some.y.tolist() == batch.y[select].tolist()
+    assert some.index.tolist() == batch.index[select].tolist()
+    assert len(some) == 2

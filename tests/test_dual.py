@@ -410,3 +410,11 @@ def test_a_dual_of_duals_names_its_routers_by_their_path(
 def test_bad_specs_are_refused(text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         build_model(text, 4, (3, 8, 8))
+
+
+def test_the_usual_alpha_is_the_same_in_the_model_and_in_the_numbers() -> None:
+    """The numbers are made without torch, so they cannot read the model's."""
+    from robustmoe.analysis import blend as numbers
+    from robustmoe.models import dual
+
+    assert numbers.DEFAULT_ALPHA == dual.ALPHA == Dual.alpha

@@ -67,7 +67,7 @@ def answer(part: Part, x: Tensor) -> Tensor:
 def soft_moe(seed: int, mix: str, experts: int = 3) -> Of:
     made = [net(10 * seed + i) for i in range(experts)]
     router = net(10 * seed + 9, classes=experts, size=0.3)
-    fork = Fork("router", router, tuple(Leaf(one) for one in made), experts, True, True, cast(Any, mix))
+    fork = Fork("router", router, tuple(Leaf(one) for one in made), experts, "softmax", cast(Any, mix))
     return Of(fork, *made, router)
 
 
@@ -194,7 +194,7 @@ def test_the_toy_whose_constants_of_classes_claim_twice_the_true_radius() -> Non
     layer = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).double()
     layer[1].weight.data = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     layer[1].bias.data = torch.tensor([-0.5, 0.5], dtype=torch.float64)
-    fork = Fork("router", lambda x: 0 * x.flatten(1), (Leaf(layer),), 1, True, True, "probabilities")
+    fork = Fork("router", lambda x: 0 * x.flatten(1), (Leaf(layer),), 1, "softmax", "probabilities")
     x = torch.full((1, 1, 1, 1), 0.6)
     for norm in ("linf", "l2"):
         (found,) = certify(f"theorem_5_4({norm}(0.2), search=12)", Of(fork, layer), x)
@@ -202,7 +202,7 @@ def test_the_toy_whose_constants_of_classes_claim_twice_the_true_radius() -> Non
         assert found.radius <= 0.1
         assert found.rule == "Theorem 5.4"
         assert "0.0997" in found.reason
-    logits = Fork("router", fork.router, fork.branches, 1, True, True, "logits")
+    logits = Fork("router", fork.router, fork.branches, 1, "softmax", "logits")
     (found,) = certify("theorem_5_4(linf(0.2), search=12)", Of(logits, layer), x)
     assert found.radius == pytest.approx(0.1, rel=1e-4)  # margin 2x over its constant 2
 
@@ -245,7 +245,7 @@ def test_duals_by_the_robust_half_alone(kind: type[Theorem54]) -> None:
 
 def test_experts_that_agree_make_the_router_free_for_p5_alone() -> None:
     one, router = net(0), net(9, classes=2)
-    fork = Fork("router", router, (Leaf(one), Leaf(one)), 2, True, True, "logits")
+    fork = Fork("router", router, (Leaf(one), Leaf(one)), 2, "softmax", "logits")
     x, threat = draws(6, 1, 2, 2), Threat("linf", 0.5)
     alone, agreed, paper = (
         [found.radius for found in certify(kind(threat, search=5), model, x)]

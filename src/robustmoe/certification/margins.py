@@ -136,7 +136,7 @@ class _Walk:
         if self.cells and single and inner != "probabilities":
             lower, on_cells = self._on_cells(part, ball, y, lower, reached)
         if weights is None:
-            used = part.k if part.equal else 1
+            used = part.k if part.weighting == "equal" else 1
             lower, upper = rules.averaged(lower, used), -rules.averaged(-upper, used)
         else:
             low, high = weights

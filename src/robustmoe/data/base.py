@@ -29,6 +29,10 @@ class Batch:
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    def __getitem__(self, select: Tensor | slice) -> Batch:
+        """Some of the images: by a mask, by their positions, or a slice."""
+        return Batch(self.x[select], self.y[select], self.index[select])
+
     def to(self, device: str | torch.device) -> Batch:
         return Batch(self.x.to(device), self.y.to(device), self.index.to(device))
 

@@ -202,8 +202,7 @@ def attack_alpha(work: Work, climbed: DualModel, state: State, attacks: dict[str
 
 
 def _only(batch: Batch, rows: Tensor) -> Batch:
-    rows = rows.to(batch.x.device)
-    return Batch(batch.x[rows], batch.y[rows], batch.index[rows])
+    return batch[rows.to(batch.x.device)]
 
 
 def _mark(broken: Tensor, which: Tensor, logits: Sequence[Tensor], y: Tensor, number: int) -> None:

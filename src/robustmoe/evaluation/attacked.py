@@ -39,8 +39,7 @@ class Attacked(NamedTuple):
 
     def only(self, rows: Tensor) -> Attacked:
         """The images where ``rows`` (n,) is true."""
-        batch = Batch(self.batch.x[rows], self.batch.y[rows], self.batch.index[rows])
-        return Attacked(batch, self.x_adv[rows], _some(self.clean, rows), _some(self.after, rows))
+        return Attacked(self.batch[rows], self.x_adv[rows], _some(self.clean, rows), _some(self.after, rows))
 
     def as_they_were(self) -> Attacked:
         """The same images, not attacked."""

@@ -86,16 +86,24 @@ class RoutedModel(nn.Module, ABC):
         )
 
 
-class Dense(RoutedModel):
-    """One network, no router: ``network`` on normalised images."""
+class NetworkModel(RoutedModel):
+    """What a model that is one ``network`` on normalised images has; subclasses write `body` with `answer`."""
 
     def __init__(self, network: nn.Module, normalise: nn.Module) -> None:
         super().__init__()
         self.normalise = normalise
         self.network = network
 
-    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+    def answer(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n c"]:
+        """The network's logits of images in [0, 1]."""
         return self.network(to_channels_last(self.normalise(x)))
+
+
+class Dense(NetworkModel):
+    """One network, no router: ``network`` on normalised images."""
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        return self.answer(x)
 
     def parts(self) -> Part:
         return Leaf(through(self.normalise, self.network))

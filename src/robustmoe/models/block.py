@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, initialise
-from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkModel, RoutedModel
 from robustmoe.models.convolution import Conv
 from robustmoe.models.mixing import mix_sparse
 from robustmoe.models.norm import Normalise, Standardise, at_least_float32
@@ -132,18 +132,12 @@ def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
             setattr(network.get_submodule(parent), name, new)
 
 
-class LayeredModel(RoutedModel):
+class LayeredModel(NetworkModel):
     """A backbone's network with `RoutedLayer`s in it: one decision an image and layer."""
-
-    def __init__(self, network: nn.Module, normalise: nn.Module) -> None:
-        super().__init__()
-        self.normalise = normalise
-        self.network = network
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         with handing_down(tape, len(x)):
-            logits: Tensor = self.network(to_channels_last(self.normalise(x)))
-        return logits
+            return self.answer(x)
 
 
 @dataclass(frozen=True)
@@ -205,8 +199,8 @@ class BlockMoE(LayerMoE):
     blocks: Literal["all", "last"] = "all"
 
     def places(self, stage: nn.Module) -> list[str]:
-        found = [name for name, block in stage.named_children() if any(True for _ in block.parameters())]
-        return found if self.blocks == "all" else found[-1:]
+        blocks = [name for name, block in stage.named_children() if any(True for _ in block.parameters())]
+        return blocks if self.blocks == "all" else blocks[-1:]
 
 
 @dataclass(frozen=True)

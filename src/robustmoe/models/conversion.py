@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import Dense, ImageShape, Plain, RoutedModel
-from robustmoe.models.block import LayerRouter, RoutedLayer, check_experts, handing_down, layer_router, replace
+from robustmoe.models.block import LayeredModel, LayerRouter, RoutedLayer, check_experts, layer_router, replace
 from robustmoe.models.norm import BatchNorm2d
 from robustmoe.noise import Noise
 from robustmoe.routing import Gate, Tape
@@ -22,18 +22,11 @@ TOLERANCE = 1e-4
 """How far the converted model may be off on the probe, relative to the largest logit."""
 
 
-class MoefiedModel(RoutedModel):
+class MoefiedModel(LayeredModel):
     """A user's network with `RoutedLayer`s in it, called as the user wrote it."""
 
-    def __init__(self, network: nn.Module, normalise: nn.Module) -> None:
-        super().__init__()
-        self.normalise = normalise
-        self.network = network
-
-    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        with handing_down(tape, len(x)):
-            logits: Tensor = self.network(self.normalise(x))
-        return logits
+    def answer(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n c"]:
+        return self.network(self.normalise(x))  # in the memory format that the user gives
 
 
 def moefy(

@@ -17,12 +17,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.errors import UserError
-from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, to_channels_last
+from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, RoutedModel
 from robustmoe.models.norm import Normalise, at_least_float32
 from robustmoe.models.parts import Blended, Part
 from robustmoe.routing import Tape, Trace
 
 Mix = Literal["probabilities", "logits"]
+
+ALPHA = 0.7
+"""The robust half's share unless told: that of Zhang et al."""
 
 SHIFT = 2.0
 """How far a mixer moves the logit of alpha at most: from 0.7 to between 0.24 and 0.95."""
@@ -113,7 +116,7 @@ class DualModel(RoutedModel):
         self,
         standard: RoutedModel,
         robust: RoutedModel,
-        alpha: float = 0.7,
+        alpha: float = ALPHA,
         mix: Mix = "probabilities",
         sharpen: Sharpening | None = None,
         mixer: nn.Module | None = None,
@@ -190,18 +193,6 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha is the robust half's share, a number from 0 (standard) to 1 (robust); got {alpha}")
 
 
-class _Mixer(nn.Module):
-    """A network on normalised images."""
-
-    def __init__(self, network: nn.Module, normalise: Normalise) -> None:
-        super().__init__()
-        self.network = network
-        self.normalise = normalise
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(to_channels_last(self.normalise(x)))
-
-
 @dataclass(frozen=True)
 class Dual(ModelSpec):
     """``standard`` and ``robust`` (any models) blended by ``alpha``, the robust one's share.
@@ -213,7 +204,7 @@ class Dual(ModelSpec):
 
     standard: ModelSpec
     robust: ModelSpec
-    alpha: float = 0.7
+    alpha: float = ALPHA
     mix: Mix = "probabilities"
     sharpen: Sharpening | None = None
     mixer: NetworkSpec | None = None
@@ -225,5 +216,5 @@ class Dual(ModelSpec):
         halves = [
             half.build(num_classes, image_shape, copy.deepcopy(normalise)) for half in (self.standard, self.robust)
         ]  # each its own: they may come from runs on different data
-        mixer = None if self.mixer is None else _Mixer(self.mixer.network(1, image_shape), normalise)
+        mixer = None if self.mixer is None else Dense(self.mixer.network(1, image_shape), normalise)
         return DualModel(halves[0], halves[1], self.alpha, self.mix, self.sharpen, mixer)

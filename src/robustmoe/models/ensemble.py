@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel, to_channels_last
 from robustmoe.models.mixing import mix_sparse, run_sparse
 from robustmoe.models.norm import Normalise, Standardise, at_least_float32
-from robustmoe.models.parts import Fork, Leaf, Part, through
+from robustmoe.models.parts import Fork, Leaf, Part, Weighting, through
 from robustmoe.models.small import SmallCNN
 from robustmoe.routing import Gate, Routing, Tape, Trace, choose
+
+WEIGHTING: dict[Gate, Weighting] = {
+    "straight_through": "equal", "hard": "equal", "renormalised": "chosen", "vmoe": "share", "soft": "softmax",
+}  # fmt: skip
+"""How each gate weights fewer experts than there are; "chosen" and "share" of all of them are the softmax."""
 
 
 class EnsembleModel(RoutedModel):
@@ -60,17 +65,10 @@ class EnsembleModel(RoutedModel):
 
     def parts(self) -> Part:
         branches = tuple(Leaf(through(self.normalise, expert)) for expert in self.experts)
-        soft = self.gate == "soft" or (self.gate == "vmoe" and self.k == len(branches))
-        return Fork(
-            "router",
-            through(self.normalise, self.router),
-            branches,
-            self.k,
-            soft or (self.gate == "renormalised" and self.k == len(branches)),
-            soft or self.gate != "vmoe",
-            self.mix,
-            self.gate in ("hard", "straight_through"),
-        )
+        weighting = WEIGHTING[self.gate]
+        if weighting != "equal" and self.k == len(branches):
+            weighting = "softmax"
+        return Fork("router", through(self.normalise, self.router), branches, self.k, weighting, self.mix)
 
     def _decide(self, x: Float[Tensor, "n ch h w"]) -> Routing:
         return self.rule(at_least_float32(self.router(x))[:, None])

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 Function = Callable[[Tensor], Tensor]
 
 
+Weighting = Literal["equal", "chosen", "share", "softmax"]
+"""How a router's experts are weighted: "equal", 1/k each; "chosen", by the softmax over the k chosen; "share", by the k
+chosen entries of the softmax over all, which do not sum to 1 (V-MoE's); "softmax", all experts by that softmax.
+"""
+
+
 @dataclass(frozen=True)
 class Leaf:
     """``network``: images -> logits (n, c)."""
@@ -24,20 +30,26 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Fork:
-    """``router``: images -> its logits (n, e); ``branches``, one an expert. The ``k`` best are used, or all of them
-    where ``soft``, by the softmax of all logits. ``total``: whether the weights used sum to 1 (V-MoE's do not, at
-    k < e). ``equal``: whether they are 1/k each. ``mix``: of logits or of probabilities. ``name``: the router's in a
-    trace.
+    """``router``: images -> its logits (n, e); ``branches``, one an expert. The ``k`` best are used, ``weighting`` them
+    as `Weighting` says. ``mix``: of logits or of probabilities. ``name``: the router's in a trace.
     """
 
     name: str
     router: Function
     branches: tuple[Part, ...]
     k: int = 1
-    soft: bool = False
-    total: bool = True
+    weighting: Weighting = "equal"
     mix: Literal["logits", "probabilities"] = "logits"
-    equal: bool = False
+
+    @property
+    def soft(self) -> bool:
+        """Whether every expert is used."""
+        return self.weighting == "softmax"
+
+    @property
+    def total(self) -> bool:
+        """Whether the weights used sum to 1."""
+        return self.weighting != "share"
 
 
 @dataclass(frozen=True)

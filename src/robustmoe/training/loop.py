@@ -108,8 +108,11 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
         parts = _build(recipe, device, fresh=not (resume and (out / "state.pt").exists()))
         state = _prepare(parts, out, resume)
         while state.epoch < recipe.epochs and (state.step or _steps_to_do(parts, state)):
-            if not _epoch(parts, state, out):
+            _epoch(parts, state, out)
+            if state.step < parts.steps:
                 break
+            state = State(epoch=state.epoch + 1, best=state.best)
+            _save(parts, state, out)
     return out
 
 
@@ -276,8 +279,8 @@ def _training_batches(parts: Parts, state: State, *key: int) -> Iterator[Batch]:
         yield Batch(x, batch.y, batch.index)
 
 
-def _epoch(parts: Parts, state: State, out: Path) -> bool:
-    """The rest of an epoch and what follows it; False where ``max_steps`` ended it early."""
+def _epoch(parts: Parts, state: State, out: Path) -> None:
+    """Does the rest of an epoch, or what ``max_steps`` leaves of it, and what follows it."""
     recipe = parts.recipe
     moving = {name for phase in parts.method.phases for name in phase.parameters(parts.model)}
     routers = {
@@ -288,8 +291,8 @@ def _epoch(parts: Parts, state: State, out: Path) -> bool:
     with progress(parts.steps, f"epoch {state.epoch + 1}/{recipe.epochs}", unit="steps") as bar:
         bar.advance(state.step)
         started = time.monotonic()
-        seconds = _training_batches(parts, state, SECOND) if parts.method.two_batches else itertools.repeat(None)
-        for batch, second in zip(_training_batches(parts, state), seconds):
+        others = _training_batches(parts, state, SECOND) if parts.method.two_batches else itertools.repeat(None)
+        for batch, second in zip(_training_batches(parts, state), others):
             result = _step(parts, state, batch, second, list(routers))
             for name, norm in result.router_grad.items():
                 state.router_grad[name] = max(state.router_grad.get(name, 0.0), float(norm))
@@ -302,12 +305,6 @@ def _epoch(parts: Parts, state: State, out: Path) -> bool:
                 _save(parts, state, out)
     _note_moved(parts, state, before)
     _finish_epoch(parts, state, out, routers)
-    if state.step < parts.steps:
-        return False
-    for name, value in vars(State(epoch=state.epoch + 1, best=state.best)).items():
-        setattr(state, name, value)
-    _save(parts, state, out)
-    return True
 
 
 def _step(parts: Parts, state: State, batch: Batch, second: Batch | None, routers: list[str]) -> StepResult:

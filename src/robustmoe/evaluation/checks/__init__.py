@@ -62,5 +62,5 @@ def before(model: RoutedModel, attack: Attack, batch: Batch) -> list[Check]:
         output = model.run(batch.x)
         found = [input_range(batch), outputs(model, batch), determinism(model, batch), alone(model, batch)]
     found += [dynamic(model, batch), gradients(model, attack, batch), attack_identity(attack, output)]
-    some = Batch(batch.x[:4], batch.y[:4], batch.index[:4])
+    some = batch[:4]
     return [*found, router_in_sight(model, attack, batch), random_module(model, some), load(model, batch)]

@@ -35,7 +35,6 @@ from robustmoe.evaluation.checks.subject import (
     inside,
     not_run,
     percent,
-    rows_of,
     with_loss,
 )
 from robustmoe.models.base import Output, RoutedModel
@@ -254,7 +253,7 @@ def unbounded(case: Subject) -> Check:
                 keep="first", seed=case.seed,
             )  # fmt: skip
             inner = Subject(case.model, (attack,), stands, stands)
-            stands = rows_of(stands, torch.nonzero(~inner.under(attack).broken)[:, 0])
+            stands = stands[torch.nonzero(~inner.under(attack).broken)[:, 0]]
             if len(stands) == 0:
                 break
         left.append(len(stands))
@@ -317,7 +316,7 @@ def black_box(case: Subject, points: int = 200, queries: int = 500) -> Check:
     n, rows = len(case.batch), torch.nonzero(~case.broken)[:, 0]
     if len(rows) == 0:
         return not_run("G10", STANDS_NONE)
-    stands = rows_of(case.batch, rows)
+    stands = case.batch[rows]
     drawn = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     with torch.no_grad():
         for draw in range(points):

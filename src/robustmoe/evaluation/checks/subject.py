@@ -124,7 +124,7 @@ class Subject:
         with torch.no_grad():
             logits = model.run(batch.x).logits
         right = torch.nonzero((logits.argmax(1) == batch.y) & torch.isfinite(logits).all(1))[:, 0]
-        return cls(model, tuple(attacks), batch, rows_of(batch, right), seed, run)
+        return cls(model, tuple(attacks), batch, batch[right], seed, run)
 
     @property
     def main(self) -> Attack:
@@ -186,15 +186,9 @@ class Subject:
         return int((broken & ~self.broken).sum())
 
 
-def rows_of(batch: Batch, rows: Tensor) -> Batch:
-    """Some images of a batch."""
-    return Batch(batch.x[rows], batch.y[rows], batch.index[rows])
-
-
 def few(case: Subject, n: int) -> Subject:
     """The same subject with at most ``n`` of its right images."""
-    rows = torch.arange(min(n, len(case.batch)), device=case.batch.x.device)
-    return dataclasses.replace(case, batch=rows_of(case.batch, rows), _found={})
+    return dataclasses.replace(case, batch=case.batch[:n], _found={})
 
 
 def inside(threat: Threat, x_adv: Tensor, x: Tensor) -> Tensor:
