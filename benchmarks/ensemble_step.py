@@ -39,7 +39,7 @@ from robustmoe.attacks.pgd import ascend
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models import EnsembleModel, RoutedModel, build_model
 from robustmoe.noise import Noise
-from robustmoe.training import train_step
+from robustmoe.training import MiniBatch, train_step
 from robustmoe.training.rt_er import RTER, rt_er
 
 EPS, STEP, BETA, LR = 8 / 255, 2 / 255, 6.0, 1e-4
@@ -128,7 +128,7 @@ def ours(
     model, method = ensemble(args), rt_er(attack, BETA)
     optimisers = [torch.optim.Adam(phase.parameters(model).values(), LR) for phase in method.phases]
     noise = Noise.of(torch.arange(len(x)))
-    return lambda: train_step(model, method, optimisers, x, y, noise, autocast=autocast)
+    return lambda: train_step(model, method, optimisers, MiniBatch(x, y, noise), autocast=autocast)
 
 
 JOBS: dict[str, Callable[[argparse.Namespace, Tensor, Tensor], Callable[[], object]]] = {

@@ -36,7 +36,7 @@ from robustmoe.models.pathway import decide
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape
 from robustmoe.training import advmoe, train_step
-from robustmoe.training.phases import Given, Method
+from robustmoe.training.phases import Method, MiniBatch
 
 SHAPE, CLASSES = (3, 32, 32), 10
 EPS, STEP, ALPHA, BETA = 8 / 255, 5 / 255, 6.0, 6.0
@@ -252,8 +252,8 @@ def ours(model: PathwayModel, method: Method, x: Tensor, y: Tensor) -> Callable[
     model = copy.deepcopy(model)
     moved = optimisers([list(phase.parameters(model).values()) for phase in method.phases])
     noise = Noise.of(torch.arange(len(x)))
-    second = Given(x, y, noise.fold(1))
-    return lambda: train_step(model, method, moved, x, y, noise, second=second)
+    second = MiniBatch(x, y, noise.fold(1))
+    return lambda: train_step(model, method, moved, MiniBatch(x, y, noise), second=second)
 
 
 def released(model: PathwayModel, x: Tensor, y: Tensor) -> Callable[[], object]:

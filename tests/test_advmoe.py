@@ -21,7 +21,7 @@ from robustmoe.noise import Noise
 from robustmoe.recipe import Recipe
 from robustmoe.records import read_jsonl
 from robustmoe.routing import Tape, to_expert, top_k
-from robustmoe.training import Given, Method, TrainingStopped, advmoe, build_method, train, train_step
+from robustmoe.training import Method, MiniBatch, TrainingStopped, advmoe, build_method, train, train_step
 from robustmoe.training.methods import EXPERTS, ROUTERS
 from robustmoe.training.optimisation import SGD
 
@@ -51,8 +51,8 @@ def optimisers(method: Method, model: nn.Module, lr: float = 0.1) -> list[torch.
 
 def step(method: Method, model: RoutedModel, x: Tensor, y: Tensor, **more: Any) -> dict[str, float]:
     noise = Noise.of(torch.arange(len(x)), 1)
-    second = Given(x.flip(0), y.flip(0), Noise.of(torch.arange(len(x)), 2))
-    found = train_step(model, method, optimisers(method, model), x, y, noise, second=second, **more)
+    second = MiniBatch(x.flip(0), y.flip(0), Noise.of(torch.arange(len(x)), 2))
+    found = train_step(model, method, optimisers(method, model), MiniBatch(x, y, noise), second=second, **more)
     return {name: value.item() for name, value in found.loss.items()}
 
 
@@ -197,11 +197,13 @@ def test_the_bilevel_router_has_a_batch_of_its_own(images: Callable[..., Tensor]
     method, model, x = advmoe(Spy()), model_of(), images(8)
     assert method.two_batches
     noise = Noise.of(torch.arange(8), 1)
-    given = Given(x, torch.full((8,), 3), noise)
-    train_step(model, method, optimisers(method, model), x, torch.zeros(8, dtype=torch.long), noise, second=given)
+    given = MiniBatch(x, torch.full((8,), 3), noise)
+    train_step(
+        model, method, optimisers(method, model), MiniBatch(x, torch.zeros(8, dtype=torch.long), noise), second=given
+    )
     assert seen == [[0], [3]]
     with pytest.raises(ValueError, match="phase 'router' trains on a mini-batch of its own; give train_step second="):
-        train_step(model, method, optimisers(method, model), x, torch.zeros(8, dtype=torch.long), noise)
+        train_step(model, method, optimisers(method, model), MiniBatch(x, torch.zeros(8, dtype=torch.long), noise))
 
 
 # ------------------------------------------------------------------------------------------------ targets
@@ -218,7 +220,7 @@ def router_targets(spec: str, classes: int = 7, experts: int = 3) -> Tensor:
         fresh.load_state_dict(model.state_dict())
         move = [torch.optim.SGD(fresh.router.parameters(), 1.0)]
         x = torch.full((2, 3, 8, 8), 0.5)
-        train_step(fresh, method, move, x, torch.full((2,), label), Noise.of(torch.arange(2), 0))
+        train_step(fresh, method, move, MiniBatch(x, torch.full((2,), label), Noise.of(torch.arange(2), 0)))
         # zero weights: the bias moves by alpha (onehot - 1/E)
         torch.testing.assert_close(fresh.router.head.bias.sum(), torch.tensor(0.0), atol=1e-5, rtol=0)
         assert fresh.router.head.bias.max().item() == pytest.approx(6 * (1 - 1 / experts), rel=1e-4)
@@ -269,7 +271,7 @@ def test_with_an_oracle_the_experts_never_meet_the_router(
     still = model.network.stages[0][0].conv1.experts[1].weight.detach().clone()
     optimiser = [torch.optim.SGD(model.network.parameters(), 0.1)]
     noise = Noise.of(torch.arange(16), 1)
-    train_step(model, method, optimiser, x, torch.zeros(16, dtype=torch.long), noise)  # residue 0 throughout
+    train_step(model, method, optimiser, MiniBatch(x, torch.zeros(16, dtype=torch.long), noise))  # residue 0 throughout
     assert torch.equal(still, model.network.stages[0][0].conv1.experts[1].weight)
 
 

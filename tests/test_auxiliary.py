@@ -23,7 +23,7 @@ from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, noisy_top_k, top_k
-from robustmoe.training import Method, at, build_method, standard, trades, train_step
+from robustmoe.training import Method, MiniBatch, at, build_method, standard, trades, train_step
 from robustmoe.training.auxiliary import (
     BALANCE_LOSSES,
     auxiliary,
@@ -294,7 +294,7 @@ def step(model: RoutedModel, method: Method, x: Tensor, y: Tensor, index: Tensor
     """What one step of plain SGD with rate 1 subtracts: the gradient."""
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimiser = SGD(1.0, 0.0, 0.0).make(model.parameters())
-    train_step(model, method, [optimiser], x, y, streams(torch.arange(len(x)) if index is None else index))
+    train_step(model, method, [optimiser], MiniBatch(x, y, streams(torch.arange(len(x)) if index is None else index)))
     return {name: before[name] - value.detach() for name, value in model.named_parameters()}
 
 

@@ -18,7 +18,7 @@ from robustmoe.models import RoutedLayer, RoutedModel, block, build_model, mix_r
 from robustmoe.models.block import layer_router
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Trace, detach, soft, to_expert, top_k
-from robustmoe.training import build_method, train_step
+from robustmoe.training import MiniBatch, build_method, train_step
 from robustmoe.training.health import trainable_routers
 from robustmoe.training.optimisation import SGD
 
@@ -248,7 +248,7 @@ def test_one_step_of_adversarial_training_moves_routers_and_used_experts(
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     optimiser = SGD(0.1, 0.0, 0.0).make(model.parameters())
     done = train_step(
-        model, method, [optimiser], x, y, Noise.of(torch.arange(24), 1), autocast=autocast, routers=routers
+        model, method, [optimiser], MiniBatch(x, y, Noise.of(torch.arange(24), 1)), autocast=autocast, routers=routers
     )
     assert set(done.router_grad) == set(routers)
     assert all(value > 0 for value in done.router_grad.values())

@@ -21,7 +21,7 @@ from robustmoe.evaluation.choosing import threat_of
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.recipe import Recipe, load
-from robustmoe.training import build_method, certified, load_model, train, train_step
+from robustmoe.training import MiniBatch, build_method, certified, load_model, train, train_step
 from robustmoe.training.optimisation import SGD
 
 NOISE = Noise.of(torch.arange(8))
@@ -172,7 +172,7 @@ def test_batch_norm_is_bounded_by_its_running_statistics(
     """The clean pass moves them, once; the model is left in train mode."""
     model, x, y = tiny("dense"), images(8), labels(8)
     method = build_method("certified(linf(1e-3))")
-    train_step(model, method, [SGD(lr=0.01).make(model.parameters())], x, y, NOISE)
+    train_step(model, method, [SGD(lr=0.01).make(model.parameters())], MiniBatch(x, y, NOISE))
     assert model.training
     assert model.network.norm.num_batches_tracked == 1
 
@@ -229,7 +229,7 @@ def test_a_step_of_every_recipe(name: str) -> None:
     method = build_method(recipe.method)
     noise = Noise.of(torch.arange(4))
     step = train_step(
-        model, method, [SGD(lr=0.01).make(model.parameters())], torch.rand(4, *shape), torch.arange(4), noise
+        model, method, [SGD(lr=0.01).make(model.parameters())], MiniBatch(torch.rand(4, *shape), torch.arange(4), noise)
     )
     assert math.isfinite(step.loss["all"])
     certifier = build_certifier(recipe.val_certifier)

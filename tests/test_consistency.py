@@ -14,7 +14,7 @@ from robustmoe.attacks import PGD, RouterOnly, build_attack, evaluating, linf
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise
-from robustmoe.training import Loss, Method, Pair, at, build_method, consistent, standard, trades, train_step
+from robustmoe.training import Loss, Method, MiniBatch, Pair, at, build_method, consistent, standard, trades, train_step
 from robustmoe.training.consistency import (
     CONSISTENCY,
     LOSSES,
@@ -127,7 +127,7 @@ def taken(method: Method, model: RoutedModel, x: Tensor, y: Tensor) -> dict[str,
     """The gradient of one step, phase by phase summed, by parameter."""
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimisers = [SGD(1.0, 0.0, 0.0).make(phase.parameters(model).values()) for phase in method.phases]
-    train_step(model, method, optimisers, x, y, streams(len(x)))
+    train_step(model, method, optimisers, MiniBatch(x, y, streams(len(x))))
     return {name: before[name] - value.detach() for name, value in model.named_parameters()}
 
 

@@ -24,7 +24,7 @@ from robustmoe.evaluation.checks import strength
 from robustmoe.models import Dense, DualModel, EnsembleModel, Normalise, Plain, RoutedModel, Scaled, build_model
 from robustmoe.noise import Noise, permutation
 from robustmoe.routing import to_expert
-from robustmoe.training import Method, at, build_method, train_step
+from robustmoe.training import Method, MiniBatch, at, build_method, train_step
 from robustmoe.training.optimisation import SGD
 
 EPS = 0.1
@@ -49,7 +49,7 @@ def fit(model: RoutedModel, method: Method, data: Batch, epochs: int, lr: float 
     optimisers = [SGD(lr, 0.9, 0.0).make(phase.parameters(model).values()) for phase in method.phases]
     for epoch in range(epochs):
         for rows in permutation(len(data), epoch).split(128):
-            train_step(model, method, optimisers, data.x[rows], data.y[rows], Noise.of(rows, epoch))
+            train_step(model, method, optimisers, MiniBatch(data.x[rows], data.y[rows], Noise.of(rows, epoch)))
     return model.eval()
 
 
@@ -81,7 +81,7 @@ def test_c1_the_router_learns_where_its_gate_has_a_gradient(
     method = build_method("rt_er(pgd(linf(0.1), steps=1, keep=last))")
     optimiser = SGD(0.1, weight_decay=0.0).make(model.parameters())
     for step in range(3):
-        train_step(model, method, [optimiser], images(12), labels(12), Noise.of(torch.arange(12), step))
+        train_step(model, method, [optimiser], MiniBatch(images(12), labels(12), Noise.of(torch.arange(12), step)))
     moved = [not torch.equal(value, before[name]) for name, value in model.router.state_dict().items()]
     assert moved == [gate != "hard"] * len(moved)
 

@@ -17,7 +17,7 @@ from robustmoe.models import DualModel, RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.recipe import Recipe
 from robustmoe.routing import to_expert, to_rank
-from robustmoe.training import Method, build_method, jtdmoe, train, train_step
+from robustmoe.training import Method, MiniBatch, build_method, jtdmoe, train, train_step
 from robustmoe.training.optimisation import AdamW
 from robustmoe.training.rt_er import RTER
 
@@ -70,7 +70,7 @@ def test_c16_each_phase_leaves_the_other_half_bit_for_bit(
     for number in range(2):
         for phase, optimiser in zip(whole.phases, optimisers):
             before, (x, y, noise) = state(model), batch
-            train_step(model, Method((phase,), whole.attack), [optimiser], x, y, noise.fold(number))
+            train_step(model, Method((phase,), whole.attack), [optimiser], MiniBatch(x, y, noise.fold(number)))
             changes = moved(before, model)
             assert not {name for name in changes if name.startswith(others[phase.name])}
             own = others["standard" if phase.name == "robust" else "robust"][0]
@@ -88,9 +88,9 @@ def test_c16_both_phases_at_once_are_one_after_the_other(batch: tuple[Tensor, Te
     method = jtdmoe(ATTACK)
     model, twin = make(), make()
     for _ in range(2):
-        train_step(model, method, adam(method, model), x, y, noise)
+        train_step(model, method, adam(method, model), MiniBatch(x, y, noise))
         for phase, optimiser in zip(method.phases, adam(method, twin)):
-            train_step(twin, Method((phase,), ATTACK), [optimiser], x, y, noise)
+            train_step(twin, Method((phase,), ATTACK), [optimiser], MiniBatch(x, y, noise))
     assert moved(state(twin), model) == set()  # without gamma the standard phase draws nothing
 
 
@@ -102,7 +102,7 @@ def test_j5_batch_norm_counts_real_batches_in_its_own_phase_alone(batch: tuple[T
     model, (x, y, noise) = make(), batch
     used = set(model.standard.run(x).trace["router"].index.flatten().tolist())
     method = jtdmoe(ATTACK)
-    train_step(model, method, adam(method, model), x, y, noise)
+    train_step(model, method, adam(method, model), MiniBatch(x, y, noise))
     counts = {name: int(v) for name, v in model.state_dict().items() if name.endswith("num_batches_tracked")}
     robust = {v for name, v in counts.items() if name.startswith("robust.")}
     assert robust <= {2, 3}

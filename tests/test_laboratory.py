@@ -141,7 +141,7 @@ def test_identical_experts_leave_the_gate_mass_alone(images: Callable[..., Tenso
         mean_in = (p * chosen / mass) @ layer.router.weight
         mean_out = (p * (1 - chosen) / (1 - mass)) @ layer.router.weight
         slope = mass * (1 - mass) * (mean_in - mean_out)
-        said = layer.experts.one(0, h.flatten(0, 1))
+        said = layer.experts.single(0, h.flatten(0, 1))
         if some:
             assert torch.allclose(found.mass, said.norm(dim=1) * slope.norm(dim=1), rtol=1e-9)
 

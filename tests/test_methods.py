@@ -15,7 +15,7 @@ from robustmoe.attacks import PGD, Attack, Joint, RouterOnly, linf
 from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, soft, top_k
-from robustmoe.training import Method, at, build_method, standard, trades, train_step
+from robustmoe.training import Method, MiniBatch, at, build_method, standard, trades, train_step
 from robustmoe.training.auxiliary import load_balance
 from robustmoe.training.optimisation import SGD
 
@@ -40,7 +40,7 @@ def gradient_of(method: Method, model: RoutedModel, x: Tensor, y: Tensor) -> dic
     """The step that plain SGD with lr 1 takes, with the sign turned."""
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimisers = [SGD(1.0, 0.0, 0.0).make(phase.parameters(model).values()) for phase in method.phases]
-    train_step(model, method, optimisers, x, y, Noise.of(torch.arange(len(x)), 5))
+    train_step(model, method, optimisers, MiniBatch(x, y, Noise.of(torch.arange(len(x)), 5)))
     return {name: before[name] - value.detach() for name, value in model.named_parameters()}
 
 
@@ -171,7 +171,7 @@ def test_the_attack_inside_leaves_no_mark(
     for each, with_method in ((model, method), (twin, stored)):
         each.train()
         optimiser = SGD(0.1).make(each.parameters())
-        train_step(each, with_method, [optimiser], x, y, noise, autocast=autocast)
+        train_step(each, with_method, [optimiser], MiniBatch(x, y, noise), autocast=autocast)
         assert all(module.training for module in each.modules())
     state, other = model.state_dict(), twin.state_dict()
     assert [name for name in state if not torch.equal(state[name], other[name])] == []

@@ -15,7 +15,7 @@ from robustmoe.attacks import PGD, Attack, Joint, linf
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise
-from robustmoe.training import at, build_method, standard, train_step
+from robustmoe.training import MiniBatch, at, build_method, standard, train_step
 from robustmoe.training.mixup import Labelled, beta, mixed
 from robustmoe.training.optimisation import SGD
 
@@ -104,7 +104,7 @@ def test_at_attacks_the_mixed_image_against_its_larger_label(
     model, twin = tiny("ensemble_k2"), tiny("ensemble_k2")
     method = at(recorder, mixup=0.8)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    result = train_step(model, method, [SGD(1.0, 0.0, 0.0).make(model.parameters())], x, y, noise)
+    result = train_step(model, method, [SGD(1.0, 0.0, 0.0).make(model.parameters())], MiniBatch(x, y, noise))
     given = mixed(x, y, noise.fold(0), 0.8)
     ((attacked, against),) = recorder.seen
     assert torch.equal(attacked, given.x)
@@ -126,7 +126,7 @@ def test_mixup_of_0_is_none(
     for method in (standard(), standard(mixup=0.0), standard(mixup=1.0)):
         model = tiny("dense")
         optimiser = SGD(1.0).make(model.parameters())
-        result = train_step(model, method, [optimiser], images(6), labels(6), Noise.of(torch.arange(6), 5))
+        result = train_step(model, method, [optimiser], MiniBatch(images(6), labels(6), Noise.of(torch.arange(6), 5)))
         losses.append(float(result.loss["all"]))
     assert losses[0] == losses[1] != losses[2]
     assert build_method("at(pgd(linf(0.1), steps=1), mixup=0.2)").attack == PGD(linf(0.1), steps=1)

@@ -19,7 +19,7 @@ from robustmoe.evaluation.precision import frozen
 from robustmoe.models import BatchNorm2d, Dense, RoutedLayer, RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, detach, to_expert
-from robustmoe.training import build_method, train_step
+from robustmoe.training import MiniBatch, build_method, train_step
 from robustmoe.training.optimisation import SGD
 from test_block_moe import SHAPE, SPECS, lived_in, spread
 
@@ -296,7 +296,7 @@ def test_a_converted_network_trains(net: Net, images: Callable[..., Tensor], lab
     before = copy.deepcopy(model.state_dict())
     optimiser = SGD(0.1, 0.0, 0.0).make(model.parameters())
     routers = ["network.body.router", "network.down.router"]
-    done = train_step(model, method, [optimiser], x, y, Noise.of(torch.arange(16), 1), routers=routers)
+    done = train_step(model, method, [optimiser], MiniBatch(x, y, Noise.of(torch.arange(16), 1)), routers=routers)
     assert all(done.router_grad[key] > 0 for key in routers)
     for key in ("network.body.router.network.head.weight", "network.down.experts.0.weight", "network.stem.weight"):
         assert not torch.equal(model.state_dict()[key], before[key])

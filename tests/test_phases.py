@@ -14,7 +14,7 @@ from robustmoe.errors import UserError
 from robustmoe.models import DualModel, RoutedModel, ViTMoEModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape
-from robustmoe.training import METHODS, Loss, Method, Phase, TrainingStopped, build_method, train_step
+from robustmoe.training import METHODS, Loss, Method, MiniBatch, Phase, TrainingStopped, build_method, train_step
 from robustmoe.training.methods import EXPERTS, ROUTERS
 from robustmoe.training.optimisation import SGD
 from tiny_models import TINY
@@ -63,7 +63,7 @@ def test_two_phases_move_their_own_parameters_one_after_the_other(batch: tuple[T
 
     model = Weights()
     method = Method((Phase("first", "a", linear("a")), Phase("second", "b$", product)))
-    result = train_step(model, method, optimisers(method, model), *batch, NO_NOISE)
+    result = train_step(model, method, optimisers(method, model), MiniBatch(*batch, NO_NOISE))
     assert model.a.item() == 1 - 0.5 * 2.25
     assert model.b.item() == 0 - 0.5 * -0.125
     assert model.c.item() == 5.0
@@ -82,7 +82,7 @@ def test_each_phase_has_its_own_random_numbers(batch: tuple[Tensor, Tensor]) -> 
 
     model = Weights()
     method = Method((Phase("first", "a", loss), Phase("second", "a", loss)))
-    train_step(model, method, optimisers(method, model), *batch, NO_NOISE)
+    train_step(model, method, optimisers(method, model), MiniBatch(*batch, NO_NOISE))
     assert seen == [NO_NOISE.fold(0).state.tolist(), NO_NOISE.fold(1).state.tolist()]
     assert seen[0] != seen[1]
 
@@ -99,7 +99,7 @@ def test_clipping_scales_a_gradient_of_norm_5(
 
     model = Weights(0.0, 0.0)
     method = Method((Phase("both", "a|b", loss),))
-    result = train_step(model, method, optimisers(method, model, lr=1.0), *batch, NO_NOISE, clip=clip)
+    result = train_step(model, method, optimisers(method, model, lr=1.0), MiniBatch(*batch, NO_NOISE), clip=clip)
     assert (-model.a.item(), -model.b.item()) == pytest.approx(moved, rel=1e-6)
     assert result.grad_norm["both"].item() == pytest.approx(5.0)  # before clipping
 
@@ -113,7 +113,7 @@ def test_clipping_where_autograd_gives_two_parameters_one_tensor(batch: tuple[Te
 
     model = Weights(0.0, 0.0)
     method = Method((Phase("both", "a|b", loss),))
-    train_step(model, method, optimisers(method, model, lr=1.0), *batch, NO_NOISE, clip=1.0)
+    train_step(model, method, optimisers(method, model, lr=1.0), MiniBatch(*batch, NO_NOISE), clip=1.0)
     assert [model.a.item(), model.b.item()] == pytest.approx([-(0.5**0.5)] * 2)
 
 
@@ -122,7 +122,7 @@ def test_a_parameter_without_gradient_has_gradient_zero(batch: tuple[Tensor, Ten
     model = Weights()
     method = Method((Phase("all", "", linear("a")),))
     optimiser = SGD(0.5, momentum=0.0, weight_decay=0.1).make(method.phases[0].parameters(model).values())
-    train_step(model, method, [optimiser], *batch, NO_NOISE)
+    train_step(model, method, [optimiser], MiniBatch(*batch, NO_NOISE))
     assert model.c.item() == pytest.approx(4.75)
 
 
@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(bad: float, b
     method = Method((Phase("broken", "", loss),))
     said = r"in phase 'broken' the gradient of 'b' \(1 of 3 parameters\) is not finite"
     with pytest.raises(TrainingStopped, match=said):
-        train_step(model, method, optimisers(method, model), *batch, NO_NOISE, clip=1.0)
+        train_step(model, method, optimisers(method, model), MiniBatch(*batch, NO_NOISE), clip=1.0)
     assert [p.item() for p in model.parameters()] == [1.0, 1.0, 5.0]
     assert [p.grad for p in model.parameters()] == [None, None, None]
 
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops(batch: tuple[Tensor, Tensor]) -> None:
 
     method = Method((Phase("broken", "a", loss),))
     with pytest.raises(TrainingStopped, match=r"in phase 'broken' the loss is not finite \(loss nan\)"):
-        train_step(model := Weights(), method, optimisers(method, model), *batch, NO_NOISE)
+        train_step(model := Weights(), method, optimisers(method, model), MiniBatch(*batch, NO_NOISE))
 
 
 def test_finite_gradients_whose_norm_overflows_are_called_so(batch: tuple[Tensor, Tensor]) -> None:
@@ -167,7 +167,7 @@ def test_finite_gradients_whose_norm_overflows_are_called_so(batch: tuple[Tensor
 
     method = Method((Phase("broken", "", loss),))
     with pytest.raises(TrainingStopped, match="the norm of the gradient is not finite"):
-        train_step(model := Weights(0.0, 0.0), method, optimisers(method, model), *batch, NO_NOISE)
+        train_step(model := Weights(0.0, 0.0), method, optimisers(method, model), MiniBatch(*batch, NO_NOISE))
 
 
 METHODS_HERE = {
@@ -225,7 +225,9 @@ def test_every_method_moves_its_phases_parameters_alone(
         method = Method(tuple(phases), whole.attack)
         before = {key: value.detach().clone() for key, value in model.named_parameters()}
         noise = Noise.of(torch.arange(24), 1)
-        train_step(model, method, optimisers(method, model, 0.1), images(24), labels(24), noise, autocast=autocast)
+        train_step(
+            model, method, optimisers(method, model, 0.1), MiniBatch(images(24), labels(24), noise), autocast=autocast
+        )
         assert model.training
         assert all(value.grad is None for value in model.parameters())
         own = {key for phase in method.phases for key in phase.parameters(model)}

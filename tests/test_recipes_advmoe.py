@@ -28,7 +28,7 @@ from robustmoe.models.small import Downsampled
 from robustmoe.noise import Noise
 from robustmoe.recipe import Recipe, load, resolve
 from robustmoe.training import build_method
-from robustmoe.training.phases import Given, train_step
+from robustmoe.training.phases import MiniBatch, train_step
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "advmoe"
 ARCHITECTURES = ["resnet18", "wrn_28_10", "vgg16", "densenet40"]
@@ -179,11 +179,11 @@ def test_the_cost_a_recipe_states(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ two steps
 
 
-def batch(shape: tuple[int, int, int], classes: int, step: int, n: int = 2) -> Given:
+def batch(shape: tuple[int, int, int], classes: int, step: int, n: int = 2) -> MiniBatch:
     """Random images of the first class and the last: two, or the last alone."""
     generator = torch.Generator().manual_seed(step)
     noise = Noise.of(torch.arange(n), 0, step)
-    return Given(torch.rand(n, *shape, generator=generator), torch.tensor([0, classes - 1][-n:]), noise)
+    return MiniBatch(torch.rand(n, *shape, generator=generator), torch.tensor([0, classes - 1][-n:]), noise)
 
 
 def shifts(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ def test_a_recipe_takes_two_steps(name: str) -> None:
         assert not any(bool(value.any()) for value in found.values())
     for step in range(2):
         given = batch(shape, classes, step, n)
-        result = train_step(model, method, optimisers, given.x, given.y, given.noise)
+        result = train_step(model, method, optimisers, MiniBatch(given.x, given.y, given.noise))
         assert list(result.loss) == [phase.name for phase in method.phases]
         for phase in result.loss:
             assert torch.isfinite(result.loss[phase])

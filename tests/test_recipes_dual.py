@@ -25,7 +25,7 @@ from robustmoe.data import DATASETS
 from robustmoe.models import Dual, Ensemble, EnsembleModel, Normalise, build_model, vit_small
 from robustmoe.recipe import Recipe, load
 from robustmoe.training import build_method
-from robustmoe.training.phases import StepResult, train_step
+from robustmoe.training.phases import MiniBatch, StepResult, train_step
 from robustmoe.training.starting import start_from
 from test_recipes_advmoe import batch, model_spec
 
@@ -236,7 +236,7 @@ def two_steps(name: str, model_text: str, attack_steps: int = 10) -> tuple[list[
     results = []
     for step in range(2):
         given = batch(shape, classes, step)
-        results.append(train_step(model, method, optimisers, given.x, given.y, given.noise, routers=routers))
+        results.append(train_step(model, method, optimisers, MiniBatch(given.x, given.y, given.noise), routers=routers))
         assert list(results[-1].loss) == [phase.name for phase in method.phases]
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
     return results, counts

@@ -21,7 +21,7 @@ from robustmoe.models import Normalise, ViT, ViTMoE, build_model, vit_small
 from robustmoe.recipe import Recipe, load
 from robustmoe.training import build_method
 from robustmoe.training.auxiliary import BALANCE_LOSSES
-from robustmoe.training.phases import train_step
+from robustmoe.training.phases import MiniBatch, train_step
 from test_recipes_advmoe import batch, model_spec
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "vit_moe"
@@ -184,7 +184,7 @@ def two_steps(name: str, model_spec: ViT | ViTMoE, attack_steps: int = 10) -> No
     for step in range(2):
         x, y, noise = batch(shape, classes, step)
         result = train_step(
-            model, method, optimisers, x, y, noise, autocast=autocast, clip=written.clip, routers=routers
+            model, method, optimisers, MiniBatch(x, y, noise), autocast=autocast, clip=written.clip, routers=routers
         )
         assert torch.isfinite(result.loss["all"])
         assert 0 < float(result.grad_norm["all"]) < float("inf")

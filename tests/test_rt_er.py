@@ -14,7 +14,7 @@ from robustmoe.errors import UserError
 from robustmoe.models import EnsembleModel, Normalise, RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.routing import to_rank
-from robustmoe.training import Method, at, build_method, rt_er, train_step
+from robustmoe.training import Method, MiniBatch, at, build_method, rt_er, train_step
 from robustmoe.training.optimisation import SGD
 from robustmoe.training.rt_er import RTER, Label, Protect, unstable
 
@@ -144,7 +144,7 @@ def after(
 ) -> dict[str, Tensor]:
     """The model's state after one step on 16 images."""
     optimisers = [SGD(0.1).make(phase.parameters(model).values()) for phase in method.phases]
-    train_step(model, method, optimisers, images(16), labels(16), Noise.of(torch.arange(16), 5))
+    train_step(model, method, optimisers, MiniBatch(images(16), labels(16), Noise.of(torch.arange(16), 5)))
     return model.state_dict()
 
 
@@ -296,7 +296,7 @@ def test_c15_training_by_kl_leaves_that_expert_wrong(loss: Label, safe: bool) ->
     method = rt_er(PGD(linf(0.1), steps=2, start="clean"), beta=1.0, loss=loss)
     optimiser = SGD(1.0, momentum=0.0, weight_decay=0.0).make(model.parameters())
     for step in range(15):
-        train_step(model, method, [optimiser], x, y, Noise.of(torch.arange(4), step))
+        train_step(model, method, [optimiser], MiniBatch(x, y, Noise.of(torch.arange(4), step)))
     assert torch.equal(model.experts[1].logits, torch.tensor([0.0, 2.0])) != safe
     model.eval()
     x_adv = ExpertTransition(linf(0.1))(model, x, y)
@@ -338,7 +338,7 @@ def test_the_penalty_widens_the_margins_until_routes_hold(linear: EnsembleModel,
     method = rt_er(CLEAN_PGD, beta=0.0, stability=5.0)
     optimiser = SGD(0.2, weight_decay=0.0).make(linear.parameters())
     for step in range(30):
-        train_step(linear, method, [optimiser], x, y, Noise.of(torch.arange(64), step))
+        train_step(linear, method, [optimiser], MiniBatch(x, y, Noise.of(torch.arange(64), step)))
     alone.append(sum(len(near) == 1 for near in within_reach(linear, x)))
     assert alone[1] > alone[0] + 16
 

@@ -18,7 +18,7 @@ from robustmoe.attacks import build_attack
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise, permutation
 from robustmoe.routing import rerouted
-from robustmoe.training import build_method, train_step
+from robustmoe.training import MiniBatch, build_method, train_step
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def trained(model: RoutedModel, text: str, seed: int, first: int, epochs: int, l
     optimiser = torch.optim.AdamW(phase.parameters(model).values(), lr=lr, weight_decay=0.05)
     for epoch in range(first, first + epochs):
         for rows in permutation(len(x), seed, epoch)[: len(x) // BATCH * BATCH].view(-1, BATCH):
-            train_step(model, method, [optimiser], x[rows], y[rows], Noise.of(rows, seed, epoch))
+            train_step(model, method, [optimiser], MiniBatch(x[rows], y[rows], Noise.of(rows, seed, epoch)))
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from robustmoe.noise import Noise
 from robustmoe.routing import Tape, Trace
 from robustmoe.training import METHODS, Method, build_method, standard, train_step
 from robustmoe.training.optimisation import SGD
-from robustmoe.training.phases import Given
+from robustmoe.training.phases import MiniBatch
 from test_phases import METHODS_HERE
 
 SIZE = "patch=4, width=16, depth=2, heads=2, experts=3, placement=every_2"
@@ -49,8 +49,10 @@ def stepped(
 ) -> dict[str, Tensor]:
     """The losses of one step."""
     optimisers = [SGD(0.1, 0.0, 0.0).make(phase.parameters(model).values()) for phase in method.phases]
-    second = Given(x.flip(0), index.flip(0) % 4, noise_of(index).fold(9))
-    return train_step(model, method, optimisers, x, index % 4, noise_of(index), second=second, autocast=autocast).loss
+    second = MiniBatch(x.flip(0), index.flip(0) % 4, noise_of(index).fold(9))
+    return train_step(
+        model, method, optimisers, MiniBatch(x, index % 4, noise_of(index)), second=second, autocast=autocast
+    ).loss
 
 
 def test_every_method_is_tested_here() -> None:
@@ -145,7 +147,7 @@ def test_the_noise_is_the_images_own_and_changes_who_is_chosen(images: Callable[
     def chosen(rows: Tensor, key: int = 0) -> Trace:
         model = Watched(build_model(MODELS["vmoe"], 4, (3, 8, 8), seed=0))
         optimiser = SGD(0.1).make(model.parameters())
-        train_step(model, standard(), [optimiser], x[rows], rows % 4, noise_of(rows).fold(key))
+        train_step(model, standard(), [optimiser], MiniBatch(x[rows], rows % 4, noise_of(rows).fold(key)))
         ((_, _, _, trace),) = model.passes
         return trace
 

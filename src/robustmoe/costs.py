@@ -42,7 +42,7 @@ class _First(Tape):
 
 
 class _Same(nn.Module):
-    """In the place of a BatchNorm, where only products are counted: on the meta device that is half of the time."""
+    """Stands in for a BatchNorm where only products are counted: on the meta device that is half of the time."""
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         return x
@@ -102,8 +102,8 @@ def _counted(model: RoutedModel, x: Tensor) -> Costs:
 
 
 def _grouped_flops(items: Any, weights: Any, *_: Any, **__: Any) -> int:
-    """Of torch's grouped product, (m, d) and (e, d, h), which its counter does not know (nor the CPU's fused attention:
-    the plain one is run here).
+    """Counts torch's grouped product of (m, d) and (e, d, h), which its counter does not know (nor the CPU's fused
+    attention: the plain one is run here).
     """
     return 2 * items[0] * items[1] * weights[2]
 
@@ -149,7 +149,7 @@ class Row:
 
 def rows() -> list[Row]:
     """The costs of every architecture at every image size; some ten seconds on one thread."""
-    found = []
+    entries = []
     for size, (classes, names) in TABLE.items():
         shape = (3, size, size)
         for name in names:
@@ -157,8 +157,8 @@ def rows() -> list[Row]:
             for pixels in ROUTER_PIXELS.get(size, (size,)):
                 router = "resnet20" if pixels == size else f"downsampled(resnet20, size={pixels})"
                 pathway = costs(f"pathway({name}, experts=2, ratio=0.5, router={router})", classes, shape)
-                found.append(Row(name, shape, classes, pixels, dense, slim, pathway))
-    return found
+                entries.append(Row(name, shape, classes, pixels, dense, slim, pathway))
+    return entries
 
 
 COLUMNS = ("dense", "slim", "pathway", "router")
@@ -171,9 +171,9 @@ any number of experts. router: resnet20, at so many pixels (at 64 of 224: downsa
 multiply-adds of convolutions and linear layers."""
 
 
-def table(found: list[Row]) -> str:
+def table(entries: list[Row]) -> str:
     """The rows as lines of text."""
-    cells = [HEAD, *map(_cells, found)]
+    cells = [HEAD, *map(_cells, entries)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     over = ""
     for at, words in FIRST.items():

@@ -127,7 +127,7 @@ def _bare(hint: Any) -> Any:
 
 
 def folders() -> list[Path]:
-    """Where a bare recipe name is looked for: ``./recipes``, then those that came with the package."""
+    """Returns where a bare recipe name is looked for: ``./recipes``, then those that came with the package."""
     package = Path(__file__).parent
     return [f for f in (Path("recipes"), package / "recipes", package.parents[1] / "recipes") if f.is_dir()]
 

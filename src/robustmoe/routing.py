@@ -226,7 +226,7 @@ def detach(trace: Trace) -> Trace:
 
 
 def rerouted(before: Trace, after: Trace, empty: Literal["left out", "changed"] = "left out") -> dict[str, Tensor]:
-    """For each router, per image (n,), the share of items whose chosen set changed: 1 - IoU of the chosen sets,
+    """Returns for each router, per image (n,), the share of items whose chosen set changed: 1 - IoU of the chosen sets,
     averaged over items.
 
     For top-1 this is the fraction of items sent elsewhere. An item that goes to no expert, before and after (both times

@@ -59,10 +59,10 @@ def _read(path: Path, published: str | None = None) -> bytes:
             f"cannot read {path} ({e.strerror}); it is one of the files of the data set, so restore it"
         ) from e
     if published is not None:
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != MD5[published]:
+        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if digest != MD5[published]:
             raise UserError(
-                f"{path} has MD5 {found}, expected {MD5[published]}: it is damaged, truncated or another file; "
+                f"{path} has MD5 {digest}, expected {MD5[published]}: it is damaged, truncated or another file; "
                 "download it again"
             )
     return content
@@ -171,13 +171,13 @@ def _members(path: Path, folder: str, names: list[str]) -> dict[str, bytes]:
     archive = _read(path, "cifar-10-python.tar.gz" if folder == "cifar-10-batches-py" else "cifar-100-python.tar.gz")
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-            found = {}
+            contents = {}
             for name in names:
                 member = tar.extractfile(f"{folder}/{name}")
                 if member is None:
                     raise KeyError(f"{folder}/{name} is not a file")
-                found[name] = member.read()
-            return found
+                contents[name] = member.read()
+            return contents
     except (tarfile.TarError, OSError, EOFError, zlib.error, KeyError) as e:
         raise UserError(f"{path} is not a whole archive of {folder} ({e}); download it again") from e
 

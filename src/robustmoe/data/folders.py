@@ -37,7 +37,7 @@ def _names(folder: Path, of_folders: bool) -> list[str]:
 
 def _list_classes(root: Path, part: str, classes: list[str], inner: str = "") -> Listing:
     """Every image of root/part/<class>/inner/*."""
-    found: Listing = []
+    listing: Listing = []
     for label, name in enumerate(classes):
         where = Path(part, name, inner)
         files = _names(root / where, of_folders=False)
@@ -45,8 +45,8 @@ def _list_classes(root: Path, part: str, classes: list[str], inner: str = "") ->
             raise UserError(
                 f"{root / where} holds no image ({', '.join(_KINDS)}); add images, or remove the class folder"
             )
-        found += [((where / file).as_posix(), label) for file in files]
-    return found
+        listing += [((where / file).as_posix(), label) for file in files]
+    return listing
 
 
 def _streamed(root: Path, listing: Listing, shape: tuple[int, int, int], zoom: float | None) -> Streamed:
@@ -150,7 +150,7 @@ def _tiny_test(base: Path, wnids: list[str]) -> Listing:
     notes = base / "val" / "val_annotations.txt"
     label = {wnid: i for i, wnid in enumerate(wnids)}
     have = set(_names(base / "val" / "images", of_folders=False))
-    found: Listing = []
+    listing: Listing = []
     for number, fields in enumerate(_lines(notes), 1):
         if len(fields) < 2 or fields[1] not in label:
             raise UserError(f"line {number} of {notes} is {fields[:2]}, expected an image name and a wnid of wnids.txt")
@@ -158,10 +158,10 @@ def _tiny_test(base: Path, wnids: list[str]) -> Listing:
             raise UserError(
                 f"there is no image {base / 'val' / 'images' / fields[0]}, named in line {number} of {notes}"
             )
-        found.append((f"val/images/{fields[0]}", label[fields[1]]))
-    if not found:
+        listing.append((f"val/images/{fields[0]}", label[fields[1]]))
+    if not listing:
         raise UserError(f"{notes} names no image; unpack Tiny ImageNet anew")
-    return found
+    return listing
 
 
 def tiny_imagenet(root: str | Path, val: float = 0.1, in_memory: bool = False) -> Data:

@@ -86,10 +86,10 @@ def cifar10(root: str | Path | None = None, val: float = 0.1) -> Data:
     ``parquet``). None downloads uoft-cs/cifar10 from the hub (needs the extra ``hub``).
     """
     splits = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-    found = _cifar(
+    loaded = _cifar(
         root, "uoft-cs/cifar10", "cifar-10-python.tar.gz", "cifar-10-batches-py", splits, ("labels", "label"), 10
     )
-    return _in_memory("cifar10", InMemory(*found["train"]), InMemory(*found["test"]), _CIFAR10, val)
+    return _in_memory("cifar10", InMemory(*loaded["train"]), InMemory(*loaded["test"]), _CIFAR10, val)
 
 
 def cifar100(root: str | Path | None = None, val: float = 0.1) -> Data:
@@ -99,8 +99,8 @@ def cifar100(root: str | Path | None = None, val: float = 0.1) -> Data:
     """
     splits = {"train": ["train"], "test": ["test"]}
     keys = ("fine_labels", "fine_label")
-    found = _cifar(root, "uoft-cs/cifar100", "cifar-100-python.tar.gz", "cifar-100-python", splits, keys, 100)
-    return _in_memory("cifar100", InMemory(*found["train"]), InMemory(*found["test"]), _CIFAR100, val)
+    loaded = _cifar(root, "uoft-cs/cifar100", "cifar-100-python.tar.gz", "cifar-100-python", splits, keys, 100)
+    return _in_memory("cifar100", InMemory(*loaded["train"]), InMemory(*loaded["test"]), _CIFAR100, val)
 
 
 def _cifar(

@@ -118,7 +118,7 @@ class RoutedLayer(nn.Module):
         return mix_sparse(list(self.experts), x, routing.index[:, 0], routing.weight[:, 0])
 
     def _decide(self, logits: Float[Tensor, "n 1 e"]) -> Routing:
-        """By default the paper's: at k = 1 straight through the softmax, above it the chosen, renormalised."""
+        """Decides by default as the paper: at k = 1 straight through the softmax, above it the chosen, renormalised."""
         if self.gate is None and self.k == 1:
             return straight_through(logits, surrogate="softmax")
         return choose(logits, self.gate or "renormalised", self.k)

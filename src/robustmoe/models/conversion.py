@@ -64,8 +64,8 @@ def moefy(
         net, x = Net().eval(), torch.rand(16, 3, 8, 8)
         model = rm.moefy(net, "conv", image_shape=(3, 8, 8), experts=4, jitter=0.1)
         print(model.run(x).trace["network.conv.router"].index.flatten().bincount(minlength=4))
-        (found,) = rm.evaluate(model, x, model(x).argmax(1), attacks=["pgd(linf(0.03), steps=5)"])
-        print(f"clean {found.clean.count} of {found.n}, robust {found.robust.count}, rerouted {found.rerouted}")
+        (result,) = rm.evaluate(model, x, model(x).argmax(1), attacks=["pgd(linf(0.03), steps=5)"])
+        print(f"clean {result.clean.count} of {result.n}, robust {result.robust.count}, rerouted {result.rerouted}")
 
     ``layers``: names as `nn.Module.named_modules` gives them; ``*``, ``?`` and ``[...]`` stand for parts of a name
     between two dots: "layer4.*.conv2". ``image_shape`` (ch, h, w): two random images of it go through the network, to
@@ -122,7 +122,7 @@ def _check_dense(network: nn.Module) -> None:
 def _matching(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     """The names that match a pattern part by part, in the network's order."""
     known = [name for name, _ in network.named_modules() if name]
-    found: set[str] = set()
+    matched: set[str] = set()
     for pattern in patterns:
         parts = pattern.split(".")
         fit = {
@@ -132,14 +132,14 @@ def _matching(network: nn.Module, patterns: Sequence[str]) -> list[str]:
         }
         if not fit:
             raise UserError(f"the network has no layer {pattern!r}; {nearest(pattern, known)}")
-        found |= fit
-    if not found:
+        matched |= fit
+    if not matched:
         raise UserError("layers names no layer; expected names of the network's modules, such as 'layer4.*.conv2'")
-    for name in found:
-        outer = [other for other in found if name.startswith(f"{other}.")]
+    for name in matched:
+        outer = [other for other in matched if name.startswith(f"{other}.")]
         if outer:
             raise UserError(f"the layer {name!r} stands inside {outer[0]!r}; name one of them")
-    return [name for name in known if name in found]
+    return [name for name in known if name in matched]
 
 
 def _probe(network: nn.Module, image_shape: ImageShape) -> Tensor:
@@ -179,7 +179,9 @@ def _watched(network: nn.Module, normalise: nn.Module, names: list[str], x: Tens
 
 
 def _channels(name: str, layer: nn.Module, calls: list[tuple[tuple[Any, ...], Any]]) -> int:
-    """Of the feature map the layer gets. Raises UserError for a layer that cannot be routed an image at a time."""
+    """Returns the channels of the feature map that the layer gets. Raises UserError for a layer that cannot be routed
+    an image at a time.
+    """
     if len(calls) != 1:
         raise UserError(f"the layer {name!r} is called {len(calls)} times in one pass; expected once an image")
     ((given, out),) = calls
@@ -208,12 +210,12 @@ def _check_equal(model: RoutedModel, x: Tensor, expected: Tensor, names: list[st
         )
 
 
-def _off(found: Tensor, expected: Tensor) -> float:
+def _off(answer: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value expected."""
-    if found.shape != expected.shape:
+    if answer.shape != expected.shape:
         return float("inf")
     largest = expected.abs().amax().clamp(min=torch.finfo(expected.dtype).tiny)
-    return float((found - expected).abs().amax() / largest)
+    return float((answer - expected).abs().amax() / largest)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Where x is, autocast is off inside."""
+    """Returns a context in which autocast is off on the device of x."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 

@@ -131,7 +131,7 @@ class TokenLayer(nn.Module):
 
 
 class TokenMoE(TokenLayer):
-    """In the place of a block's MLP: every token goes to the experts that are chosen for it."""
+    """A layer that stands in the place of a block's MLP and sends every token to the experts chosen for it."""
 
     router: TokenRouter
 
@@ -165,8 +165,8 @@ class TokenMoE(TokenLayer):
 
 
 class SlotMoE(TokenLayer):
-    """Soft MoE in the place of a block's MLP: each slot is a mean of the image's tokens, each expert works on its
-    slots, each token gets a mean of the answers.
+    """Soft MoE stands in the place of a block's MLP: each slot is a mean of the image's tokens, each expert works on
+    its slots, each token gets a mean of the answers.
 
     In the trace, item t's weight of expert e is the sum over e's slots of what it takes of their answers.
     """

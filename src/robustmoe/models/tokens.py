@@ -98,7 +98,7 @@ class TokenExperts(Experts):
         after = torch.matmul(F.gelu(before + self.b1[:, None].to(before.dtype)), self.w2)
         return after + self.b2[:, None].to(after.dtype)
 
-    def one(self, expert: int, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    def single(self, expert: int, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """One expert on all items."""
         return _mlp(x, self.w1[expert], self.b1[expert], self.w2[expert], self.b2[expert])
 
@@ -135,7 +135,7 @@ class TokenExperts(Experts):
 
     def _split(self, given: Tensor, sizes: list[int]) -> Tensor:
         parts = [_mlp(part, *own) for part, own in zip(given.split(sizes), self._each(), strict=True) if len(part)]
-        return torch.cat(parts) if parts else self.one(0, given)
+        return torch.cat(parts) if parts else self.single(0, given)
 
     def _grouped(self, given: Tensor, sizes: Tensor) -> Tensor:
         dtype = _compute_dtype(given)

@@ -13,7 +13,7 @@ from robustmoe.models.convolution import DENSE, Conv, Layers, Norm, Segments
 from robustmoe.models.resnet import halved
 
 GROUPS = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
-"""Of each stage: how many times ``width`` its channels are, and its convolutions."""
+"""What each stage has: how many times ``width`` its channels are, and its convolutions."""
 
 HIDDEN = 256
 """Units of the two hidden layers of the classifier, never scaled."""

@@ -17,7 +17,7 @@ from robustmoe.models.base import ImageShape, NetworkSpec
 from robustmoe.models.norm import at_least_float32
 
 EPS = 1e-6
-"""Of every LayerNorm, as in the published weights (torch's default is 1e-5)."""
+"""The epsilon of every LayerNorm, as in the published weights (torch's default is 1e-5)."""
 
 
 class PatchEmbed(nn.Module):

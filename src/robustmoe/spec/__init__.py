@@ -76,5 +76,5 @@ def text(obj: Any, *tables: str | Table) -> str:
 
 
 def describe(kind: str) -> list[tuple[str, str, str]]:
-    """For each name of a kind: (name, signature, first line of its docstring)."""
+    """Returns for each name of a kind (name, signature, first line of its docstring)."""
     return entries(mapping(kind, TABLES), Writer(load() for load in TABLES.values()))

@@ -14,7 +14,7 @@ from robustmoe.spec.write import Writer
 
 
 def entries(table: Table, writer: Writer) -> list[tuple[str, str, str]]:
-    """For each name of a table: (name, signature, first line of its docstring)."""
+    """Returns for each name of a table (name, signature, first line of its docstring)."""
     rows = []
     for name, function in sorted(table.items()):
         parameters = ", ".join(_parameter(p, writer) for p in signature_of(function).parameters.values())

@@ -21,7 +21,7 @@ class Writer:
 
     def call(self, obj: Any) -> str:
         """``obj`` as a call of a name that makes an equal one: see `spec.text` for which."""
-        found: list[tuple[int, bool, str]] = []
+        calls: list[tuple[int, bool, str]] = []
         reason = f"no name makes a {type(obj).__name__}"
         for name, function in self.entries:
             signature = signature_of(function)
@@ -32,14 +32,14 @@ class Writer:
             try:
                 arguments = self._arguments(obj, signature)
                 if is_class or function(*arguments.args, **arguments.kwargs) == obj:
-                    found.append((len(arguments.arguments), is_class, self._write_call(name, arguments)))
+                    calls.append((len(arguments.arguments), is_class, self._write_call(name, arguments)))
             except UserError as e:
                 reason = str(e)
             except (AttributeError, ValueError, TypeError):  # this factory does not make such an object; another may
                 continue
-        if not found:
+        if not calls:
             raise UserError(f"a {type(obj).__name__} cannot be written as a call: {reason}")
-        return min(found)[-1]
+        return min(calls)[-1]
 
     def _arguments(self, obj: Any, signature: inspect.Signature) -> inspect.BoundArguments:
         """The attributes of ``obj`` that a signature names and that differ from its defaults."""

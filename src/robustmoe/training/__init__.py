@@ -13,7 +13,7 @@ from robustmoe.training.jtdmoe import jtdmoe
 from robustmoe.training.loop import train
 from robustmoe.training.methods import at, gaussian, standard, trades
 from robustmoe.training.optimisation import OPTIMIZERS, SCHEDULES, SGD, AdamW, OptimizerSpec
-from robustmoe.training.phases import Given, Loss, Method, Pair, Phase, StepResult, TrainingStopped, train_step
+from robustmoe.training.phases import Loss, Method, MiniBatch, Pair, Phase, StepResult, TrainingStopped, train_step
 from robustmoe.training.rt_er import rt_er
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -41,9 +41,9 @@ __all__ = [
     "SCHEDULES",
     "SGD",
     "AdamW",
-    "Given",
     "Loss",
     "Method",
+    "MiniBatch",
     "OptimizerSpec",
     "Pair",
     "Phase",

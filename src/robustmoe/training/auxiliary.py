@@ -121,8 +121,8 @@ def check_balance_loss(loss: str) -> None:
 
 
 def _entropy(p: Tensor, log_p: Tensor) -> Tensor:
-    """Over the last axis. The logarithm comes from log space, or is held above that of the smallest number, so that a
-    p of 0 adds 0 and has the gradient 0.
+    """The entropy over the last axis. The logarithm comes from log space, or is held above that of the smallest number,
+    so that a p of 0 adds 0 and has the gradient 0.
     """
     return -(p * log_p).sum(-1)
 
@@ -132,8 +132,8 @@ def _mean_probability(routing: Routing) -> Float[Tensor, " e"]:
 
 
 def _global_mean(each: Float[Tensor, "n t e"]) -> Float[Tensor, " e"]:
-    """Over the items of the global batch in value; backward, this process's items, counted as often as there are
-    processes.
+    """The mean over the items of the global batch in value; backward, over this process's items, counted as often as
+    there are processes.
     """
     return in_global_batch(each.mean((0, 1)))
 

@@ -78,7 +78,7 @@ class Consistent:
     anew: bool
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
-        """See `consistent`."""
+        """The loss with what `consistent` adds to it."""
         own = self.own(model, x, y, noise)
         if not self.weight:
             return own

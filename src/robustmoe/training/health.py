@@ -71,15 +71,15 @@ def validate(
     if not sums:
         sums = _no_sums(model, images, device)
     distributed.all_reduce_sum(counts)
-    found = {name: distributed.all_reduce_sum(sums[name]).tolist() for name in sorted(sums)}
+    totals = {name: distributed.all_reduce_sum(sums[name]).tolist() for name in sorted(sums)}
     clean_share, robust_share, certified_share = (counts / len(images)).tolist()
     return Validation(
         clean_share,
         robust_share if attack is not None else None,
         len(images),
-        {name: [n / max(1, sum(load)) for n in load] for name, (*load, _, _, _) in found.items()},
-        {name: gap / max(1, n) for name, (*_, n, gap, _) in found.items()},
-        {name: same / max(1, n) for name, (*_, n, _, same) in found.items()} if attack is not None else {},
+        {name: [n / max(1, sum(load)) for n in load] for name, (*load, _, _, _) in totals.items()},
+        {name: gap / max(1, n) for name, (*_, n, gap, _) in totals.items()},
+        {name: same / max(1, n) for name, (*_, n, _, same) in totals.items()} if attack is not None else {},
         certified_share if certifier is not None else None,
     )
 
@@ -97,8 +97,9 @@ def _proven(model: RoutedModel, batch: Batch, right: Tensor, certifier: Certifie
     if certifier is None:
         return right.new_zeros((), dtype=torch.long)
     with full_precision(batch.x):
-        found = certifier(model, batch.x, Noise.of(batch.index, seed, VALIDATION))
-    sure = [one.prediction == label and one.radius >= certifier.eps for one, label in zip(found, batch.y.tolist())]
+        certificates = certifier(model, batch.x, Noise.of(batch.index, seed, VALIDATION))
+    labelled = zip(certificates, batch.y.tolist())
+    sure = [each.prediction == label and each.radius >= certifier.eps for each, label in labelled]
     return (right & torch.tensor(sure, device=right.device)).sum()
 
 
@@ -119,14 +120,14 @@ def _no_sums(model: RoutedModel, images: ImageSet, device: torch.device) -> dict
 
 
 def trainable_routers(model: RoutedModel, x: Tensor) -> dict[str, bool]:
-    """For each router, whether its decision is declared to pass a gradient to it (a "hard" gate does not)."""
+    """Returns for each router whether its decision is declared to pass a gradient to it (a "hard" gate does not)."""
     with torch.enable_grad():
         trace = model.eval().run(x).trace
     return {name: routing.weight.requires_grad for name, routing in trace.items()}
 
 
 def router_health(
-    found: Validation, grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]
+    validation: Validation, grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]
 ) -> dict[str, Any]:
     """The routers' part of a metrics line: load, its entropy in nats, dead experts, gap and consistency (None without
     an attack), gradient norm, and whether the router learned.
@@ -136,13 +137,13 @@ def router_health(
             "load": shares,
             "entropy": -sum(s * math.log(s) for s in shares if s > 0),
             "dead": [expert for expert, share in enumerate(shares) if share == 0],
-            "gap": found.gap[name],
-            "consistency": found.consistency.get(name),
+            "gap": validation.gap[name],
+            "consistency": validation.consistency.get(name),
             "grad_norm": grad.get(name, 0.0),
             "moved": moved[name] and grad.get(name, 0.0) > 0,
             "declared_fixed": not trainable[name],
         }
-        for name, shares in found.load.items()
+        for name, shares in validation.load.items()
     }
 
 

@@ -30,7 +30,7 @@ from robustmoe.recipe import Recipe
 from robustmoe.records import append_json, read_jsonl, write_atomic
 from robustmoe.training import checkpoint, health, starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
-from robustmoe.training.phases import Given, Method, StepResult, TrainingStopped, train_step
+from robustmoe.training.phases import Method, MiniBatch, StepResult, TrainingStopped, train_step
 
 ORDER, AUGMENT, TRAIN = 1, 2, 3
 """Keys under which a run draws its random numbers, beside its seed and the epoch (see `robustmoe.noise`)."""
@@ -320,10 +320,8 @@ def _step(parts: Parts, state: State, batch: Batch, second: Batch | None, router
             parts.model,
             parts.method.at(progress),
             parts.optimisers,
-            batch.x,
-            batch.y,
-            Noise.of(batch.index, *key),
-            second=None if second is None else Given(second.x, second.y, Noise.of(second.index, *key, SECOND)),
+            MiniBatch(batch.x, batch.y, Noise.of(batch.index, *key)),
+            second=None if second is None else MiniBatch(second.x, second.y, Noise.of(second.index, *key, SECOND)),
             autocast=parts.autocast,
             clip=parts.recipe.clip,
             routers=routers,

@@ -67,13 +67,13 @@ class Phase:
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that move, by name. Raises UserError where there are none."""
-        found = {name: p for name, p in model.named_parameters() if p.requires_grad and re.match(self.params, name)}
-        if not found:
+        moving = {name: p for name, p in model.named_parameters() if p.requires_grad and re.match(self.params, name)}
+        if not moving:
             expected = f"; expected {self.needs}" if self.needs else ""
             raise UserError(
                 f"phase {self.name!r} moves the parameters that match {self.params!r}; this model has none{expected}"
             )
-        return found
+        return moving
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Method:
         return any(phase.own_batch for phase in self.phases)
 
 
-class Given(NamedTuple):
-    """A mini-batch: images x (n, ch, h, w) in [0, 1], labels y (n), one random stream an image."""
+class MiniBatch(NamedTuple):
+    """Images x (n, ch, h, w) in [0, 1], labels y (n), one random stream an image."""
 
     x: Tensor
     y: Tensor
@@ -107,8 +107,8 @@ class Given(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Of one batch, by phase name: the loss and the gradient norm; images right and seen in the last phase that says,
-    on this process; by router, the sum over phases of its gradient norms. All norms are before clipping.
+    """What one batch gave, by phase name: the loss and the gradient norm; images right and seen in the last phase that
+    says, on this process; by router, the sum over phases of its gradient norms. All norms are before clipping.
     """
 
     loss: dict[str, Tensor]
@@ -126,17 +126,14 @@ def train_step(
     model: RoutedModel,
     method: Method,
     optimisers: Sequence[torch.optim.Optimizer],
-    x: Tensor,
-    y: Tensor,
-    noise: Noise,
+    batch: MiniBatch,
     *,
-    second: Given | None = None,
+    second: MiniBatch | None = None,
     autocast: torch.dtype | None = None,
     clip: float = 0.0,
     routers: Sequence[str] = (),
 ) -> StepResult:
-    """Every phase of ``method`` once, on images x (n, ch, h, w) in [0, 1] and labels y (n), or on the ``second``
-    mini-batch where a phase wants one of its own.
+    """Runs every phase of ``method`` once, on the ``batch``, or on the ``second`` where a phase wants one of its own.
 
     ``autocast``: the network's compute dtype; images, perturbations and parameters stay float32. ``clip``: largest
     gradient norm of a phase (0: none). On several processes each holds its share of the batch, and a phase's
@@ -146,17 +143,13 @@ def train_step(
     losses: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     router_grad: dict[str, Tensor] = {}
-    correct, seen = torch.zeros((), device=x.device), 0
+    correct, seen = torch.zeros((), device=batch.x.device), 0
     for position, (phase, optimiser) in enumerate(zip(method.phases, optimisers)):
         named = phase.parameters(model)
-        given = second if phase.own_batch else Given(x, y, noise)
+        given = second if phase.own_batch else batch
         if given is None:
             raise ValueError(f"phase {phase.name!r} trains on a mini-batch of its own; give train_step second=")
-        try:
-            with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = phase.loss(model, given.x, given.y, given.noise.fold(position))
-        except NotFiniteError as error:
-            raise TrainingStopped(_not_attackable(phase, error, model)) from error
+        loss = _loss(model, phase, given._replace(noise=given.noise.fold(position)), autocast)
         gradients = _gradients(loss.value, named)
         norm = _norm(gradients.values())
         if not bool(torch.isfinite(norm + loss.value.detach()).item()):
@@ -165,22 +158,42 @@ def train_step(
             own = [gradient for name, gradient in gradients.items() if name.startswith(f"{router}.")]
             if own:
                 router_grad[router] = router_grad.get(router, torch.zeros_like(norm)) + _norm(own)
-        if clip > 0:
-            factor = (clip / norm.clamp(min=1e-12)).clamp(max=1.0)
-            for gradient in gradients.values():
-                gradient.mul_(factor)
-        for name, parameter in named.items():
-            parameter.grad = gradients[name]
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        _move(optimiser, named, gradients, norm, clip)
         losses[phase.name], norms[phase.name] = loss.value.detach(), norm
         if loss.correct is not None:
             correct, seen = loss.correct, len(given.x)
     return StepResult(losses, norms, correct, seen, router_grad)
 
 
+def _loss(model: RoutedModel, phase: Phase, batch: MiniBatch, autocast: torch.dtype | None) -> Loss:
+    """The phase's loss on the batch. Raises TrainingStopped where it cannot be attacked."""
+    try:
+        with torch.autocast(batch.x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            return phase.loss(model, *batch)
+    except NotFiniteError as error:
+        raise TrainingStopped(_not_attackable(phase, error, model)) from error
+
+
+def _move(
+    optimiser: torch.optim.Optimizer,
+    named: dict[str, nn.Parameter],
+    gradients: dict[str, Tensor],
+    norm: Tensor,
+    clip: float,
+) -> None:
+    """Takes one step along the gradients, which together have this norm and are clipped to ``clip``."""
+    if clip > 0:
+        factor = (clip / norm.clamp(min=1e-12)).clamp(max=1.0)
+        for gradient in gradients.values():
+            gradient.mul_(factor)
+    for name, parameter in named.items():
+        parameter.grad = gradients[name]
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
 def _gradients(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Of the loss, by name, averaged over the processes; zero where a parameter took no part."""
+    """Returns the loss's gradients by name, averaged over the processes; zero where a parameter took no part."""
     raw = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
     gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]

@@ -80,7 +80,7 @@ class RTER:
     stability: float = 0.0
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
-        """See `rt_er`."""
+        """The loss that `rt_er` describes."""
         x_adv = self.attack(model, x, y, noise)
         attacked = model.run(x_adv, noise=router_noise(noise))
         value = F.cross_entropy(attacked.logits, y) + auxiliary(attacked.trace, self.balance, self.balance_loss)
@@ -108,14 +108,14 @@ class RTER:
             return [(every, to_rank(trace, rank))]
         forced = [to_expert(trace, k) for k in range(experts)]
         if self.protect == "all":
-            return [(every, one) for one in forced]
+            return [(every, route) for route in forced]
         within = reachable(model, x, self.attack.threat)
-        found = []
-        for k, one in enumerate(forced):
+        turned = []
+        for k, route in enumerate(forced):
             near = [within[name][:, k] & (routing.index[:, 0] != k).all(1) for name, routing in trace.items()]
             rows = torch.nonzero(torch.stack(near).any(0))[:, 0]
-            found.append((rows, {name: routing[rows] for name, routing in one.items()}))
-        return found
+            turned.append((rows, {name: routing[rows] for name, routing in route.items()}))
+        return turned
 
     def _of_expert(self, model: RoutedModel, x: Tensor, y: Tensor, rows: Tensor, forced: Trace, noise: Noise) -> Tensor:
         """The sum over the images ``rows`` of the loss on the route ``forced``, over the size of the batch. Every

@@ -68,15 +68,15 @@ def _sources(init: str) -> list[tuple[str, Path]]:
     """(part, path) of each source; the part "" is the whole model."""
     if os.path.exists(init) or not re.match(_PART, init):
         return [("", Path(init))]
-    found: dict[str, Path] = {}
+    sources: dict[str, Path] = {}
     for piece in re.split(rf",(?={_PART})", init):
         part, path = (text.strip() for text in piece.split("=", 1))
         if not path:
             raise UserError(f"init: {part!r} has no source; expected {part}=RUN or {part}=FILE.safetensors")
-        if part in found:
+        if part in sources:
             raise UserError(f"init: the part {part!r} is named twice; expected each part once")
-        found[part] = Path(path)
-    return list(found.items())
+        sources[part] = Path(path)
+    return list(sources.items())
 
 
 def _read_source(path: Path) -> _Source:
@@ -144,17 +144,17 @@ def _places(model: RoutedModel, taken: Iterable[str], part: str, names: set[str]
 
 
 def _normalisation(own: dict[str, Tensor], places: list[str], weights: dict[str, Tensor]) -> dict[str, str]:
-    """Where a run's normalisation goes: to what normalises the images of the modules that its network fills."""
+    """Says where a run's normalisation goes: to what normalises the images of the modules that its network fills."""
     names = [name for name in weights if name.startswith("normalise.")]
-    found: dict[str, str] = {}
+    targets: dict[str, str] = {}
     for place in places:
         parents = place.split(".")
         for length in range(len(parents), -1, -1):
             outer = ".".join(parents[:length])
             if any(_join(outer, name) in own for name in names):
-                found |= {_join(outer, name): name for name in names if _join(outer, name) in own}
+                targets |= {_join(outer, name): name for name in names if _join(outer, name) in own}
                 break
-    return found
+    return targets
 
 
 def _fitted(
@@ -191,12 +191,12 @@ def _fitted(
 
 def _interpolated(value: Tensor, grid: tuple[int, int], said: str, remarks: dict[str, None]) -> Tensor:
     try:
-        found = resample_positions(value, grid)
+        resampled = resample_positions(value, grid)
     except ValueError as error:
         raise UserError(f"{said}: {error}") from error
     side = math.isqrt(value.shape[1] - 1)
     remarks[f"pos_embed interpolated from {side} x {side} to {grid[0]} x {grid[1]} patches"] = None
-    return found
+    return resampled
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
@@ -221,7 +221,7 @@ def _outer(path: str) -> str:
 
 
 def _under(place: str, names: Iterable[str]) -> list[tuple[str, str]]:
-    """Of the names those of the place's tensors, and what they are called in it."""
+    """Returns, of the names, those of the place's tensors, and what they are called in it."""
     start = f"{place}." if place else ""
     return [(name, name.removeprefix(start)) for name in names if name.startswith(start)]
 
