@@ -12,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,7 +87,7 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def dump_line(value: dict[str, Any]) -> bytes:
+def dump_line(value: Mapping[str, Any]) -> bytes:
     """An object as one line."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
@@ -111,7 +111,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [parse_line(line, path, number) for number, line in enumerate(whole_lines(path), 1)]
 
 
-def append_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
+def append_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Append one object as a line and flush it to the disk; a half-written last line left by a kill is cut first.
     UserError if it cannot be written."""
     path = Path(path)

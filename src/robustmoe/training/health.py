@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -53,21 +54,13 @@ def validate(
     model.eval()
     mine = torch.arange(distributed.rank(), len(images), distributed.world())
     counts = torch.zeros(3, dtype=torch.float64, device=device)
-    sums: dict[str, Tensor] = {}  # of each router: decisions an expert, decisions, their gaps, those that stay
+    sums: dict[str, Tensor] = {}
     with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         for batch in batches(images, batch_size, mine, device):
-            with torch.no_grad():
-                clean = model.run(batch.x)
-            right = _right(clean.logits, batch.y)
-            held, after = right, clean.trace
-            if attack is not None:
-                x_adv = attack(model, batch.x, batch.y, Noise.of(batch.index, seed, VALIDATION))
-                with torch.no_grad():
-                    attacked = model.run(x_adv)
-                held, after = right & _right(attacked.logits, batch.y), attacked.trace
-            for name, routing in clean.trace.items():
-                sums[name] = sums.get(name, 0) + _sums(routing, after[name])
-            counts += torch.stack([right.sum(), held.sum(), _proven(model, batch, right, certifier, seed)])
+            right, robust, own = _answers(model, batch, attack, seed)
+            for name, values in own.items():
+                sums[name] = sums.get(name, 0) + values
+            counts += torch.stack([right.sum(), robust.sum(), _proven(model, batch, right, certifier, seed)])
     if not sums:
         sums = _no_sums(model, images, device)
     distributed.all_reduce_sum(counts)
@@ -86,6 +79,22 @@ def validate(
 
 VALIDATION = 4
 """The key under which validation draws its noise: the same in every epoch, so that epochs can be compared."""
+
+
+def _answers(
+    model: RoutedModel, batch: Batch, attack: Attack | None, seed: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Which images (n,) are right, which are so before and after the attack, and each router's `_sums`."""
+    with torch.no_grad():
+        clean = model.run(batch.x)
+    right = _right(clean.logits, batch.y)
+    if attack is None:
+        return right, right, {name: _sums(routing, routing) for name, routing in clean.trace.items()}
+    x_adv = attack(model, batch.x, batch.y, Noise.of(batch.index, seed, VALIDATION))
+    with torch.no_grad():
+        attacked = model.run(x_adv)
+    sums = {name: _sums(routing, attacked.trace[name]) for name, routing in clean.trace.items()}
+    return right, right & _right(attacked.logits, batch.y), sums
 
 
 def _right(logits: Tensor, y: Tensor) -> Tensor:
@@ -126,9 +135,22 @@ def trainable_routers(model: RoutedModel, x: Tensor) -> dict[str, bool]:
     return {name: routing.weight.requires_grad for name, routing in trace.items()}
 
 
+class RouterLine(TypedDict):
+    """What a line of ``metrics.jsonl`` says of a router (see `router_health`)."""
+
+    load: list[float]
+    entropy: float
+    dead: list[int]
+    gap: float
+    consistency: float | None
+    grad_norm: float
+    moved: bool
+    declared_fixed: bool
+
+
 def router_health(
     validation: Validation, grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]
-) -> dict[str, Any]:
+) -> dict[str, RouterLine]:
     """The routers' part of a metrics line: load, its entropy in nats, dead experts, gap and consistency (None without
     an attack), gradient norm, and whether the router learned.
     """
@@ -147,15 +169,14 @@ def router_health(
     }
 
 
-def complaints(health: dict[str, Any]) -> list[str]:
+def complaints(health: Mapping[str, RouterLine]) -> list[str]:
     """What a person should know of the routers at once, one line each."""
     lines = []
     for name, router in health.items():
         if not router["moved"] and not router["declared_fixed"]:
             lines.append(
-                f"warning: router {name!r} got no gradient in this epoch, so it does not learn; use a "
-                "gate that passes one (straight_through, "
-                "vmoe, soft), or a phase that moves it"
+                f"warning: router {name!r} got no gradient in this epoch, so it does not learn; use a gate that passes "
+                "one (straight_through, vmoe, soft), or a phase that moves it"
             )
         if router["dead"]:
             lines.append(f"warning: router {name!r} sends no validation image to expert(s) {router['dead']}")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from robustmoe.progress import Bar, note, progress
 from robustmoe.recipe import Recipe
 from robustmoe.records import append_json, read_jsonl, write_atomic
 from robustmoe.training import checkpoint, health, starting
+from robustmoe.training.health import RouterLine
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Method, MiniBatch, StepResult, TrainingStopped, train_step
 
@@ -357,15 +358,53 @@ def _note_moved(parts: Parts, state: State, before: dict[str, Tensor]) -> None:
         state.router_moved[name] = state.router_moved.get(name, False) or moved
 
 
+class EpochLine(TypedDict):
+    """What ``metrics.jsonl`` says of an epoch."""
+
+    epoch: int
+    step: int
+    seconds: float
+    lr: dict[str, float]
+    loss: dict[str, float]
+    grad_norm: dict[str, float]
+    train_accuracy: float
+    val_clean: float
+    val_robust: float | None
+    val_certified: float | None
+    val_n: int
+    routers: dict[str, RouterLine]
+    best: bool
+
+
 def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool]) -> None:
-    """Validate, keep the weights if they are the best so far, and write the epoch's line.
+    """Validates, keeps the weights if they are the best so far, and writes the epoch's line.
 
     Part of an epoch (``max_steps``) is no candidate: its weights are kept only until a whole epoch is done.
     """
     started = time.monotonic()
     judged = _judged(parts)
+    result = _validated(parts, state, judged)
+    score = next(rate for rate in (result.certified, result.robust, result.clean) if rate is not None)
+    whole = state.step == parts.steps
+    best = score > state.best if whole else state.best < 0
+    router_lines = health.router_health(result, state.router_grad, state.router_moved, routers)
+    line = _line(parts, state, result, router_lines, best)
+    line["seconds"] = state.seconds + time.monotonic() - started
+    if best and whole:
+        state.best = score
+    if distributed.rank() == 0:
+        if best:
+            checkpoint.save_weights(out / "model.safetensors", judged.state_dict(), parts.recipe.model)
+        append_json(out / "metrics.jsonl", line)
+    note(_said(line, parts.recipe.epochs))
+    for complaint in health.complaints(line["routers"]):
+        note(complaint)
+
+
+def _validated(parts: Parts, state: State, judged: RoutedModel) -> health.Validation:
+    """The validation of these weights. Raises TrainingStopped where the model's answers are not finite."""
     try:
-        result = health.validate(
+        return health.validate(
             judged,
             parts.val,
             parts.val_attack,
@@ -377,43 +416,39 @@ def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool
         )
     except NotFiniteError as error:
         raise TrainingStopped(f"stopped in the validation after epoch {state.epoch + 1}: {error}") from error
-    score = next(rate for rate in (result.certified, result.robust, result.clean) if rate is not None)
-    whole = state.step == parts.steps
-    best = score > state.best if whole else state.best < 0
+
+
+def _line(
+    parts: Parts, state: State, result: health.Validation, routers: dict[str, RouterLine], best: bool
+) -> EpochLine:
+    """The epoch's line; its losses and counts are over all processes. The seconds are those of training alone."""
     shared = _over_processes(parts, state)
-    losses = [sums["loss"] / state.step for sums in shared.sums.values()]
-    router_lines = health.router_health(result, state.router_grad, state.router_moved, routers)
-    seconds = state.seconds + time.monotonic() - started
-    line: dict[str, Any] = {
+    return {
         "epoch": state.epoch + 1,
         "step": state.epoch * parts.steps + state.step,
-        "seconds": seconds,
+        "seconds": state.seconds,
         "lr": {phase.name: o.param_groups[0]["lr"] for phase, o in zip(parts.method.phases, parts.optimisers)},
-        "loss": dict(zip(state.sums, losses)),
+        "loss": {name: sums["loss"] / state.step for name, sums in shared.sums.items()},
         "grad_norm": {name: sums["grad_norm"] / state.step for name, sums in state.sums.items()},
         "train_accuracy": shared.correct / shared.seen,
         "val_clean": result.clean,
         "val_robust": result.robust,
         "val_certified": result.certified,
         "val_n": result.n,
-        "routers": router_lines,
+        "routers": routers,
         "best": best,
     }
-    if best and whole:
-        state.best = score
-    if distributed.rank() == 0:
-        if best:
-            checkpoint.save_weights(out / "model.safetensors", judged.state_dict(), parts.recipe.model)
-        append_json(out / "metrics.jsonl", line)
-    robust = "" if result.robust is None else f"  val robust {100 * result.robust:5.1f} %"
-    robust += "" if result.certified is None else f"  val certified {100 * result.certified:5.1f} %"
-    note(
-        f"epoch {state.epoch + 1}/{parts.recipe.epochs}  loss "
-        f"{' '.join(f'{loss:.3f}' for loss in losses)}  train {100 * line['train_accuracy']:5.1f} %  "
-        f"val clean {100 * result.clean:5.1f} %{robust}  {seconds:.0f} s{'  best' if best else ''}"
+
+
+def _said(line: EpochLine, epochs: int) -> str:
+    """The epoch's line for a person."""
+    accuracies = {"clean": line["val_clean"], "robust": line["val_robust"], "certified": line["val_certified"]}
+    shown = [f"val {kind} {100 * rate:5.1f} %" for kind, rate in accuracies.items() if rate is not None]
+    return (
+        f"epoch {line['epoch']}/{epochs}  loss {' '.join(f'{loss:.3f}' for loss in line['loss'].values())}  "
+        f"train {100 * line['train_accuracy']:5.1f} %  {'  '.join(shown)}  {line['seconds']:.0f} s"
+        f"{'  best' if line['best'] else ''}"
     )
-    for complaint in health.complaints(router_lines):
-        note(complaint)
 
 
 def _judged(parts: Parts) -> RoutedModel:

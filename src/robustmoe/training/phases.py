@@ -140,9 +140,7 @@ def train_step(
     gradients are averaged. A parameter that got no gradient counts as having gradient zero.
     """
     model.train()
-    losses: dict[str, Tensor] = {}
-    norms: dict[str, Tensor] = {}
-    router_grad: dict[str, Tensor] = {}
+    losses, norms, router_grad = (dict[str, Tensor]() for _ in range(3))
     correct, seen = torch.zeros((), device=batch.x.device), 0
     for position, (phase, optimiser) in enumerate(zip(method.phases, optimisers)):
         named = phase.parameters(model)
