@@ -17,7 +17,7 @@ from robustmoe.certification import Ball, Bounding, Bounds, Worst, rules, worst_
 from robustmoe.certification.margins import others
 from robustmoe.certification.routes import exact_margin
 from robustmoe.models import EnsembleModel, Normalise, RoutedModel, build_model
-from robustmoe.models.parts import Blended, Fork, Part
+from robustmoe.models.parts import Fork, Mixed, Part
 from robustmoe.models.small import LinearNetwork
 from robustmoe.noise import Noise
 
@@ -140,7 +140,7 @@ def forks(part: Part) -> Iterator[Fork]:
     """The routers that see the image first."""
     if isinstance(part, Fork):
         yield part
-    elif isinstance(part, Blended):
+    elif isinstance(part, Mixed):
         yield from forks(part.standard)
         yield from forks(part.robust)
 
@@ -271,7 +271,7 @@ def frozen_weights(case: Case) -> Tensor:
 def blind_threshold(case: Case) -> Tensor:
     """P7's threshold for a blend of logits, which has none: as if the standard half's margin were at most 1."""
     part = case.model.parts()
-    assert isinstance(part, Blended)
+    assert isinstance(part, Mixed)
     robust = worst_margins(part.robust, case.ball, case.y, "crown", space="logits").lower
     return others(robust, case.y).amin(1) > rules.threshold(part.alpha[0])
 

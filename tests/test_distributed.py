@@ -61,11 +61,11 @@ def train_one(name: str, out: Path) -> dict[str, Any]:
     from robustmoe.recipe import Recipe
     from robustmoe.training import loop
 
-    kept: list[loop.Parts] = []
+    kept: list[loop.RunParts] = []
     sizes: list[list[int]] = []
     original = loop._build
 
-    def build(*arguments: Any, **more: Any) -> loop.Parts:
+    def build(*arguments: Any, **more: Any) -> loop.RunParts:
         parts = original(*arguments, **more)
         kept.append(parts)
         network = getattr(parts.model, "network", None)

@@ -16,7 +16,7 @@ from robustmoe.certification.graph import record
 from robustmoe.certification.slopes import lipschitz, margin_slopes, pair_slopes, steepness
 from robustmoe.certification.theorem import Local, SoftLipschitz, Theorem54, softmax
 from robustmoe.models import RoutedModel
-from robustmoe.models.parts import Blended, Fork, Leaf, Part
+from robustmoe.models.parts import Fork, Leaf, Mixed, Part
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape
 
@@ -54,7 +54,7 @@ def answer(part: Part, x: Tensor) -> Tensor:
     """What the parts mean, written down a second time, for soft routers."""
     if isinstance(part, Leaf):
         return part.network(x)
-    if isinstance(part, Blended):
+    if isinstance(part, Mixed):
         standard, robust = (torch.softmax(answer(half, x), 1) for half in (part.standard, part.robust))
         return ((1 - part.alpha[0]) * standard + part.alpha[0] * robust).log()
     outputs = torch.stack([answer(branch, x) for branch in part.branches], 1)
@@ -230,7 +230,7 @@ def test_duals_by_the_robust_half_alone(kind: type[Theorem54]) -> None:
     x = draws(30, 1, 2, 2)
     wrong = nn.Module()
     wrong.forward = lambda at: -50 * answer(robust.part, at)  # type: ignore[method-assign]
-    model = Of(Blended(Leaf(wrong), robust.part, (0.9, 0.9), "probabilities"), robust)
+    model = Of(Mixed(Leaf(wrong), robust.part, (0.9, 0.9), "probabilities"), robust)
     found = certify(kind(Threat("linf", 0.1), search=3), model, x)
     radius = torch.tensor([one.radius for one in found], dtype=x.dtype)
     assert (radius > 0).any()
@@ -239,7 +239,7 @@ def test_duals_by_the_robust_half_alone(kind: type[Theorem54]) -> None:
     assert (labels == torch.tensor([one.prediction for one in found])).all()
     names = {one.rule for one in found if one.radius > 0}
     assert names == ({"Theorem 5.5"} if kind is Theorem54 else {"P5, P7"})
-    half = Of(Blended(Leaf(wrong), robust.part, (0.5, 0.5), "probabilities"), robust)
+    half = Of(Mixed(Leaf(wrong), robust.part, (0.5, 0.5), "probabilities"), robust)
     assert all(one.radius == 0 for one in certify(kind(Threat("linf", 0.1), search=0), half, x))  # threshold 1
 
 

@@ -41,7 +41,7 @@ class _First(Tape):
         return Routing(fresh.logits, index, fresh.weight)
 
 
-class _Same(nn.Module):
+class _Identity(nn.Module):
     """Stands in for a BatchNorm where only products are counted: on the meta device that is half of the time."""
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
@@ -86,7 +86,7 @@ def _counted(model: RoutedModel, x: Tensor) -> Costs:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.BatchNorm2d):
-                    setattr(parent, name, _Same())
+                    setattr(parent, name, _Identity())
     tape = _First()
     counts = {compat.grouped_product(): _grouped_flops}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=counts) as counter:
@@ -123,7 +123,7 @@ ROUTER_PIXELS = {224: (224, 64)}
 
 
 @dataclass(frozen=True)
-class Row:
+class ArchitectureCosts:
     """One architecture at one image size: ``dense``, ``slim`` (every width halved), and the ``pathway`` model of two
     experts at ratio 0.5, whose ResNet-20 router sees ``router_pixels`` along a side.
     """
@@ -147,7 +147,7 @@ class Row:
         return 100 * self.pathway.macs / self.dense.macs
 
 
-def rows() -> list[Row]:
+def rows() -> list[ArchitectureCosts]:
     """The costs of every architecture at every image size; some ten seconds on one thread."""
     entries = []
     for size, (classes, names) in TABLE.items():
@@ -157,7 +157,7 @@ def rows() -> list[Row]:
             for pixels in ROUTER_PIXELS.get(size, (size,)):
                 router = "resnet20" if pixels == size else f"downsampled(resnet20, size={pixels})"
                 pathway = costs(f"pathway({name}, experts=2, ratio=0.5, router={router})", classes, shape)
-                entries.append(Row(name, shape, classes, pixels, dense, slim, pathway))
+                entries.append(ArchitectureCosts(name, shape, classes, pixels, dense, slim, pathway))
     return entries
 
 
@@ -171,7 +171,7 @@ any number of experts. router: resnet20, at so many pixels (at 64 of 224: downsa
 multiply-adds of convolutions and linear layers."""
 
 
-def table(entries: list[Row]) -> str:
+def table(entries: list[ArchitectureCosts]) -> str:
     """The rows as lines of text."""
     cells = [HEAD, *map(_cells, entries)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -185,7 +185,7 @@ def table(entries: list[Row]) -> str:
     return "\n".join([over, *lines, NOTE])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ArchitectureCosts) -> list[str]:
     path, dense, slim = row.pathway, row.dense, row.slim
     own = path.parameters - path.router_parameters
     millions = [n / 1e6 for n in (dense.parameters, slim.parameters, own, path.router_parameters)]

@@ -16,7 +16,7 @@ from robustmoe.certification.bounds import Ball, Bounded, Bounding
 from robustmoe.certification.cells import cell_margins
 from robustmoe.certification.graph import record
 from robustmoe.errors import UserError
-from robustmoe.models.parts import Blended, Fork, Function, Leaf, Part
+from robustmoe.models.parts import Fork, Function, Leaf, Mixed, Part
 
 Space = Literal["sign", "logits", "probabilities"]
 """What margins are of: logits; probabilities (their upper bounds are then the trivial 1); or whichever of the two has
@@ -195,7 +195,7 @@ class _Walk:
             spread(found.route, torch.inf),
         )
 
-    def _blended(self, part: Blended, ball: Ball, y: Tensor, space: Space) -> Worst:
+    def _blended(self, part: Mixed, ball: Ball, y: Tensor, space: Space) -> Worst:
         if part.mix == "probabilities" and space == "logits":
             raise UserError("no bounds are known of the logits of a blend of probabilities; expected mix=logits")
         inner: Space = "probabilities" if part.mix == "probabilities" else "logits"

@@ -21,7 +21,7 @@ from robustmoe.certification.graph import check, record
 from robustmoe.certification.margins import router_bounds
 from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
-from robustmoe.models.parts import Blended, Fork, Function, Leaf, Part
+from robustmoe.models.parts import Fork, Function, Leaf, Mixed, Part
 from robustmoe.routing import top_k
 
 TOLERANCE = 1e-9
@@ -132,7 +132,7 @@ def _forks(part: Part, prefix: str = "") -> Iterator[tuple[str, Fork]]:
         yield prefix + part.name, part
         for branch in part.branches:
             yield from _forks(branch, prefix)
-    elif isinstance(part, Blended):
+    elif isinstance(part, Mixed):
         yield from _forks(part.standard, f"{prefix}standard.")
         yield from _forks(part.robust, f"{prefix}robust.")
 
@@ -235,7 +235,7 @@ def _programme(goal: Tensor, slope: Tensor, offset: Tensor, sides: list[Any]) ->
 def _radius(part: Part, x: Tensor, norm: Norm, how: Bounding, most: Tensor, halvings: int) -> Float[Tensor, " n"]:
     if isinstance(part, Leaf):
         return torch.full_like(most, torch.inf)
-    if isinstance(part, Blended):
+    if isinstance(part, Mixed):
         halves = (part.standard, part.robust)
         return torch.minimum(*(_radius(half, x, norm, how, most, halvings) for half in halves))
     chosen = _chosen(part, x)

@@ -23,7 +23,7 @@ from robustmoe.certification.graph import check, record
 from robustmoe.certification.slopes import pair_slopes, steepness
 from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
-from robustmoe.models.parts import Blended, Fork, Leaf, Part
+from robustmoe.models.parts import Fork, Leaf, Mixed, Part
 from robustmoe.noise import Noise
 
 
@@ -69,7 +69,7 @@ class _ByConstants(Searched):
             y = model(x).argmax(1)
             part = copy.deepcopy(model).double().parts()
         x = x.double()
-        for each in leaves(part.robust if isinstance(part, Blended) else part):
+        for each in leaves(part.robust if isinstance(part, Mixed) else part):
             check(record(each, x), each, (x + self.eps * (2 * noise.uniform(*x.shape[1:]).to(x) - 1)).clamp(0.0, 1.0))
         asked = torch.full((len(x),), self.eps, dtype=x.dtype, device=x.device)
         first = self._formula(part, Ball(x, self.norm, asked), y)
@@ -80,7 +80,7 @@ class _ByConstants(Searched):
             found = self._formula(part, Ball(x, self.norm, middle), y)
             radius = torch.maximum(radius, torch.minimum(found, middle))
             above = torch.where(found > middle, above, middle)
-        experts, stable = (None, None) if isinstance(part, Blended) else (_experts(part), 1.0)
+        experts, stable = (None, None) if isinstance(part, Mixed) else (_experts(part), 1.0)
         return [
             Certificate(
                 int(label),
@@ -97,7 +97,7 @@ class _ByConstants(Searched):
         """min over j of margin_j / constant_j of the ball, 0 at least."""
         slack = SLACK[ball.x.dtype]
         share, standard = 1.0, 0.0
-        if isinstance(part, Blended):
+        if isinstance(part, Mixed):
             if part.mix == "logits":
                 raise UserError(
                     "Theorem 5.5 bounds the standard half by its probabilities; this dual mixes logits, for which no "
@@ -115,7 +115,7 @@ class _ByConstants(Searched):
         radius = torch.where(margin > 0, radius, 0.0).scatter(1, y[:, None], torch.inf)
         return radius.amin(1)
 
-    def _half(self, part: Blended, ball: Ball) -> Local:
+    def _half(self, part: Mixed, ball: Ball) -> Local:
         """Of the robust half's probabilities."""
         local = self._local(part.robust, ball)
         if not local.probabilities:
@@ -129,7 +129,7 @@ class _ByConstants(Searched):
     def _local(self, part: Part, ball: Ball) -> Local:
         if isinstance(part, Leaf):
             return Local(part.network(ball.x), pair_slopes(Bounded(record(part.network, ball.x), ball, self.how)))
-        if isinstance(part, Blended):
+        if isinstance(part, Mixed):
             raise UserError("Theorem 5.4 is of experts that are networks; a dual stands among them. Use bounds(...)")
         if not part.soft and len(part.branches) > 1:
             raise UserError(
@@ -169,7 +169,7 @@ class Theorem54(_ByConstants):
         return total
 
     def rule(self, part: Part) -> str:
-        return "Theorem 5.5" if isinstance(part, Blended) else "Theorem 5.4"
+        return "Theorem 5.5" if isinstance(part, Mixed) else "Theorem 5.4"
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,14 @@ class SoftLipschitz(_ByConstants):
         return torch.stack([one.slope for one in branches]).amax(0) + turn * (values.amax(0) - values.amin(0))
 
     def rule(self, part: Part) -> str:
-        return "P5, P7" if isinstance(part, Blended) else "P5"
+        return "P5, P7" if isinstance(part, Mixed) else "P5"
 
 
 def _sizes(part: Part, ball: Ball, how: Bounding) -> Float[Tensor, "n c c"]:
     """The largest |z_a - z_b| over the ball, of a network's logits or of any of a mixture's experts."""
     if isinstance(part, Fork):
         return torch.stack([_sizes(branch, ball, how) for branch in part.branches]).amax(0)
-    if isinstance(part, Blended):
+    if isinstance(part, Mixed):
         raise UserError("Theorem 5.4 is of experts that are networks; a dual stands among them. Use bounds(...)")
     bounded = Bounded(record(part.network, ball.x), ball, how)
     unit = torch.eye(bounded.graph.output.shape[1], dtype=ball.x.dtype, device=ball.x.device)

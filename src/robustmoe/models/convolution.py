@@ -104,7 +104,7 @@ class Norm(BatchNorm2d, foldable=True):
         return super().forward(x)
 
 
-class _Weighted(torch.autograd.Function):
+class _RouteWeight(torch.autograd.Function):
     """``out`` times the route's weight (n,), which is 1 in value: nothing to compute forward. Backward, the weight's
     gradient is <dL/dout, out - shift> an image (``shift`` (d,): see `weighted`).
     """
@@ -130,7 +130,7 @@ def weighted(out: Float[Tensor, "n d h w"], weight: Float[Tensor, " n"], shift: 
     """
     if not weight.requires_grad:
         return out
-    through: Tensor = _Weighted.apply(out, weight, shift)
+    through: Tensor = _RouteWeight.apply(out, weight, shift)
     return through
 
 

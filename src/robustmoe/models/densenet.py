@@ -36,7 +36,7 @@ class Layer(nn.Module):
         return new
 
 
-class Block(nn.ModuleList):
+class DenseBlock(nn.ModuleList):
     """Layers that each read all channels so far; (n, inputs, h, w) -> (n, inputs + layers * growth, h, w)."""
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
@@ -73,7 +73,7 @@ class DenseNetNetwork(PreactivationNetwork):
         blocks = spec.blocks()
         for place, count in enumerate(blocks):
             self.inputs.append((inputs, height, width))
-            block = Block(Layer(inputs + position * growth, growth, layers) for position in range(count))
+            block = DenseBlock(Layer(inputs + position * growth, growth, layers) for position in range(count))
             stage = Stage([block])
             inputs += count * growth
             if place < len(blocks) - 1:

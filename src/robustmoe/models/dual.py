@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from robustmoe.errors import UserError
 from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, RoutedModel
 from robustmoe.models.norm import Normalise, at_least_float32
-from robustmoe.models.parts import Blended, Part
+from robustmoe.models.parts import Mixed, Part
 from robustmoe.routing import Tape, Trace
 
 Mix = Literal["probabilities", "logits"]
@@ -168,7 +168,7 @@ class DualModel(RoutedModel):
         scale = 1.0 if self.sharpen is None else self.sharpen.scale
         centre, shift = math.log(self.alpha / (1 - self.alpha)), 0.0 if self.mixer is None else SHIFT
         least, most = (1 / (1 + math.exp(-(centre + side * shift))) for side in (-1, 1))
-        return Blended(self.standard.parts(), self.robust.parts(), (least, most), self.mix, scale)
+        return Mixed(self.standard.parts(), self.robust.parts(), (least, most), self.mix, scale)
 
     def blended(
         self, x: Float[Tensor, "n ch h w"], standard: Float[Tensor, "n c"], robust: Float[Tensor, "n c"]

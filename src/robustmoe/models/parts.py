@@ -53,7 +53,7 @@ class Fork:
 
 
 @dataclass(frozen=True)
-class Blended:
+class Mixed:
     """(1 - alpha) standard + alpha robust, of logits or of probabilities, ``alpha`` anywhere between the two numbers.
     The robust half's logits are times ``scale`` first.
     """
@@ -65,7 +65,7 @@ class Blended:
     scale: float = 1.0
 
 
-Part = Leaf | Fork | Blended
+Part = Leaf | Fork | Mixed
 
 
 def through(normalise: nn.Module, network: nn.Module) -> Function:

@@ -14,6 +14,8 @@ from robustmoe.models.norm import at_least_float32
 
 
 class LinearNetwork(nn.Module):
+    """The network of `Linear`: a linear layer on all pixels."""
+
     def __init__(self, features: int, outputs: int) -> None:
         super().__init__()
         self.head = nn.Linear(features, outputs)
@@ -32,6 +34,8 @@ class Linear(NetworkSpec):
 
 
 class SmallCNNNetwork(nn.Module):
+    """The network of `SmallCNN`."""
+
     def __init__(self, channels: int, width: int, outputs: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride=2, padding=1)
@@ -57,6 +61,8 @@ class SmallCNN(NetworkSpec):
 
 
 class ConvSmallNetwork(nn.Module):
+    """The network of `ConvSmall`."""
+
     def __init__(self, image_shape: ImageShape, width: int, hidden: int, outputs: int) -> None:
         super().__init__()
         channels, height, side = image_shape

@@ -102,7 +102,7 @@ class Rule:
         return Routing(logits, ranked, weight.gather(-1, ranked))
 
 
-class Linear(NamedTuple):
+class LinearRouting(NamedTuple):
     """A router whose logits of a token are ``rows`` (e, d) times that token; ``rule`` makes them a decision."""
 
     rows: Float[Tensor, "e d"]
@@ -125,7 +125,7 @@ class TokenLayer(nn.Module):
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
         """The sum over the chosen experts of weight times answer, for each token."""
 
-    def linear(self) -> Linear:
+    def linear(self) -> LinearRouting:
         """The layer's router. Raises ValueError where it is not linear in each token, or the layer mixes tokens."""
         raise ValueError(f"the layer can be measured as a whole alone: {self.whole}")
 
@@ -142,8 +142,8 @@ class TokenMoE(TokenLayer):
         self.rule = rule
         self.dispatch: Dispatch = dispatch
 
-    def linear(self) -> Linear:
-        return Linear(self.router.weight, self.rule)
+    def linear(self) -> LinearRouting:
+        return LinearRouting(self.router.weight, self.rule)
 
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
         routing = tape("router", self.rule(self.router(x), tape, "router"))

@@ -19,7 +19,7 @@ HIDDEN = 256
 """Units of the two hidden layers of the classifier, never scaled."""
 
 
-class Plain(nn.Module):
+class VGGBlock(nn.Module):
     """3x3 convolution, BatchNorm, ReLU; (n, inputs, h, w) -> (n, outputs, h, w)."""
 
     def __init__(self, inputs: int, outputs: int, layers: Layers) -> None:
@@ -52,7 +52,7 @@ class VGGNetwork(StagedNetwork):
             self.inputs.append((inputs, height, width))
             stage = Stage()
             for _ in range(convolutions - 1 if place == 0 else convolutions):
-                stage.append(Plain(inputs, scaled(ratio, times * spec.width), layers))
+                stage.append(VGGBlock(inputs, scaled(ratio, times * spec.width), layers))
                 inputs = scaled(ratio, times * spec.width)
             if place < len(GROUPS) - 1:
                 stage.append(Pool())

@@ -58,7 +58,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class ViTBlock(nn.Module):
     """Attention, then ``mlp``, each on normalised tokens and added to them. Any module (n, t, d) -> (n, t, d) may stand
     in the place of ``mlp``.
     """
@@ -94,7 +94,7 @@ class ViTNetwork(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, spec.width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], spec.width))
         self.patch_embed = PatchEmbed(channels, spec.width, spec.patch)
-        self.blocks = nn.Sequential(*(Block(spec.width, spec.heads, spec.hidden) for _ in range(spec.depth)))
+        self.blocks = nn.Sequential(*(ViTBlock(spec.width, spec.heads, spec.hidden) for _ in range(spec.depth)))
         self.norm = nn.LayerNorm(spec.width, eps=EPS)
         self.head = nn.Linear(spec.width, num_classes)
         self._initialise()

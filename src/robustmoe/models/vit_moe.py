@@ -15,7 +15,7 @@ from robustmoe.models.block import check_experts
 from robustmoe.models.norm import Normalise
 from robustmoe.models.token_layers import Choice, Order, Rule, SlotMoE, SlotRouter, TokenLayer, TokenMoE, TokenRouter
 from robustmoe.models.tokens import Dispatch, TokenExperts
-from robustmoe.models.vit import SIZES, Block, Size, ViT, ViTNetwork
+from robustmoe.models.vit import SIZES, Size, ViT, ViTBlock, ViTNetwork
 from robustmoe.routing import Gate, Tape
 
 
@@ -33,7 +33,7 @@ class ViTMoEModel(RoutedModel):
         network = self.network
         tokens = network.tokens(to_channels_last(self.normalise(x)))
         for number, block in enumerate(network.blocks):
-            assert isinstance(block, Block)
+            assert isinstance(block, ViTBlock)
             tokens = tokens + block.attn(block.norm1(tokens))
             given = block.norm2(tokens)
             inner = (tape.under(f"network.blocks.{number}.mlp"),) if isinstance(block.mlp, TokenLayer) else ()

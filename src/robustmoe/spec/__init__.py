@@ -12,11 +12,11 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from robustmoe.spec.bind import Reader, Table, mapping
+from robustmoe.spec.bind import CallReader, Table, mapping
 from robustmoe.spec.hints import conform, hint_text
 from robustmoe.spec.listing import entries
 from robustmoe.spec.parse import canonical, numbers, tree_of
-from robustmoe.spec.write import Writer
+from robustmoe.spec.write import CallWriter
 
 __all__ = [
     "TABLES",
@@ -62,7 +62,7 @@ def build(text: str, kind: str | Table, *more: str | Table) -> Any:
     ``kind`` is a key of `TABLES`, or a table (name -> callable). The outermost name must be of that kind; names
     inside it may be of any kind, or from the tables in ``more``. A mistake is a one-line `UserError`.
     """
-    return Reader(kind, more, TABLES).outermost(tree_of(text))
+    return CallReader(kind, more, TABLES).outermost(tree_of(text))
 
 
 def text(obj: Any, *tables: str | Table) -> str:
@@ -72,9 +72,9 @@ def text(obj: Any, *tables: str | Table) -> str:
     ones given. Where several names make an equal object, the one that needs the fewest arguments wins, and a factory
     (``resnet18``) before its class.
     """
-    return Writer(mapping(table, TABLES) for table in tables or TABLES).call(obj)
+    return CallWriter(mapping(table, TABLES) for table in tables or TABLES).call(obj)
 
 
 def describe(kind: str) -> list[tuple[str, str, str]]:
     """Returns for each name of a kind (name, signature, first line of its docstring)."""
-    return entries(mapping(kind, TABLES), Writer(load() for load in TABLES.values()))
+    return entries(mapping(kind, TABLES), CallWriter(load() for load in TABLES.values()))

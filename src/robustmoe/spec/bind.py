@@ -25,7 +25,7 @@ def mapping(kind: str | Table, kinds: Kinds) -> Table:
     return kinds[kind]()
 
 
-class Reader:
+class CallReader:
     """Builds the calls of one text. Names are looked up in the kind asked for, then in the others."""
 
     def __init__(self, kind: str | Table, more: tuple[str | Table, ...], kinds: Kinds) -> None:

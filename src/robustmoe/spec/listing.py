@@ -10,10 +10,10 @@ from typing import Any
 from robustmoe.errors import UserError
 from robustmoe.spec.bind import Table
 from robustmoe.spec.hints import ANYTHING, Factory, signature_of
-from robustmoe.spec.write import Writer
+from robustmoe.spec.write import CallWriter
 
 
-def entries(table: Table, writer: Writer) -> list[tuple[str, str, str]]:
+def entries(table: Table, writer: CallWriter) -> list[tuple[str, str, str]]:
     """Returns for each name of a table (name, signature, first line of its docstring)."""
     rows = []
     for name, function in sorted(table.items()):
@@ -23,7 +23,7 @@ def entries(table: Table, writer: Writer) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _parameter(parameter: inspect.Parameter, writer: Writer) -> str:
+def _parameter(parameter: inspect.Parameter, writer: CallWriter) -> str:
     star = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
     star = "**" if parameter.kind is parameter.VAR_KEYWORD else star
     if parameter.default is parameter.empty:

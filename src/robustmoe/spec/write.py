@@ -13,7 +13,7 @@ from robustmoe.spec.bind import Table
 from robustmoe.spec.hints import Factory, arms_of, item_hint, signature_of, takes_bare
 
 
-class Writer:
+class CallWriter:
     """Writes objects as calls of the names of some tables."""
 
     def __init__(self, tables: Iterable[Table]) -> None:

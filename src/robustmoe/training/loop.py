@@ -44,7 +44,7 @@ FREE = {"device", "threads", "checkpoint_every", "attacks", "max_steps", "data"}
 
 
 @dataclass
-class State:
+class TrainingState:
     """Where a run is: ``step`` batches of epoch ``epoch`` (both from 0) are done; the sums, ``seconds`` and what the
     routers did (largest gradient norm; whether they moved) are of this epoch.
     """
@@ -61,7 +61,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunParts:
     """What a recipe builds."""
 
     recipe: Recipe
@@ -112,7 +112,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
             _epoch(parts, state, out)
             if state.step < parts.steps:
                 break
-            state = State(epoch=state.epoch + 1, best=state.best)
+            state = TrainingState(epoch=state.epoch + 1, best=state.best)
             _save(parts, state, out)
     return out
 
@@ -126,7 +126,7 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise UserError(f"{out} already holds a run; add --resume to go on, or choose another --out")
 
 
-def _build(recipe: Recipe, device: torch.device, fresh: bool) -> Parts:
+def _build(recipe: Recipe, device: torch.device, fresh: bool) -> RunParts:
     """``fresh``: no checkpoint will be loaded over the model's first weights."""
     described = {
         kind: specs.build(text, kind)
@@ -141,7 +141,7 @@ def _build(recipe: Recipe, device: torch.device, fresh: bool) -> Parts:
     model = build_model(recipe.model, data.num_classes, data.image_shape, data.mean, data.std, recipe.seed).to(device)
     if recipe.init is not None and fresh:
         starting.start_from(model, recipe.init)
-    parts = Parts(
+    parts = RunParts(
         recipe=recipe,
         data=data,
         model=model,
@@ -164,7 +164,7 @@ def _build(recipe: Recipe, device: torch.device, fresh: bool) -> Parts:
     return parts
 
 
-def _config(parts: Parts) -> dict[str, Any]:
+def _config(parts: RunParts) -> dict[str, Any]:
     data, recipe = parts.data, parts.recipe
     score = f"accuracy under {recipe.val_attack}" if recipe.val_attack else "clean accuracy"
     score = f"accuracy certified by {recipe.val_certifier}" if recipe.val_certifier else score
@@ -187,10 +187,10 @@ def _config(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _prepare(parts: Parts, out: Path, resume: bool) -> State:
+def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
     """A fresh folder, or the state to go on from."""
     config = _config(parts)
-    state = State()
+    state = TrainingState()
     if resume:
         old = checkpoint.read_config(out)
         _check_same_run(out, old, config)
@@ -221,7 +221,7 @@ def _check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None
             )
 
 
-def _restore(parts: Parts, path: Path) -> State:
+def _restore(parts: RunParts, path: Path) -> TrainingState:
     saved = checkpoint.read_state(path)
     checkpoint.load_weights(parts.model, saved["model"], path)
     for optimiser, own in zip(parts.optimisers, saved["optimisers"]):
@@ -229,10 +229,10 @@ def _restore(parts: Parts, path: Path) -> State:
     if parts.average is not None:
         parts.average.load_state_dict(saved["average"])
     torch.set_rng_state(saved["rng"])
-    return State(**saved["progress"])
+    return TrainingState(**saved["progress"])
 
 
-def _save(parts: Parts, state: State, out: Path) -> None:
+def _save(parts: RunParts, state: TrainingState, out: Path) -> None:
     progress = dataclasses.asdict(_over_processes(parts, state))
     if distributed.rank() == 0:
         checkpoint.save_state(
@@ -247,7 +247,7 @@ def _save(parts: Parts, state: State, out: Path) -> None:
         )
 
 
-def _over_processes(parts: Parts, state: State) -> State:
+def _over_processes(parts: RunParts, state: TrainingState) -> TrainingState:
     """The state, its losses and counts as means over the processes, so that any of them (or another number) can go on
     from it.
     """
@@ -258,7 +258,7 @@ def _over_processes(parts: Parts, state: State) -> State:
     return dataclasses.replace(state, correct=correct, seen=seen, sums=sums)
 
 
-def _steps_to_do(parts: Parts, state: State) -> int:
+def _steps_to_do(parts: RunParts, state: TrainingState) -> int:
     """How many batches of this epoch are left, up to ``max_steps``."""
     last = parts.steps
     if parts.recipe.max_steps is not None:
@@ -266,7 +266,7 @@ def _steps_to_do(parts: Parts, state: State) -> int:
     return max(0, last - state.step)
 
 
-def _training_batches(parts: Parts, state: State, *key: int) -> Iterator[Batch]:
+def _training_batches(parts: RunParts, state: TrainingState, *key: int) -> Iterator[Batch]:
     """This process's share of the batches to do in this epoch: rank r has the r-th part of each. ``key``: another
     order and augmentation of the same images.
     """
@@ -280,7 +280,7 @@ def _training_batches(parts: Parts, state: State, *key: int) -> Iterator[Batch]:
         yield Batch(x, batch.y, batch.index)
 
 
-def _epoch(parts: Parts, state: State, out: Path) -> None:
+def _epoch(parts: RunParts, state: TrainingState, out: Path) -> None:
     """Does the rest of an epoch, or what ``max_steps`` leaves of it, and what follows it."""
     recipe = parts.recipe
     moving = {name for phase in parts.method.phases for name in phase.parameters(parts.model)}
@@ -308,7 +308,7 @@ def _epoch(parts: Parts, state: State, out: Path) -> None:
     _finish_epoch(parts, state, out, routers)
 
 
-def _step(parts: Parts, state: State, batch: Batch, second: Batch | None, routers: list[str]) -> StepResult:
+def _step(parts: RunParts, state: TrainingState, batch: Batch, second: Batch | None, routers: list[str]) -> StepResult:
     done = state.epoch * parts.steps + state.step
     progress = done / (parts.recipe.epochs * parts.steps)
     lr = parts.base_lr * parts.schedule(progress)
@@ -341,7 +341,7 @@ def _step(parts: Parts, state: State, batch: Batch, second: Batch | None, router
     return result
 
 
-def _show(bar: Bar[Any], state: State) -> None:
+def _show(bar: Bar[Any], state: TrainingState) -> None:
     bar.advance()
     losses = "  ".join(f"{name} {sums['loss'] / state.step:.3f}" for name, sums in state.sums.items())
     bar.say(f"loss {losses}")
@@ -352,7 +352,7 @@ def _router_weights(model: RoutedModel, name: str) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0)
 
 
-def _note_moved(parts: Parts, state: State, before: dict[str, Tensor]) -> None:
+def _note_moved(parts: RunParts, state: TrainingState, before: dict[str, Tensor]) -> None:
     for name, weights in before.items():
         moved = not torch.equal(weights, _router_weights(parts.model, name))
         state.router_moved[name] = state.router_moved.get(name, False) or moved
@@ -376,7 +376,7 @@ class EpochLine(TypedDict):
     best: bool
 
 
-def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool]) -> None:
+def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dict[str, bool]) -> None:
     """Validates, keeps the weights if they are the best so far, and writes the epoch's line.
 
     Part of an epoch (``max_steps``) is no candidate: its weights are kept only until a whole epoch is done.
@@ -401,7 +401,7 @@ def _finish_epoch(parts: Parts, state: State, out: Path, routers: dict[str, bool
         note(complaint)
 
 
-def _validated(parts: Parts, state: State, judged: RoutedModel) -> health.Validation:
+def _validated(parts: RunParts, state: TrainingState, judged: RoutedModel) -> health.Validation:
     """The validation of these weights. Raises TrainingStopped where the model's answers are not finite."""
     try:
         return health.validate(
@@ -419,7 +419,7 @@ def _validated(parts: Parts, state: State, judged: RoutedModel) -> health.Valida
 
 
 def _line(
-    parts: Parts, state: State, result: health.Validation, routers: dict[str, RouterLine], best: bool
+    parts: RunParts, state: TrainingState, result: health.Validation, routers: dict[str, RouterLine], best: bool
 ) -> EpochLine:
     """The epoch's line; its losses and counts are over all processes. The seconds are those of training alone."""
     shared = _over_processes(parts, state)
@@ -451,7 +451,7 @@ def _said(line: EpochLine, epochs: int) -> str:
     )
 
 
-def _judged(parts: Parts) -> RoutedModel:
+def _judged(parts: RunParts) -> RoutedModel:
     """The model that is validated and kept: the averaged weights where there are any."""
     if parts.average is None:
         return parts.model
