@@ -120,7 +120,7 @@ def judge(work: Certified, arm: str, seed: int, eps: str, limit: int) -> None:
         halves = [work.folder(f"{half} half", seed) for half in ("standard", "robust")]
         attack = f"pgd(linf({eps}), steps=10)"
         blend_run(*halves, alphas=[ALPHA], sharpen=SHARPEN, attack=attack, limit=10, out=folder)
-    certify_run(folder, [f"bounds(linf({eps}), search=0)"], limit=limit, batch_size=25)
+    certify_run(folder, certifiers=[f"bounds(linf({eps}), search=0)"], limit=limit, batch_size=25)
     evaluate_run(folder, attacks=tuple(work.attacks(arm).values()), limit=limit, curve=())
 
 

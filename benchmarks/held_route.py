@@ -16,10 +16,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from robustmoe import analysis, demo, provenance
-from robustmoe.data import digits
-from robustmoe.evaluation import measure, slug
-from robustmoe.training import load_model, train
+from robustmoe import analysis, demo
+from robustmoe.evaluation import evaluate_run
+from robustmoe.training import train
 
 COLUMNS = ("clean", "joint", "experts_only", "router_only", "worst case")
 
@@ -30,11 +29,8 @@ def one(objective: str, seed: int, folder: Path) -> dict[str, float]:
 
     method = f"at(pgd({demo.EPS}, steps=3, objective={objective}, keep=last), balance=0.1)"
     train(dataclasses.replace(demo.ROUTED, method=method, seed=seed), folder)
-    model, images = load_model(folder), digits().test
-    about = {"run": str(folder), "model": demo.ROUTED.model, "data": "digits", "split": "test"}
-    device = provenance.pick_device("cpu")
     attacks = [build_attack(text) for text in demo.ROUTED.attacks]
-    results = [measure(model, images, a, folder / f"{slug(a)}.jsonl", device, 128, about) for a in attacks]
+    results = evaluate_run(folder, curve=(), device="cpu")
     worst = analysis.worst_case([(r.header, r.rows) for r in results])
     found = {"clean": worst.clean.value, "worst case": worst.robust.value}
     for attack, result in zip(attacks, results):

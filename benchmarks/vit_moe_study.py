@@ -203,7 +203,7 @@ def main() -> None:
         for seed in range(given.seeds):
             for arm in given.arms:
                 if given.verb == "sweep":
-                    sweep_run(work.folder(arm, seed), attacks=(WEAK, STRONG), eps=str(EPS), limit=given.limit)
+                    sweep_run(work.folder(arm, seed), attacks=(WEAK, STRONG), eps=EPS, limit=given.limit)
                 else:
                     lipschitz_run(work.folder(arm, seed), attack=STRONG, limit=given.limit)
 

@@ -119,7 +119,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         ("evaluate run --attack pgd(8/255)", "argument 'threat'"),
         ("evaluate run --attack __import__('os')", "unknown attack '__import__'"),
         ("evaluate run --data digts", "unknown data 'digts'; did you mean 'digits'"),
-        ("evaluate run --split tset", "--split must be one of 'test', 'val'; got 'tset'"),
+        ("evaluate run --split tset", "--split must be one of 'test', 'val', 'train'; got 'tset'"),
         ("evaluate run --limit 0", "the limit on images is 0, expected at least 1"),
         ("evaluate run --batch-size 0", "the batch size is 0, expected at least 1"),
         ("evaluate run --curve 0.1,7", "7 is no radius of the linf curve; expected numbers from 0 to 1"),
@@ -129,7 +129,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         ("evaluate tiny.toml", "'tiny.toml' is a file, not a run folder"),
         ("analyze rnu", "there is no run folder 'rnu'"),
         ("report run rnu", "there is no run folder 'rnu'"),
-        ("list atacks", r"unknown kind 'atacks'; did you mean 'attack'"),
+        ("list atacks", r"unknown kind or name 'atacks'; did you mean 'attack'"),
     ],
 )  # fmt: skip
 def test_a_name_or_number_that_is_wrong(argv: str, message: str, here: Path, refused: Refused) -> None:

@@ -19,12 +19,13 @@ from robustmoe.attacks import PGD, ExpertTransition, RouteBeam, joint, linf, par
 from robustmoe.data import Data, from_arrays
 from robustmoe.errors import UserError
 from robustmoe.evaluation import blend
-from robustmoe.evaluation.alphas import ALPHAS, Work, alphas_of, attacks_at, threshold
+from robustmoe.evaluation.alphas import Work, attacks_at, threshold
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models import DualModel, RoutedModel, Scaled, build_model
 from robustmoe.models.dual import Mix
 from robustmoe.models.parts import Leaf, Part
 from robustmoe.noise import Noise
+from robustmoe.options import BlendOptions, read
 from robustmoe.records import Blend
 from robustmoe.routing import Tape, top_k
 
@@ -33,6 +34,8 @@ alphas_module = importlib.import_module("robustmoe.evaluation.alphas")
 EPS = 0.1
 CORNER = "pgd(linf(0.1), steps=3, step_size=0.1)"
 """Two steps of 0.1 reach the corner of the ball from any start, where the gradient's signs are everywhere the same."""
+
+ALPHAS = BlendOptions().alphas
 
 
 def fell(found: Blend, k: int) -> set[int]:
@@ -298,7 +301,7 @@ def margins(robust: Two, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
 def test_what_the_robust_half_proves() -> None:
     standard, robust, x, y = linear_case()
     known = margins(robust, x, y)
-    found = blend(standard, robust, x, y, attack=CORNER, num_classes=2, certified=known)
+    found = blend(standard, robust, x, y, attack=CORNER, num_classes=2, margins=known)
     for k, alpha in enumerate(ALPHAS):
         needed = math.inf if alpha == 0 else (1 - alpha) / alpha
         assert found.certified[k] == (known > needed).tolist(), "a margin above 0 is of an image that is right"
@@ -308,7 +311,7 @@ def test_what_the_robust_half_proves() -> None:
     assert 0 < shares[3] < shares[-1] < 80
     place = found.certified[-1].index(True)
     one = {place: float(known[place]), 99: 1.0}
-    partly = blend(standard, robust, x, y, attack=CORNER, alphas=[1.0], num_classes=2, certified=one)
+    partly = blend(standard, robust, x, y, attack=CORNER, alphas=[1.0], num_classes=2, margins=one)
     assert partly.certified == [[i == place for i in range(80)]]
 
 
@@ -316,7 +319,7 @@ def test_sharpened_margins_prove_nothing_at_1_where_nothing_is_sharpened() -> No
     standard, robust, x, y = linear_case()
     known = margins(robust, x, y, scale=4.0)
     common: dict[str, Any] = {"attack": CORNER, "alphas": [0.8, 1.0], "num_classes": 2}
-    found = blend(standard, robust, x, y, sharpen="scaled(4)", certified=known, **common)
+    found = blend(standard, robust, x, y, sharpen="scaled(4)", margins=known, **common)
     assert found.sharpen == "scaled(scale=4)"
     assert found.certified == [(known > 0.25).tolist(), [False] * 80]
     assert sum(found.certified[0]) > 0
@@ -338,8 +341,8 @@ def test_a_certifier_proves_what_no_attack_breaks(mix: Mix) -> None:
     rounding.
     """
     standard, robust, x, y = linear_case()
-    common: dict[str, Any] = {"attack": CORNER, "alphas": "0..1", "num_classes": 2, "mix": mix}
-    found = blend(standard, robust, x, y, certified="bounds(linf(0.1), search=0)", **common)
+    common: dict[str, Any] = {"attack": CORNER, "num_classes": 2, "mix": mix}
+    found = blend(standard, robust, x, y, certifier="bounds(linf(0.1), search=0)", **common)
     held = [[attack == -1 for attack in row] for row in found.broken]
     assert found.certified == held
     shares = [sum(row) for row in held]
@@ -351,7 +354,7 @@ def test_a_certifier_proves_what_no_attack_breaks(mix: Mix) -> None:
 def test_a_certifier_of_another_ball_is_refused(certifier: str) -> None:
     standard, robust, x, y = linear_case()
     with pytest.raises(UserError, match=r"attacked in linf with eps 0.1; expected a certifier of that ball"):
-        blend(standard, robust, x, y, attack=CORNER, num_classes=2, certified=certifier)
+        blend(standard, robust, x, y, attack=CORNER, num_classes=2, certifier=certifier)
 
 
 def test_a_certificate_that_an_attack_refutes_is_an_error() -> None:
@@ -362,11 +365,11 @@ def test_a_certificate_that_an_attack_refutes_is_an_error() -> None:
     with pytest.raises(
         UserError, match=rf"^image {first} is certified at alpha 1, but the attack 'pgd' breaks it there"
     ):
-        blend(standard, robust, x, y, certified=lies, **common)
+        blend(standard, robust, x, y, margins=lies, **common)
     with pytest.raises(UserError, match="proves nothing of a blend of logits"):
-        blend(standard, robust, x, y, mix="logits", certified=lies, **common)
+        blend(standard, robust, x, y, mix="logits", margins=lies, **common)
     with pytest.raises(UserError, match="there are 79 certified margins for 80 images"):
-        blend(standard, robust, x, y, certified=lies[1:], **common)
+        blend(standard, robust, x, y, margins=lies[1:], **common)
 
 
 # ------------------------------------------------------------------------------------------------ choosing alpha
@@ -401,8 +404,7 @@ def test_alpha_is_chosen_on_validation(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_alphas_as_they_are_written() -> None:
-    assert alphas_of("0..1") == ALPHAS
-    assert alphas_of("1, 0.5, 0.5, 0") == alphas_of([0.5, 1.0, 0.0]) == (0.0, 0.5, 1.0)
+    assert read(BlendOptions, {"alphas": "1, 0.5, 0.5, 0"}) == read(BlendOptions, {"alphas": [0.5, 1, 0]})
     for text, message in {
         "0,1.5": "1.5 is no alpha; expected shares of the robust half, from 0",
         "-0.1": "-0.1 is no alpha",
@@ -410,9 +412,9 @@ def test_alphas_as_they_are_written() -> None:
         "[]": "there is no alpha; expected at least one",
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
-            alphas_of(text)
+            read(BlendOptions, {"alphas": text})
     with pytest.raises(UserError, match="nan is no alpha"):
-        alphas_of([math.nan])
+        read(BlendOptions, {"alphas": [math.nan]})
 
 
 def test_what_cannot_be_blended(images: Callable[..., Tensor], labels: Callable[[int], Tensor]) -> None:

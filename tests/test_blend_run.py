@@ -214,7 +214,7 @@ def test_the_verb_from_end_to_end(runs: tuple[Path, Path], tmp_path: Path, capsy
         ("one two --out two", "'two' is not empty, and no blend's; choose another --out"),
         ("one two --out one/config.json", "'one/config.json' is a file, not a run folder"),
         ("one two --device cuda:99", "device 'cuda:99' cannot be used here"),
-        ("", "blend needs RUN"),
+        ("", "the following arguments are required: RUN"),
     ],
 )
 def test_the_verb_refuses_in_one_line(

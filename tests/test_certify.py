@@ -51,7 +51,7 @@ def test_a_plane_has_its_distance_as_radius() -> None:
     """|x_0 - 2 x_1| / 3 in linf: the margin over the l1 norm of its gradient. Bisection of [0, 2 eps] or so: the radius
     claimed is below the true one, by eps / 64 at most where that is above eps, by eps / 2^6 below it.
     """
-    found = rm.certify(make_plane(), four_images(), [0, 0, 0, 1], certifier="bounds(linf(0.05))", num_classes=2)
+    (found,) = rm.certify(make_plane(), four_images(), [0, 0, 0, 1], certifiers="bounds(linf(0.05))", num_classes=2)
     assert [row.prediction for row in found.rows] == [0, 0, 1, 0]
     true = [0.6 / 3, 0.15 / 3, 0.3 / 3, 0.06 / 3]
     for row, distance in zip(found.rows, true, strict=True):
@@ -68,7 +68,7 @@ def test_evaluate_leaves_certified_images_out(tmp_path: Path) -> None:
     """Radii 0.1, 0.0499, and two images that are wrong: at eps 0.06 one image is not attacked, and no other is."""
     x, y = four_images(), [0, 0, 0, 1]
     plane = make_plane()
-    found = rm.certify(plane, x, y, certifier="bounds(linf(0.05))", num_classes=2)
+    (found,) = rm.certify(plane, x, y, certifiers="bounds(linf(0.05))", num_classes=2)
     rm.evaluate(
         plane, x, y, attacks=["pgd(linf(0.06), steps=20)"], certified=found.radii(), out=tmp_path, num_classes=2
     )
@@ -80,7 +80,9 @@ def test_evaluate_leaves_certified_images_out(tmp_path: Path) -> None:
 
 
 def test_a_smoothed_model_is_another_model(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
-    found = rm.certify(tiny("ensemble_hard"), images(3), [0, 1, 2], certifier="smoothing(n0=8, n=16)", num_classes=4)
+    (found,) = rm.certify(
+        tiny("ensemble_hard"), images(3), [0, 1, 2], certifiers="smoothing(n0=8, n=16)", num_classes=4
+    )
     assert found.subject == "smoothed model"
     assert all(row.reachable is None and row.held is None for row in found.rows)
     with pytest.raises(UserError, match="are of the smoothed model: an attack on the model itself may leave none"):
@@ -93,7 +95,7 @@ def test_the_answer_of_an_image_is_its_own(tiny: Callable[..., RoutedModel], ima
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for spec in ("bounds(linf(0.01), how=ibp, search=2)", "smoothing(n0=8, n=16)"):
         one, five = (
-            without_time(rm.certify(model, x, y, certifier=spec, num_classes=4, batch_size=size)) for size in (1, 5)
+            without_time(rm.certify(model, x, y, certifiers=spec, num_classes=4, batch_size=size)[0]) for size in (1, 5)
         )
         for a, b in zip(one, five, strict=True):
             assert a.radius == pytest.approx(b.radius, abs=1e-9)
@@ -123,13 +125,13 @@ class Loose(Certifier):
 
 def test_no_certifier_is_trusted() -> None:
     x, y = four_images(), [0, 0, 0, 1]
-    assert len(rm.certify(make_plane(), x, y, certifier=Loose(), num_classes=2).rows) == 4
+    assert len(rm.certify(make_plane(), x, y, certifiers=Loose(), num_classes=2)[0].rows) == 4
     with pytest.raises(UserError, match="Loose gives a radius of nan; expected 0 or more"):
-        rm.certify(make_plane(), x, y, certifier=Loose(float("nan")), num_classes=2)
+        rm.certify(make_plane(), x, y, certifiers=Loose(float("nan")), num_classes=2)
     with pytest.raises(UserError, match="Loose gives 3 certificates for 4 images; expected one each"):
-        rm.certify(make_plane(), x, y, certifier=Loose(missing=1), num_classes=2)
+        rm.certify(make_plane(), x, y, certifiers=Loose(missing=1), num_classes=2)
     with pytest.raises(UserError, match="the batch size is 0, expected at least 1"):
-        rm.certify(make_plane(), x, y, certifier=Loose(), num_classes=2, batch_size=0)
+        rm.certify(make_plane(), x, y, certifiers=Loose(), num_classes=2, batch_size=0)
 
 
 # ------------------------------------------------------------------------------------------------ a run folder
@@ -163,38 +165,40 @@ def test_a_stopped_run_goes_on_and_a_longer_one_extends_it(
     with monkeypatch.context() as within:
         within.setattr(Certificates, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
-            certify_run(run, [SPEC], limit=5, batch_size=2)
+            certify_run(run, certifiers=[SPEC], limit=5, batch_size=2)
     (path,) = written
     assert path == run / "certificates" / "bounds-linf-0.002-how-ibp-search-2.json"
     (left,) = Certificates.read_all(run)
     assert (len(left.rows), left.done) == (2, False)
     asked.clear()
-    (whole,) = certify_run(run, [SPEC], limit=5, batch_size=2)
+    (whole,) = certify_run(run, certifiers=[SPEC], limit=5, batch_size=2)
     assert (asked, whole.done, Certificates.read_all(run)) == ([2, 1], True, [whole])
     asked.clear()
-    assert certify_run(run, [SPEC], limit=5, batch_size=4) == [whole], "the batch size is not part of the work"
-    assert certify_run(run, [SPEC], limit=3) == [whole], "fewer images do not throw the others away"
+    assert certify_run(run, certifiers=[SPEC], limit=5, batch_size=4) == [whole], (
+        "the batch size is not part of the work"
+    )
+    assert certify_run(run, certifiers=[SPEC], limit=3) == [whole], "fewer images do not throw the others away"
     assert asked == []
-    (longer,) = certify_run(run, [SPEC], limit=7)
+    (longer,) = certify_run(run, certifiers=[SPEC], limit=7)
     assert (asked, len(longer.rows), longer.header.n, longer.done) == ([2], 7, 7, True)
     assert longer.rows[:5] == whole.rows
     assert capsys.readouterr().err == "", "nothing was made anew"
     path.unlink()
-    (again,) = certify_run(run, [SPEC], limit=7, batch_size=3)
+    (again,) = certify_run(run, certifiers=[SPEC], limit=7, batch_size=3)
     assert without_time(again) == without_time(longer), "as if never stopped"
 
 
 def test_other_work_is_made_anew(tmp_path: Path, asked: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     run = make_trained(tmp_path / "run")
-    certify_run(run, [SPEC], limit=2)
-    certify_run(run, [SPEC], limit=2, seed=3)
+    certify_run(run, certifiers=[SPEC], limit=2)
+    certify_run(run, certifiers=[SPEC], limit=2, seed=3)
     assert "bounds-linf-0.002-how-ibp-search-2.json is of another seed; it is made anew" in capsys.readouterr().err
     model = "ensemble(linear, experts=2, router=linear, gate=straight_through)"
     save_weights(run / "model.safetensors", build_model(model, 10, (1, 8, 8), seed=5).state_dict(), model)
-    certify_run(run, [SPEC], limit=2, seed=3)
+    certify_run(run, certifiers=[SPEC], limit=2, seed=3)
     assert "is of another model hash; it is made anew" in capsys.readouterr().err
     assert asked == [2, 2, 2]
-    certify_run(run, [SPEC, "bounds(linf(0.002), how=ibp, search=1)", SPEC], limit=2, seed=3)
+    certify_run(run, certifiers=[SPEC, "bounds(linf(0.002), how=ibp, search=1)", SPEC], limit=2, seed=3)
     assert asked == [2, 2, 2, 2], "one certifier was new, and one named twice"
     assert len(list((run / "certificates").iterdir())) == 2
 

@@ -422,7 +422,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
         device="cpu",
     )
     run = training.train(small, tmp_path / "run")
-    audit = checks.check_run(run, PLAIN, limit=8, device="cpu", only=ONLY)
+    audit = checks.check_run(run, attacks=PLAIN, limit=8, device="cpu", only=ONLY)
     assert (audit.n, audit.attacks, audit.model_hash) == (8, PLAIN, checks.weights_hash(training.load_model(run)))
     found = {check.id: check for check in audit.checks}
     assert list(found) == list(checks.ALL)
@@ -431,7 +431,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert "pgd(linf(0.1), steps=3)" in found["G14"].sentence
     assert found["G7"].sentence == "not asked for"
     with pytest.raises(UserError, match="there is no check 'G77'; did you mean 'G7'"):
-        checks.check_run(run, PLAIN, only=["G77"], device="cpu")
+        checks.check_run(run, attacks=PLAIN, only=["G77"], device="cpu")
 
 
 # ------------------------------------------------------------------------------------------------ the card

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import pytest
 from robustmoe import spec, verbs
 from robustmoe.cli import main
 from robustmoe.errors import UserError
+from robustmoe.flags import parse
+from robustmoe.options import BlendOptions, EvaluateOptions
 
 RECIPE = 'model = "resnet18"\ndata = "digits"\nmethod = "standard"\nepochs = 3\n'
 
@@ -80,8 +84,9 @@ def test_help_and_version_import_nothing_heavy() -> None:
     code = (
         "import sys\n"
         "from robustmoe.cli import main\n"
+        "from robustmoe.verbs import VERBS\n"
         "assert main(['--help']) == 0 and main(['--version']) == 0\n"
-        "assert all(main([verb, '--help']) == 0 for verb in ('train', 'evaluate', 'analyze', 'report', 'list'))\n"
+        "assert all(main([verb, '--help']) == 0 for verb in VERBS) and main(['list']) == 0\n"
         "print(sorted({'torch', 'numpy', 'matplotlib', 'rich', 'scipy', 'sklearn'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
@@ -103,10 +108,27 @@ def test_help_names_every_verb(argv: list[str], capsys: pytest.CaptureFixture[st
     assert all(f"\n  {verb} " in out for verb in verbs.VERBS)
 
 
+@pytest.mark.parametrize("argv", [["--help"], *([verb, "--help"] for verb in verbs.VERBS)], ids=" ".join)
+def test_help_fits_80_columns_and_shows_an_example(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-2] == "example:"
+    assert lines[-1].startswith("  robustmoe ")
+
+
+def test_the_examples_of_help_are_commands_that_are_taken() -> None:
+    for name, verb in verbs.VERBS.items():
+        _, _, example = (inspect.getdoc(verb) or "").partition("Example: robustmoe ")
+        command, *argv = shlex.split(example)
+        assert command == name
+        parse(name, verb, argv)
+
+
 def test_help_of_train_shows_every_field_with_its_words_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "--checkpoint_every CHECKPOINT_EVERY steps between checkpoints; 0 = one at the end of each epoch" in out
+    assert "--checkpoint-every N steps between checkpoints; 0 = one at the end of each epoch (recipe default: 0)" in out
     assert "images a step, over all processes together (recipe default: 128)" in out
     assert "RECIPE a recipe file" in out
 
@@ -115,7 +137,7 @@ def test_help_of_train_shows_every_field_with_its_words_and_default(capsys: pyte
 
 
 def test_train_passes_the_recipe_with_overrides(trained: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--epochs 5 --batch-size=8 --val-limit none --augment crop_flip(padding=4) --attacks a --attacks b(1)"
+    words = "--epochs 5 --batch-size=8 --val-limit none --augment crop_flip(padding=4) --attack a --attack b(1)"
     flags = [*words.split(), "--precision", "bf16"]
     broken = ["train", "small.toml", *flags, "--model", "[not: yaml"]
     assert "model: cannot read '[not: yaml'" in refused(broken, capsys)
@@ -148,11 +170,11 @@ def test_a_worker_does_not_refuse_the_folder_the_first_process_made_and_is_silen
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("train", "train needs RECIPE; see robustmoe train --help"),
-        ("report", "report needs RUN; see robustmoe report --help"),
+        ("train", "the following arguments are required: RECIPE; see robustmoe train --help"),
+        ("report", "the following arguments are required: RUN; see robustmoe report --help"),
         ("train smal.toml", "there is no recipe 'smal.toml'; .*"),
         ("train small.toml --epoch 3", "unknown option '--epoch'; did you mean '--epochs'.*"),
-        ("train small.toml --batch-sise 3", "unknown option '--batch_sise'; did you mean '--batch_size'.*"),
+        ("train small.toml --batch-sise 3", "unknown option '--batch-sise'; did you mean '--batch-size'.*"),
         ("train small.toml --epochs x", "--epochs must be int; got 'x'"),
         ("train small.toml --threads x", "--threads must be int or None; got 'x'"),
         ("train small.toml --epochs", "argument --epochs: expected one argument; see robustmoe train --help"),
@@ -164,11 +186,11 @@ def test_a_worker_does_not_refuse_the_folder_the_first_process_made_and_is_silen
         ("evaluate small.toml", "'small.toml' is a file, not a run folder"),
         ("evaluate runs/one --attack pgd(", "cannot read 'pgd\\(': .*"),
         ("evaluate runs/one --curve 0,x", "'0,x' is not a list of numbers.*"),
-        ("evaluate runs/one --split tets", "--split must be one of 'test', 'val'; got 'tets'"),
+        ("evaluate runs/one --split tets", "--split must be one of 'test', 'val', 'train'; got 'tets'"),
         ("blend runs/one --clean high", "--clean must be float or None; got 'high'"),
         ("blend runs/one runs/two", r"there is no run folder 'runs/two'; .*"),
         ("analyze runs/one", "'runs/one' has no rows yet; robustmoe evaluate runs/one makes them"),
-        ("list atack", r"unknown kind 'atack'; did you mean 'attack'.*"),
+        ("list atack", r"unknown kind or name 'atack'; did you mean 'attack'.*"),
         ("--verbose", "unknown verb '--verbose'; .*"),
     ],
 )
@@ -189,25 +211,17 @@ def test_evaluate_passes_its_flags_and_prints_the_table(
     assert capsys.readouterr().out == "a table of 0\n"
     (args, keywords) = evaluated[0]
     assert args == (Path("runs/one"),)
-    assert keywords == {
-        "attacks": ("pgd(linf(8/255), steps=2)", "fgsm"),
-        "data": None,
-        "split": "val",
-        "limit": 5,
-        "batch_size": 3,
-        "curve": (0.0, 2 / 255),
-        "precision": "strict",
-        "seed": 0,
-        "device": "auto",
-        "out": Path("rows"),
-    }
+    options = EvaluateOptions(
+        attacks=("pgd(linf(8/255), steps=2)", "fgsm"), split="val", limit=5, batch_size=3, curve=(0.0, 2 / 255)
+    )
+    assert keywords == {"data": None, "out": Path("rows"), "options": options}
 
 
 def test_evaluate_by_default_takes_the_attacks_of_the_recipe(evaluated: Calls) -> None:
     evaluated.result = []
     assert main(["evaluate", "runs/one", "--curve", "none"]) == 0
     assert main(["evaluate", "runs/one"]) == 0
-    (none, auto) = (keywords for _, keywords in evaluated)
+    (none, auto) = (vars(keywords["options"]) for _, keywords in evaluated)
     assert (none["attacks"], none["curve"], none["batch_size"]) == ((), (), 128)
     assert auto["curve"] is None
 
@@ -226,16 +240,20 @@ def test_blend_passes_its_flags_and_prints_the_table(
     flags += ["--certifier", "bounds(l2(0.5))"]
     more = ["--limit", "5", "--batch-size", "3", "--seed", "2", "--device", "cpu", "--out", "b"]
     assert main(["blend", "runs/one", "runs/one", *flags, *more]) == 0
-    none = dict.fromkeys(("attack", "mix", "sharpen", "clean", "certified", "out"))
     assert calls == [
         (
             (Path("runs/one"),),
-            {"alphas": "0..1", "limit": 500, "batch_size": 128, "seed": 0, "device": "auto", **none},
+            {"options": BlendOptions(), "out": None},
         ),
         (
             (Path("runs/one"), Path("runs/one")),
-            {"alphas": "0, 1", "attack": "pgd(l2(0.5))", "mix": "logits", "sharpen": "nuts", "clean": 0.9,
-             "certified": "bounds(l2(0.5))", "limit": 5, "batch_size": 3, "seed": 2, "device": "cpu", "out": "b"},
+            {
+                "options": BlendOptions(
+                    alphas=(0.0, 1.0), attack="pgd(l2(0.5))", mix="logits", sharpen="nuts", clean=0.9,
+                    certifier="bounds(l2(0.5))", limit=5, batch_size=3, seed=2, device="cpu",
+                ),
+                "out": "b",
+            },
         ),
     ]  # fmt: skip
     capsys.readouterr()
@@ -261,7 +279,9 @@ def test_demo(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert capsys.readouterr().out == "report: d/report.html\n"
 
 
-def test_list_one_kind_or_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_the_kinds_one_kind_or_one_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def small(width: int = 8) -> int:
         """A small one."""
         return width
@@ -269,14 +289,21 @@ def test_list_one_kind_or_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(spec, "TABLES", {"model": lambda: {"small": small}, "data": lambda: {"digits": lambda: 0}})
     assert main(["list", "models"]) == 0
     assert capsys.readouterr().out == "models\n  small(width=8)\n      A small one.\n"
+    assert main(["list", "small"]) == 0
+    assert capsys.readouterr().out == "  small(width=8)\n      A small one.\n"
     assert main(["list"]) == 0
-    assert capsys.readouterr().out == "models\n  small(width=8)\n      A small one.\n\ndata\n  digits\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["models", "data"]
+
+
+def test_every_kind_has_its_words() -> None:
+    assert verbs.KINDS.keys() == spec.TABLES.keys()
 
 
 def test_verbs_are_plain_functions(trained: Calls) -> None:
-    assert verbs.train("small.toml", out="x", epochs=1).startswith("run folder: x\n")
+    assert verbs.train("small.toml", {"epochs": 1}, out="x").startswith("run folder: x\n")
     with pytest.raises(UserError, match="unknown field 'epoch'"):
-        verbs.train("small.toml", epoch=1)
+        verbs.train("small.toml", {"epoch": 1})
 
 
 # ---------------------------------------------------------------------------------------------- ends

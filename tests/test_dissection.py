@@ -38,6 +38,11 @@ dissection = importlib.import_module("robustmoe.evaluation.dissection")
 CORNER = "pgd(linf(0.1), steps=2, step_size=0.1)"
 
 
+def summaries_of(*given: Any, **options: Any) -> list[analysis.EvaluationSummary]:
+    """Numbers of what `evaluate` gives."""
+    return [analysis.evaluation_summary(*result) for result in evaluate(*given, **options)]
+
+
 class Corners(RoutedModel):
     """An image is its pixels p and q. Expert 0 where p <= 1/2, else expert 1, by the gap |2p - 1|. Expert 0 says class
     0 where q < 1/2, else class 1; expert 1 says the opposite. ``nan``: a router that is broken.
@@ -188,7 +193,7 @@ def test_the_same_attacks_as_an_evaluation_and_as_on_the_slim_networks(case: Cas
     found = dissect(model, x, y, attack=ATTACK, num_classes=4)
     steering = "expert_transition(linf(0.05), steps=2, seed=2)"
     specs = [ATTACK, ATTACK.replace("seed=2", "objective=experts_only, seed=2"), steering]
-    whole, held, steered = evaluate(model, x, y, attacks=specs, num_classes=4)
+    whole, held, steered = summaries_of(model, x, y, attacks=specs, num_classes=4)
     assert (found.clean, found.robust["prediction"]) == (whole.clean, whole.robust)
     assert found.routers[0].kept["prediction"] == pytest.approx(1 - whole.rerouted["router"])
     assert (found.robust["frozen"], found.frozen) == (held.robust, held.experts_exposed)
@@ -438,22 +443,22 @@ def test_a_stopped_dissection_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(dissection, "_asked", counted)
     with pytest.raises(KeyboardInterrupt):
-        dissect_run(run, attack, limit=8)
+        dissect_run(run, attack=attack, limit=8)
     left = records.Dissection.read(run)
     assert left is not None
     assert (list(left.under), left.done) == (["clean", "prediction", "frozen"], False)
     stop = False
     asked.clear()
-    whole = dissect_run(run, attack, limit=8)
+    whole = dissect_run(run, attack=attack, limit=8)
     assert asked == ["router", "steering", "margin", "flip", "residue", "expert 0", "expert 1"]
     assert records.Dissection.read(run) == whole
     assert whole.done
     assert whole.seconds > left.seconds
     asked.clear()
-    assert dissect_run(run, attack, limit=8, batch_size=3) == whole, "the batch size is not part of the work"
+    assert dissect_run(run, attack=attack, limit=8, batch_size=3) == whole, "the batch size is not part of the work"
     assert asked == []
     (run / "dissection.json").unlink()
-    assert dissect_run(run, attack, limit=8).under == whole.under, "as if never stopped"
+    assert dissect_run(run, attack=attack, limit=8).under == whole.under, "as if never stopped"
 
 
 def test_the_default_is_the_threat_of_the_run(tmp_path: Path) -> None:
@@ -491,7 +496,7 @@ def test_the_verb_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--attack", "pgd("], "cannot read 'pgd\\("),
         (["--attack", "square(linf(0.1))"], "makes its attacks from one pgd"),
         (["--limit", "0"], "the limit on images is 0"),
-        (["--limit", "some"], "--limit must be int; got 'some'"),
+        (["--limit", "some"], "--limit must be int or None; got 'some'"),
         (["--step", "3"], "unknown option '--step'"),
     ],
 )

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustmoe import records
+from robustmoe import analysis, records
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Threat, linf
 from robustmoe.attacks.base import Suite, part_noise
 from robustmoe.data import from_arrays
@@ -36,6 +36,11 @@ X = (LEVELS.float() / 10).view(-1, 1, 1, 1).repeat(1, 1, 1, 2)
 Y = torch.where(torch.arange(N) == 7, 5, LEVELS)  # image 7 shows 1 and is labelled 5: wrong from the start
 SEEN: list[tuple[str, list[int], list[int]]] = []
 """What toy attacks were shown: their name, the levels (1 a tenth of brightness) and the noise of each image."""
+
+
+def summaries_of(*given: Any, **options: Any) -> list[analysis.EvaluationSummary]:
+    """Numbers of what `evaluate` gives."""
+    return [analysis.evaluation_summary(*result) for result in evaluate(*given, **options)]
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +111,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def go(folder: Path | str, attack: Attack, batch_size: int = 4, precision: Any = "fp32", **options: Any) -> Any:
-    (one,) = evaluate(nearest, X, Y, attacks=[attack], out=folder, batch_size=batch_size, precision=precision,
+    (one,) = summaries_of(nearest, X, Y, attacks=[attack], out=folder, batch_size=batch_size, precision=precision,
                       device="cpu", **options)  # fmt: skip
     return one
 
@@ -447,7 +452,7 @@ def test_every_precision_is_judged_by_the_exact_model(
             patch.setattr(engine, "attack_batch", kept)
             judged.clear()
             folder = tmp_path / str(size)
-            (one,) = evaluate(
+            (one,) = summaries_of(
                 model, x, y, attacks=[SUITE], out=folder, batch_size=size, precision=precision, device="cpu"
             )
         assert one.robust is not None
@@ -466,7 +471,7 @@ def test_every_precision_is_judged_by_the_exact_model(
 
 
 def test_a_precision_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="precision must be strict, fast, fp32; got 'fp64'"):
+    with pytest.raises(UserError, match="precision must be one of 'strict', 'fast', 'fp32'; got 'fp64'"):
         go(tmp_path, HERD, precision="fp64")
 
 
@@ -487,7 +492,7 @@ def scenarios(out: Path) -> dict[str, Any]:
     x, model = torch.rand(13, 3, 8, 8, generator=generator), build_model(TINY, 4, (3, 8, 8), seed=0)
     with torch.no_grad():
         y = model.eval()(x).argmax(1)
-    (one,) = evaluate(model, x, y, attacks=[SUITE], out=out / "routed", batch_size=3, device="cpu")
+    (one,) = summaries_of(model, x, y, attacks=[SUITE], out=out / "routed", batch_size=3, device="cpu")
     found["routed"] = dataclasses.asdict(one)
     return found
 
@@ -578,7 +583,7 @@ def test_the_command_line_is_shared_too(launched: Path, tmp_path: Path) -> None:
     from robustmoe.evaluation import evaluate_run
 
     arguments: dict[str, Any] = {"limit": 20, "batch_size": 6, "curve": [0.05], "out": tmp_path}
-    evaluate_run(launched / "run", ["pgd(linf(0.1), steps=2)"], **arguments)
+    evaluate_run(launched / "run", attacks=["pgd(linf(0.1), steps=2)"], **arguments)
     names = sorted(file.name for file in tmp_path.glob("*.jsonl"))
     assert len(names) == 4  # two files, each with its examples
     assert sorted(file.name for file in (launched / "cli").glob("*.jsonl")) == names

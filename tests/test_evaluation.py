@@ -39,6 +39,11 @@ measuring = importlib.import_module("robustmoe.evaluation.measuring")
 EPS = 8 / 255
 
 
+def summaries_of(*given: Any, **options: Any) -> list[analysis.EvaluationSummary]:
+    """Numbers of what `evaluate` gives."""
+    return [analysis.evaluation_summary(*result) for result in evaluate(*given, **options)]
+
+
 class Toy(RoutedModel):
     """An image is its first two pixels, p and q. Expert 0 where p < 1/2, else expert 1. Expert 0 says class 0 where
     q < 1/2, else class 1; expert 1 says the opposite.
@@ -134,7 +139,7 @@ def rows_of(folder: Path) -> list[records.Evaluation]:
 
 
 def test_rows_by_hand(tmp_path: Path) -> None:
-    (one,) = evaluate(Toy(), FOUR, LABELS, attacks=[Shift(linf(0.1), 0.1, 0.1)], out=tmp_path)
+    (one,) = summaries_of(Toy(), FOUR, LABELS, attacks=[Shift(linf(0.1), 0.1, 0.1)], out=tmp_path)
     ((header, rows, checks),) = rows_of(tmp_path)
     assert (header.precision, header.batch_size, header.parts) == ("strict", 128, [])
     size = {"linf": 0.1, "l2": 0.1 * math.sqrt(2), "l1": 0.2, "box": 0.0}
@@ -168,7 +173,9 @@ def test_rows_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_has_no_exposures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (one,) = evaluate(lambda x: torch.cat([x[:, 0, 0, :1], 0.5 + 0 * x[:, 0, 0, 1:]], 1), FOUR, LABELS, out=tmp_path)
+    (one,) = summaries_of(
+        lambda x: torch.cat([x[:, 0, 0, :1], 0.5 + 0 * x[:, 0, 0, 1:]], 1), FOUR, LABELS, out=tmp_path
+    )
     assert (one.objective, one.router_exposed, one.experts_exposed, one.rerouted) == (JOINT, None, None, {})
     assert one.router_attacked is None
     ((header, rows, _),) = rows_of(tmp_path)
@@ -180,7 +187,7 @@ def test_a_logit_that_is_not_finite_is_no_right_answer() -> None:
     def broken(x: Tensor) -> Tensor:  # class 0 by its place among NaNs, were it counted
         return torch.where(x[:, 0, 0, :1] > 0.5, torch.nan, torch.tensor([[1.0, 0.0]]))
 
-    (one,) = evaluate(broken, FOUR, LABELS, attacks=[Shift(linf(0.1), 0.1, 0.0)])
+    (one,) = summaries_of(broken, FOUR, LABELS, attacks=[Shift(linf(0.1), 0.1, 0.0)])
     assert (one.clean.count, one.robust.count) == (3, 1)
     assert any(sentence.startswith("H6 outputs: the logits are not finite") for sentence in one.failed)
 
@@ -331,7 +338,7 @@ def test_a_finished_file_is_not_touched(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(engine, "attack_batch", never)
     monkeypatch.setattr(measuring.checks, "before", never)
-    (one,) = evaluate(Toy("straight"), MANY, MANY_LABELS, attacks=[PGD5], out=tmp_path)
+    (one,) = summaries_of(Toy("straight"), MANY, MANY_LABELS, attacks=[PGD5], out=tmp_path)
     assert (one.n, one.complete) == (16, True)
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
 
@@ -371,7 +378,7 @@ def test_one_writer_a_file(tmp_path: Path) -> None:
 )
 def test_a_dishonest_attack_is_caught(how: str, check: str, tmp_path: Path) -> None:
     x = pixels((0.2, 0.2), (0.98, 0.98), (0.2, 0.3))
-    (one,) = evaluate(Toy("straight"), x, torch.tensor([0, 0, 0]), attacks=[Cheat(how)], out=tmp_path)
+    (one,) = summaries_of(Toy("straight"), x, torch.tensor([0, 0, 0]), attacks=[Cheat(how)], out=tmp_path)
     assert any(sentence.startswith(check) for sentence in one.failed)
     ((header, rows, checks),) = rows_of(tmp_path)
     assert checks is not None
@@ -387,7 +394,7 @@ def test_a_dishonest_attack_is_caught(how: str, check: str, tmp_path: Path) -> N
 def test_an_attack_that_gives_something_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a tensor of shape \(1, 1, 1, 2\); expected .* \(4, 1, 1, 2\)"):
         evaluate(Toy(), FOUR, LABELS, attacks=[Short("")])
-    (one,) = evaluate(Toy(), FOUR, LABELS, attacks=[Cheat("double")])  # judged in the images' own float32
+    (one,) = summaries_of(Toy(), FOUR, LABELS, attacks=[Cheat("double")])  # judged in the images' own float32
     assert (one.clean, one.robust) == (one.robust, one.clean)
 
 
@@ -397,7 +404,7 @@ class Odd(Joint):
 
 
 def test_an_objective_of_a_new_name_says_of_itself_what_it_aims_at(tmp_path: Path) -> None:
-    (one,) = evaluate(Toy("straight"), FOUR, LABELS, attacks=[Cheat("", objective=Odd())], out=tmp_path)
+    (one,) = summaries_of(Toy("straight"), FOUR, LABELS, attacks=[Cheat("", objective=Odd())], out=tmp_path)
     (result,) = rows_of(tmp_path)
     assert result.header.objective == dataclasses.replace(JOINT, name="odd", aims_at_router=False)
     assert one.router_attacked is False
@@ -476,7 +483,7 @@ def test_a_model_that_is_none(model: nn.Module, message: str, tmp_path: Path) ->
 
 
 def test_a_model_whose_attack_cannot_climb_is_marked_or_refused() -> None:
-    blind = evaluate(lambda x: (x[:, 0, 0] > 0.5).float(), FOUR, LABELS, attacks=[PGD5])[0]
+    blind = summaries_of(lambda x: (x[:, 0, 0] > 0.5).float(), FOUR, LABELS, attacks=[PGD5])[0]
     assert blind.robust.count == 4
     assert any("G1" in sentence and "no gradient at 100 %" in sentence for sentence in blind.failed)
     with pytest.raises(UserError, match="the attack on joint stopped: the attack's loss or gradient is not finite"):
@@ -514,7 +521,7 @@ def test_a_batch_size_that_is_none(size: int, tmp_path: Path) -> None:
 def test_the_hard_route_is_a_trap_that_the_default_attacks_see(tmp_path: Path) -> None:
     """The joint attack finds nothing, since no gradient crosses the route; 8/255 is enough to change every route."""
     x, y = pixels(*[(0.4688, 0.1 * i) for i in range(8)]), torch.zeros(8, dtype=torch.int64)
-    summaries = evaluate(Trap(), x, y, out=tmp_path)
+    summaries = summaries_of(Trap(), x, y, out=tmp_path)
     assert [(one.objective, one.robust.count) for one in summaries] == [
         (JOINT, 8), (EXPERTS_ONLY, 8), (ROUTER_ONLY, 0), (ROUTING, 0),
     ]  # fmt: skip
@@ -656,7 +663,7 @@ def test_splits_have_their_own_files(tmp_path: Path) -> None:
     names = sorted(f.name for f in (run / "rows").iterdir() if "examples" not in f.name)
     assert names == ["fgsm-linf-0.1-train.jsonl", "fgsm-linf-0.1-val.jsonl", "fgsm-linf-0.1.jsonl"]
     assert {header.split for header in headers(run / "rows")} == {"test", "val", "train"}
-    with pytest.raises(UserError, match="split must be test, val, train; got 'tets'"):
+    with pytest.raises(UserError, match="split must be one of 'test', 'val', 'train'; got 'tets'"):
         evaluate_run(run, split="tets")
 
 

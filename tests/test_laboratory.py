@@ -449,20 +449,20 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(laboratory.Bench, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
-        lipschitz_run(run, ATTACK, limit=5, batch_size=2)
+        lipschitz_run(run, attack=ATTACK, limit=5, batch_size=2)
     left = records.Lipschitz.read(run)
     assert left is not None
     assert (len(left.index), left.done) == (2, False)
     stop = False
     asked.clear()
-    whole = lipschitz_run(run, ATTACK, limit=5, batch_size=2)
+    whole = lipschitz_run(run, attack=ATTACK, limit=5, batch_size=2)
     assert [len(some) for some in asked] == [2, 1], "the first two images stand"
     assert (whole.done, records.Lipschitz.read(run)) == (True, whole)
     asked.clear()
-    assert lipschitz_run(run, ATTACK, limit=5, batch_size=4) == whole, "the batch size is not part of the work"
+    assert lipschitz_run(run, attack=ATTACK, limit=5, batch_size=4) == whole, "the batch size is not part of the work"
     assert asked == []
     (run / "lipschitz.json").unlink()
-    again = lipschitz_run(run, ATTACK, limit=5, batch_size=5)
+    again = lipschitz_run(run, attack=ATTACK, limit=5, batch_size=5)
     assert again.index == whole.index
     for name, column in whole.model.items():
         assert again.model[name] == pytest.approx(column, rel=2e-3, abs=1e-4), name
@@ -472,7 +472,7 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", ["choice=slots", "choice=expert, capacity=2", "gating=soft"])
 def test_other_kinds_of_layers(kind: str, tmp_path: Path) -> None:
     """What they have not is told, and nothing else is put in its place."""
-    found = lipschitz_run(make_trained(tmp_path / "run", RUN.format(kind)), ATTACK, limit=2)
+    found = lipschitz_run(make_trained(tmp_path / "run", RUN.format(kind)), attack=ATTACK, limit=2)
     for name, layer in found.layers.items():
         assert "jump, margin and radius" in found.absent[name]
         assert not {"jump", "margin", "radius l2", "pixel radius"} & set(layer)
@@ -485,7 +485,7 @@ def test_other_kinds_of_layers(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_dense_model_has_its_own_numbers(tmp_path: Path) -> None:
-    found = lipschitz_run(make_trained(tmp_path / "run", "linear"), ATTACK, limit=3)
+    found = lipschitz_run(make_trained(tmp_path / "run", "linear"), attack=ATTACK, limit=3)
     assert (found.layers, found.done) == ({}, True)
     assert "router's part" not in found.model
     assert found.model["fall by experts"] == pytest.approx(found.model["fall"])
@@ -495,7 +495,7 @@ def test_a_dense_model_has_its_own_numbers(tmp_path: Path) -> None:
 def test_other_work_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_trained(tmp_path / "run")
     assert lipschitz_run(run, limit=1).header.attack == "pgd(linf(0.05), steps=20)", "at the threat of the run"
-    assert lipschitz_run(run, ATTACK, limit=1, seed=3).header.seed == 3
+    assert lipschitz_run(run, attack=ATTACK, limit=1, seed=3).header.seed == 3
     assert "lipschitz.json is of another attack; it is made anew" in capsys.readouterr().err
 
 

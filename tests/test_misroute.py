@@ -330,7 +330,7 @@ def test_the_four_numbers_stand_on_the_page(tmp_path: Path) -> None:
 def test_only_the_missing_answers_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file without the answers to the attack "router", and not done: the rest is not asked again."""
     run, attack = make_trained(tmp_path / "run"), "pgd(linf(0.05), steps=2)"
-    whole = dissect_run(run, attack, limit=4)
+    whole = dissect_run(run, attack=attack, limit=4)
     data = whole.to_dict()
     data["done"] = False
     del data["under"]["router"]
@@ -341,7 +341,7 @@ def test_only_the_missing_answers_are_asked(tmp_path: Path, monkeypatch: pytest.
     asked: list[Any] = []
     monkeypatch.setattr(Misroute, "perturb", _noted(asked, Misroute.perturb))
     monkeypatch.setattr(PGD, "perturb", _noted(asked, PGD.perturb))
-    again = dissect_run(run, attack, limit=4)
+    again = dissect_run(run, attack=attack, limit=4)
     assert [type(attack) for attack in asked] == [Misroute]
     assert (again.under, again.done) == (whole.under, True)
     assert list(again.under) == list(whole.under)

@@ -34,6 +34,11 @@ from test_report import Page, made, make_header, make_run
 sweeping = importlib.import_module("robustmoe.evaluation.sweeping")
 
 
+def summaries_of(*given: Any, **options: Any) -> list[analysis.EvaluationSummary]:
+    """Numbers of what `evaluate` gives."""
+    return [analysis.evaluation_summary(*result) for result in evaluate(*given, **options)]
+
+
 class Tokens(RoutedModel):
     """An image is the pixels a, b and c; b and c are its two items. An item above 1/2 goes to expert 1, which adds 0.3,
     else to expert 0, which adds nothing; below 0.1 it has no room. Class 0 where 1/2 - a + (b + c) / 100 + what the
@@ -138,7 +143,7 @@ def test_a_point_is_an_evaluation(tiny: Callable[..., RoutedModel], images: Call
     y = model(x).argmax(1)
     attack = "pgd(linf(0.05), steps=3, seed=2)"
     found = sweep(model, x, y, attacks=["pgd(linf(0.02), steps=3, seed=2)"], eps=[0.05], draws=0, num_classes=4)
-    (whole,) = evaluate(model, x, y, attacks=[attack], num_classes=4)
+    (whole,) = summaries_of(model, x, y, attacks=[attack], num_classes=4)
     (point,) = found.curves[0].points
     assert (found.clean, point.robust) == (whole.clean, whole.robust)
     assert (point.held, point.swapped) == (whole.experts_exposed, whole.router_exposed)
@@ -327,28 +332,28 @@ def test_a_stopped_sweep_goes_on_and_takes_more(
 
     monkeypatch.setattr(sweeping, "_asked", counted)
     with pytest.raises(KeyboardInterrupt):
-        sweep_run(run, [ONE, TWO], [0.05, 0.1], limit=8, draws=1)
+        sweep_run(run, attacks=[ONE, TWO], eps=[0.05, 0.1], limit=8, draws=1)
     left = records.Sweep.read(run)
     assert left is not None
     assert ([(p.attack, p.eps) for p in left.points], left.done) == ([(ONE, 0.05), (ONE, 0.1)], False)
     assert left.overrides, "the clean images come first"
     stop = False
     asked.clear()
-    whole = sweep_run(run, [ONE, TWO], [0.05, 0.1], limit=8, draws=1)
+    whole = sweep_run(run, attacks=[ONE, TWO], eps=[0.05, 0.1], limit=8, draws=1)
     assert asked == [(TWO, 0.05), (TWO, 0.1)]
     assert whole.done
     assert whole.overrides == left.overrides
     assert records.Sweep.read(run) == whole
     asked.clear()
-    assert sweep_run(run, [ONE, TWO], [0.05, 0.1], limit=8, draws=0, batch_size=3) == whole
-    more = sweep_run(run, [ONE], [0.02], limit=8, draws=1)
+    assert sweep_run(run, attacks=[ONE, TWO], eps=[0.05, 0.1], limit=8, draws=0, batch_size=3) == whole
+    more = sweep_run(run, attacks=[ONE], eps=[0.02], limit=8, draws=1)
     assert asked == [(ONE, 0.02)], "what is there is not asked again"
     assert [(p.attack, p.eps) for p in more.points][:3] == [(ONE, 0.02), (ONE, 0.05), (ONE, 0.1)]
     (run / "sweep.json").unlink()
-    again = sweep_run(run, [ONE, TWO], [0.05, 0.1], limit=8, draws=1)
+    again = sweep_run(run, attacks=[ONE, TWO], eps=[0.05, 0.1], limit=8, draws=1)
     assert (again.points, again.overrides) == (whole.points, whole.overrides), "as if never stopped"
     capsys.readouterr()
-    assert sweep_run(run, [ONE], [0.05], limit=4, draws=0).header.n == 4
+    assert sweep_run(run, attacks=[ONE], eps=[0.05], limit=4, draws=0).header.n == 4
     assert "sweep.json is of another n; it is made anew" in capsys.readouterr().err
 
 

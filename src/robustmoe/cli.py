@@ -96,9 +96,10 @@ def _help() -> str:
     verbs = "\n".join(f"  {name:10}{summary(verb)}" for name, verb in VERBS.items())
     return (
         "usage: robustmoe VERB ...\n\n"
-        "Adversarially robust Mixture-of-Experts vision models: train, attack, evaluate, report, router included.\n\n"
+        "Mixture-of-Experts vision models: train, attack, certify, report.\n\n"
         f"{verbs}\n\n"
-        "robustmoe VERB --help lists the arguments of a verb; robustmoe --version."
+        "robustmoe VERB --help lists the arguments of a verb; robustmoe --version.\n\n"
+        "example:\n  robustmoe demo"
     )
 
 

@@ -86,7 +86,7 @@ def demo(out: str | Path = "runs/demo", seed: int = 1) -> Path:
         results = evaluate_run(folder)
         note(summary_table(results))
         note(f"certifying {folder}")
-        for found in certify_run(folder, certifiers, limit=CERTIFIED):
+        for found in certify_run(folder, certifiers=certifiers, limit=CERTIFIED):
             note(f"{found.certifier}:\n{certificates_story(found, results)}")
     return report(folders, out / "report.html")
 

@@ -1,140 +1,208 @@
-"""The flags of a verb, read off its signature: names, types, help, defaults; every field of a recipe is a flag too."""
+"""The flags of a verb, read off its signature by argparse: an argument is a flag, and an argument that is a dataclass
+stands for its fields.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import inspect
-import re
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from robustmoe import recipe as recipes
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
+from robustmoe.options import Mark, hints_of, read
+from robustmoe.spec.hints import arms_of
 
 Verb = Callable[..., str]
+
+WIDTH = 80
+"""Columns of a help text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One argument of a verb: its name, annotation, help text, whether it stands without a flag, and its default."""
+    """One argument of a verb, or one field of an argument that is a dataclass (``group``: that argument's name)."""
 
     name: str
     hint: Any
     help: str
-    positional: bool = False
-    required: bool = False
-    default: Any = argparse.SUPPRESS
+    marks: tuple[Mark, ...]
+    default: Any
+    group: str = ""
+
+    @property
+    def positional(self) -> bool:
+        return Mark.POSITIONAL in self.marks
+
+    @property
+    def required(self) -> bool:
+        return self.positional and self.default is inspect.Parameter.empty
 
     @property
     def repeated(self) -> bool:
-        return typing.get_origin(self.hint) is tuple
+        """Whether it is given once for each of several things. (Several numbers are one text.)"""
+        return typing.get_origin(self.hint) is tuple and not self.numbers
 
     @property
-    def may_be_none(self) -> bool:
-        return types.NoneType in typing.get_args(self.hint)
+    def numbers(self) -> bool:
+        return any(typing.get_args(arm)[:1] == (float,) for arm in arms_of(self.hint))
+
+    @property
+    def option(self) -> str:
+        """How it is written; the flag of a list names one thing of it."""
+        name = self.name.removesuffix("s") if self.repeated else self.name
+        return name.upper() if self.positional else f"--{name.replace('_', '-')}"
+
+    @property
+    def metavar(self) -> str:
+        arms = arms_of(self.hint)
+        literals = [arm for arm in arms if typing.get_origin(arm) is typing.Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        if choices:
+            return f"{{{','.join(choices)}}}"
+        return "N" if int in arms else "X" if float in arms else "X,..." if self.numbers else "TEXT"
+
+    @property
+    def words(self) -> str:
+        """The help text, with the default where the text does not tell it."""
+        words = f"{self.help}; repeat it for more" if self.repeated and not self.positional else self.help
+        told = "default" in self.help or self.default in _UNSAID or isinstance(self.default, bool)
+        return (words if told else f"{words} (default: {_said(self.default)})").replace("%", "%%")
+
+    def read(self, text: str) -> Any:
+        """What ``text`` stands for. UserError for what the argument cannot be."""
+        arms = arms_of(self.hint)
+        if self.numbers:  # its dataclass knows the words that stand for numbers
+            return text
+        if types.NoneType in arms and text.lower() == "none":
+            return None
+        try:
+            number = int if int in arms else float if float in arms else str
+            return spec.conform(number(text), typing.get_args(self.hint)[0] if self.repeated else self.hint)
+        except (TypeError, ValueError):
+            raise UserError(f"{self.option} must be {spec.hint_text(self.hint)}; got {text!r}") from None
 
 
-def _flags(verb: Verb) -> list[Flag]:
-    """The flags of a verb: its parameters, and the fields of the recipe where it takes any."""
+_UNSAID = (None, (), inspect.Parameter.empty)
+"""Defaults that mean nothing by themselves; the help text says what happens then."""
+
+
+def _said(default: Any) -> str:
+    if not isinstance(default, tuple):
+        return str(default)
+    fractions = [f"{round(255 * number)}/255" for number in default]
+    exact = [len(text) < len(str(number)) for text, number in zip(fractions, default)]
+    return ",".join(text if short else f"{number:g}" for text, number, short in zip(fractions, default, exact))
+
+
+def flags_of(verb: Verb) -> list[Flag]:
+    """The flags of a verb: its arguments, with the fields in the place of a dataclass.
+
+    An argument ``Annotated[Mapping[str, Any], Dataclass]`` takes only those fields that were given.
+    """
     hints = typing.get_type_hints(verb, include_extras=True)
-    flags = []
+    flags: list[Flag] = []
     for name, parameter in inspect.signature(verb).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            flags += _recipe_flags()
-            continue
-        hint, words = typing.get_args(hints[name])
-        required = parameter.default is parameter.empty
-        positional = required or name in ("kind", "run", "experiments")
-        flags.append(Flag(name, hint, words, positional, required, parameter.default))
-    return flags
-
-
-def _recipe_flags() -> list[Flag]:
-    flags = []
-    for field, annotated in zip(dataclasses.fields(recipes.Recipe), recipes.field_types().values(), strict=True):
-        hint, words = typing.get_args(annotated)
-        default = "set by the recipe" if field.default is dataclasses.MISSING else f"recipe default: {field.default}"
-        flags.append(Flag(field.name, hint, f"{words} ({default})"))
-    return flags
-
-
-def _parser(name: str, verb: Verb, flags: Sequence[Flag]) -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"robustmoe {name}", description=summary(verb), exit_on_error=False)
-    for flag in flags:
-        options: dict[str, Any] = {"help": flag.help}
-        if flag.positional:
-            options |= {"metavar": _metavar(flag.name), "type": str if flag.repeated else flag.hint}
-            if flag.repeated:
-                options |= {"nargs": "+"} if flag.required else {"nargs": "*", "default": []}
-            elif not flag.required:
-                options |= {"nargs": "?", "default": None}
-            parser.add_argument(flag.name, **options)
-        elif flag.hint is bool:
-            parser.add_argument(f"--{flag.name}", action="store_true", **options)
-        elif flag.repeated:
-            parser.add_argument(f"--{flag.name}", type=str, action="append", default=argparse.SUPPRESS, **options)
+        hint = hints[name]
+        kind = typing.get_args(hint)[1] if typing.get_origin(hint) is typing.Annotated else hint
+        if dataclasses.is_dataclass(kind):
+            flags += _fields(name, kind, overrides=kind is not hint)
         else:
-            parser.add_argument(f"--{flag.name}", type=flag.hint, default=flag.default, **options)
+            plain, words, *marks = typing.get_args(hint)
+            flags.append(Flag(name, plain, words, tuple(marks), parameter.default))
+    return flags
+
+
+def _fields(group: str, kind: Any, overrides: bool) -> Iterator[Flag]:
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, hint in hints_of(kind).items():
+        plain, words, *marks = typing.get_args(hint)
+        default = defaults[name]
+        if overrides:
+            shown = "none" if default in _UNSAID else default
+            words += " (set by the recipe)" if default is dataclasses.MISSING else f" (recipe default: {shown})"
+            default = None
+        if Mark.PYTHON not in marks:
+            yield Flag(name, plain, words, tuple(marks), default, group)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with our error in the place of its exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser(name: str, verb: Verb, flags: Sequence[Flag]) -> _Parser:
+    places = [flag for flag in flags if flag.positional]
+    usage = " ".join(
+        (flag.option if flag.required else f"[{flag.option}]") + (" ..." if flag.repeated else "") for flag in places
+    )
+    about, _, example = (inspect.getdoc(verb) or "").partition("\n\nExample: ")
+    parser = _Parser(
+        prog=f"robustmoe {name}",
+        usage=" ".join(f"robustmoe {name} {usage} [OPTIONS]".split()),
+        description=textwrap.fill(" ".join(about.split()), WIDTH),
+        epilog=f"example:\n  {example}" if example else None,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=22, width=WIDTH),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for flag in flags:
+        if flag.positional:
+            many = "+" if flag.required else "*"
+            count: dict[str, Any] = {"nargs": many} if flag.repeated else {} if flag.required else {"nargs": "?"}
+            parser.add_argument(flag.name, metavar=flag.option, help=flag.words, **count)
+        elif flag.hint is bool:
+            parser.add_argument(flag.option, dest=flag.name, action="store_true", help=flag.words)
+        else:
+            action = "append" if flag.repeated else "store"
+            parser.add_argument(flag.option, dest=flag.name, action=action, metavar=flag.metavar, help=flag.words)
     return parser
 
 
-def _metavar(name: str) -> str:
-    return name.upper().removesuffix("S")
-
-
 def summary(verb: Verb) -> str:
+    """The first line of the verb's docstring."""
     return (inspect.getdoc(verb) or "").partition("\n")[0]
-
-
-def _normal(argv: Sequence[str], flags: Sequence[Flag]) -> list[str]:
-    """``argv`` with ``--batch-size`` as ``--batch_size``, "none" as jsonargparse's null; refuses unknown flags."""
-    known = {flag.name: flag for flag in flags}
-    out: list[str] = []
-    waiting: Flag | None = None  # the flag whose value comes next
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            if key not in known and key != "help":
-                names = [f"--{f.name}" for f in flags if not f.positional]
-                raise UserError(f"unknown option '--{key}'; {nearest(f'--{key}', names)}")
-            waiting = known.get(key) if not equals else None
-            out.append(f"--{key}{equals}{_null(value, known.get(key))}")
-        else:
-            out.append(_null(word, waiting))
-            waiting = None
-    return out
-
-
-def _null(value: str, flag: Flag | None) -> str:
-    return "null" if flag is not None and flag.may_be_none and value.lower() == "none" else value
 
 
 def parse(name: str, verb: Verb, argv: Sequence[str]) -> dict[str, Any]:
     """The arguments that ``argv`` gives to the verb called ``name``. Raises UserError for what it does not take."""
-    flags = _flags(verb)
-    known = {flag.name: flag for flag in flags}
-    try:
-        found = _parser(name, verb, flags).parse_args(_normal(argv, flags))
-    except argparse.ArgumentError as e:
-        raise UserError(_one_line(str(e), name, known)) from None
-    return {key: tuple(value) if known[key].repeated else value for key, value in vars(found).items()}
+    flags = flags_of(verb)
+    given, rest = _parser(name, verb, flags).parse_known_args([_dashed(word) for word in argv])
+    if rest:
+        options = [flag.option for flag in flags if not flag.positional]
+        unknown = next((word.partition("=")[0] for word in rest if word.startswith("--")), None)
+        if unknown is not None:
+            raise UserError(f"unknown option {unknown!r}; {nearest(unknown, options)}")
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see robustmoe {name} --help")
+    values = {flag.name: _read(flag, getattr(given, flag.name)) for flag in flags if hasattr(given, flag.name)}
+    return _grouped(verb, flags, values)
 
 
-def _one_line(message: str, name: str, known: dict[str, Flag]) -> str:
-    """What jsonargparse says, in our words."""
-    wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)\Z', message, re.DOTALL)
-    if wrong and wrong[1] in known:
-        flag = known[wrong[1]]
-        hint = spec.hint_text(flag.hint)
-        return f"{'' if flag.positional else '--'}{flag.name} must be {hint}; got {wrong[2]!r}"
-    missing = re.match(r"the following arguments are required: (.*)", message)
-    if missing:
-        return f"{name} needs {_metavar(missing[1])}; see robustmoe {name} --help"
-    return f"{message[:1].lower()}{message[1:]}; see robustmoe {name} --help"
+def _dashed(word: str) -> str:
+    """``--batch_size=8`` as ``--batch-size=8``."""
+    option, equals, value = word.partition("=")
+    return f"{option.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _read(flag: Flag, given: Any) -> Any:
+    if isinstance(given, list):
+        return tuple(flag.read(text) for text in given)
+    return given if isinstance(given, bool) else flag.read(given)
+
+
+def _grouped(verb: Verb, flags: Sequence[Flag], values: dict[str, Any]) -> dict[str, Any]:
+    """The values by argument of the verb: those of a dataclass's fields as the dataclass, or the dict, asked for."""
+    groups = {flag.name: flag.group for flag in flags}
+    arguments = {name: value for name, value in values.items() if not groups[name]}
+    hints = typing.get_type_hints(verb)
+    for group in dict.fromkeys(group for group in groups.values() if group):
+        fields = {name: value for name, value in values.items() if groups[name] == group}
+        arguments[group] = read(hints[group], fields) if dataclasses.is_dataclass(hints[group]) else fields
+    return arguments

@@ -21,6 +21,7 @@ from robustmoe.attacks import AutoAttack, Threat, l2, linf
 from robustmoe.data import DATASETS, Data
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import as_routed
+from robustmoe.options import EvaluateOptions
 from robustmoe.progress import note
 from robustmoe.records import Evaluation
 from robustmoe.records.files import explained
@@ -137,23 +138,14 @@ def benchmark(
         raise UserError("to_disk is refused for imagenet: these are not the 5,000 images of RobustBench's list")
     if aa_state_path is not None and Path(aa_state_path).is_file():
         raise UserError(f"aa_state_path is a folder of rows here; {str(aa_state_path)!r} is a file, so give another")
-    from robustmoe.evaluation import evaluate, slug
+    from robustmoe.evaluation import evaluate
 
     data, attack = _data(dataset, data_dir), AutoAttack(threat)
     where = str(device or _place(model) if isinstance(model, nn.Module) else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(aa_state_path or scratch)
-        evaluate(
-            model,
-            data,
-            attacks=[attack],
-            batch_size=batch_size,
-            limit=n_examples,
-            out=out,
-            device=where,
-            about={"model": model_name or type(model).__name__, "classes": list(data.classes)},
-        )
-        result = records.read(out / f"{slug(attack)}.jsonl")
+        options = EvaluateOptions(attacks=(attack,), batch_size=batch_size, limit=n_examples, device=where, curve=())
+        (result,) = evaluate(model, data, options=options, name=model_name, out=out)
     for sentence in _doubts([result]):
         note(f"do not quote this number: {sentence}")
     if log_path is not None:

@@ -52,9 +52,7 @@ class Recipe:
     checkpoint_every: Annotated[int, "steps between checkpoints; 0 = one at the end of each epoch"] = 0
     device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto"
     threads: Annotated[int | None, "CPU threads; none = what torch takes"] = None
-    attacks: Annotated[
-        tuple[str, ...], "what `robustmoe evaluate` runs by default (on the command line: repeat it)"
-    ] = ()
+    attacks: Annotated[tuple[str, ...], "an attack that `robustmoe evaluate` runs by default"] = ()
     max_steps: Annotated[int | None, "stop after this many steps (for a smoke run)"] = None
 
     def __post_init__(self) -> None:

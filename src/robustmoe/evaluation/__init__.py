@@ -6,7 +6,7 @@ from robustmoe.evaluation.blending import blend, blend_run
 from robustmoe.evaluation.certifying import certify, certify_run
 from robustmoe.evaluation.dissection import dissect, dissect_run
 from robustmoe.evaluation.laboratory import lipschitz_run, measure_lipschitz
-from robustmoe.evaluation.measuring import evaluate, evaluate_model, evaluate_run, measure, slug
+from robustmoe.evaluation.measuring import evaluate, evaluate_run, measure, slug
 from robustmoe.evaluation.sweeping import sweep, sweep_run
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "dissect",
     "dissect_run",
     "evaluate",
-    "evaluate_model",
     "evaluate_run",
     "lipschitz_run",
     "measure",

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustmoe import spec as specs
 from robustmoe.attacks import (
     PGD,
     Attack,
@@ -38,7 +37,6 @@ from robustmoe.progress import progress
 from robustmoe.records import Blend
 from robustmoe.routing import Trace
 
-ALPHAS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 STANDING, WRONG = -1, -2
 """In the place of an attack that broke an image: none did; none was needed."""
 
@@ -47,20 +45,6 @@ HALVES = {"standard half": "standard", "robust half": "robust"}
 """Attacks that climb one half alone: which."""
 
 Margins = Mapping[int, float] | Sequence[float] | Tensor
-
-
-def alphas_of(alphas: str | Sequence[float]) -> tuple[float, ...]:
-    """The alphas, rising, each once: numbers from 0 to 1, or a text of them ("0, 0.5, 1"); "0..1" is `ALPHAS`."""
-    if isinstance(alphas, str):
-        alphas = ALPHAS if alphas.replace(" ", "") == "0..1" else specs.numbers(alphas)
-    for alpha in alphas:
-        if not 0 <= alpha <= 1:
-            raise UserError(
-                f"{alpha:g} is no alpha; expected shares of the robust half, from 0 (standard) to 1 (robust)"
-            )
-    if not len(alphas):
-        raise UserError("there is no alpha; expected at least one, such as 0..1 or 0,0.5,1")
-    return tuple(sorted({float(alpha) for alpha in alphas}))
 
 
 # ------------------------------------------------------------------------------------------------ what is attacked

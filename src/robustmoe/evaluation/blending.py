@@ -20,17 +20,15 @@ from torch import Tensor
 from robustmoe import distributed, provenance, records
 from robustmoe import spec as specs
 from robustmoe.attacks import PGD, Attack, linf
-from robustmoe.certification import Certifier, build_certifier
+from robustmoe.certification import build_certifier
 from robustmoe.data import Data, ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.evaluation import engine
 from robustmoe.evaluation.alphas import (
     STANDING,
     WRONG,
-    Margins,
     State,
     Work,
-    alphas_of,
     at,
     attack_alpha,
     attacks_at,
@@ -44,85 +42,61 @@ from robustmoe.evaluation.alphas import (
 )
 from robustmoe.evaluation.choosing import pgd_on_the_whole, seeded, threat_of
 from robustmoe.evaluation.halves import Halves, halves_of, out_of, write_run
-from robustmoe.evaluation.measuring import BATCH, borrowed, first_look, header_of, images_of
+from robustmoe.evaluation.measuring import borrowed, first_look, header_of, images_of
 from robustmoe.models import DualModel, Sharpening
 from robustmoe.models.base import Output, as_routed
-from robustmoe.models.dual import Mix
+from robustmoe.options import BlendOptions, takes
 from robustmoe.progress import note, progress
 from robustmoe.records import Blend
 from robustmoe.training.checkpoint import read_weights, save_weights
 
-LIMIT, STEPS = 500, 20
-"""Images, and steps of each attack, unless told."""
+STEPS = 20
+"""Steps of each attack, unless told."""
 
 
 # ------------------------------------------------------------------------------------------------ public functions
 
 
+@takes(BlendOptions, limit=None)
 def blend(
     standard: Callable[[Tensor], Tensor],
     robust: Callable[[Tensor], Tensor],
     x: Tensor | np.ndarray | ImageSet | Data,
     y: Tensor | np.ndarray | list[int] | None = None,
     *,
-    alphas: str | Sequence[float] = "0..1",
-    attack: str | Attack | None = None,
-    mix: Mix = "probabilities",
-    sharpen: str | Sharpening | None = None,
-    clean: float | None = None,
+    options: BlendOptions,
     val: ImageSet | None = None,
-    certified: Margins | str | Certifier | None = None,
     num_classes: int | None = None,
-    batch_size: int = BATCH,
-    limit: int | None = None,
-    device: str = "auto",
 ) -> Blend:
     """The curve over alpha of two models in hand, each alpha attacked adaptively: see `Blend`, and
     `analysis.alpha_curve` for numbers.
 
     ``standard``, ``robust``: `RoutedModel`s or callables from images to logits (n, c). ``x``, ``y``: images
     (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split; its val split is then
-    ``val``). ``alphas``: the robust half's shares in [0, 1]; "0..1" is `ALPHAS`. ``attack``: a `PGD` on the whole
-    model, from which the others are made (PGD-20 at linf 8/255). ``mix``, ``sharpen``: see `DualModel`. ``clean``: the
-    clean accuracy wanted on ``val``; the largest alpha that has it is chosen.
+    ``val``). ``attack`` is by default PGD-20 at linf 8/255. ``mix``, ``sharpen``: see `DualModel`.
 
-    ``certified``: a certifier of the attacked ball, such as "bounds(linf(2/255), search=0)", which then bounds both
-    halves at every alpha (P8 of docs/certification.md); or for each image, (n,) or {index: margin}, a lower bound over
-    the whole ball of the robust half's probability of its class minus that of any other, by a certifier that the caller
-    answers for; of the sharpened half where there is ``sharpen``. A blend of probabilities is proven where it exceeds
-    (1 - alpha) / alpha, whatever the standard half is (Bai et al., arXiv 2301.12554). UserError if an attack breaks a
-    proven image: one of the two is wrong. Both models keep their modes and devices.
+    A ``certifier`` of the attacked ball bounds both halves at every alpha (P8 of docs/certification.md). ``margins``
+    are of the sharpened half where there is ``sharpen``; a blend of probabilities is proven where an image's margin
+    exceeds (1 - alpha) / alpha, whatever the standard half is (Bai et al., arXiv 2301.12554). UserError if an attack
+    breaks a proven image: one of the two is wrong. Both models keep their modes and devices.
     """
-    sharpening: Sharpening | None = specs.build(sharpen, "sharpening") if isinstance(sharpen, str) else sharpen
-    base = pgd_on_the_whole(attack, PGD(linf(8 / 255), steps=STEPS), "a blend")
-    _check_clean(clean)
-    where = distributed.local_device(provenance.pick_device(device))
+    base = seeded(pgd_on_the_whole(options.attack, PGD(linf(8 / 255), steps=STEPS), "a blend"), options.seed)
+    where = distributed.local_device(provenance.pick_device(options.device))
+    mix, sharpening = options.mix or "probabilities", _sharpening(options)
     dual = DualModel(as_routed(standard), as_routed(robust), mix=mix, sharpen=sharpening)
     names = [type(model).__name__ for model in (standard, robust)]
     about = {"run": "", "model": f"dual({', '.join(names)})", "split": "test"}
     about["data"] = x.name if isinstance(x, Data) else "arrays"
     val = x.val if isinstance(x, Data) and val is None else val
-    images = images_of(x, y, num_classes).head(limit)
+    images = images_of(x, y, num_classes).head(options.limit)
     with borrowed(dual, where):
-        work = Work(dual, images, base, alphas_of(alphas), where, batch_size)
-        return _curve(work, names, about, val, clean, certified)
+        work = Work(dual, images, base, options.alphas, where, options.batch_size)
+        return _curve(work, names, about, val, options)
 
 
+@takes(BlendOptions)
 def blend_run(
-    standard: str | Path,
-    robust: str | Path | None = None,
-    *,
-    alphas: str | Sequence[float] = "0..1",
-    attack: str | None = None,
-    mix: Mix | None = None,
-    sharpen: str | None = None,
-    clean: float | None = None,
-    certified: Margins | str | Certifier | None = None,
-    limit: int | None = LIMIT,
-    batch_size: int = BATCH,
-    seed: int = 0,
-    device: str = "auto",
-    out: str | Path | None = None,
+    standard: str | Path, robust: str | Path | None = None, *, options: BlendOptions, out: str | Path | None = None
 ) -> Blend:
     """The curve over alpha of the models of two run folders, or of the halves of one run of a dual model, on the first
     ``limit`` test images; alpha is chosen on the whole validation split. The rest: see `blend`.
@@ -134,14 +108,12 @@ def blend_run(
     spec gives one.
     """
     runs = [Path(run) for run in (standard, robust) if run is not None]
-    shares = alphas_of(alphas)
-    _check_clean(clean)
-    halves = halves_of(runs, mix, None if sharpen is None else specs.build(sharpen, "sharpening"))
+    shares = options.alphas
+    halves = halves_of(runs, options.mix, _sharpening(options))
     folder = out_of(runs, out)
     default = PGD(threat_of(halves.config), steps=STEPS)
-    base = seeded(pgd_on_the_whole(attack, default, "a blend"), seed)
-    assert isinstance(base, PGD)
-    where = distributed.local_device(provenance.pick_device(device))
+    base = seeded(pgd_on_the_whole(options.attack, default, "a blend"), options.seed)
+    where = distributed.local_device(provenance.pick_device(options.device))
     data: Data = specs.build(halves.config["data"], "data")
     about = {
         "run": str(folder),
@@ -151,14 +123,14 @@ def blend_run(
         "method": halves.config.get("method"),
         "classes": list(data.classes),
     }
-    work = Work(halves.build(where), data.test.head(limit), base, shares, where, batch_size)
+    work = Work(halves.build(where), data.test.head(options.limit), base, shares, where, options.batch_size)
     place = _Place(folder, halves, data.classes)
-    return _curve(work, [halves.standard, halves.robust], about, data.val, clean, certified, place)
+    return _curve(work, [halves.standard, halves.robust], about, data.val, options, place)
 
 
-def _check_clean(clean: float | None) -> None:
-    if clean is not None and not 0 <= clean <= 1:
-        raise UserError(f"the clean accuracy wanted is {clean:g}, expected a share from 0 to 1, such as 0.9")
+def _sharpening(options: BlendOptions) -> Sharpening | None:
+    built: Sharpening | None = options.sharpen
+    return specs.build(options.sharpen, "sharpening") if isinstance(options.sharpen, str) else built
 
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -210,24 +182,21 @@ def _curve(
     names: Sequence[str],
     about: dict[str, Any],
     val: ImageSet | None,
-    clean: float | None,
-    certified: Margins | str | Certifier | None,
+    options: BlendOptions,
     place: _Place | None = None,
 ) -> Blend:
     """All alphas; what stands in the folder's file is not done again. The model is on the device."""
     clock = time.monotonic()
-    if work.batch_size < 1:
-        raise UserError(f"the batch size is {work.batch_size}, expected at least 1")
-    if clean is not None and val is None:
+    if options.clean is not None and val is None:
         raise UserError("alpha is chosen on validation images, and there are none; expected val beside clean")
     outputs = _first_looks(work)
     attacks = [attacks_at(work, alpha, output.trace) for alpha, output in zip(work.alphas, outputs)]
     fresh = _nothing_yet(work, names, about, attacks)
-    certifier = build_certifier(certified) if isinstance(certified, str | Certifier) else None
-    bounds = None if certified is None or isinstance(certified, str | Certifier) else bounds_of(work, certified)
+    certifier = None if options.certifier is None else build_certifier(options.certifier)
+    bounds = None if options.margins is None else bounds_of(work, options.margins)
     state = None if place is None else place.taken_up(fresh)
     state = state or State(_untouched(work, fresh, val))
-    state.found = _chosen(replace(state.found, wanted=clean))
+    state.found = _chosen(replace(state.found, wanted=options.clean))
     if bounds is not None:
         state.found = replace(state.found, certified=certified_by(work, state.found, bounds))
     if certifier is not None:

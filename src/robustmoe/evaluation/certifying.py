@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from robustmoe import analysis, distributed, provenance, records
 from robustmoe import spec as specs
+from robustmoe.attacks import linf
 from robustmoe.certification import Bounds, Certificate, Certifier, build_certifier
 from robustmoe.data import Batch, Data, ImageSet, batches
 from robustmoe.errors import UserError
@@ -24,50 +25,38 @@ from robustmoe.evaluation.measuring import borrowed, first_look, headed, images_
 from robustmoe.evaluation.precision import in_float32
 from robustmoe.models.base import RoutedModel, as_routed
 from robustmoe.noise import Noise
+from robustmoe.options import CertifyOptions, takes
 from robustmoe.progress import note, progress
 from robustmoe.records import Certificates, Header, Proof
 from robustmoe.training.checkpoint import load_model, read_config
 
-LIMIT, BATCH = 500, 32
-"""Images, and images at a time, unless told."""
 
-
+@takes(CertifyOptions, limit=None)
 def certify(
     model: Callable[[Tensor], Tensor],
     x: Tensor | np.ndarray | ImageSet | Data,
     y: Tensor | np.ndarray | list[int] | None = None,
     *,
-    certifier: str | Certifier,
+    options: CertifyOptions,
     num_classes: int | None = None,
-    batch_size: int = BATCH,
-    limit: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-) -> Certificates:
-    """What ``certifier`` ("bounds(linf(2/255))", "smoothing(sigma=0.25)") proves of a model on images (n, ch, h, w) in
-    [0, 1] with labels (n), or on a data set of the project (its test split).
+) -> list[Certificates]:
+    """What each certifier ("bounds(linf(2/255))", "smoothing(sigma=0.25)") proves of a model on images (n, ch, h, w) in
+    [0, 1] with labels (n), or on a data set of the project (its test split); by default bounds at linf 8/255.
 
     ``model``: a `RoutedModel`, or any callable from images to logits (n, c), which counts as one network without a
-    router. ``seed``: of every random draw. ``.radii()`` of the result is what `evaluate` takes as ``certified``;
-    `robustmoe.analysis.certificates_summary` makes numbers of it. Weights in half precision are certified in a float32
-    copy. The model keeps its modes and device. Raises UserError for a model that the certifier cannot bound, and
-    where `evaluate` does.
+    router. ``.radii()`` of a result is what `evaluate` takes as ``certified``; `analysis.certificates_summary`
+    makes numbers of it. Weights in half precision are certified in a float32 copy. The model keeps its modes and
+    device. Raises UserError for a model that the certifier cannot bound, and where `evaluate` does.
     """
-    built = build_certifier(certifier)
-    routed, where = in_float32(as_routed(model)), distributed.local_device(provenance.pick_device(device))
-    images = images_of(x, y, num_classes).head(limit)
+    chosen = [build_certifier(each) for each in options.certifiers] or [Bounds(linf(8 / 255))]
+    routed, where = in_float32(as_routed(model)), distributed.local_device(provenance.pick_device(options.device))
+    images, about = images_of(x, y, num_classes).head(options.limit), about_images(model, x)
     with borrowed(routed, where):
-        return Work(routed, built, about_images(model, x), where, batch_size, seed).on(images)
+        return [Work(routed, each, about, where, options).on(images) for each in dict.fromkeys(chosen)]
 
 
-def certify_run(
-    run: str | Path,
-    certifiers: Sequence[str | Certifier] = (),
-    limit: int | None = LIMIT,
-    batch_size: int = BATCH,
-    seed: int = 0,
-    device: str = "auto",
-) -> list[Certificates]:
+@takes(CertifyOptions)
+def certify_run(run: str | Path, *, options: CertifyOptions) -> list[Certificates]:
     """Certify the model of a run folder on its first ``limit`` test images, with each certifier; writes
     ``RUN/certificates``, one file a certifier, after each batch. A rerun goes on with the images that are missing.
 
@@ -77,15 +66,15 @@ def certify_run(
     """
     run = Path(run)
     config = read_config(run)
-    chosen = [build_certifier(each) for each in certifiers] or [_usual(config)]
-    where = distributed.local_device(provenance.pick_device(device))
+    chosen = [build_certifier(each) for each in options.certifiers] or [_usual(config)]
+    where = distributed.local_device(provenance.pick_device(options.device))
     model = in_float32(load_model(run, where)).eval()
     data: Data = specs.build(config["data"], "data")
     about = about_run(run, config, data)
     found = []
     for certifier in dict.fromkeys(chosen):
-        work = Work(model, certifier, about, where, batch_size, seed)
-        found.append(work.on(data.test.head(limit), run, data.test))
+        work = Work(model, certifier, about, where, options)
+        found.append(work.on(data.test.head(options.limit), run, data.test))
     for one in found:
         believe(one, run)
     return found
@@ -124,13 +113,10 @@ class Work:
         certifier: Certifier,
         about: dict[str, Any],
         device: torch.device,
-        batch_size: int,
-        seed: int,
+        options: CertifyOptions,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"the batch size is {batch_size}, expected at least 1")
-        self.model, self.certifier, self.about = model, certifier, about
-        self.device, self.batch_size, self.seed = device, batch_size, seed
+        self.model, self.certifier, self.about, self.device = model, certifier, about, device
+        self.batch_size, self.seed = options.batch_size, options.seed
 
     def header(self, images: ImageSet) -> Header:
         return headed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from robustmoe import spec as specs
 from robustmoe.attacks import (
@@ -29,6 +29,8 @@ from robustmoe.errors import UserError
 from robustmoe.progress import note
 from robustmoe.records import file_stem
 from robustmoe.routing import Trace
+
+Kind = TypeVar("Kind", bound=Attack)
 
 CURVE = (0.25, 0.5, 1.5, 2.0)
 """Radii of the accuracy curve, as multiples of the attack's own, unless told."""
@@ -83,9 +85,9 @@ def pgd_on_the_whole(attack: str | Attack | None, default: PGD, what: str) -> PG
     return built
 
 
-def seeded(attack: Attack, seed: int) -> Attack:
-    """With ``seed``, unless its spec gives one of its own."""
-    return attack if attack.seed else changed(attack, seed=seed)
+def seeded(attack: Kind, seed: int) -> Kind:
+    """Returns the attack with ``seed``, unless its spec gives one of its own."""
+    return attack if attack.seed else changed(attack, seed=seed)  # type: ignore[return-value]
 
 
 def threat_of(config: dict[str, Any]) -> Threat:

@@ -45,18 +45,19 @@ from robustmoe.evaluation import engine
 from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, look, predictions, routes
 from robustmoe.evaluation.choosing import pgd_on_the_whole, seeded, threat_of
 from robustmoe.evaluation.folders import about_images, about_run, taken_up
-from robustmoe.evaluation.measuring import BATCH, PROBE, borrowed, first_look, header_of, images_of
+from robustmoe.evaluation.measuring import PROBE, borrowed, first_look, header_of, images_of
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.noise import Noise
+from robustmoe.options import DissectOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Answers, Dissection, Header
 from robustmoe.records.dissection import CLEAN
 from robustmoe.routing import Routing, Trace, detach, rerouted, to_expert
 from robustmoe.training.checkpoint import load_model, read_config
 
-LIMIT, STEPS = 500, 20
-"""Images, and steps of each attack, unless told."""
+STEPS = 20
+"""Steps of each attack, unless told."""
 
 
 # ------------------------------------------------------------------------------------------------ what is climbed
@@ -180,16 +181,14 @@ def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
 # ------------------------------------------------------------------------------------------------ the public functions
 
 
+@takes(DissectOptions, limit=None)
 def dissect(
     model: Callable[[Tensor], Tensor],
     x: Tensor | np.ndarray | ImageSet | Data,
     y: Tensor | np.ndarray | list[int] | None = None,
     *,
-    attack: str | Attack | None = None,
+    options: DissectOptions,
     num_classes: int | None = None,
-    batch_size: int = BATCH,
-    limit: int | None = None,
-    device: str = "auto",
 ) -> analysis.DissectionSummary:
     """Take a routed model apart: how well its router keeps the route, and its experts the label, each attacked alone.
 
@@ -198,22 +197,16 @@ def dissect(
     linf 8/255. The model is judged by itself, in its own precision; a frozen copy is climbed. It keeps its modes and
     device. Raises UserError for a model without a router, and where `evaluate` does.
     """
-    base = pgd_on_the_whole(attack, PGD(linf(8 / 255), steps=STEPS), "a dissection")
-    routed, where = as_routed(model), distributed.local_device(provenance.pick_device(device))
-    images = images_of(x, y, num_classes).head(limit)
+    base = seeded(pgd_on_the_whole(options.attack, PGD(linf(8 / 255), steps=STEPS), "a dissection"), options.seed)
+    routed, where = as_routed(model), distributed.local_device(provenance.pick_device(options.device))
+    images = images_of(x, y, num_classes).head(options.limit)
     about = about_images(model, x)
     with borrowed(routed, where):
-        return analysis.dissection_summary(_dissected(routed, images, base, about, where, batch_size))
+        return analysis.dissection_summary(_dissected(routed, images, base, about, where, options.batch_size))
 
 
-def dissect_run(
-    run: str | Path,
-    attack: str | None = None,
-    limit: int | None = LIMIT,
-    batch_size: int = BATCH,
-    seed: int = 0,
-    device: str = "auto",
-) -> Dissection:
+@takes(DissectOptions)
+def dissect_run(run: str | Path, *, options: DissectOptions) -> Dissection:
     """Take the model of a run folder apart on its first ``limit`` test images; writes ``RUN/dissection.json`` after
     each attack, and a rerun goes on with the attacks that are missing.
 
@@ -222,13 +215,13 @@ def dissect_run(
     """
     run = Path(run)
     config = read_config(run)
-    base = seeded(pgd_on_the_whole(attack, PGD(threat_of(config), steps=STEPS), "a dissection"), seed)
-    assert isinstance(base, PGD)
-    where = distributed.local_device(provenance.pick_device(device))
+    default = PGD(threat_of(config), steps=STEPS)
+    base = seeded(pgd_on_the_whole(options.attack, default, "a dissection"), options.seed)
+    where = distributed.local_device(provenance.pick_device(options.device))
     model = load_model(run, where)
     data: Data = specs.build(config["data"], "data")
     about = about_run(run, config, data)
-    return _dissected(model, data.test.head(limit), base, about, where, batch_size, run)
+    return _dissected(model, data.test.head(options.limit), base, about, where, options.batch_size, run)
 
 
 # ------------------------------------------------------------------------------------------------ the work
@@ -244,8 +237,6 @@ def _dissected(
     folder: Path | None = None,
 ) -> Dissection:
     """All questions; those that stand in the folder's file are not asked again. The model is on the device."""
-    if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}, expected at least 1")
     output = _routed(first_look(model.eval(), images, device))
     plan = engine.plan(base, output, images)
     header = header_of(model, images, base, plan, device, batch_size, about, "main", "strict")

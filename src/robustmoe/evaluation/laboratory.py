@@ -34,13 +34,14 @@ from robustmoe.lipschitz.parts import expert_bound
 from robustmoe.lipschitz.quantities import Found, of_layer, of_model, of_networks, of_pixels, within
 from robustmoe.models.base import RoutedModel, as_routed
 from robustmoe.noise import Noise
+from robustmoe.options import LipschitzOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Header, Lipschitz
 from robustmoe.records.lipschitz import MULTIPLES
 from robustmoe.training.checkpoint import load_model, read_config
 
-LIMIT, BATCH, STEPS = 64, 32, 20
-"""Images, images at a time, and steps of every iteration (attack, stretch, power iteration), unless told."""
+STEPS = 20
+"""Steps of every iteration (attack, stretch, power iteration), unless told."""
 
 WHOLE_CLASSES = 64
 """Classes up to which the model's Jacobian is written out (a backward pass a class), and its norm is exact."""
@@ -54,16 +55,14 @@ T = TypeVar("T")
 # ------------------------------------------------------------------------------------------------ the public functions
 
 
+@takes(LipschitzOptions)
 def measure_lipschitz(
     model: Callable[[Tensor], Tensor],
     x: Tensor | np.ndarray | ImageSet | Data,
     y: Tensor | np.ndarray | list[int] | None = None,
     *,
-    attack: str | Attack | None = None,
+    options: LipschitzOptions,
     num_classes: int | None = None,
-    batch_size: int = BATCH,
-    limit: int | None = LIMIT,
-    device: str = "auto",
 ) -> analysis.LipschitzSummary:
     """How much a model can move, and through which of its parts, on images (n, ch, h, w) in [0, 1] with labels (n), or
     on a data set of the project (its test split).
@@ -72,22 +71,17 @@ def measure_lipschitz(
     A dense model has the numbers of the whole model alone. Weights in half precision are measured in a float32 copy.
     The model keeps its modes and device. Raises UserError where `evaluate` does.
     """
-    base = PGD(linf(8 / 255), steps=STEPS) if attack is None else build_attack(attack)
-    routed, where = in_float32(as_routed(model)), distributed.local_device(provenance.pick_device(device))
-    images = images_of(x, y, num_classes).head(limit)
+    base = PGD(linf(8 / 255), steps=STEPS) if options.attack is None else build_attack(options.attack)
+    base = seeded(base, options.seed)
+    routed, where = in_float32(as_routed(model)), distributed.local_device(provenance.pick_device(options.device))
+    images = images_of(x, y, num_classes).head(options.limit)
     about = about_images(model, x)
     with borrowed(routed, where):
-        return analysis.lipschitz_summary(_measured(routed, images, base, about, where, batch_size))
+        return analysis.lipschitz_summary(_measured(routed, images, base, about, where, options.batch_size))
 
 
-def lipschitz_run(
-    run: str | Path,
-    attack: str | None = None,
-    limit: int | None = LIMIT,
-    batch_size: int = BATCH,
-    seed: int = 0,
-    device: str = "auto",
-) -> Lipschitz:
+@takes(LipschitzOptions)
+def lipschitz_run(run: str | Path, *, options: LipschitzOptions) -> Lipschitz:
     """Measure the model of a run folder on its first ``limit`` test images; writes ``RUN/lipschitz.json`` after each
     batch, and a rerun goes on with the images that are missing.
 
@@ -96,12 +90,13 @@ def lipschitz_run(
     """
     run = Path(run)
     config = read_config(run)
-    base = seeded(PGD(threat_of(config), steps=STEPS) if attack is None else build_attack(attack), seed)
-    where = distributed.local_device(provenance.pick_device(device))
+    base = PGD(threat_of(config), steps=STEPS) if options.attack is None else build_attack(options.attack)
+    base = seeded(base, options.seed)
+    where = distributed.local_device(provenance.pick_device(options.device))
     model = in_float32(load_model(run, where))
     data: Data = specs.build(config["data"], "data")
     about = about_run(run, config, data)
-    return _measured(model, data.test.head(limit), base, about, where, batch_size, run)
+    return _measured(model, data.test.head(options.limit), base, about, where, options.batch_size, run)
 
 
 # ------------------------------------------------------------------------------------------------ the work
@@ -117,8 +112,6 @@ def _measured(
     folder: Path | None = None,
 ) -> Lipschitz:
     """All images; those that stand in the folder's file are not measured again. The model is on the device."""
-    if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}, expected at least 1")
     if not attack.threat.eps > 0:
         raise UserError(f"the attack has eps {attack.threat.eps:g}; expected a ball of a radius above 0")
     output = first_look(model.eval(), images, device)

@@ -9,7 +9,8 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from robustmoe import distributed, provenance
 from robustmoe import spec as specs
-from robustmoe.analysis import EvaluationSummary, evaluation_summary, robust
+from robustmoe.analysis import robust
 from robustmoe.attacks import (
     Attack,
     Surrogate,
@@ -34,98 +35,70 @@ from robustmoe.evaluation import checks, engine
 from robustmoe.evaluation.choosing import attacks_for, one_norm, radii_of, seeded, slug, threat_of, written
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models.base import Output, RoutedModel, as_routed
-from robustmoe.records import PRECISIONS, Check, Evaluation, Header, ObjectiveInfo, RouterInfo, Writer, examples_path
+from robustmoe.options import EvaluateOptions, takes
+from robustmoe.records import Check, Evaluation, Header, ObjectiveInfo, RouterInfo, Writer, examples_path
 from robustmoe.routing import Tape
 from robustmoe.training.checkpoint import load_model, read_config
 
-SPLITS = ("test", "val", "train")
 PROBE = 32
 """Images the checks of a model look at."""
 
 CURVE_LIMIT = 256
-BATCH = 128
 
 
+@takes(EvaluateOptions, curve=())
 def evaluate(
     model: Callable[[Tensor], Tensor],
-    x: Tensor | np.ndarray | ImageSet | Data,
+    x: Tensor | np.ndarray | ImageSet | Data | str,
     y: Tensor | np.ndarray | list[int] | None = None,
     *,
-    attacks: Sequence[str | Attack] = (),
+    options: EvaluateOptions,
     num_classes: int | None = None,
-    batch_size: int = BATCH,
-    limit: int | None = None,
-    precision: str = "strict",
-    certified: Mapping[int, float] | None = None,
+    name: str | None = None,
     out: str | Path | None = None,
-    device: str = "auto",
-    about: dict[str, Any] | None = None,
-) -> list[EvaluationSummary]:
-    """Attack ``model`` on images and give one `EvaluationSummary` an attack: clean, robust, the router's part, the
-    experts' part, checks.
+) -> list[Evaluation]:
+    """Attack ``model`` on images and give what each attack left, image by image.
+
+    `analysis.evaluation_summary` makes numbers of it.
 
     ``model``: a `RoutedModel`, or any callable from images to logits (n, c). ``x``, ``y``: images (n, ch, h, w) in
-    [0, 1] with labels (n), or one of the project's data sets (its test split). ``attacks``: specs or attacks; by
-    default PGD-20 at linf 8/255 on the whole model; for a routed model also on its experts alone and on its routers
-    alone, and `ExpertTransition` into every expert's cell (with token routers `RouteBeam`). ``precision``,
-    ``certified``: see `measure`. ``out``: a folder for the rows (resumable; by default temporary). Under torchrun the
+    [0, 1] with labels (n), or one of the project's data sets or its spec (its test split). ``attacks``: specs or
+    attacks; by default PGD-20 at linf 8/255 on the whole model; for a routed model also on its experts alone and on its
+    routers alone, and `ExpertTransition` into every expert's cell (with token routers `RouteBeam`). ``name``: what
+    tables call the model. ``out``: a folder for the rows (resumable; by default temporary). Under torchrun the
     processes share the work. Raises UserError for images outside [0, 1], labels out of range, a model that fails or
     whose output is not (n, c). The model keeps its modes and device.
+
+    A ``curve`` runs the simple attack that left the fewest images standing again at its radii, on at most 256 images.
     """
-    chosen = [build_attack(attack) for attack in attacks]
-    where = distributed.local_device(provenance.pick_device(device))
-    images = images_of(x, y, num_classes).head(limit)
+    source: Any = specs.build(x, "data") if isinstance(x, str) else x
     about = {
         "run": "",
-        "model": type(model).__name__,
-        "data": x.name if isinstance(x, Data) else "arrays",
-        "split": "test",
-        **(about or {}),
+        "model": name or type(model).__name__,
+        "data": x if isinstance(x, str) else x.name if isinstance(x, Data) else "arrays",
+        "split": options.split,
+        **({"classes": list(source.classes)} if isinstance(source, Data) else {}),
     }
-    routed = as_routed(model)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        borrowed(routed, where),
-        distributed.session(where),
-    ):
-        output = first_look(routed, images, where)
-        chosen = attacks_for(output.trace, chosen, linf(8 / 255))
-        one_norm(chosen, certified)
-        paths = [Path(out or scratch) / f"{slug(attack)}.jsonl" for attack in chosen]
-        return [
-            evaluation_summary(
-                *measure(
-                    routed, images, attack, path, where, batch_size, about, precision=precision, certified=certified
-                )
-            )
-            for attack, path in zip(chosen, paths)
-        ]
+    images = images_of(source, y, num_classes, options.split).head(options.limit)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _evaluated(model, images, Path(out or scratch), options, linf(8 / 255), about)
 
 
+@takes(EvaluateOptions)
 def evaluate_run(
-    run: str | Path,
-    attacks: Sequence[str] | None = None,
-    data: str | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    batch_size: int | None = None,
-    curve: Sequence[float] | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    out: str | Path | None = None,
-    precision: str = "strict",
-    certified: Mapping[int, float] | None = None,
+    run: str | Path, *, options: EvaluateOptions, data: str | None = None, out: str | Path | None = None
 ) -> list[Evaluation]:
     """Evaluate a run folder with each attack into ``RUN/rows`` (or ``out``), one file an attack; gives their
     contents.
 
-    ``attacks``: specs; by default those of the run's recipe, else `evaluate`'s at the radius it was trained for. The
-    rest: see `evaluate_model`.
+    ``attacks``: by default those of the run's recipe, else `evaluate`'s at the radius it was trained for. ``data``:
+    another data set than the run's. What is already in a file is kept, and only missing images are attacked. The rest:
+    see `evaluate`; the ``curve`` is by default at a quarter to twice the attack's own radius (suites are never run
+    again).
     """
     run = Path(run)
     config = read_config(run)
-    where = distributed.local_device(provenance.pick_device(device))
-    model = load_model(run, where)
+    model = load_model(run, distributed.local_device(provenance.pick_device(options.device)))
     source: Data = specs.build(data or config["data"], "data")
     if source.num_classes != config["num_classes"] or list(source.image_shape) != config["image_shape"]:
         raise UserError(
@@ -137,85 +110,40 @@ def evaluate_run(
         "run": str(run),
         "model": config["model"],
         "data": data or config["data"],
-        "split": split,
+        "split": options.split,
         "method": config.get("method"),
         "classes": list(source.classes),
     }
-    return evaluate_model(
-        model,
-        source,
-        out=Path(out) if out is not None else run / "rows",
-        attacks=attacks or config.get("attacks") or (),
-        threat=threat_of(config),
-        split=split,
-        limit=limit,
-        batch_size=batch_size,
-        curve=curve,
-        seed=seed,
-        device=device,
-        precision=precision,
-        certified=certified,
-        about=about,
-    )
+    images: ImageSet = getattr(source, options.split).head(options.limit)
+    options = replace(options, attacks=options.attacks or tuple(config.get("attacks") or ()))
+    return _evaluated(model, images, Path(out or run / "rows"), options, threat_of(config), about)
 
 
-def evaluate_model(
+def _evaluated(
     model: Callable[[Tensor], Tensor],
-    data: str | Data,
-    *,
-    out: str | Path,
-    name: str | None = None,
-    attacks: Sequence[str | Attack] = (),
-    threat: Threat = linf(8 / 255),  # noqa: B008 (a frozen value)
-    split: str = "test",
-    limit: int | None = None,
-    batch_size: int | None = None,
-    curve: Sequence[float] | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "strict",
-    certified: Mapping[int, float] | None = None,
-    about: dict[str, Any] | None = None,
+    images: ImageSet,
+    out: Path,
+    options: EvaluateOptions,
+    threat: Threat,
+    about: dict[str, Any],
 ) -> list[Evaluation]:
-    """Evaluate a model in hand on a data set with each attack into the folder ``out``, one file an attack; gives their
-    contents.
-
-    ``name``: what tables call the model. ``attacks``: by default `evaluate`'s, at ``threat``. ``curve``: radii, in
-    pixels, at which the simple attack that left the fewest images standing is run again, on at most 256 images; by
-    default a quarter to twice its own; empty: none (suites are never run again). ``seed``: of the attacks
-    whose spec gives none. ``precision``, ``certified``: see `measure`. ``about``: what the header says of the model.
-    What is already in a file is kept, and only missing images are attacked. Under torchrun the processes share the
-    work.
-    """
-    if split not in SPLITS:
-        raise UserError(f"split must be {', '.join(SPLITS)}; got {split!r}")
-    given = [build_attack(attack) for attack in attacks]
-    where = distributed.local_device(provenance.pick_device(device))
-    source: Data = specs.build(data, "data") if isinstance(data, str) else data
-    images: ImageSet = getattr(source, split).head(limit)
-    about = {
-        "run": "",
-        "model": name or type(model).__name__,
-        "data": data if isinstance(data, str) else source.name,
-        "split": split,
-        "classes": list(source.classes),
-        **(about or {}),
-    }
-    batch_size = BATCH if batch_size is None else batch_size
-    end = "" if split == "test" else f"-{split}"
+    """Every attack, and the curve of one of them. ``threat``: of the default attacks."""
+    given = [build_attack(attack) for attack in options.attacks]
+    where = distributed.local_device(provenance.pick_device(options.device))
+    end = "" if options.split == "test" else f"-{options.split}"
     routed = as_routed(model)
     with borrowed(routed, where), distributed.session(where):
         output = first_look(routed, images, where)
-        chosen = [seeded(attack, seed) for attack in attacks_for(output.trace, given, threat)]
-        one_norm(chosen, certified)
+        chosen = [seeded(attack, options.seed) for attack in attacks_for(output.trace, given, threat)]
+        one_norm(chosen, options.certified)
         simple = [len(attack.parts(output)) == 1 for attack in chosen]  # a suite at every radius would take hours
-        if curve and not any(simple):
+        if options.curve and not any(simple):
             raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
-        radii = {attack.threat: radii_of(attack.threat, curve) for attack in chosen}
+        radii = {attack.threat: radii_of(attack.threat, options.curve) for attack in chosen}
 
         def one(attack: Attack, images: ImageSet, end: str, role: str) -> Evaluation:
-            path = Path(out) / f"{slug(attack)}{end}.jsonl"
-            return measure(routed, images, attack, path, where, batch_size, about, role, precision, certified)
+            path = out / f"{slug(attack)}{end}.jsonl"
+            return measure(routed, images, attack, path, where, options, about, role)
 
         results = [one(attack, images, end, "main") for attack in chosen]
         curves: list[Attack] = []
@@ -233,11 +161,9 @@ def measure(
     attack: Attack,
     path: Path,
     device: torch.device,
-    batch_size: int,
+    options: EvaluateOptions,
     about: dict[str, Any],
     role: str = "main",
-    precision: str = "strict",
-    certified: Mapping[int, float] | None = None,
 ) -> Evaluation:
     """One attack on every image, row by row into ``path``; images that stand there already are skipped, checks are
     run anew.
@@ -248,10 +174,7 @@ def measure(
     that the caller answers for): images right and certified up to eps are not attacked. Called by every process of a
     `distributed.session`; the first one writes, and each gives the whole result.
     """
-    if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}, expected at least 1")
-    if precision not in PRECISIONS:
-        raise UserError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
+    batch_size, precision, certified = options.batch_size, options.precision, options.certified
     model.eval()
     peers = engine.Peers()
     probe = images.batch(list(range(min(PROBE, len(images))))).to(device)
@@ -316,13 +239,16 @@ def _in_order(found: list[Check]) -> list[Check]:
 
 
 def images_of(
-    x: Tensor | np.ndarray | ImageSet | Data, y: Tensor | np.ndarray | list[int] | None, num_classes: int | None
+    x: Tensor | np.ndarray | ImageSet | Data,
+    y: Tensor | np.ndarray | list[int] | None,
+    num_classes: int | None,
+    split: str = "test",
 ) -> ImageSet:
     """What the caller gave as an `ImageSet`. UserError for labels beside a data set, or images without labels."""
     if isinstance(x, Data | ImageSet):
         if y is not None:
             raise UserError("labels were given beside a data set, which has its own; expected one of them")
-        return x.test if isinstance(x, Data) else x
+        return getattr(x, split) if isinstance(x, Data) else x
     if y is None:
         raise UserError("images were given without labels; expected y, one integer an image")
     return from_arrays(x, y, num_classes)

@@ -28,22 +28,16 @@ from robustmoe.evaluation import engine
 from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, look, predictions
 from robustmoe.evaluation.choosing import seeded, written
 from robustmoe.evaluation.folders import about_images, about_run, taken_up
-from robustmoe.evaluation.measuring import BATCH, PROBE, borrowed, first_look, header_of, images_of
+from robustmoe.evaluation.measuring import PROBE, borrowed, first_look, header_of, images_of
 from robustmoe.evaluation.precision import frozen
 from robustmoe.evaluation.redundancy import redundancy
 from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.noise import Noise
+from robustmoe.options import PAPER_EPS, SweepOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Header, Sweep, SweepAnswers
 from robustmoe.routing import Trace, rerouted
 from robustmoe.training.checkpoint import load_model, read_config
-
-LIMIT, DRAWS = 500, 5
-"""Images, and draws of random experts, unless told."""
-
-EPS = "1/255,2/255,4/255,8/255,12/255,16/255"
-PAPER = tuple(sorted([k / 255 for k in range(1, 21)] + [k * 1e-3 / 2 for k in range(1, 7)]))
-"""The radii of the released code, {1, ..., 20}/127.5 and {1, ..., 6}e-3, there in pixels of [-1, 1]."""
 
 ATTACKS: tuple[Attack, ...] = (vmoe_pgd(linf(8 / 255)), PGD(linf(8 / 255), steps=50, restarts=2))
 """The paper's and a strong one, unless told."""
@@ -52,57 +46,43 @@ ATTACKS: tuple[Attack, ...] = (vmoe_pgd(linf(8 / 255)), PGD(linf(8 / 255), steps
 # ------------------------------------------------------------------------------------------------ public functions
 
 
+@takes(SweepOptions, limit=None)
 def sweep(
     model: Callable[[Tensor], Tensor],
     x: Tensor | np.ndarray | ImageSet | Data,
     y: Tensor | np.ndarray | list[int] | None = None,
     *,
-    attacks: Sequence[str | Attack] = (),
-    eps: str | Sequence[float] = EPS,
-    draws: int = DRAWS,
+    options: SweepOptions,
     num_classes: int | None = None,
-    batch_size: int = BATCH,
-    limit: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
 ) -> analysis.SweepSummary:
     """Attack ``model`` at every ``eps`` and say what is left, and how far its routes move.
 
     ``x``, ``y``: images (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split).
-    ``attacks``: specs or attacks of one norm, each made again at every radius; by default `vmoe_pgd` and PGD-50 with 2
-    restarts. ``eps``: radii in pixels of [0, 1], or "paper" (`PAPER`). ``draws``: of random experts; with 0 nothing is
-    asked about redundancy. A dense model has no routes, and the rest of the numbers. ``seed``: of the draws, and of the
-    attacks whose spec gives none. The model keeps its modes and device. Raises UserError where `evaluate` does.
+    ``attacks`` are of one norm, each made again at every radius; by default `vmoe_pgd` and PGD-50 with 2 restarts. A
+    dense model has no routes, and the rest of the numbers. ``seed``: of the draws, and of the attacks whose spec gives
+    none. The model keeps its modes and device. Raises UserError where `evaluate` does.
     """
-    work = _work_of(attacks, eps, draws, batch_size, seed, device)
-    images = images_of(x, y, num_classes).head(limit)
+    work = _work_of(options)
+    images = images_of(x, y, num_classes).head(options.limit)
     about = about_images(model, x)
     routed = as_routed(model)
     with borrowed(routed, work.device):
         return analysis.sweep_summary(_swept(work, routed, images, about))
 
 
-def sweep_run(
-    run: str | Path,
-    attacks: Sequence[str] = (),
-    eps: str | Sequence[float] = EPS,
-    draws: int = DRAWS,
-    limit: int | None = LIMIT,
-    batch_size: int = BATCH,
-    seed: int = 0,
-    device: str = "auto",
-) -> Sweep:
+@takes(SweepOptions)
+def sweep_run(run: str | Path, *, options: SweepOptions) -> Sweep:
     """Sweep the model of a run folder on its first ``limit`` test images; writes ``RUN/sweep.json`` after each attack
     and eps. A rerun goes on with what is missing, and other attacks or radii are added to what is there.
 
     The rest: see `sweep`. `analysis.sweep_summary` makes numbers of the result.
     """
-    run, work = Path(run), _work_of(attacks, eps, draws, batch_size, seed, device)
+    run, work = Path(run), _work_of(options)
     config = read_config(run)
     model = load_model(run, work.device)
     data: Data = specs.build(config["data"], "data")
     about = about_run(run, config, data)
-    return _swept(work, model, data.test.head(limit), about, run)
+    return _swept(work, model, data.test.head(options.limit), about, run)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
@@ -129,31 +109,23 @@ class _Work:
         return [(name, eps) for name in self.attacks for eps in self.eps if (name, eps) not in there]
 
 
-def _work_of(
-    attacks: Sequence[str | Attack], eps: str | Sequence[float], draws: int, batch_size: int, seed: int, device: str
-) -> _Work:
+def _work_of(options: SweepOptions) -> _Work:
     """UserError for what cannot be asked."""
-    chosen = [seeded(build_attack(attack), seed) for attack in attacks or ATTACKS]
+    chosen = [seeded(build_attack(attack), options.seed) for attack in options.attacks or ATTACKS]
     norms = {attack.threat.norm for attack in chosen}
     if len(norms) > 1:
         raise UserError(f"the attacks are of {' and '.join(sorted(norms))}; expected one norm, sweep one at a time")
     if not all(attack.threat.eps > 0 for attack in chosen):
         raise UserError("an attack of eps 0 cannot be made again at another; expected one such as pgd(linf(8/255))")
-    if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}, expected at least 1")
-    if draws < 0:
-        raise UserError(f"the draws of random experts are {draws}, expected 0 (none) or more")
-    where = distributed.local_device(provenance.pick_device(device))
-    return _Work(
-        {written(attack): attack for attack in chosen}, _radii(eps, norms.pop()), draws, batch_size, seed, where
-    )
+    where = distributed.local_device(provenance.pick_device(options.device))
+    by_spec, radii = {written(attack): attack for attack in chosen}, _radii(options.eps, norms.pop())
+    return _Work(by_spec, radii, options.draws, options.batch_size, options.seed, where)
 
 
-def _radii(eps: str | Sequence[float], norm: str) -> tuple[float, ...]:
+def _radii(given: Sequence[float], norm: str) -> tuple[float, ...]:
     """Each once, in rising order. UserError for what is no radius."""
-    if isinstance(eps, str) and norm != "linf" and eps in ("paper", EPS):
+    if norm != "linf" and given in (PAPER_EPS, SweepOptions().eps):
         raise UserError(f"these radii are of linf, the attacks of {norm}; expected --eps such as 0.25,0.5,1")
-    given = PAPER if eps == "paper" else specs.numbers(eps) if isinstance(eps, str) else eps
     top = 1.0 if norm == "linf" else math.inf
     for radius in given:
         if not 0 < radius <= top or radius == math.inf:

@@ -17,13 +17,12 @@ from robustmoe.evaluation.checks import harness, routing, strength
 from robustmoe.evaluation.checks.subject import ALL, NAMES, Subject, check, inside, not_run
 from robustmoe.evaluation.choosing import attacks_for, seeded, threat_of, written
 from robustmoe.models.base import RoutedModel
+from robustmoe.options import CheckOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Audit, Check
 from robustmoe.training.checkpoint import load_model, read_config
 
 NOT_ASKED = "not asked for"
-LIMIT = 64
-"""Images that the deep checks look at."""
 
 OF_MODEL: dict[str, Callable[[Subject], Check]] = {
     "H1": lambda case: harness.input_range(case.whole, case.model(case.whole.x[:1]).shape[1]),
@@ -153,31 +152,25 @@ def _best_in_sight(case: Subject) -> Check:
     return min(found, key=lambda one: ("pass", "warn", "fail", "not run").index(one.status))
 
 
-def check_run(
-    run: str | Path,
-    attacks: Sequence[str] = (),
-    limit: int = LIMIT,
-    device: str = "auto",
-    seed: int = 0,
-    only: Sequence[str] = (),
-) -> Audit:
-    """Every check on a run folder, in order. ``attacks``: specs; by default what `evaluate_run` would run. ``limit``:
-    the first images of the test split. ``only``: ids. Takes minutes on one thread.
+@takes(CheckOptions)
+def check_run(run: str | Path, *, options: CheckOptions) -> Audit:
+    """Every check on the first test images of a run folder, in order. ``attacks``: by default what `evaluate_run` would
+    run. Takes minutes on one thread.
     """
-    _known(only)
+    _known(options.only)
     folder = Path(run)
     config = read_config(folder)
-    where = provenance.pick_device(device)
+    where = provenance.pick_device(options.device)
     model = load_model(folder, where)
     data: Data = specs.build(config["data"], "data")
-    images = data.test.head(limit)
+    images = data.test.head(options.limit)
     batch = images.batch(list(range(len(images)))).to(where)
-    given = [build_attack(text) for text in attacks or config.get("attacks") or ()]
+    given = [build_attack(text) for text in options.attacks or config.get("attacks") or ()]
     chosen = attacks_for(model.run(batch.x[:2]).trace, given, threat_of(config))
-    chosen = [seeded(one, seed) for one in chosen]
+    chosen = [seeded(one, options.seed) for one in chosen]
     log = folder / "metrics.jsonl"
     metrics = records.read_jsonl(log) if log.exists() else []
     best = [line for line in metrics if line.get("best")]
     more = {"metrics": metrics, "val": data.val.head(config.get("val_limit")), "logged": best[-1] if best else None}
-    found = deep(model, batch, chosen, seed, only, **more)
-    return Audit(harness.weights_hash(model), [written(one) for one in chosen], len(images), seed, found)
+    found = deep(model, batch, chosen, options.seed, options.only, **more)
+    return Audit(harness.weights_hash(model), [written(one) for one in chosen], len(images), options.seed, found)

@@ -1,0 +1,330 @@
+"""What can be chosen about each measurement: one frozen dataclass a verb, and no torch.
+
+A field is a keyword of the Python functions, a flag of the command line, and what the header of the record says; its
+default and its help text are written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from robustmoe import spec
+from robustmoe.errors import UserError, nearest
+from robustmoe.spec.hints import arms_of
+
+Spec = Any
+"""A thing written as a call, such as "pgd(linf(8/255), steps=50)", or the object itself."""
+
+Numbers = tuple[float, ...]
+"""Numbers; also taken as one text, such as "0, 2/255, 4/255"."""
+
+Margins = Any
+"""One number an image: a mapping from its index, or a sequence or tensor (n,)."""
+
+
+class Mark(enum.Enum):
+    """How an annotated argument or field differs from a plain flag."""
+
+    POSITIONAL = "stands on the command line without a flag"
+    PYTHON = "is no flag: Python alone can give it"
+
+
+PAPER_EPS: Numbers = tuple(sorted([k / 255 for k in range(1, 21)] + [k * 1e-3 / 2 for k in range(1, 7)]))
+"""The radii of V-MoE's released code, {1, ..., 20}/127.5 and {1, ..., 6}e-3, there in pixels of [-1, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every measurement takes.
+
+    Values are checked when an instance is made; `UserError` says what is wrong. `read` makes one of what users write.
+    """
+
+    WORDS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By field: words that stand for a value, such as "paper" for the radii of a paper."""
+
+    seed: Annotated[int, "decides every random draw"] = 0
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, hint in hints_of(type(self)).items():
+            object.__setattr__(self, name, _conform(name, getattr(self, name), hint))
+        for name, least, sentence in _LEAST:
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise UserError(f"{sentence.format(value)}, expected {'at least 1' if least else '0 (none) or more'}")
+
+
+_LEAST = (
+    ("limit", 1, "the limit on images is {}"),
+    ("batch_size", 1, "the batch size is {}"),
+    ("draws", 0, "the draws of random experts are {}"),
+)
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The annotation of each field of a dataclass, with its help text and marks; those of base classes come last."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    order = [name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})]
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: hints[name] for name in dict.fromkeys(order) if name in names}
+
+
+Kind = TypeVar("Kind", bound=Options)
+
+
+def read(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
+    """An instance of ``kind`` of what users write: a single thing (a text, an attack) where a list is wanted is a list
+    of one, numbers may be one text, and a word may stand for a value (``WORDS``).
+    """
+    hints = hints_of(kind)
+    for name in fields:
+        if name not in hints:
+            raise UserError(f"unknown argument {name!r}; {nearest(name, hints)}")
+    return kind(**{name: _meant(kind, name, value, hints[name]) for name, value in fields.items()})
+
+
+def _meant(kind: type[Options], name: str, value: Any, annotated: Any) -> Any:
+    if isinstance(value, str) and value in kind.WORDS.get(name, {}):
+        return kind.WORDS[name][value]
+    lists = [arm for arm in arms_of(annotated) if typing.get_origin(arm) is tuple]
+    if lists and value is not None:
+        numbers = float in typing.get_args(lists[0])
+        if isinstance(value, str):
+            value = spec.numbers(value) if numbers else (value,)
+        value = tuple(value) if hasattr(value, "__iter__") else (value,)
+    return _conform(name, value, annotated)
+
+
+def _conform(name: str, value: Any, annotated: Any) -> Any:
+    """``value`` as the field wants it."""
+    hint = typing.get_args(annotated)[0]
+    try:
+        value = spec.conform(value, hint)
+    except TypeError:
+        raise UserError(f"{name} must be {spec.hint_text(hint)}; got {value!r}") from None
+    if name == "certified" and not isinstance(value, Mapping | None):
+        got = type(value).__name__
+        raise UserError(f"certified must be a mapping, index to radius, as Certificates.radii() gives; got {got}")
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and name in SPECS:
+            spec.canonical(text)  # a mistake of writing is told before anything is loaded
+    return value
+
+
+SPECS = ("attack", "attacks", "certifier", "certifiers", "sharpen")
+"""The fields whose texts are written as calls."""
+
+
+# ------------------------------------------------------------------------------------------------ one class a verb
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """How a model is evaluated."""
+
+    WORDS = {"curve": {"auto": None, "none": ()}}  # noqa: RUF012 (never changed)
+
+    attacks: Annotated[
+        tuple[Spec, ...],
+        "an attack, such as pgd(linf(8/255), steps=50) or autoattack(linf(8/255)) (default: the recipe's; without one, "
+        "PGD-20 on the model, on its experts and on its routers, and an attack on the routing)",
+    ] = ()
+    split: Annotated[Literal["test", "val", "train"], "which images"] = "test"
+    limit: Annotated[int | None, "at most this many images"] = None
+    batch_size: Annotated[int, "images at a time"] = 128
+    curve: Annotated[
+        Numbers | None,
+        "radii of the accuracy curve, such as 0,2/255,4/255; auto = around the attack's; none = no curve "
+        "(default: auto)",
+    ] = None
+    precision: Annotated[
+        Literal["strict", "fast", "fp32"],
+        "what attacks climb: strict = a frozen fp32 copy, fast = the network in bf16 (every success is confirmed by "
+        "the exact model), fp32 = the model itself",
+    ] = "strict"
+    certified: Annotated[
+        Mapping[int, float] | None,
+        "index of an image -> radius up to which its prediction is proven, in the norm of the attacks "
+        "(`Certificates.radii()`); images that are right and proven up to eps are not attacked",
+        Mark.PYTHON,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Options):
+    """What is checked about an evaluation."""
+
+    attacks: Annotated[tuple[Spec, ...], "an attack whose number is in question (default: the recipe's)"] = ()
+    limit: Annotated[int, "images to check on"] = 64
+    only: Annotated[tuple[str, ...], "ids of some checks, such as G2,R4 (default: all)"] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ids = [key.strip() for text in self.only for key in text.split(",")]
+        object.__setattr__(self, "only", tuple(key for key in ids if key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DissectOptions(Options):
+    """How a routed model is taken apart."""
+
+    attack: Annotated[
+        Spec | None,
+        "a pgd on the whole model, from which all attacks are made, such as pgd(linf(8/255), steps=50) (default: 20 "
+        "steps at the threat of the run)",
+    ] = None
+    limit: Annotated[int | None, "images to ask about"] = 500
+    batch_size: Annotated[int, "images at a time"] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LipschitzOptions(Options):
+    """How it is measured how far a model can move."""
+
+    attack: Annotated[
+        Spec | None,
+        "the attack whose changes are split, and whose norm and eps radii are told in, such as pgd(linf(8/255), "
+        "steps=50) (default: 20 steps at the threat of the run)",
+    ] = None
+    limit: Annotated[int | None, "images to measure on"] = 64
+    batch_size: Annotated[int, "images at a time"] = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifyOptions(Options):
+    """How a model is certified."""
+
+    certifiers: Annotated[
+        tuple[Spec, ...],
+        "what proves it, such as bounds(linf(2/255)) or smoothing(sigma=0.25) (default: bounds at the threat of the "
+        "run)",
+    ] = ()
+    limit: Annotated[int | None, "images to certify"] = 500
+    batch_size: Annotated[int, "images at a time"] = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(Options):
+    """At what radii a model is attacked, and by what."""
+
+    WORDS = {"eps": {"paper": PAPER_EPS}}  # noqa: RUF012 (never changed)
+
+    attacks: Annotated[
+        tuple[Spec, ...],
+        "an attack, made again at every eps (default: vmoe_pgd(linf(8/255)), the paper's, weak, and pgd(linf(8/255), "
+        "steps=50, restarts=2))",
+    ] = ()
+    eps: Annotated[
+        Numbers, "radii in pixels of [0, 1]; paper = 1/255 to 20/255 and six below 1/255, as in arXiv 2210.10253"
+    ] = tuple(level / 255 for level in (1, 2, 4, 8, 12, 16))
+    draws: Annotated[int, "draws of random experts; 0 = nothing about redundancy"] = 5
+    limit: Annotated[int | None, "images to ask about"] = 500
+    batch_size: Annotated[int, "images at a time"] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendOptions(Options):
+    """How two models are blended, and how each blend is attacked."""
+
+    alphas: Annotated[Numbers, "shares of the robust half"] = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+    attack: Annotated[
+        Spec | None,
+        "a pgd on the whole model, from which all attacks are made, such as pgd(linf(8/255), steps=50) (default: 20 "
+        "steps at the threat of the robust run)",
+    ] = None
+    mix: Annotated[
+        Literal["probabilities", "logits"] | None, "what is mixed (default: as the dual run does, else probabilities)"
+    ] = None
+    sharpen: Annotated[
+        Spec | None, "what is done to the robust half first, such as scaled(2) or nuts (default: as the dual run does)"
+    ] = None
+    clean: Annotated[
+        float | None, "a clean accuracy, such as 0.9; the largest alpha that has it on validation is chosen"
+    ] = None
+    certifier: Annotated[
+        Spec | None,
+        "what proves a floor under every alpha, at the attack's eps, such as bounds(linf(2/255), search=0) "
+        "(default: none)",
+    ] = None
+    margins: Annotated[
+        Margins | None,
+        "for each image, {index: margin} or (n,), a lower bound over the whole ball of the robust half's probability "
+        "of its class minus that of any other, by a certifier that the caller answers for",
+        Mark.PYTHON,
+    ] = None
+    limit: Annotated[int | None, "test images to ask about"] = 500
+    batch_size: Annotated[int, "images at a time"] = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for alpha in self.alphas:
+            if not 0 <= alpha <= 1:
+                raise UserError(
+                    f"{alpha:g} is no alpha; expected shares of the robust half, from 0 (standard) to 1 (robust)"
+                )
+        if not self.alphas:
+            raise UserError("there is no alpha; expected at least one, such as 0,0.5,1")
+        object.__setattr__(self, "alphas", tuple(sorted(set(self.alphas))))
+        if self.clean is not None and not 0 <= self.clean <= 1:
+            raise UserError(f"the clean accuracy wanted is {self.clean:g}, expected a share from 0 to 1, such as 0.9")
+        if self.certifier is not None and self.margins is not None:
+            raise UserError("certifier and margins both say what is proven; expected one of them")
+
+
+# ------------------------------------------------------------------------------------------------ Python's keywords
+
+Made = TypeVar("Made")
+
+
+def takes(kind: type[Kind], **defaults: Any) -> Callable[[Callable[..., Made]], Callable[..., Made]]:
+    """A decorator: callers give the function's ``options`` as one value of ``kind``, or its fields as keywords.
+
+    ``defaults``: where this function has others than ``kind``. The fields stand in the function's signature and help.
+    """
+
+    def decorate(function: Callable[..., Made]) -> Callable[..., Made]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*given: Any, options: Any = None, **named: Any) -> Made:
+            own = {name: value for name, value in named.items() if name in signature.parameters}
+            fields = {name: value for name, value in named.items() if name not in own}
+            return function(*given, options=_chosen(kind, options, fields, defaults), **own)
+
+        own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+        fields = _keywords(kind, defaults)
+        call.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+        call.__doc__ = f"{inspect.getdoc(function)}\n\n{_described(kind)}"
+        return call
+
+    return decorate
+
+
+def _chosen(kind: type[Kind], options: Any, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Kind:
+    """The options with other ``fields``; without ``options``, the defaults of the class but for ``defaults``."""
+    if options is not None and not isinstance(options, kind):
+        raise UserError(f"options must be {kind.__name__}; got {type(options).__name__}")
+    return read(kind, {**(defaults if options is None else vars(options)), **fields})
+
+
+def _keywords(kind: type[Options], defaults: Mapping[str, Any]) -> list[inspect.Parameter]:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    given = {field.name: defaults.get(field.name, field.default) for field in dataclasses.fields(kind)}
+    fields = [
+        inspect.Parameter(name, keyword, default=given[name], annotation=typing.get_args(hint)[0])
+        for name, hint in hints_of(kind).items()
+    ]
+    return [*fields, inspect.Parameter("options", keyword, default=None, annotation=f"{kind.__name__} | None")]
+
+
+def _described(kind: type[Options]) -> str:
+    lines = [f"    {name}: {typing.get_args(hint)[1]}" for name, hint in hints_of(kind).items()]
+    return "\n".join([f"Options, as keywords or as options={kind.__name__}(...):", *lines])
