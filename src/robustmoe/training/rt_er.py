@@ -46,7 +46,7 @@ def rt_er(
 
     ``balance``, ``balance_loss``: as in `at`. ``stability``: weight of mean max(0, 1 - route radius / eps) over the
     clean images, which widens the routers' margins until routes hold in the ball (not the paper's). Without a second
-    expert this is `at`. The route is held in the attack on the whole with ``objective=experts_only``.
+    expert this is `at`. The routing is fixed in the attack on the whole with ``objective=experts_only``.
     """
     for name, weight in (("beta", beta), ("balance", balance), ("stability", stability)):
         check_weight(name, weight)
@@ -132,7 +132,7 @@ class RTER:
 
 
 def unstable(model: RoutedModel, x: Tensor, attack: Attack) -> Tensor:
-    """Mean over images and routers of max(0, 1 - route radius / eps): 0 where no route can leave its cell (to first
+    """Mean over images and routers of max(0, 1 - route radius / eps): 0 where no route can leave its region (to first
     order; exact for a linear router), or no router leaves an expert out.
     """
     radii = route_radius(model, x, attack.threat.norm).values()
