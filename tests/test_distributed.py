@@ -122,6 +122,13 @@ def validate_some() -> dict[str, Any]:
     return out
 
 
+def gloo_threads() -> list[str]:
+    """Names of this process's threads that work for gloo (Linux; elsewhere none is seen)."""
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.is_dir() else []
+    return [name for name in names if "gloo" in name]
+
+
 def worker(out: Path) -> None:
     from robustmoe import distributed
 
@@ -139,6 +146,7 @@ def worker(out: Path) -> None:
         found: dict[str, Any] = {name: train_one(name, out / name) for name in SCENARIOS}
         found["validation"] = validate_some()
         found["wrote"] = len(wrote)
+    found["threads"] = gloo_threads()
     (out / f"rank{rank}.json").write_text(json.dumps(found))
 
 
@@ -202,6 +210,12 @@ def test_the_first_process_alone_writes(launched: tuple[Path, list[dict[str, Any
     _, ranks = launched
     assert ranks[0]["wrote"] > 4 * len(SCENARIOS)  # config, state, weights, metrics
     assert ranks[1]["wrote"] == 0
+
+
+def test_no_thread_of_a_session_outlives_it(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    """One that drops its last tensor while Python ends aborts the process, whose work was done (exit code -6)."""
+    _, ranks = launched
+    assert [rank["threads"] for rank in ranks] == [[], []]
 
 
 def children(pid: int) -> dict[int, int]:

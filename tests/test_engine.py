@@ -520,6 +520,7 @@ def mortal(dies: bool) -> Some:
 
 def worker(out: Path, run: Path) -> None:
     from robustmoe import cli, distributed
+    from test_distributed import gloo_threads
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when a peer is dead: what we say of it is the test
@@ -542,7 +543,8 @@ def worker(out: Path, run: Path) -> None:
             go(out / "dies", mortal(True))
     except UserError as error:
         (out / "dies.txt").write_text(str(error))
-        os._exit(2)
+        (out / "threads.json").write_text(json.dumps(gloo_threads()))
+        sys.exit(2)
 
 
 @pytest.fixture(scope="module")
@@ -604,6 +606,8 @@ def test_a_dead_peer_is_one_line_and_one_process_goes_on(launched: Path, tmp_pat
     said = (launched / "dies.txt").read_text()
     assert said.startswith("process 0 of 2 stopped: another process of this run died")
     assert "\n" not in said
+    assert json.loads((launched / "threads.json").read_text()) == []  # nothing is left that could abort it at its end
+    assert "terminate called" not in (launched / "said.txt").read_text()
     file = file_of(launched / "dies")
     left = records.read(file)
     assert 0 < len(left.rows) < N

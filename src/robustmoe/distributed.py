@@ -10,8 +10,10 @@ process needs nothing.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -49,7 +51,8 @@ def local_device(device: torch.device) -> torch.device:
 def session(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, for the length of a ``with`` block; alone, do nothing.
 
-    A peer that dies ends the others with one line (`UserError`) instead of a traceback: nothing of the last
+    The block's process groups end with it, whether it returns or raises: their threads are gone afterwards (see
+    `_end`). A peer that dies ends the others with one line (`UserError`) instead of a traceback: nothing of the last
     checkpoint is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
@@ -58,6 +61,10 @@ def session(device: torch.device) -> Iterator[None]:
     global _sessions
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # The functions of this module have the default group as a default argument, which holds it for the life of the
+    # process if they are first imported inside the block (every optimiser's first step does so).
+    importlib.import_module("torch.distributed.nn.functional")
+
     _sessions += 1
     store, place, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     dist.init_process_group(
@@ -67,23 +74,37 @@ def session(device: torch.device) -> Iterator[None]:
         world_size=size,
         timeout=TIMEOUT,
     )
-    clean = False
     try:
         yield
-        clean = True
-    except RuntimeError as error:
-        if _peer_lost(error):
-            # torchrun may be sending SIGTERM to us at this moment; the line below already says what happened.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise UserError(
-                f"process {dist.get_rank()} of {dist.get_world_size()} stopped: another process of "
-                "this run died; start the same "
-                "command again (train: with --resume) to go on from what is saved"
-            ) from error
-        raise
-    finally:
-        if clean:  # after a failure a collective shutdown could wait for the dead
-            dist.destroy_process_group()
+    except BaseException as error:
+        if not isinstance(error, RuntimeError) or not _peer_lost(error):
+            _end(error)
+            raise
+        # torchrun may be sending SIGTERM to us at this moment; the line below already says what happened.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _end(error)
+        raise UserError(
+            f"process {place} of {size} stopped: another process of this run died; start the same "
+            "command again (train: with --resume) to go on from what is saved"
+        ) from error
+    _end(None)
+
+
+def _end(error: BaseException | None) -> None:
+    """End the process groups of a session that ``error`` ended (None: nothing did), and with them gloo's threads.
+
+    A thread of gloo drops the tensors of a collective after it has told the caller that the collective is done, and
+    needs Python's lock for it. A process that leaves at once ends its interpreter in between; the thread is then
+    unwound out of a destructor, which is ``terminate called without an active exception``. A group waits for its
+    threads when its last reference goes. So no reference may stay: not in an error's frames, whose locals are cleared.
+    """
+    if error is not None and dist.get_backend() == "nccl":
+        return  # nccl's shutdown could wait for the dead; its threads hold no Python objects
+    cause = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    dist.destroy_process_group()
 
 
 def _peer_lost(error: RuntimeError) -> bool:
