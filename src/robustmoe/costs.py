@@ -60,7 +60,7 @@ class _Body(nn.Module):
 
 
 def costs(model: str | ModelSpec | RoutedModel, num_classes: int = 10, image_shape: ImageShape = (3, 32, 32)) -> Costs:
-    """What a model costs on images of ``image_shape`` (ch, h, w).
+    """Returns what a model costs on images of ``image_shape`` (ch, h, w).
 
     Every router sends the image to its first k experts, and what then runs is counted: for experts of equal size that
     is the cost of any route, and it does not grow with their number. A spec is built and counted without values (on
@@ -148,7 +148,7 @@ class ArchitectureCosts:
 
 
 def rows() -> list[ArchitectureCosts]:
-    """The costs of every architecture at every image size; some ten seconds on one thread."""
+    """Returns the costs of every architecture at every image size; some ten seconds on one thread."""
     entries = []
     for size, (classes, names) in TABLE.items():
         shape = (3, size, size)
@@ -172,7 +172,7 @@ multiply-adds of convolutions and linear layers."""
 
 
 def table(entries: list[ArchitectureCosts]) -> str:
-    """The rows as lines of text."""
+    """Returns the rows as lines of text."""
     cells = [HEAD, *map(_cells, entries)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     over = ""

@@ -48,7 +48,7 @@ class Noise:
         return cls(_mix(_mix(index.to(torch.int64)))).fold(*key)  # twice: (image, key) must not equal (key, image)
 
     def fold(self, *key: int | Int[Tensor, " n"]) -> Noise:
-        """The streams derived from these by each integer of ``key`` in turn; a tensor has one integer a stream."""
+        """Derives streams from these by each integer of ``key`` in turn; a tensor has one integer a stream."""
         state = self.state
         for part in key:
             state = _mix(state ^ _mix(torch.as_tensor(part, dtype=torch.int64, device=state.device)))
@@ -76,5 +76,5 @@ class Noise:
 
 
 def permutation(n: int, *key: int) -> Int[Tensor, " n"]:
-    """A random order of 0..n-1 that depends on ``key`` alone (the data order of an epoch, a held-out split)."""
+    """Returns a random order of 0..n-1 that depends on ``key`` alone (the data order of an epoch, a held-out split)."""
     return torch.argsort(Noise.of(torch.arange(n), *key).state, stable=True)

@@ -82,12 +82,12 @@ def _check_spec(name: str, text: str | None) -> None:
 
 
 def field_types() -> dict[str, Any]:
-    """The type of each field of `Recipe`, annotated with its help text."""
+    """Returns the type of each field of `Recipe`, annotated with its help text."""
     return typing.get_type_hints(Recipe, include_extras=True)
 
 
 def load(path: str | Path, **overrides: Any) -> Recipe:
-    """The recipe in the TOML file ``path`` (or the bare name of one in ``recipes/``).
+    """Returns the recipe in the TOML file ``path`` (or the bare name of one in ``recipes/``).
 
     ``overrides`` win over what the file says. Where a field may be None, the text "none" says so.
     """
@@ -131,8 +131,8 @@ def folders() -> list[Path]:
 
 
 def resolve(name: str | Path) -> Path:
-    """The file of a recipe given by path, or by bare name (``digits`` for ``recipes/digits.toml``, or for one in a
-    folder inside ``recipes``).
+    """Returns the file of a recipe given by path, or by bare name (``digits`` for ``recipes/digits.toml``, or for one
+    in a folder inside ``recipes``).
     """
     path = Path(name)
     if path.is_file():

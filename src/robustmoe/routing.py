@@ -53,7 +53,7 @@ class Routing:
         return Routing(self.logits.detach(), self.index, self.weight.detach(), noisy, slots)
 
     def __getitem__(self, select: Tensor | slice) -> Routing:
-        """The decisions for some of the images."""
+        """Returns the decisions for some of the images."""
         noisy, slots = (None if value is None else value[select] for value in (self.noisy, self.slots))
         return Routing(self.logits[select], self.index[select], self.weight[select], noisy, slots)
 
@@ -82,11 +82,11 @@ class Tape:
         self._prefix = ""
 
     def draws(self, name: str) -> Noise | None:
-        """The random streams of the router ``name`` in this pass."""
+        """Returns the random streams of the router ``name`` in this pass."""
         return None if self.noise is None else self.noise.fold(zlib.crc32(f"{self._prefix}{name}".encode()))
 
     def under(self, prefix: str) -> Tape:
-        """The same tape, with ``prefix.`` before every name."""
+        """Returns the same tape, with ``prefix.`` before every name."""
         inner = copy.copy(self)
         inner._prefix = f"{self._prefix}{prefix}."
         return inner
@@ -126,7 +126,7 @@ def _check_k(logits: Tensor, k: int) -> None:
 
 
 def top_k(logits: Float[Tensor, "n t e"], k: int = 1, gating: Gating = "renormalised") -> Routing:
-    """The k best experts.
+    """Chooses the k best experts.
 
     ``gating`` says what their outputs are weighted by. "renormalised": softmax over the chosen (at k = 1 this is the
     constant 1: the router then gets no gradient from the output). "vmoe": softmax over all experts, the chosen
@@ -148,7 +148,8 @@ def top_k(logits: Float[Tensor, "n t e"], k: int = 1, gating: Gating = "renormal
 def straight_through(
     logits: Float[Tensor, "n t e"], k: int = 1, surrogate: Literal["identity", "softmax"] = "identity"
 ) -> Routing:
-    """The k best experts, weighted 1/k forward, with a gradient to the router that the exact function does not have.
+    """Chooses the k best experts, weighted 1/k forward, with a gradient to the router that the exact function does not
+    have.
 
     Backward, the weight of a chosen expert moves as its logit ("identity": AdvMoE's released code copies the gradient
     of the one-hot to the scores) or as its softmax probability ("softmax"). The exact output is piecewise constant in
@@ -175,7 +176,7 @@ def noisy_top_k(
 
 
 def soft(logits: Float[Tensor, "n t e"], temperature: float = 1.0) -> Routing:
-    """All experts, weighted by softmax(logits / temperature), best first."""
+    """Chooses all experts, weighted by softmax(logits / temperature), best first."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0; got {temperature}")
     index = _ranked(logits)
@@ -192,8 +193,8 @@ def choose(logits: Float[Tensor, "n t e"], gate: Gate, k: int) -> Routing:
 
 
 def to_rank(trace: Trace, rank: int | Int[Tensor, " n"]) -> Trace:
-    """Every item to its expert of the given rank alone: 0 is the best, 1 the second (RT-ER's "second expert"); ``rank``
-    is one for all, or one an image.
+    """Sends every item to its expert of the given rank alone: 0 is the best, 1 the second (RT-ER's "second expert");
+    ``rank`` is one for all, or one an image.
     """
     out: Trace = {}
     for name, routing in trace.items():
@@ -208,7 +209,7 @@ def to_rank(trace: Trace, rank: int | Int[Tensor, " n"]) -> Trace:
 
 
 def to_expert(trace: Trace, expert: int) -> Trace:
-    """Every item to the one given expert, with weight 1, at every router."""
+    """Sends every item to the one given expert, with weight 1, at every router."""
     out: Trace = {}
     for name, routing in trace.items():
         if not 0 <= expert < routing.num_experts:
@@ -221,7 +222,7 @@ def to_expert(trace: Trace, expert: int) -> Trace:
 
 
 def detach(trace: Trace) -> Trace:
-    """The same decisions, cut from the graph."""
+    """Returns the same decisions, cut from the graph."""
     return {name: routing.detach() for name, routing in trace.items()}
 
 

@@ -51,7 +51,7 @@ def existing(root: str | Path) -> Path:
 
 
 def _read(path: Path, published: str | None = None) -> bytes:
-    """The bytes of a file, checked against `MD5` where its published name is given."""
+    """Returns the bytes of a file, checked against `MD5` where its published name is given."""
     try:
         content = path.read_bytes()
     except OSError as e:
@@ -72,7 +72,8 @@ def _read(path: Path, published: str | None = None) -> bytes:
 
 
 def read_idx(folder: Path, name: str, axes: int) -> Tensor:
-    """The unsigned bytes of the IDX file ``folder/name.gz`` or ``folder/name``: a magic number, ``axes`` sizes, values.
+    """Returns the unsigned bytes of the IDX file ``folder/name.gz`` or ``folder/name``: a magic number, ``axes`` sizes,
+    values.
 
     Format: yann.lecun.com/exdb/mnist. The magic number, the sizes and the length are checked; there is no checksum in
     use.
@@ -150,7 +151,7 @@ def _cifar_batch(content: bytes, source: str, label_key: str, num_classes: int) 
 def read_cifar(
     path: Path, folder: str, splits: dict[str, list[str]], label_key: str, num_classes: int
 ) -> dict[str, Arrays]:
-    """The splits of CIFAR in its python version, from the .tar.gz or from the folder it unpacks to.
+    """Returns the splits of CIFAR in its python version, from the .tar.gz or from the folder it unpacks to.
 
     ``splits`` maps a split to its batch files in order. MD5 sums are checked: of the archive, or of each unpacked
     file. Pickles are read by an unpickler that builds numpy arrays and refuses the rest.
@@ -167,7 +168,7 @@ def read_cifar(
 
 
 def _members(path: Path, folder: str, names: list[str]) -> dict[str, bytes]:
-    """The named files of the archive, read in memory: nothing is unpacked to disk."""
+    """Returns the named files of the archive, read in memory: nothing is unpacked to disk."""
     archive = _read(path, "cifar-10-python.tar.gz" if folder == "cifar-10-batches-py" else "cifar-100-python.tar.gz")
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
@@ -214,7 +215,8 @@ def _parquet(path: Path, label: str, num_classes: int, shape: tuple[int, int, in
 
 
 def read_parquet(folder: Path, label: str, num_classes: int, shape: tuple[int, int, int]) -> dict[str, Arrays]:
-    """The splits train and test in Hugging Face's layout: train-*.parquet and test-*.parquet anywhere under ``folder``.
+    """Returns the splits train and test in Hugging Face's layout: train-*.parquet and test-*.parquet anywhere under
+    ``folder``.
 
     Columns ``img`` or ``image`` (struct of ``bytes``, an encoded image of ``shape``) and ``label``. Only the
     structure is checked, for no checksum is published: the copy may be a recompressed one.
@@ -230,7 +232,7 @@ def read_parquet(folder: Path, label: str, num_classes: int, shape: tuple[int, i
 
 
 def hub_folder(repo: str) -> Path:
-    """The parquet files of a Hugging Face data set, downloaded once into its cache."""
+    """Returns the parquet files of a Hugging Face data set, downloaded once into its cache."""
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError as e:

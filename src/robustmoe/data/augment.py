@@ -16,8 +16,8 @@ from robustmoe.noise import Noise
 def augment(
     x: Float[Tensor, "n ch h w"], noise: Noise, padding: int, flip: bool, cutout: int = 0
 ) -> Float[Tensor, "n ch h w"]:
-    """Each image of ``x`` (n, ch, h, w) moved by up to ``padding`` pixels, zeros entering, and mirrored half the time;
-    then a square of ``cutout`` pixels a side set to 0.
+    """Returns each image of ``x`` (n, ch, h, w) moved by up to ``padding`` pixels, zeros entering, and mirrored half
+    the time; then a square of ``cutout`` pixels a side set to 0.
 
     Equal to padding with zeros, cropping h x w at a uniform place, then a horizontal flip with probability 1/2 where
     ``flip`` (He et al., CVPR 2016, section 4.2, for CIFAR with padding 4). The square's centre is a uniform pixel, so

@@ -30,7 +30,7 @@ class Batch:
         return self.x.shape[0]
 
     def __getitem__(self, select: Tensor | slice) -> Batch:
-        """Some of the images: by a mask, by their positions, or a slice."""
+        """Returns some of the images: by a mask, by their positions, or a slice."""
         return Batch(self.x[select], self.y[select], self.index[select])
 
     def to(self, device: str | torch.device) -> Batch:
@@ -59,18 +59,20 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batch(self, positions: Int64[Tensor, " n"] | list[int]) -> Batch:
-        """The images at ``positions`` (n,), each in 0..N-1, in that order."""
+        """Returns the images at ``positions`` (n,), each in 0..N-1, in that order."""
 
     @abstractmethod
     def subset(self, positions: Int64[Tensor, " n"] | list[int]) -> ImageSet:
-        """A set of the images at ``positions`` (n,) alone; each keeps its index."""
+        """Returns a set of the images at ``positions`` (n,) alone; each keeps its index."""
 
     @abstractmethod
     def _contents(self) -> Iterator[Any]:
-        """What is hashed of the images themselves: buffers of bytes."""
+        """Returns what is hashed of the images themselves: buffers of bytes."""
 
     def head(self, limit: int | None) -> ImageSet:
-        """The first ``limit`` images; all of them where limit is None or larger than the set. `UserError` below 1."""
+        """Returns the first ``limit`` images; all of them where limit is None or larger than the set. `UserError` below
+        1.
+        """
         if limit is None or limit >= len(self):
             return self
         if limit < 1:
@@ -123,7 +125,7 @@ class InMemory(ImageSet):
         return images.to(torch.float32).div_(self.white) if images.dtype == torch.uint8 else images
 
     def batch(self, positions: Int64[Tensor, " n"] | list[int]) -> Batch:
-        """The images at ``positions`` (n,), on the device that holds the set."""
+        """Returns the images at ``positions`` (n,), on the device that holds the set."""
         where = as_positions(positions)
         device = self.images.device
         x = self._scaled(self.images[where.to(device)])
@@ -134,7 +136,7 @@ class InMemory(ImageSet):
         return InMemory(self.images[where.to(self.images.device)], self.labels[where], self.index[where], self.white)
 
     def to(self, device: str | torch.device) -> InMemory:
-        """The same set with its images on ``device``, where its batches are then made."""
+        """Returns the same set with its images on ``device``, where its batches are then made."""
         return InMemory(self.images.to(device), self.labels, self.index, self.white)
 
     def _contents(self) -> Iterator[Any]:
@@ -234,7 +236,7 @@ def from_arrays(
     num_classes: int | None = None,
     index: Tensor | np.ndarray | list[int] | None = None,
 ) -> InMemory:
-    """A user's own images as a split: ``x`` (N, ch, h, w) floating point in [0, 1], ``y`` (N,) integers from 0.
+    """Returns a user's own images as a split: ``x`` (N, ch, h, w) floating point in [0, 1], ``y`` (N,) integers from 0.
 
     The values are kept as float32, not quantised. ``index`` (N,) are stable names of the images, by default 0..N-1.
     `UserError` on images of another rank, outside [0, 1] or not finite, on labels outside 0..num_classes-1, on
@@ -260,7 +262,7 @@ def batches(
     device: str | torch.device = "cpu",
     drop_last: bool = False,
 ) -> Iterator[Batch]:
-    """The images at positions ``order`` (n,), by default all in order, ``batch_size`` at a time, on ``device``.
+    """Yields the images at positions ``order`` (n,), by default all in order, ``batch_size`` at a time, on ``device``.
 
     The last batch may be short; ``drop_last`` leaves it out. Sets that are not in memory are read one batch ahead, in
     a thread.

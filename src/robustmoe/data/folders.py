@@ -36,7 +36,7 @@ def _names(folder: Path, of_folders: bool) -> list[str]:
 
 
 def _list_classes(root: Path, part: str, classes: list[str], inner: str = "") -> Listing:
-    """Every image of root/part/<class>/inner/*."""
+    """Returns every image of root/part/<class>/inner/*."""
     listing: Listing = []
     for label, name in enumerate(classes):
         where = Path(part, name, inner)
@@ -50,7 +50,7 @@ def _list_classes(root: Path, part: str, classes: list[str], inner: str = "") ->
 
 
 def _streamed(root: Path, listing: Listing, shape: tuple[int, int, int], zoom: float | None) -> Streamed:
-    """The listing as a set in its fixed random order."""
+    """Returns the listing as a set in its fixed random order."""
     labels = torch.tensor([label for _, label in listing])
     return Streamed(root, [file for file, _ in listing], labels, shape, zoom).subset(permutation(len(listing), ORDER))
 
@@ -136,7 +136,7 @@ def imagenet(root: str | Path, size: int = 224, val: float = 0.1) -> Data:
 
 
 def _lines(path: Path) -> list[list[str]]:
-    """The tab-separated fields of each line that is not empty."""
+    """Returns the tab-separated fields of each line that is not empty."""
     try:
         return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
@@ -146,7 +146,7 @@ def _lines(path: Path) -> list[list[str]]:
 
 
 def _tiny_test(base: Path, wnids: list[str]) -> Listing:
-    """The official validation images, in the order of their annotation file."""
+    """Returns the official validation images, in the order of their annotation file."""
     notes = base / "val" / "val_annotations.txt"
     label = {wnid: i for i, wnid in enumerate(wnids)}
     have = set(_names(base / "val" / "images", of_folders=False))

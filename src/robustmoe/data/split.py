@@ -16,7 +16,7 @@ VALIDATION, TEST, ORDER = 101, 102, 103
 def hold_out(
     labels: Int64[Tensor, " n"], share: float, key: int = VALIDATION
 ) -> tuple[Int64[Tensor, " kept"], Int64[Tensor, " held"]]:
-    """Positions kept and positions held out, both ascending, drawn by ``labels`` and ``key`` alone.
+    """Returns positions kept and positions held out, both ascending, drawn by ``labels`` and ``key`` alone.
 
     Of each class, ``share`` of its images are held out (rounded to the nearest whole number, at least 1 and never
     all; a class of a single image keeps it). `UserError` on a share outside (0, 1), or where nothing could be held

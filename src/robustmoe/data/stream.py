@@ -43,7 +43,7 @@ def _pixels(image: Image.Image, channels: int, name: str) -> Image.Image:
 
 
 def _fit(image: Image.Image, h: int, w: int, zoom: float | None, name: str) -> Image.Image:
-    """The centre (h, w) of the image resized (bilinear, in proportion) to just cover ``zoom`` times (h, w)."""
+    """Returns the centre (h, w) of the image resized (bilinear, in proportion) to just cover ``zoom`` times (h, w)."""
     have_w, have_h = image.size
     if zoom is None:
         if (have_h, have_w) != (h, w):
@@ -64,7 +64,7 @@ def _fit(image: Image.Image, h: int, w: int, zoom: float | None, name: str) -> I
 
 
 def decode(source: Path | bytes, name: str, shape: tuple[int, int, int], zoom: float | None = None) -> np.ndarray:
-    """One image file, or its bytes, as uint8 (h, w, ch).
+    """Decodes one image file, or its bytes, to uint8 (h, w, ch).
 
     ``shape`` is (ch, h, w). ``zoom`` None: the file must have that size. A number: the file is resized so that it
     just covers ``zoom`` times that size, and its centre is cut out (1: as much as fits; 256 / 224: ImageNet's
@@ -155,7 +155,7 @@ class Streamed(ImageSet):
         return Streamed(self.root, files, self.labels[where], self._shape, self.zoom, self.index[where])
 
     def in_memory(self) -> InMemory:
-        """All of it decoded once, as uint8: N ch h w bytes."""
+        """Decodes all of it once, as uint8: N ch h w bytes."""
         return InMemory(self._decoded(list(range(len(self)))), self.labels, self.index)
 
     def _contents(self) -> Iterator[Any]:

@@ -72,7 +72,7 @@ def build_model(
     std: tuple[float, ...] | None = None,
     seed: int = 0,
 ) -> RoutedModel:
-    """A freshly initialised model in eval mode, for images of ``image_shape`` (ch, h, w) in [0, 1].
+    """Returns a freshly initialised model in eval mode, for images of ``image_shape`` (ch, h, w) in [0, 1].
 
     ``mean`` and ``std``: one value a channel, of the training data; 0.5 each by default. The initialisation depends
     on ``seed`` alone; torch's global generator is left as it was. Raises `robustmoe.errors.UserError` for a spec that

@@ -36,7 +36,7 @@ class StagedNetwork(nn.Module, ABC):
 
     @abstractmethod
     def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        """What leaves the last stage -> (n, classes) logits."""
+        """Returns what leaves the last stage -> (n, classes) logits."""
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         x = self.entry(x)
@@ -52,7 +52,7 @@ class Backbone(NetworkSpec):
     def make(
         self, num_classes: int, image_shape: ImageShape, layers: Layers = DENSE, ratio: float = 1.0
     ) -> StagedNetwork:
-        """The network of ``layers``, its widths scaled by ``ratio`` (rounded down, as AdvMoE's code does).
+        """Returns the network of ``layers``, its widths scaled by ``ratio`` (rounded down, as AdvMoE's code does).
 
         With routed layers, what the architecture routes and scales is AdvMoE's choice (each class says it); with dense
         ones every width is scaled, the stem's too (AdvMoE's S-Dense). Raises ValueError where no channel is left.

@@ -38,7 +38,7 @@ class RoutedModel(nn.Module, ABC):
 
     @abstractmethod
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        """Logits of the images; each routing decision goes through ``tape``."""
+        """Returns the logits of the images; each routing decision goes through ``tape``."""
 
     def run(
         self,
@@ -46,8 +46,8 @@ class RoutedModel(nn.Module, ABC):
         forced: Mapping[str, Routing] | None = None,
         noise: Noise | None = None,
     ) -> Output:
-        """One pass. Routers named in ``forced`` replay that decision; the others decide freely. ``noise``: one random
-        stream an image; given (in training), routers that have training noise decide with it.
+        """Runs one pass. Routers named in ``forced`` replay that decision; the others decide freely. ``noise``: one
+        random stream an image; given (in training), routers that have training noise decide with it.
 
         Raises ValueError where ``forced`` names a router that this model does not have, or is of another batch or
         number of experts.
@@ -60,15 +60,16 @@ class RoutedModel(nn.Module, ABC):
         return Output(logits, tape.trace)
 
     def forward(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n c"]:
-        """Logits alone."""
+        """Returns the logits alone."""
         return self.run(x).logits
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
-        """The routers' decisions alone. A model whose routers need no expert may say them without running one."""
+        """Returns the routers' decisions alone. A model whose routers need no expert may run none."""
         return self.run(x).trace
 
     def layers(self) -> dict[str, TokenLayer]:
-        """The routed layers on tokens, by the names of their routers in the trace: what is measured layer by layer.
+        """Returns the routed layers on tokens, by the names of their routers in the trace: what is measured layer by
+        layer.
 
         These are all `TokenLayer`s inside, each with its router's name: its own path and ".router". Override it where
         the trace has other names. A model without such layers gives {}.
@@ -77,8 +78,8 @@ class RoutedModel(nn.Module, ABC):
         return {f"{name}.router": layer for name, layer in layers.items()}
 
     def parts(self) -> Part:
-        """The networks and routers that the model consists of, for certificates. Raises UserError where they are not
-        known; a model of your own says them by overriding this.
+        """Returns the networks and routers that the model consists of, for certificates. Raises UserError where they
+        are not known; a model of your own says them by overriding this.
         """
         raise UserError(
             f"no certificate knows how {type(self).__name__} routes: expected a dense network, an ensemble, an image "
@@ -95,7 +96,7 @@ class NetworkModel(RoutedModel):
         self.network = network
 
     def answer(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n c"]:
-        """The network's logits of images in [0, 1]."""
+        """Returns the network's logits of images in [0, 1]."""
         return self.network(to_channels_last(self.normalise(x)))
 
 
@@ -124,7 +125,9 @@ class Plain(RoutedModel):
 
 
 def as_routed(model: Callable[[Tensor], Tensor]) -> RoutedModel:
-    """The model itself where it is a `RoutedModel`; any other callable x -> logits becomes one with an empty trace."""
+    """Returns the model itself where it is a `RoutedModel`; any other callable x -> logits becomes one with an empty
+    trace.
+    """
     return model if isinstance(model, RoutedModel) else Plain(model)
 
 
@@ -146,8 +149,8 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
-        """The model, freshly initialised from torch's global generator (see `robustmoe.models.build_model` for a
-        seeded one).
+        """Returns the model, freshly initialised from torch's global generator (see `robustmoe.models.build_model` for
+        a seeded one).
         """
 
 
@@ -156,7 +159,7 @@ class NetworkSpec(ModelSpec):
 
     @abstractmethod
     def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
-        """An nn.Module from normalised images (n, ch, h, w) to (n, num_classes)."""
+        """Returns an nn.Module from normalised images (n, ch, h, w) to (n, num_classes)."""
 
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
         return Dense(self.network(num_classes, image_shape), normalise)

@@ -69,7 +69,7 @@ class GapRouter(nn.Module):
 
 
 def layer_router(channels: int, experts: int, kind: str, standardise: bool = False) -> nn.Module:
-    """A fresh router for feature maps of so many channels."""
+    """Returns a fresh router for feature maps of so many channels."""
     if kind not in ("conv_gap", "gap_fc"):
         raise ValueError(f"router must be 'conv_gap' or 'gap_fc'; got {kind!r}")
     router = GapRouter(channels, experts, kind)
@@ -159,7 +159,7 @@ class LayerMoE(ModelSpec):
 
     @abstractmethod
     def places(self, stage: nn.Module) -> list[str]:
-        """The paths, inside a stage, of the layers that become experts."""
+        """Returns the paths, inside a stage, of the layers that become experts."""
 
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
         network = self.backbone.make(num_classes, image_shape)

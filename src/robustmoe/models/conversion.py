@@ -120,7 +120,7 @@ def _check_dense(network: nn.Module) -> None:
 
 
 def _matching(network: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The names that match a pattern part by part, in the network's order."""
+    """Returns the names that match a pattern part by part, in the network's order."""
     known = [name for name, _ in network.named_modules() if name]
     matched: set[str] = set()
     for pattern in patterns:
@@ -143,14 +143,14 @@ def _matching(network: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def _probe(network: nn.Module, image_shape: ImageShape) -> Tensor:
-    """Two random images, on the device and in the dtype of the network."""
+    """Returns two random images, on the device and in the dtype of the network."""
     x = Noise.of(torch.arange(2)).uniform(*image_shape)
     first = next((p for p in network.parameters() if p.is_floating_point()), None)
     return x if first is None else x.to(first)
 
 
 def _watched(network: nn.Module, normalise: nn.Module, names: list[str], x: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """The network's logits on the probe, and how many channels each layer gets."""
+    """Returns the network's logits on the probe, and how many channels each layer gets."""
     seen: dict[str, list[tuple[tuple[Any, ...], Any]]] = {name: [] for name in names}
     entered: dict[str, tuple[Any, ...]] = {}
 
@@ -211,7 +211,7 @@ def _check_equal(model: RoutedModel, x: Tensor, expected: Tensor, names: list[st
 
 
 def _off(answer: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value expected."""
+    """Returns the largest difference, relative to the largest value expected."""
     if answer.shape != expected.shape:
         return float("inf")
     largest = expected.abs().amax().clamp(min=torch.finfo(expected.dtype).tiny)

@@ -30,7 +30,7 @@ class Segments:
     weight: Float[Tensor, " n"]
 
     def through(self, modules: nn.ModuleList, x: Tensor, every: bool = False) -> Tensor:
-        """Each expert's module on its slice of x (n, d, h, w); without images it is left out, unless ``every``."""
+        """Runs each expert's module on its slice of x (n, d, h, w); without images it is left out, unless ``every``."""
         used = [(module, size) for module, size in zip(modules, self.sizes, strict=True) if size or every]
         if len(used) < 2:  # an empty slice would cost the gradient its channels-last memory
             out: Tensor = (used[0][0] if used else modules[0])(x)
@@ -86,7 +86,7 @@ class Conv(Foldable, nn.Conv2d, foldable=True):
         return self.convolved(x, self.weight)
 
     def convolved(self, x: Float[Tensor, "n d h w"], weight: Float[Tensor, "f d kh kw"]) -> Tensor:
-        """The convolution with other filters than its own, at the same stride and padding."""
+        """Returns the convolution with other filters than its own, at the same stride and padding."""
         if not self.takes_pixels_first:
             return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         rows, columns = self.stride
@@ -159,7 +159,7 @@ class RoutedConv(Foldable, nn.Module, foldable=True):
 
 
 def folded(layer: nn.Module, scale: Float[Tensor, " d"], shift: Float[Tensor, " d"]) -> nn.Module:
-    """A layer of convolutions and y = scale * x + shift behind it as one layer."""
+    """Returns a layer of convolutions and y = scale * x + shift behind it as one layer."""
     if isinstance(layer, Foldable):
         return layer.folded(scale, shift)
     assert isinstance(layer, nn.Conv2d)

@@ -38,7 +38,7 @@ class Sharpening(ABC):
 
     @abstractmethod
     def __call__(self, logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        """The sharpened logits."""
+        """Returns the sharpened logits."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ SHARPENINGS: dict[str, Callable[..., Sharpening]] = {"scaled": Scaled, "nuts": N
 def blend_logits(
     standard: Float[Tensor, "n c"], robust: Float[Tensor, "n c"], alpha: float | Float[Tensor, " n"], mix: Mix
 ) -> Float[Tensor, "n c"]:
-    """The blend of two logits: log((1 - alpha) softmax(standard) + alpha softmax(robust)) in log space, or
-    (1 - alpha) standard + alpha robust. ``alpha``: the robust half's share, in [0, 1], one for all or one an image; 0
-    and 1 (as numbers) give the half itself.
+    """Returns the blend of two logits: log((1 - alpha) softmax(standard) + alpha softmax(robust)) in log space, or (1 -
+    alpha) standard + alpha robust. ``alpha``: the robust half's share, in [0, 1], one for all or one an image; 0 and 1
+    (as numbers) give the half itself.
     """
     if isinstance(alpha, float | int):
         if alpha in (0, 1):
@@ -142,7 +142,7 @@ class DualModel(RoutedModel):
         self._alpha = float(value)
 
     def at(self, alpha: float) -> DualModel:
-        """The same halves (the same modules, not copies) at another alpha, in the mode they are in."""
+        """Returns the same halves (the same modules, not copies) at another alpha, in the mode they are in."""
         other = DualModel(self.standard, self.robust, alpha, self.mix, self.sharpen, self.mixer)
         other.training = self.training
         return other
@@ -153,7 +153,7 @@ class DualModel(RoutedModel):
         return self.blended(x, standard, robust)
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
-        """The decisions of both halves' routers."""
+        """Returns the decisions of both halves' routers."""
         halves = {"standard": self.standard.route(x), "robust": self.robust.route(x)}
         return {f"{half}.{name}": routing for half, trace in halves.items() for name, routing in trace.items()}
 
@@ -173,14 +173,14 @@ class DualModel(RoutedModel):
     def blended(
         self, x: Float[Tensor, "n ch h w"], standard: Float[Tensor, "n c"], robust: Float[Tensor, "n c"]
     ) -> Float[Tensor, "n c"]:
-        """The logits of the images x, given those of the two halves."""
+        """Returns the logits of the images x, given those of the two halves."""
         if self.alpha in (0.0, 1.0):
             return blend_logits(standard, robust, self.alpha, self.mix)
         robust = robust if self.sharpen is None else self.sharpen(robust)
         return blend_logits(standard, robust, self.alphas(x), self.mix)
 
     def alphas(self, x: Float[Tensor, "n ch h w"]) -> float | Float[Tensor, " n"]:
-        """The alpha of each image; one number without a mixer."""
+        """Returns the alpha of each image; one number without a mixer."""
         if self.mixer is None or self.alpha in (0.0, 1.0):
             return self.alpha
         own = at_least_float32(self.mixer(x))[:, 0]

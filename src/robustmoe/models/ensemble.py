@@ -58,7 +58,7 @@ class EnsembleModel(RoutedModel):
         return torch.logsumexp(log_probabilities + torch.log(weight)[:, :, None], dim=1)
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
-        """The router's decision; no expert runs."""
+        """Returns the router's decision; no expert runs."""
         tape = Tape()
         tape("router", self._decide(to_channels_last(self.normalise(x))))
         return tape.trace

@@ -26,8 +26,8 @@ def mix_reference(
     index: Int[Tensor, "m k"],
     weight: Float[Tensor, "m k"],
 ) -> Float[Tensor, "m ..."]:
-    """The definition: all experts on all m items, then the chosen ones' weighted sum. E times the cost; the yardstick
-    of `mix_sparse`.
+    """Returns the sum by its definition: all experts on all m items, then the chosen ones' weighted sum. E times the
+    cost; the yardstick of `mix_sparse`.
     """
     every = torch.stack([expert(x) for expert in experts], dim=1)
     spread = (slice(None), slice(None), *([None] * (every.ndim - 2)))
@@ -41,7 +41,7 @@ def mix_sparse(
     index: Int[Tensor, "m k"],
     weight: Float[Tensor, "m k"],
 ) -> Float[Tensor, "m ..."]:
-    """The same sum, each expert run once, on just the items routed to it; summed over k in rank order."""
+    """Returns the same sum, each expert run once, on just the items routed to it; summed over k in rank order."""
     chosen = run_sparse(experts, x, index)
     spread = (slice(None), slice(None), *([None] * (chosen.ndim - 2)))
     ranks = zip(chosen.unbind(1), weight[spread].to(chosen.dtype).unbind(1))

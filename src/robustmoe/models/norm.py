@@ -41,7 +41,9 @@ class Foldable:
         cls.foldable = foldable
 
     def folded(self, scale: Float[Tensor, " d"], shift: Float[Tensor, " d"]) -> nn.Module:
-        """A convolution's layer and y = scale * x + shift behind it as one layer, which may be this one, changed."""
+        """Returns a convolution's layer and y = scale * x + shift behind it as one layer, which may be this one,
+        changed.
+        """
         raise TypeError(f"{type(self).__name__} is no convolution, so no BatchNorm can become part of it")
 
 
@@ -136,8 +138,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 
 def enters_empty(module: nn.Module) -> bool:
-    """Whether the module must be called even without images: its BatchNorm counts over processes, and all of them
-    have to enter.
+    """Returns whether the module must be called even without images: its BatchNorm counts over processes, and all of
+    them have to enter.
     """
     return module.training and distributed.active()
 

@@ -69,5 +69,5 @@ Part = Leaf | Fork | Mixed
 
 
 def through(normalise: nn.Module, network: nn.Module) -> Function:
-    """The network on normalised images."""
+    """Returns the network on normalised images."""
     return lambda x: network(normalise(x))

@@ -86,7 +86,7 @@ class StagedPathwayModel(RoutedModel):
         return self._fork(lambda x: self.network.entry(self.normalise(x)), 0)
 
     def _fork(self, before: Function, place: int) -> Part:
-        """What follows ``before``, which ends where stage ``place`` begins."""
+        """Returns what follows ``before``, which ends where stage ``place`` begins."""
         stages = self.network.stages
         if place == len(stages):
             return Leaf(before)
@@ -104,7 +104,7 @@ class StagedPathwayModel(RoutedModel):
 
 
 def whole(x: Tensor, expert: int, experts: int) -> Segments:
-    """All images to one expert."""
+    """Sends all images to one expert."""
     return Segments([len(x) if each == expert else 0 for each in range(experts)], torch.ones(len(x), device=x.device))
 
 

@@ -40,7 +40,7 @@ class PrunedConv(Conv):
         self.score.copy_(math.sqrt(6 / self.weight[0].numel()) * self.weight / largest)
 
     def kept(self) -> Int[Tensor, " kept"]:
-        """The filters that are kept, in ascending order."""
+        """Returns the filters that are kept, in ascending order."""
         norms = self.score.detach().abs().sum((1, 2, 3))
         return torch.argsort(norms, descending=True, stable=True)[: self.keep].sort().values
 
@@ -85,7 +85,7 @@ class Pruned(NetworkSpec):
 
 
 def reset_scores(model: nn.Module, known: frozenset[str] = frozenset()) -> None:
-    """The scores of every pruned convolution anew from its weights, but for those ``known`` by name."""
+    """Makes the scores of every pruned convolution anew from its weights, but for those ``known`` by name."""
     for name, module in model.named_modules():
         if isinstance(module, PrunedConv) and f"{name}.score" not in known:
             module.reset_score()

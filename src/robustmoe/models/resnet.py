@@ -33,7 +33,7 @@ Stem = Literal["cifar", "imagenet"]
 
 
 def stem_conv(stem: Stem, channels: int, outputs: int) -> Conv:
-    """The first convolution; never routed."""
+    """Returns the first convolution; never routed."""
     return Conv(channels, outputs, 7, 2) if stem == "imagenet" else Conv(channels, outputs, 3, 1)
 
 
@@ -85,7 +85,7 @@ class Pad(nn.Module):
 
 
 def shortcut_of(spec: ResNet, inputs: int, outputs: int, stride: int, layers: Layers) -> nn.Module:
-    """What a block adds to its branch. Projections are routed in the ImageNet form alone (AdvMoE's code)."""
+    """Returns what a block adds to its branch. Projections are routed in the ImageNet form alone (AdvMoE's code)."""
     if stride == 1 and inputs == outputs:
         return Same()
     if spec.shortcut == "pad":

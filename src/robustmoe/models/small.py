@@ -111,7 +111,7 @@ class RescaledNetwork(nn.Module):
 
 
 def bilinear(x: Float[Tensor, "n ch h w"], size: tuple[int, int]) -> Float[Tensor, "n ch a b"]:
-    """The images at ``size`` (height, width), in float32 at least; with antialiasing where a side shrinks."""
+    """Returns the images at ``size`` (height, width), in float32 at least; with antialiasing where a side shrinks."""
     shrinks = size[0] < x.shape[2] or size[1] < x.shape[3]
     return F.interpolate(at_least_float32(x), size, mode="bilinear", antialias=shrinks)
 

@@ -66,7 +66,7 @@ class Rule:
     multiple: int
 
     def __call__(self, logits: Float[Tensor, "n t e"], tape: Tape, name: str) -> Routing:
-        """The router's own decision."""
+        """Returns the router's own decision."""
         draws = tape.draws(name)
         if self.choice == "expert":
             return self._of_experts(logits)
@@ -123,10 +123,12 @@ class TokenLayer(nn.Module):
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
-        """The sum over the chosen experts of weight times answer, for each token."""
+        """Returns the sum over the chosen experts of weight times answer, for each token."""
 
     def linear(self) -> LinearRouting:
-        """The layer's router. Raises ValueError where it is not linear in each token, or the layer mixes tokens."""
+        """Returns the layer's router. Raises ValueError where it is not linear in each token, or the layer mixes
+        tokens.
+        """
         raise ValueError(f"the layer can be measured as a whole alone: {self.whole}")
 
 
@@ -151,8 +153,8 @@ class TokenMoE(TokenLayer):
         return self.experts(x.flatten(0, 1), index, weight, self._kept(weight), self.dispatch).view_as(x)
 
     def _kept(self, weight: Float[Tensor, "m k"]) -> Bool[Tensor, "m k"] | None:
-        """Which pairs run; None: all. On the meta device, where costs are counted without values, no token is dropped,
-        and every expert that chooses takes the first ones.
+        """Returns which pairs run; None: all. On the meta device, where costs are counted without values, no token is
+        dropped, and every expert that chooses takes the first ones.
         """
         rule = self.rule
         if rule.choice == "token":

@@ -71,8 +71,8 @@ class TokenExperts(Experts):
         kept: Bool[Tensor, "m k"] | None = None,
         dispatch: Dispatch = "auto",
     ) -> Float[Tensor, "m d"]:
-        """The weighted sum over the chosen experts of each item; pairs that are not ``kept`` add nothing and, but for
-        "dense", cost nothing.
+        """Returns the weighted sum over the chosen experts of each item; pairs that are not ``kept`` add nothing and,
+        but for "dense", cost nothing.
 
         "loop": one expert after the other picks its items, the plainest. "sorted": pairs sorted by expert, one matrix
         product an expert. "grouped": the same with torch's grouped product, where `groupable`; else "sorted". "dense":
@@ -89,22 +89,22 @@ class TokenExperts(Experts):
         return self._sorted(x, index, weight, kept, dispatch == "grouped" and groupable(x, self.w1, self.w2))
 
     def every(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "e m d"]:
-        """Every expert on every item."""
+        """Runs every expert on every item."""
         return self.apart(x.expand(self.num, *x.shape))
 
     def apart(self, x: Float[Tensor, "e m d"]) -> Float[Tensor, "e m d"]:
-        """Each expert on its own items."""
+        """Runs each expert on its own items."""
         before = torch.matmul(x, self.w1)
         after = torch.matmul(F.gelu(before + self.b1[:, None].to(before.dtype)), self.w2)
         return after + self.b2[:, None].to(after.dtype)
 
     def single(self, expert: int, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        """One expert on all items."""
+        """Runs one expert on all items."""
         return _mlp(x, self.w1[expert], self.b1[expert], self.w2[expert], self.b2[expert])
 
     def _each(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Every expert's own tensors. Taken apart at once: the backward of one `select` an expert would fill a gradient
-        of all experts' size for each.
+        """Returns every expert's own tensors. Taken apart at once: the backward of one `select` an expert would fill a
+        gradient of all experts' size for each.
         """
         return zip(self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), self.b2.unbind(), strict=True)
 
@@ -160,15 +160,15 @@ def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product of x computes in: under autocast its dtype."""
+    """Returns what a matrix product of x computes in: under autocast its dtype."""
     kind = x.device.type
     casts = not x.is_meta and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def groupable(x: Tensor, *weights: Tensor) -> bool:
-    """Whether torch's grouped matrix product takes these operands: the dtype is float32 or half precision
-    (on CUDA: bfloat16 alone), every row is a multiple of 16 bytes, there are items, and no function transform or
+    """Returns whether torch's grouped matrix product takes these operands: the dtype is float32 or half precision (on
+    CUDA: bfloat16 alone), every row is a multiple of 16 bytes, there are items, and no function transform or
     forward-mode derivative runs.
     """
     dtype = _compute_dtype(x)
@@ -188,8 +188,9 @@ def groupable(x: Tensor, *weights: Tensor) -> bool:
 
 
 def capacity(items: int, experts: int, k: int, factor: float, multiple: int = 1) -> int:
-    """How many items an expert has room for: ceil(items * k * factor / experts), up to a multiple of ``multiple``
-    (V-MoE's code: 4). ``factor`` is taken as it is written: 1.1 of 100 items is 110, not the next number above.
+    """Returns how many items an expert has room for: ceil(items * k * factor / experts), up to a multiple of
+    ``multiple`` (V-MoE's code: 4). ``factor`` is taken as it is written: 1.1 of 100 items is 110, not the next number
+    above.
     """
     room = math.ceil(items * k * Fraction(str(factor)) / experts)
     return math.ceil(room / multiple) * multiple
@@ -198,8 +199,8 @@ def capacity(items: int, experts: int, k: int, factor: float, multiple: int = 1)
 def within_capacity(
     index: Int[Tensor, "s k"], priority: Float[Tensor, " s"] | None, experts: int, room: int
 ) -> Bool[Tensor, "s k"]:
-    """Which choices of the items of a group find room: all first choices before any second one, items in their order
-    (V-MoE's "vanilla"), or by decreasing ``priority`` (batch-priority, Riquelme et al. 2021, section 4). A choice
+    """Returns which choices of the items of a group find room: all first choices before any second one, items in their
+    order (V-MoE's "vanilla"), or by decreasing ``priority`` (batch-priority, Riquelme et al. 2021, section 4). A choice
     without room still counts.
     """
     items, k = index.shape

@@ -114,12 +114,12 @@ class ViTNetwork(nn.Module):
         return self.classify(self.blocks(self.tokens(x)))
 
     def tokens(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n t d"]:
-        """The class token and one a patch, positions added."""
+        """Returns the class token and one a patch, positions added."""
         patches = self.patch_embed(x)
         return torch.cat([self.cls_token.expand(len(x), -1, -1).to(patches), patches], 1) + self.pos_embed
 
     def classify(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n c"]:
-        """Logits of the last block's tokens."""
+        """Returns the logits of the last block's tokens."""
         return self.head(self.norm(tokens)[:, 0])
 
 
@@ -190,8 +190,8 @@ SIZES: dict[Size, ViT] = {
 
 
 def resample_positions(positions: Float[Tensor, "1 t d"], grid: tuple[int, int]) -> Float[Tensor, "1 s d"]:
-    """A position embedding of a square grid for another ``grid`` (rows, columns): bicubic with antialiasing, as timm
-    does it; the class token's stays, and an equal grid is returned as it is.
+    """Returns a position embedding of a square grid for another ``grid`` (rows, columns): bicubic with antialiasing, as
+    timm does it; the class token's stays, and an equal grid is returned as it is.
 
     Raises ValueError where the tokens are not a class token and a square grid.
     """

@@ -105,7 +105,7 @@ class ViTMoE(ModelSpec):
         return replace(SIZES[self.size], patch=self.patch, **given)
 
     def places(self) -> tuple[int, ...]:
-        """The numbers of the routed blocks."""
+        """Returns the numbers of the routed blocks."""
         depth = self.backbone.depth
         if isinstance(self.placement, tuple):
             wrong = [number for number in self.placement if not 0 <= number < depth]

@@ -26,7 +26,7 @@ class PreactivationNetwork(StagedNetwork):
         self.stages, self.inputs = nn.ModuleList(), []
 
     def end(self, channels: int, num_classes: int, layers: Layers) -> None:
-        """The last layers, then every convolution's initial values."""
+        """Adds the last layers, then gives every convolution its initial values."""
         self.last = layers.norm(channels)
         self.head = nn.Linear(channels, num_classes)
         initialise(self)

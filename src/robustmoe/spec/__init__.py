@@ -57,7 +57,7 @@ TABLES: dict[str, Callable[[], Table]] = {
 
 
 def build(text: str, kind: str | Table, *more: str | Table) -> Any:
-    """The object that ``text`` names.
+    """Returns the object that ``text`` names.
 
     ``kind`` is a key of `TABLES`, or a table (name -> callable). The outermost name must be of that kind; names
     inside it may be of any kind, or from the tables in ``more``. A mistake is a one-line `UserError`.

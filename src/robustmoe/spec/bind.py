@@ -17,7 +17,7 @@ Kinds = Mapping[str, Callable[[], Table]]
 
 
 def mapping(kind: str | Table, kinds: Kinds) -> Table:
-    """The table of a kind; a table itself is returned as it is."""
+    """Returns the table of a kind; a table itself is returned as it is."""
     if not isinstance(kind, str):
         return kind
     if kind not in kinds:
@@ -35,14 +35,14 @@ class CallReader:
         self.others: tuple[str | Table, ...] = (*more, *(kinds if isinstance(kind, str) else ()))
 
     def outermost(self, node: ast.expr) -> Any:
-        """The object of the whole text."""
+        """Returns the object of the whole text."""
         match node:
             case ast.Call(func=ast.Name(id=name)) | ast.Name(id=name):
                 return self._call(node, name, self._asked(name))
         raise UserError(f"expected a call such as 'name(argument, key=value)', got {short(render(node))!r}")
 
     def _call(self, node: ast.expr, name: str, function: Callable[..., Any]) -> Any:
-        """What ``function`` makes of the arguments of ``node``, a call or a bare name."""
+        """Returns what ``function`` makes of the arguments of ``node``, a call or a bare name."""
         where = f"in {short(render(node))!r}"
         arguments = self._bind(node, name, signature_of(function), where)
         try:
@@ -53,7 +53,7 @@ class CallReader:
             raise UserError(f"{where}: {e}") from e
 
     def _find(self, name: str, hint: Any) -> Callable[..., Any] | None:
-        """What ``name`` stands for in an argument annotated ``hint``: of several kinds, the one that fits."""
+        """Returns what ``name`` stands for in an argument annotated ``hint``: of several kinds, the one that fits."""
         classes, first = _classes(hint), None
         for table in self._tables():
             if name in table:
@@ -72,7 +72,7 @@ class CallReader:
         raise UserError(f"unknown {self.label} {name!r}; {nearest(name, self.asked)}")
 
     def _bind(self, node: ast.expr, name: str, signature: inspect.Signature, where: str) -> inspect.BoundArguments:
-        """The arguments of a call: counted, named, built and checked."""
+        """Returns the arguments of a call: counted, named, built and checked."""
         args = node.args if isinstance(node, ast.Call) else []
         keywords = [(str(k.arg), k.value) for k in node.keywords] if isinstance(node, ast.Call) else []
         parameters = signature.parameters
@@ -127,7 +127,7 @@ class CallReader:
         return number(node)
 
     def _expected(self, name: str, hint: Any) -> str:
-        """The names that would do for an argument annotated ``hint``; all names where none is known to."""
+        """Returns the names that would do for an argument annotated ``hint``; all names where none is known to."""
         arms = arms_of(hint)
         if str in arms:
             return "write a text in quotes"
@@ -143,11 +143,11 @@ class CallReader:
 
 
 def _classes(hint: Any) -> tuple[type, ...]:
-    """The classes that a table entry could make for an argument annotated ``hint``."""
+    """Returns the classes that a table entry could make for an argument annotated ``hint``."""
     return tuple(arm for arm in arms_of(hint) if isinstance(arm, type) and arm not in (ANYTHING, object, *SCALARS))
 
 
 def _makes(function: Callable[..., Any], classes: tuple[type, ...]) -> bool:
-    """Whether a table entry, a class or an annotated factory, makes an instance of one of ``classes``."""
+    """Returns whether a table entry, a class or an annotated factory, makes an instance of one of ``classes``."""
     made = function if isinstance(function, type) else signature_of(function).return_annotation
     return isinstance(made, type) and issubclass(made, classes)

@@ -26,7 +26,7 @@ class Factory:
 
 @functools.lru_cache(maxsize=4096)
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature, with annotations evaluated where all of them can be. A dataclass's field that has a
+    """Returns the signature, with annotations evaluated where all of them can be. A dataclass's field that has a
     ``default_factory`` has a `Factory` for its default.
     """
     try:
@@ -45,7 +45,7 @@ def signature_of(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def arms_of(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, flat; one arm for anything else."""
+    """Returns the members of a union, flat; one arm for anything else."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         return arms_of(typing.get_args(hint)[0])
@@ -109,7 +109,7 @@ def _conform_sequence(value: Any, hint: Any) -> Any:
 
 
 def item_hint(hint: Any, place: int) -> Any:
-    """The annotation of the item at ``place`` of a sequence annotated ``hint``."""
+    """Returns the annotation of the item at ``place`` of a sequence annotated ``hint``."""
     for arm in arms_of(hint):
         args = typing.get_args(arm)
         if typing.get_origin(arm) in SEQUENCES and args:
@@ -119,7 +119,7 @@ def item_hint(hint: Any, place: int) -> Any:
 
 
 def takes_bare(name: str, hint: Any) -> bool:
-    """Whether a bare name given for an argument annotated ``hint`` is that string, and not a call."""
+    """Returns whether a bare name given for an argument annotated ``hint`` is that string, and not a call."""
     arms = arms_of(hint)
     if any(name in typing.get_args(arm) for arm in arms if typing.get_origin(arm) is Literal):
         return True
@@ -128,7 +128,7 @@ def takes_bare(name: str, hint: Any) -> bool:
 
 
 def hint_text(hint: Any) -> str:
-    """An annotation in words: "float or None", "one of 'fp32', 'bf16'", "list of int"."""
+    """Returns an annotation in words: "float or None", "one of 'fp32', 'bf16'", "list of int"."""
     words = []
     for arm in arms_of(hint):
         origin, args = typing.get_origin(arm), [a for a in typing.get_args(arm) if a is not Ellipsis]

@@ -39,7 +39,7 @@ def _parameter(parameter: inspect.Parameter, writer: CallWriter) -> str:
 
 
 def _hint_source(hint: Any) -> str:
-    """An annotation as one writes it, without module names."""
+    """Returns an annotation as one writes it, without module names."""
     if isinstance(hint, str):
         return hint
     return getattr(hint, "__name__", "") if typing.get_origin(hint) is None else re.sub(r"\b\w+\.", "", str(hint))

@@ -23,7 +23,7 @@ _OPERATORS: dict[type[ast.operator], tuple[Callable[[Any, Any], Any], str, int]]
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """The numbers of a list such as ``0, 2/255, 4/255``."""
+    """Returns the numbers of a list such as ``0, 2/255, 4/255``."""
     node = tree_of(text)
     items = node.elts if isinstance(node, ast.Tuple | ast.List) else [node]
     if not all(_is_arithmetic(item) for item in items):
@@ -32,7 +32,9 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def canonical(text: str) -> str:
-    """The normal form of ``text``: one spacing, ``resnet18()`` as ``resnet18``, ``8/255`` as written. No look-up."""
+    """Returns the normal form of ``text``: one spacing, ``resnet18()`` as ``resnet18``, ``8/255`` as written. No
+    look-up.
+    """
     return render(tree_of(text))
 
 
@@ -43,7 +45,7 @@ def short(text: str, width: int = 100) -> str:
 
 
 def tree_of(text: str) -> ast.expr:
-    """The tree of ``text``, made of allowed constructs only."""
+    """Returns the tree of ``text``, made of allowed constructs only."""
     if not isinstance(text, str):
         raise UserError(f"expected a text such as 'name(argument, key=value)', got {type(text).__name__}")
     text = text.strip()
@@ -82,7 +84,7 @@ def _validate(tree: ast.expr, text: str) -> None:
 
 
 def _forbidden(node: ast.AST) -> str:
-    """What is forbidden about a node, in words; empty for an allowed one."""
+    """Returns what is forbidden about a node, in words; empty for an allowed one."""
     match node:
         case ast.Call(func=ast.Name()) | ast.Name() | ast.Load() | ast.List() | ast.Tuple():
             return ""
@@ -124,7 +126,7 @@ def _is_arithmetic(node: ast.AST) -> bool:
 
 
 def number(node: ast.expr) -> int | float:
-    """The value of an arithmetic expression, kept small: no power can take long or fill the memory."""
+    """Returns the value of an arithmetic expression, kept small: no power can take long or fill the memory."""
     match node:
         case ast.Constant(value=value):
             result = value
@@ -151,7 +153,7 @@ def _shorthand(node: ast.expr) -> str:
 
 
 def render(node: ast.AST) -> str:
-    """A tree in its normal form."""
+    """Returns a tree in its normal form."""
     match node:
         case ast.Name(id=name):
             return name
@@ -170,7 +172,7 @@ def render(node: ast.AST) -> str:
 
 
 def _arithmetic(node: ast.expr, strength: int = 0) -> str:
-    """An arithmetic expression without spaces, in parentheses where it binds less than ``strength``."""
+    """Returns an arithmetic expression without spaces, in parentheses where it binds less than ``strength``."""
     match node:
         case ast.BinOp(left=left, op=op, right=right):
             _, sign, own = _OPERATORS[type(op)]

@@ -42,7 +42,7 @@ class CallWriter:
         return min(calls)[-1]
 
     def _arguments(self, obj: Any, signature: inspect.Signature) -> inspect.BoundArguments:
-        """The attributes of ``obj`` that a signature names and that differ from its defaults."""
+        """Returns the attributes of ``obj`` that a signature names and that differ from its defaults."""
         arguments = inspect.BoundArguments(signature, OrderedDict())
         for name, parameter in signature.parameters.items():
             default = parameter.default

@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def build_method(spec: str | Method) -> Method:
-    """The method written as ``spec``: ``build_method("trades(pgd(linf(8/255)), beta=6)")``."""
+    """Returns the method written as ``spec``: ``build_method("trades(pgd(linf(8/255)), beta=6)")``."""
     method: Method = specs.build(spec, "method") if isinstance(spec, str) else spec
     return method
 

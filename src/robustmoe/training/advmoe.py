@@ -114,7 +114,7 @@ class _Released:
         return Loss(self._router_loss(model, model.route(x), model.route(x_adv), x, y), None, Pair(x, x_adv))
 
     def both(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
-        """The sum of the two, on one attacked batch and the same passes."""
+        """Returns the sum of the two, on one attacked batch and the same passes."""
         forced = self._oracle_route(model, x, y)
         x_adv = self._attacked(model, x, y, noise, forced)
         clean, attacked = (_run(model, images, forced, noise) for images in (x, x_adv))
@@ -143,7 +143,7 @@ class _Released:
         return attack(model, x, y, noise)
 
     def _oracle_route(self, model: RoutedModel, x: Tensor, y: Tensor) -> Trace:
-        """Each image to its target's expert; {} where the router decides."""
+        """Sends each image to its target's expert; {} where the router decides."""
         if not self.oracle:
             return {}
         with torch.no_grad(), evaluating(model):
@@ -156,7 +156,7 @@ class _Released:
         return forced
 
     def _expert_of(self, model: RoutedModel, x: Tensor, y: Tensor, experts: int) -> Int[Tensor, " n"]:
-        """The label target: class modulo E, of the classes in their own order or in a fixed random one."""
+        """Returns the label target: class modulo E, of the classes in their own order or in a fixed random one."""
         if self.target == "residue":
             return y % experts
         with torch.no_grad(), evaluating(model):
@@ -174,6 +174,6 @@ def _without_gradient(name: str, fresh: Routing) -> Routing:
 
 
 def _run(model: RoutedModel, x: Tensor, forced: Trace, noise: Noise) -> Output:
-    """One pass whose logits give the routers no gradient; those of the trace do."""
+    """Runs one pass whose logits give the routers no gradient; those of the trace do."""
     tape = RuleTape(_without_gradient, Tape(forced, router_noise(noise)))
     return Output(at_least_float32(model.body(x, tape)), tape.trace)

@@ -49,15 +49,15 @@ def column_entropy(routing: Routing) -> Float[Tensor, ""]:
 
 
 def importance(routing: Routing) -> Float[Tensor, ""]:
-    """The squared coefficient of variation, over the experts, of the sum of p (Shazeer et al. 2017): 0 when balanced,
-    e - 1 when one expert has all probability. As P sums to 1 it is e * sum P^2 - 1.
+    """Returns the squared coefficient of variation, over the experts, of the sum of p (Shazeer et al. 2017): 0 when
+    balanced, e - 1 when one expert has all probability. As P sums to 1 it is e * sum P^2 - 1.
     """
     return routing.num_experts * _mean_probability(routing).square().sum() - 1
 
 
 def load(routing: Routing) -> Float[Tensor, ""]:
-    """The squared coefficient of variation, over the experts, of the mean probability of being chosen, were a router's
-    training noise drawn anew (Riquelme et al. 2021): 0 when balanced.
+    """Returns the squared coefficient of variation, over the experts, of the mean probability of being chosen, were a
+    router's training noise drawn anew (Riquelme et al. 2021): 0 when balanced.
 
     Expert i's probability is 1 - Phi(e * (threshold - logit i)): e, as the noise has deviation 1/e; the threshold is
     the k-th largest logit with noise and has a gradient, the logit is the one without. Raises UserError for a router
@@ -121,8 +121,8 @@ def check_balance_loss(loss: str) -> None:
 
 
 def _entropy(p: Tensor, log_p: Tensor) -> Tensor:
-    """The entropy over the last axis. The logarithm comes from log space, or is held above that of the smallest number,
-    so that a p of 0 adds 0 and has the gradient 0.
+    """Returns the entropy over the last axis. The logarithm comes from log space, or is held above that of the smallest
+    number, so that a p of 0 adds 0 and has the gradient 0.
     """
     return -(p * log_p).sum(-1)
 
@@ -132,15 +132,15 @@ def _mean_probability(routing: Routing) -> Float[Tensor, " e"]:
 
 
 def _global_mean(each: Float[Tensor, "n t e"]) -> Float[Tensor, " e"]:
-    """The mean over the items of the global batch in value; backward, over this process's items, counted as often as
-    there are processes.
+    """Returns the mean over the items of the global batch in value; backward, over this process's items, counted as
+    often as there are processes.
     """
     return in_global_batch(each.mean((0, 1)))
 
 
 def in_global_batch(mean: Tensor) -> Tensor:
-    """A mean over this process's items, as the one over all processes' in value (their shares are equal), and backward
-    as it was: the average over the processes of a function's gradients is then that of the global batch.
+    """Returns a mean over this process's items, as the one over all processes' in value (their shares are equal), and
+    backward as it was: the average over the processes of a function's gradients is then that of the global batch.
     """
     return _over_processes(mean) + (mean - mean.detach())
 

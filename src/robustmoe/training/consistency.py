@@ -78,7 +78,7 @@ class Consistent:
     anew: bool
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
-        """The loss with what `consistent` adds to it."""
+        """Returns the loss with what `consistent` adds to it."""
         own = self.own(model, x, y, noise)
         if not self.weight:
             return own
@@ -90,7 +90,7 @@ class Consistent:
         return own._replace(value=own.value + self.weight * self.term(clean, attacked, pair))
 
     def term(self, clean: Output, attacked: Output, pair: Pair) -> Float[Tensor, ""]:
-        """The loss of two passes over the images ``pair``: of the model, or the mean over its routers."""
+        """Returns the loss of two passes over the images ``pair``: of the model, or the mean over its routers."""
         if self.of == "model":
             return LOSSES[self.loss](clean.logits[:, None], attacked.logits[:, None], pair)
         if not clean.trace:
@@ -129,8 +129,8 @@ def prc(clean: Logits, attacked: Logits, pair: Pair) -> Float[Tensor, ""]:
 
 
 def lipschitz(clean: Logits, attacked: Logits, pair: Pair) -> Float[Tensor, ""]:
-    """The mean over images of MSE(clean, attacked) / MSE(x, x_adv), the latter in pixels of [0, 1]. An image moved by
-    less than 1e-4 (root mean square) counts as moved by that: an attack may leave an image as it is.
+    """Returns the mean over images of MSE(clean, attacked) / MSE(x, x_adv), the latter in pixels of [0, 1]. An image
+    moved by less than 1e-4 (root mean square) counts as moved by that: an attack may leave an image as it is.
     """
     moved = (pair.x_adv - pair.x).flatten(1).square().mean(1)
     change = (clean - attacked).flatten(1).square().mean(1)

@@ -84,7 +84,7 @@ VALIDATION = 4
 def _answers(
     model: RoutedModel, batch: Batch, attack: Attack | None, seed: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Which images (n,) are right, which are so before and after the attack, and each router's `_sums`."""
+    """Returns which images (n,) are right, which are so before and after the attack, and each router's `_sums`."""
     with torch.no_grad():
         clean = model.run(batch.x)
     right = _right(clean.logits, batch.y)
@@ -102,7 +102,7 @@ def _right(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _proven(model: RoutedModel, batch: Batch, right: Tensor, certifier: Certifier | None, seed: int) -> Tensor:
-    """How many of the images that are right are certified at the certifier's eps."""
+    """Returns how many of the images that are right are certified at the certifier's eps."""
     if certifier is None:
         return right.new_zeros((), dtype=torch.long)
     with full_precision(batch.x):
@@ -151,8 +151,8 @@ class RouterLine(TypedDict):
 def router_health(
     validation: Validation, grad: dict[str, float], moved: dict[str, bool], trainable: dict[str, bool]
 ) -> dict[str, RouterLine]:
-    """The routers' part of a metrics line: load, its entropy in nats, dead experts, gap and consistency (None without
-    an attack), gradient norm, and whether the router learned.
+    """Returns the routers' part of a metrics line: load, its entropy in nats, dead experts, gap and consistency (None
+    without an attack), gradient norm, and whether the router learned.
     """
     return {
         name: {
@@ -170,7 +170,7 @@ def router_health(
 
 
 def complaints(health: Mapping[str, RouterLine]) -> list[str]:
-    """What a person should know of the routers at once, one line each."""
+    """Returns what a person should know of the routers at once, one line each."""
     lines = []
     for name, router in health.items():
         if not router["moved"] and not router["declared_fixed"]:

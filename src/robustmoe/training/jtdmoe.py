@@ -68,7 +68,7 @@ class _Robust:
     loss: RTER
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
-        """The RT-ER loss of the robust half; the standard one takes no part."""
+        """Returns the RT-ER loss of the robust half; the standard one takes no part."""
         return self.loss(_dual(model).robust, x, y, noise)._replace(correct=None)
 
 
@@ -90,7 +90,7 @@ class _Standard:
 
 
 def _through_standard(dual: DualModel, x: Tensor, noise: Noise) -> Tensor:
-    """The blend's logits, whose gradient stops at the robust half; that one in eval mode, without noise."""
+    """Returns the blend's logits, whose gradient stops at the robust half; that one in eval mode, without noise."""
     with evaluating(dual.robust), torch.no_grad():
         robust = dual.robust(x)
     return dual.blended(x, dual.standard.run(x, noise=router_noise(noise)).logits, robust)

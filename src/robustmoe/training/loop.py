@@ -188,7 +188,7 @@ def _config(parts: RunParts) -> dict[str, Any]:
 
 
 def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
-    """A fresh folder, or the state to go on from."""
+    """Makes a fresh folder, or returns the state to go on from."""
     config = _config(parts)
     state = TrainingState()
     if resume:
@@ -248,8 +248,8 @@ def _save(parts: RunParts, state: TrainingState, out: Path) -> None:
 
 
 def _over_processes(parts: RunParts, state: TrainingState) -> TrainingState:
-    """The state, its losses and counts as means over the processes, so that any of them (or another number) can go on
-    from it.
+    """Returns the state, its losses and counts as means over the processes, so that any of them (or another number) can
+    go on from it.
     """
     mine = [state.correct, state.seen, *(sums["loss"] for sums in state.sums.values())]
     total = torch.tensor(mine, dtype=torch.float64, device=parts.device if parts.device.type == "cuda" else "cpu")
@@ -259,7 +259,7 @@ def _over_processes(parts: RunParts, state: TrainingState) -> TrainingState:
 
 
 def _steps_to_do(parts: RunParts, state: TrainingState) -> int:
-    """How many batches of this epoch are left, up to ``max_steps``."""
+    """Returns how many batches of this epoch are left, up to ``max_steps``."""
     last = parts.steps
     if parts.recipe.max_steps is not None:
         last = min(last, parts.recipe.max_steps - state.epoch * parts.steps)
@@ -402,7 +402,7 @@ def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dic
 
 
 def _validated(parts: RunParts, state: TrainingState, judged: RoutedModel) -> health.Validation:
-    """The validation of these weights. Raises TrainingStopped where the model's answers are not finite."""
+    """Returns the validation of these weights. Raises TrainingStopped where the model's answers are not finite."""
     try:
         return health.validate(
             judged,
@@ -421,7 +421,7 @@ def _validated(parts: RunParts, state: TrainingState, judged: RoutedModel) -> he
 def _line(
     parts: RunParts, state: TrainingState, result: health.Validation, routers: dict[str, RouterLine], best: bool
 ) -> EpochLine:
-    """The epoch's line; its losses and counts are over all processes. The seconds are those of training alone."""
+    """Returns the epoch's line; losses and counts are over all processes. The seconds are those of training alone."""
     shared = _over_processes(parts, state)
     return {
         "epoch": state.epoch + 1,
@@ -441,7 +441,7 @@ def _line(
 
 
 def _said(line: EpochLine, epochs: int) -> str:
-    """The epoch's line for a person."""
+    """Returns the epoch's line for a person."""
     accuracies = {"clean": line["val_clean"], "robust": line["val_robust"], "certified": line["val_certified"]}
     shown = [f"val {kind} {100 * rate:5.1f} %" for kind, rate in accuracies.items() if rate is not None]
     return (
@@ -452,7 +452,7 @@ def _said(line: EpochLine, epochs: int) -> str:
 
 
 def _judged(parts: RunParts) -> RoutedModel:
-    """The model that is validated and kept: the averaged weights where there are any."""
+    """Returns the model that is validated and kept: the averaged weights where there are any."""
     if parts.average is None:
         return parts.model
     model = copy.deepcopy(parts.model)

@@ -35,7 +35,7 @@ class Labelled:
         return self.y if self.other is None or self.share is None else torch.where(self.share < 0.5, self.other, self.y)
 
     def cross_entropy(self, logits: Float[Tensor, "n c"], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
-        """The mean of share * CE(y) + (1 - share) * CE(other)."""
+        """Returns the mean of share * CE(y) + (1 - share) * CE(other)."""
         if self.other is None or self.share is None:
             return F.cross_entropy(logits, self.y, label_smoothing=label_smoothing)
         own, other = (
@@ -45,7 +45,7 @@ class Labelled:
 
 
 def mixed(x: Float[Tensor, "n ch h w"], y: Int[Tensor, " n"], noise: Noise, alpha: float) -> Labelled:
-    """Each image share * x + (1 - share) * partner, the share from Beta(alpha, alpha)."""
+    """Returns each image share * x + (1 - share) * partner, the share from Beta(alpha, alpha)."""
     share = beta(noise.fold(MIXUP), alpha).to(x)
     partner, weight = torch.roll(x, -1, 0), share[:, None, None, None]
     return Labelled(weight * x + (1 - weight) * partner, y, torch.roll(y, -1, 0), share)
@@ -55,7 +55,7 @@ MIXUP = zlib.crc32(b"mixup")
 
 
 def beta(noise: Noise, alpha: float) -> Float[Tensor, " n"]:
-    """A draw of Beta(alpha, alpha) an image: the inverse of its distribution function at a uniform number."""
+    """Returns a draw of Beta(alpha, alpha) an image: the inverse of its distribution function at a uniform number."""
     from scipy.special import betaincinv
 
     u = noise.uniform().double().cpu()

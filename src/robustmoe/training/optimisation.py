@@ -18,7 +18,7 @@ class OptimizerSpec(ABC):
 
     @abstractmethod
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """A fresh optimiser over ``parameters``."""
+        """Returns a fresh optimiser over ``parameters``."""
 
 
 def _check_lr(lr: float, weight_decay: float) -> None:

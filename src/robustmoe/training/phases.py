@@ -41,9 +41,9 @@ LossFunction = Callable[[RoutedModel, Tensor, Tensor, Noise], Loss]
 
 
 def router_noise(noise: Noise) -> Noise:
-    """The streams of the routers' training noise in a phase with the streams ``noise``, apart from its attack's. Every
-    pass in train mode has them, the clean and the attacked one the same: what differs is the attack. Passes of an
-    attack, and others in eval mode, have none.
+    """Returns the streams of the routers' training noise in a phase with the streams ``noise``, apart from its
+    attack's. Every pass in train mode has them, the clean and the attacked one the same: what differs is the attack.
+    Passes of an attack, and others in eval mode, have none.
     """
     return noise.fold(ROUTER_NOISE)
 
@@ -66,7 +66,7 @@ class Phase:
     needs: str = ""
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that move, by name. Raises UserError where there are none."""
+        """Returns the parameters that move, by name. Raises UserError where there are none."""
         moving = {name: p for name, p in model.named_parameters() if p.requires_grad and re.match(self.params, name)}
         if not moving:
             expected = f"; expected {self.needs}" if self.needs else ""
@@ -89,7 +89,7 @@ class Method:
     ramp: Callable[[float], tuple[Phase, ...]] | None = None
 
     def at(self, progress: float) -> Method:
-        """The method at this share of the training, from 0 to 1."""
+        """Returns the method at this share of the training, from 0 to 1."""
         return self if self.ramp is None else replace(self, phases=self.ramp(progress), ramp=None)
 
     @property
@@ -164,7 +164,7 @@ def train_step(
 
 
 def _loss(model: RoutedModel, phase: Phase, batch: MiniBatch, autocast: torch.dtype | None) -> Loss:
-    """The phase's loss on the batch. Raises TrainingStopped where it cannot be attacked."""
+    """Returns the phase's loss on the batch. Raises TrainingStopped where it cannot be attacked."""
     try:
         with torch.autocast(batch.x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             return phase.loss(model, *batch)

@@ -80,7 +80,7 @@ class RTER:
     stability: float = 0.0
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
-        """The loss that `rt_er` describes."""
+        """Returns the loss that `rt_er` describes."""
         x_adv = self.attack(model, x, y, noise)
         attacked = model.run(x_adv, noise=router_noise(noise))
         value = F.cross_entropy(attacked.logits, y) + auxiliary(attacked.trace, self.balance, self.balance_loss)
@@ -94,8 +94,8 @@ class RTER:
         return Loss(value, (attacked.logits.argmax(1) == y).sum(), Pair(x, x_adv))
 
     def _experts(self, model: RoutedModel, x: Tensor, trace: Trace, noise: Noise) -> list[tuple[Tensor, Trace]]:
-        """Which images (rows of the batch) go to which expert, to be protected there. On several processes all have the
-        same number of entries, be they empty.
+        """Returns which images (rows of the batch) go to which expert, to be protected there. On several processes all
+        have the same number of entries, be they empty.
         """
         every = torch.arange(len(x), device=x.device)
         experts = min((routing.num_experts for routing in trace.values()), default=1)
@@ -118,8 +118,8 @@ class RTER:
         return turned
 
     def _of_expert(self, model: RoutedModel, x: Tensor, y: Tensor, rows: Tensor, forced: Trace, noise: Noise) -> Tensor:
-        """The sum over the images ``rows`` of the loss on the route ``forced``, over the size of the batch. Every
-        router's decision is given, so that none has training noise.
+        """Returns the sum over the images ``rows`` of the loss on the route ``forced``, over the size of the batch.
+        Every router's decision is given, so that none has training noise.
         """
         images, labels = x[rows], y[rows]
         attack = changed(self.attack, objective=Held(forced))

@@ -87,7 +87,7 @@ def _read_source(path: Path) -> _Source:
 
 
 def _placed(model: RoutedModel, own: dict[str, Tensor], part: str, source: _Source) -> dict[str, Tensor]:
-    """The source's tensors under the names, in the model, that they go to."""
+    """Returns the source's tensors under the names, in the model, that they go to."""
     _submodule(model, part)
     taken = _taken(model, own)
     names = {name: name for name in source.weights if not name.startswith("normalise.")}
@@ -111,8 +111,8 @@ def _placed(model: RoutedModel, own: dict[str, Tensor], part: str, source: _Sour
 
 
 def _taken(model: RoutedModel, own: Iterable[str]) -> dict[str, str]:
-    """The names under which the model takes a tensor, and its tensor that each goes to: its own names, and for experts
-    of tokens those of the MLP in whose place they are.
+    """Returns the names under which the model takes a tensor, and its tensor that each goes to: its own names, and for
+    experts of tokens those of the MLP in whose place they are.
     """
     taken = {name: name for name in own}
     for path, module in model.named_modules():
@@ -122,7 +122,9 @@ def _taken(model: RoutedModel, own: Iterable[str]) -> dict[str, str]:
 
 
 def _places(model: RoutedModel, taken: Iterable[str], part: str, names: set[str], file: Path) -> list[str]:
-    """The submodules of the part that have all the names, those of a head apart; routers of models are left out."""
+    """Returns the submodules of the part that have all the names, those of a head apart; routers of models are left
+    out.
+    """
     needed = {name for name in names if not name.startswith("head.")} or names
     missing = {}
     for path, _ in _submodule(model, part).named_modules():
@@ -160,7 +162,7 @@ def _normalisation(own: dict[str, Tensor], places: list[str], weights: dict[str,
 def _fitted(
     model: RoutedModel, target: str, name: str, source: _Source, own: dict[str, Tensor], remarks: dict[str, None]
 ) -> Tensor | None:
-    """The source's tensor ``name`` in the shape of the model's ``target``; None for a head that is left out."""
+    """Returns the source's tensor ``name`` in the shape of the model's ``target``; None for a head that is left out."""
     value, place = source.weights[name], own[target]
     owner_path, _, last = target.rpartition(".")
     owner = model.get_submodule(owner_path)
@@ -212,7 +214,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def _dense(name: str) -> str:
-    """A tensor's name in the network of a dense run."""
+    """Returns a tensor's name in the network of a dense run."""
     return name.removeprefix("network.")
 
 
