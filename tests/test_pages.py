@@ -26,7 +26,7 @@ def results() -> Results:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_number_of_a_page_is_a_results_files(name: str, results: Results) -> None:
     text = PAGES[name].read_text(encoding="utf-8")
-    assert faults(text, results, study_of(PAGES[name])) == []
+    assert faults(text, results, study_of(PAGES[name])) == [], "tests/pages.py says how a number is tied to a file"
     assert rendered(text, results) == text, "what `python -m tests.pages` writes"
 
 
@@ -122,6 +122,9 @@ def test_the_costs_that_recipes_state(results: Results) -> None:
                 wrong.append(f"{path.stem}: recipe_costs.json counts {model}")
             else:
                 wrong += [f"{path.stem}: {fault}" for fault in cost_faults(text, path.stem, file["numbers"])]
+        result = re.search(r"# Result: (.*)", text)
+        if result and re.search(r"\d", result[1]):
+            wrong.append(f"{path.stem}: a result belongs to README or a page of docs, which are tied to its file")
     assert wrong == []
     assert seen == set(file["specs"])
 
