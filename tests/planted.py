@@ -19,7 +19,9 @@ records below (`PLANTED`), and tests/test_planted.py asserts it.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -478,6 +480,7 @@ class RoutingHalf(Suite):
 # ------------------------------------------------------------------------------------------------ the table
 
 PAGE = Path(__file__).parents[1] / "docs" / "planted.md"
+FILE = PAGE.parent / "results" / "planted.json"
 ASKED = ("H4", "H6", "H7", "G1", "G2", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R9", "R13")
 HEAD = "| model | pyautoattack | truth | routing attacks | checks |"
 
@@ -511,37 +514,53 @@ takes the trace of a `RoutedModel`.
 """
 
 
-def line(planted: Planted) -> str:
-    """One row of the table."""
+def row(planted: Planted) -> tuple[dict[str, float], str]:
+    """The numbers of one model, in per cent (and the points without a gradient that pyautoattack saw), and its row."""
     case = planted.make()
     says, flags = oracle(case)
-    truth = "–" if planted.witness is None else f"{planted.make().robust(planted.witness(case)):.0%}"
+    numbers = {"pyautoattack": 100 * says}
+    flat = [int(number) for flag in flags for number in re.findall(r"(\d+) points", flag)]
+    if flat:
+        numbers["flat_points"] = flat[0]
+    if planted.witness is not None:
+        numbers["truth"] = 100 * planted.make().robust(planted.witness(case))
     if fired(case.model, case, ["H6"]):
-        ours, found = "not run", fired(case.model, case, [key for key in ASKED if key in OF_MODEL])
+        seen = fired(case.model, case, [key for key in ASKED if key in OF_MODEL])
     else:
         fresh = planted.make()
         x_adv = RoutingHalf(AutoAttackRouting(linf(case.eps)))(fresh.model, fresh.x, fresh.y)
-        ours, found = f"{fresh.robust(x_adv):.0%}", fired(case.model, case, ASKED)
-    seen = ", ".join(f"**{check.id}**" if check.status == "fail" else check.id for check in found)
-    told = f"{says:.0%}" + (f" ({'; '.join(flags)})" if flags else "")
-    return f"| {planted.name} | {told} | {truth} | {ours} | {seen or 'none'} |"
+        numbers["routing_attacks"] = 100 * fresh.robust(x_adv)
+        seen = fired(case.model, case, ASKED)
+    checks = ", ".join(f"**{check.id}**" if check.status == "fail" else check.id for check in seen) or "none"
+    told = f"{numbers['pyautoattack']:.0f}%" + (f" ({'; '.join(flags)})" if flags else "")
+    truth = f"{numbers['truth']:.0f}%" if "truth" in numbers else "–"
+    ours = f"{numbers['routing_attacks']:.0f}%" if "routing_attacks" in numbers else "not run"
+    return numbers, f"| {planted.name} | {told} | {truth} | {ours} | {checks} |"
 
 
 def main(names: Sequence[str]) -> None:
-    """Make the rows of these models (default: of all) anew, and leave the others in the page as they are."""
+    """Make the rows of these models (default: of all) anew, in docs/results/planted.json and from it in the page, and
+    leave the others as they are.
+    """
+    from benchmarks.results import described, write
+
     known = [planted.name for planted in PLANTED]
     if set(names) - set(known):
         raise SystemExit(f"unknown: {sorted(set(names) - set(known))}; known: {known}")
     plain = "; ".join(f"{planted.name} {', '.join(planted.plain)}" for planted in PLANTED if planted.plain)
+    old = json.loads(FILE.read_text(encoding="utf-8"))
+    numbers, rows = old["numbers"], old["rows"]
     for planted in PLANTED:
         if names and planted.name not in names:
             continue
         torch.manual_seed(0)
-        new = line(planted)
-        print(new, flush=True)
-        old = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
-        rows = {text[2:].partition(" | ")[0]: text for text in [*old, new] if text.startswith("| ") and text != HEAD}
-        table = "\n".join(rows[name] for name in known if name in rows)
+        key = re.sub(r"[^a-z0-9]+", "_", planted.name.lower()).strip("_")
+        numbers[key], text = row(planted)
+        about = described("python -m tests.planted", seeds=[0])
+        rows[key] = {"text": text, **{name: about[name] for name in ("commit", "hardware", "versions")}}
+        print(text, flush=True)
+        write(FILE, old["about"] if names else about, numbers, rows=rows)
+        table = "\n".join(rows[key]["text"] for key in numbers)
         PAGE.write_text(TEXT + table + "\n" + TIE + END.format(plain=plain), encoding="utf-8")
 
 

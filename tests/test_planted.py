@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from planted import EPS, HEAD, PAGE, PLANTED, Case, N, Planted, RoutingHalf, fired, oracle, right, wrong
+from planted import EPS, FILE, HEAD, PAGE, PLANTED, Case, N, Planted, RoutingHalf, fired, oracle, right, wrong
 from robustmoe.attacks import PGD, Attack, linf, router_only
 from robustmoe.attacks.autoattack import AutoAttackRouting
 from robustmoe.attacks.routes import ExpertTransition, RouteBeam, RouteFlip
@@ -159,6 +160,7 @@ def test_a_hidden_router_is_not_said_to_be_attacked() -> None:
 def test_the_page_says_what_the_records_say() -> None:
     rows = [row for row in Path(PAGE).read_text(encoding="utf-8").splitlines() if row.startswith("| ") and row != HEAD]
     assert len(rows) == len(PLANTED)
+    assert rows == [row["text"] for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"].values()]
     for row, planted in zip(rows, PLANTED):
         name, says, truth, ours, seen = (cell.strip() for cell in row.strip("|").split(" | "))
         assert name == planted.name
