@@ -20,6 +20,8 @@ the interval or range. What is printed must be the file's number, rounded to the
 
 ``<!-- defined -->`` in a tie's place says so of all its numbers: thresholds, settings, mathematics.
 
+``<!-- output: theory -->`` before a code block: it is the "output" of that file, what a command printed, line for line.
+
 A number counts, and needs a tie, if it has a decimal point, a thousands comma or an exponent; if %, "points", "times",
 "trainings", "of N" or ± stands behind it; if it stands in a cell of a table; or if it is above 12 and no setting
 (`SETTINGS`). Code, links, names (PGD-50, 8/255, E16), a table's head and first column, versions, dates, arXiv numbers,
@@ -74,6 +76,7 @@ _TOKEN = re.compile(
 )
 _TIE = re.compile(r"<!-- (?:numbers: (?P<keys>[^>]*?)|(?P<defined>defined)) -->")
 _TELLING = re.compile(r"\*{0,2} of \d|(?:,| to| and| or) [+-]?[\d.]+(?: ?%| points?\b| times\b)")
+_OUTPUT = re.compile(r"(<!-- output: (\S+) -->\n+```\n)(.*?)(\n```)", re.DOTALL)
 _SETTING = re.compile(rf"[ -](?:[\w-]+ )?(?:{SETTINGS})\b")
 
 
@@ -297,6 +300,11 @@ def faults(text: str, results: Results, study: str | None = None) -> list[str]:
     ``study``: the results file of a page of docs/studies, where text without a tie may say any number of that file: of
     its tables or of its "text", the list of what the page says beside them."""
     out = []
+    for hit in _OUTPUT.finditer(text):
+        if hit[3].split("\n") != results.file(hit[2])["output"]:
+            out.append(
+                f"line {text.count(chr(10), 0, hit.start()) + 1}: the code block is not the output in {hit[2]}.json"
+            )
     known = set() if study is None else results.printed(study)
     for segment in segments(text):
         at = f"line {segment.line}"
@@ -331,13 +339,13 @@ def faults(text: str, results: Results, study: str | None = None) -> list[str]:
 
 
 def _spec_faults(text: str, number: Number, key: str, results: Results) -> list[str]:
-    """In a table the row of a cost must hold the spec whose cost it is."""
+    """Where a row of a table begins with a spec, a cost in it must be that spec's."""
     file, path = key.split(":", 1)
     if len(re.findall(r"[a-z_]\w*\.\w+", path)) != 1:  # a share of two costs
         return []
     spec = results.file(file).get("specs", {}).get(path.split(".")[0], {}).get("spec")
     row = text[text.rfind("\n", 0, number.start) + 1 : text.find("\n", number.end)]
-    if spec is None or not row.startswith("|") or f"`{spec}`" in row:
+    if spec is None or not row.startswith("| `") or f"`{spec}`" in row:
         return []
     return [f"{key} is the cost of `{spec}`, which does not stand in the row {row.strip()[:80]}"]
 
@@ -354,7 +362,7 @@ def rendered(text: str, results: Results) -> str:
                     changes += [(*old, new[1]) for old, new in zip(astuple(number), astuple(true)) if old is not None]
     for start, old, new in sorted(changes, reverse=True):
         text = text[:start] + new + text[start + len(old) :]
-    return text
+    return _OUTPUT.sub(lambda hit: hit[1] + "\n".join(results.file(hit[2])["output"]) + hit[4], text)
 
 
 def pages() -> list[Path]:

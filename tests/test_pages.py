@@ -146,6 +146,12 @@ A threshold of 0.5 is ours. <!-- defined -->
 
 - 1.5 times as fast, with `x = 3.5` left out <!-- numbers: demo fast -->
 - at 1e-5 <!-- numbers: demo = -->
+
+<!-- output: printed -->
+```
+all 3.5 lines
+of it
+```
 """
 
 
@@ -159,6 +165,7 @@ def planted(tmp_path: Path) -> Results:
     files = {
         "demo": {"numbers": {"net": net, "fast": 1.5}},
         "costs": {"numbers": {"small": {"parameters": 308650}}, "specs": {"small": {"spec": "resnet8(width=32)"}}},
+        "printed": {"numbers": {}, "output": ["all 3.5 lines", "of it"]},
         "study": {"numbers": {"arms": {"a": {"mean": 3.0, "sd": 0.5}}}, "text": ["7.5"]},
     }
     for name, file in files.items():
@@ -182,6 +189,7 @@ def test_a_true_page_has_no_fault(planted: Results) -> None:
         ("(width=32)` |", "(width=16)` |", "line 8: costs:small.parameters is the cost of `resnet8(width=32)`, which"),
         ("95.7-98.9", "95.7-99.9", "line 8: the page says 97.8 (95.7-99.9), demo:net.clean is 97.8 (95.7-98.9)"),
         ("1.5 times", "2.5 times", "line 14: the page says 2.5, demo:fast is 1.5"),
+        ("3.5 lines", "4.5 lines", "line 17: the code block is not the output in printed.json"),
         ("three seeds", "3.1 seeds", "line 3: 2 numbers (85.0 (81.1-88.3), 3.1) and 1 keys (demo:net.pgd)"),
         ("nets\n", "nets\n\nIt is 40 % faster.\n", "line 3: not tied to a results file: 40"),
         ("is ours. <!-- defined -->", "is ours.", "line 12: not tied to a results file: 0.5"),
@@ -197,7 +205,12 @@ def test_a_lie_is_caught(old: str, new: str, fault: str, planted: Results) -> No
 
 @pytest.mark.parametrize("wrong", ["86.0 %** (80.0-90.1)", "8.0 %** (1.0-2.0)"])
 def test_rendering_writes_the_files_numbers(wrong: str, planted: Results) -> None:
-    page = PAGE.replace("85.0 %** (81.1-88.3)", wrong).replace("308,650", "1,000").replace("30.4", "1.0")
+    page = (
+        PAGE.replace("85.0 %** (81.1-88.3)", wrong)
+        .replace("308,650", "1,000")
+        .replace("30.4", "1.0")
+        .replace("of it", "of")
+    )
     assert rendered(page, planted) == PAGE
 
 
