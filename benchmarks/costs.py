@@ -56,15 +56,15 @@ SHAPES = {
 
 
 def recipes() -> dict[str, tuple[str, int, tuple[int, int, int]]]:
-    """Model, classes and image shape of every recipe that tells its cost, by the file's stem."""
-    found = {}
-    for file in sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml")):
+    """Model, classes and image shape of every recipe that tells its cost, by its path in recipes."""
+    found, folder = {}, Path(__file__).parents[1] / "recipes"
+    for file in sorted(folder.rglob("*.toml")):
         if "GMAC" in file.read_text(encoding="utf-8"):
             written = recipe.load(file)
             classes, (channels, *_) = SHAPES[written.data.partition("(")[0]]
             size = re.search(r"size=(\d+)", written.data)
             side = int(size[1]) if size else SHAPES[written.data.partition("(")[0]][1][1]
-            found[file.stem] = (written.model, classes, (channels, side, side))
+            found[str(file.relative_to(folder).with_suffix(""))] = (written.model, classes, (channels, side, side))
     return found
 
 

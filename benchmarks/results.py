@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,21 @@ def described(command: str, **more: Any) -> dict[str, Any]:
     """Where numbers measured now come from."""
     return {
         "command": command,
-        "commit": provenance.commit(),
+        "commit": _commit(),
         "hardware": provenance.hardware(torch.device("cpu")),
         "versions": provenance.versions(),
         **more,
     }
+
+
+def _commit() -> str:
+    """The last commit that changed the package's sources (rebasing what measures them leaves it), with "+" where they
+    differ from it.
+    """
+    source = Path(provenance.__file__).parent
+    last = ["git", "log", "-1", "--format=%H", "--", str(source)]
+    found = subprocess.run(last, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+    return found + ("+" if (provenance.commit() or "").endswith("+") else "")
 
 
 def spread_of(values: Sequence[float]) -> dict[str, float]:

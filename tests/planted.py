@@ -505,7 +505,8 @@ TIE = "\n<!-- numbers: planted * -->\n"
 END = """
 *capacity* gives no answer to an image that stands alone; *stale route* answers by the batch before; *dead router* is
 one expert, which really holds; of the *NaN router*'s route nothing can be said. The control shows that nothing is
-claimed against AutoAttack where it is right (its R9: every clean image goes to one expert).
+claimed against AutoAttack where it is right (its R9: every clean image goes to one expert). R3 on *two routes* is a
+matter of rounding: it fails on an AMD EPYC, as here, and passes on an Intel Xeon.
 
 As plain functions from images to logits the same models hide their routers. What still fires then:
 {plain}.

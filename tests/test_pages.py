@@ -69,7 +69,9 @@ SPECS = {
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(model, id="-".join(at), marks=[pytest.mark.recipes] if max(model[2]) > 32 else [])
+        pytest.param(
+            model, id="-".join(at).replace("/", "-"), marks=[pytest.mark.recipes] if max(model[2]) > 32 else []
+        )
         for model, at in SPECS.items()
     ],
 )
@@ -93,12 +95,12 @@ COST = re.compile(
 """The sentence on the cost in the head of a recipe."""
 
 
-def cost_faults(text: str, stem: str, numbers: dict[str, dict[str, int]]) -> list[str]:
-    """What a recipe says of its cost beside what the file ``numbers`` says of the recipe and its dense twin."""
+def cost_faults(text: str, name: str, numbers: dict[str, dict[str, int]]) -> list[str]:
+    """What a recipe says of its cost beside what ``numbers`` has of it and of its dense twin."""
     said = COST.search(" ".join(text.replace("\n#", " ").split()))
     if said is None:
         return ["no sentence on the cost that can be read"]
-    own, dense = numbers[stem], numbers.get(re.sub(r"_(advmoe|at_\w+)$", "_at_dense", stem), {"macs": 1})
+    own, dense = numbers[name], numbers.get(re.sub(r"_(advmoe|at_\w+)$", "_at_dense", name), {"macs": 1})
     true = {
         "macs": f"{own['macs'] / 1e9:.3f}",
         "router": f"{own['router_macs'] / 1e9:.3f}",
@@ -106,7 +108,7 @@ def cost_faults(text: str, stem: str, numbers: dict[str, dict[str, int]]) -> lis
         "dense": f"{dense['macs'] / 1e9:.3f}",
         "millions": f"{own['parameters'] / 1e6:.2f}",
     }
-    return [f"{name}: {said[name]}, counted {true[name]}" for name in true if said[name] not in (None, true[name])]
+    return [f"{part}: {said[part]}, counted {true[part]}" for part in true if said[part] not in (None, true[part])]
 
 
 def test_the_costs_that_recipes_state(results: Results) -> None:
@@ -114,17 +116,17 @@ def test_the_costs_that_recipes_state(results: Results) -> None:
     file = results.file("recipe_costs")
     wrong, seen = [], set()
     for path in RECIPES:
-        text = path.read_text(encoding="utf-8")
+        text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT / "recipes").with_suffix(""))
         if "GMAC" in text:
-            seen.add(path.stem)
-            model = file["specs"].get(path.stem, {}).get("spec")
+            seen.add(name)
+            model = file["specs"].get(name, {}).get("spec")
             if model != recipe.load(path).model:
-                wrong.append(f"{path.stem}: recipe_costs.json counts {model}")
+                wrong.append(f"{name}: recipe_costs.json counts {model}")
             else:
-                wrong += [f"{path.stem}: {fault}" for fault in cost_faults(text, path.stem, file["numbers"])]
+                wrong += [f"{name}: {fault}" for fault in cost_faults(text, name, file["numbers"])]
         result = re.search(r"# Result: (.*)", text)
         if result and re.search(r"\d", result[1]):
-            wrong.append(f"{path.stem}: a result belongs to README or a page of docs, which are tied to its file")
+            wrong.append(f"{name}: a result belongs to README or a page of docs, which are tied to its file")
     assert wrong == []
     assert seen == set(file["specs"])
 
@@ -241,8 +243,8 @@ def test_what_counts_as_a_number(text: str, counted: list[str] | None) -> None:
 
 @pytest.mark.parametrize("old, new", [("0.192", "0.182"), ("5.83", "5.38"), ("35 %", "34 %"), ("0.041", "0.040")])
 def test_a_lie_about_a_recipes_cost_is_caught(old: str, new: str, results: Results) -> None:
-    stem = "resnet18_cifar10_advmoe"
-    text = (ROOT / "recipes" / "advmoe" / f"{stem}.toml").read_text(encoding="utf-8")
+    name = "advmoe/resnet18_cifar10_advmoe"
+    text = (ROOT / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     counts = results.file("recipe_costs")["numbers"]
-    assert cost_faults(text, stem, counts) == []
-    assert len(cost_faults(text.replace(old, new), stem, counts)) == 1
+    assert cost_faults(text, name, counts) == []
+    assert len(cost_faults(text.replace(old, new), name, counts)) == 1
