@@ -197,3 +197,8 @@ def case(model: RoutedModel, *attacks: Attack, n: int = 32, batch: Batch | None 
     with torch.no_grad():
         y = model.eval()(x).argmax(1)
     return Subject.of(model, attacks or (ATTACK,), batch or Batch(x, y, torch.arange(n)))
+
+
+def on(model: RoutedModel, batch: Batch, *attacks: Attack) -> Subject:
+    """The model on these very images, right or wrong, as the cheap checks see it."""
+    return Subject(model, attacks or (ATTACK,), batch, batch)

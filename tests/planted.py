@@ -34,8 +34,7 @@ from torch import Tensor
 from robustmoe.attacks import PGD, Attack, Objective, Suite, Threat, linf
 from robustmoe.attacks.autoattack import AutoAttackRouting
 from robustmoe.data import Batch
-from robustmoe.evaluation.checks.run import OF_ATTACK, OF_MODEL
-from robustmoe.evaluation.checks.subject import Subject
+from robustmoe.evaluation.checks import CHECKS, Subject, ids
 from robustmoe.models import RoutedModel
 from robustmoe.models.base import Output
 from robustmoe.noise import Noise
@@ -449,12 +448,12 @@ def oracle(case: Case, quick: bool = False) -> tuple[float, list[str]]:
     return case.robust(x_adv), list(dict.fromkeys(flag.partition("!")[0] for flag in flags))
 
 
-def fired(model: RoutedModel, case: Case, ids: Sequence[str]) -> list[Check]:
-    """Those of the checks ``ids`` that warn or fail for a PGD-20 on the whole model."""
+def fired(model: RoutedModel, case: Case, wanted: Sequence[str]) -> list[Check]:
+    """Those of the ``wanted`` checks that warn or fail for a PGD-20 on the whole model."""
     batch = Batch(case.x, case.y, torch.arange(len(case.x)))
     asked = Subject.of(model, (PGD(linf(case.eps), steps=20),), batch)
     with torch.no_grad():
-        found = [{**OF_MODEL, **OF_ATTACK}[key](asked) for key in ids]
+        found = [(CHECKS[id].asked.get("attack") or CHECKS[id].asked["model"])(asked) for id in wanted]
     return [check for check in found if check.status in ("warn", "fail")]
 
 
@@ -526,7 +525,7 @@ def row(planted: Planted) -> tuple[dict[str, float], str]:
     if planted.witness is not None:
         numbers["truth"] = 100 * planted.make().robust(planted.witness(case))
     if fired(case.model, case, ["H6"]):
-        seen = fired(case.model, case, [key for key in ASKED if key in OF_MODEL])
+        seen = fired(case.model, case, [id for id in ASKED if id in ids("model")])
     else:
         fresh = planted.make()
         x_adv = RoutingHalf(AutoAttackRouting(linf(case.eps)))(fresh.model, fresh.x, fresh.y)

@@ -1,4 +1,4 @@
-"""Checks H1 to H10: each passes on what is sound and fails on what it is there for."""
+"""Checks of the harness: each passes on what is sound and fails on what it is there for."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faulty_models import ATTACK, Capacity, Dynamic, Mix, Noisy, Pair, case
+from faulty_models import ATTACK, Capacity, Dynamic, Mix, Noisy, Pair, case, on
 from robustmoe import analysis
 from robustmoe.attacks import Attack, Objective, Threat, linf
 from robustmoe.attacks.objectives import Joint
 from robustmoe.data import Batch, from_arrays
 from robustmoe.evaluation import checks
-from robustmoe.evaluation.checks import harness
+from robustmoe.evaluation.checks import Finished, Subject, harness, routers
 from robustmoe.models import RoutedModel, as_routed
 from robustmoe.noise import Noise
 from robustmoe.records import Check, Row
@@ -30,9 +30,9 @@ def batch(x: Tensor, y: Tensor | None = None) -> Batch:
     return Batch(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y, torch.arange(len(x)))
 
 
-def seen(function: Callable[..., Check], *args: Any) -> Check:
+def seen(function: Callable[[Subject], Check], model: RoutedModel, images: Batch) -> Check:
     with torch.no_grad():
-        return function(*args)
+        return function(on(model, images))
 
 
 RANDOM = batch(torch.rand(8, 1, 1, 2, generator=torch.Generator().manual_seed(2)))
@@ -42,14 +42,15 @@ RANDOM = batch(torch.rand(8, 1, 1, 2, generator=torch.Generator().manual_seed(2)
 
 
 def test_input_range() -> None:
-    assert checks.input_range(RANDOM).status == "pass"
-    normalised = checks.input_range(batch((RANDOM.x - 0.5) / 0.25))
+    two = as_routed(lambda x: x.flatten(1)[:, :2])
+    assert seen(harness.input_range, two, RANDOM).status == "pass"
+    normalised = seen(harness.input_range, two, batch((RANDOM.x - 0.5) / 0.25))
     assert normalised.status == "fail"
     assert normalised.sentence.endswith("; expected float32 in [0, 1]")
     for labels, status in (([0, 1], "pass"), ([0, 2], "fail"), ([-1, 0], "fail")):
-        assert checks.input_range(batch(RANDOM.x[:2], torch.tensor(labels)), classes=2).status == status
+        assert seen(harness.input_range, two, batch(RANDOM.x[:2], torch.tensor(labels))).status == status
     for odd in (RANDOM.x + 0.5, RANDOM.x * torch.nan, RANDOM.x * 255):
-        assert checks.input_range(batch(odd)).status == "fail"
+        assert seen(harness.input_range, two, batch(odd)).status == "fail"
 
 
 # ------------------------------------------------------------------------------------------------ H2
@@ -77,7 +78,7 @@ EPS = 8 / 255
 def test_ball_and_box_in_any_order(size: float, box: float, status: str) -> None:
     """Python's max loses a nan that does not come first."""
     for rows in itertools.permutations([row(0.0), row(size, box), row(EPS / 2)]):
-        assert checks.ball_and_box(rows, "linf", EPS).status == status
+        assert harness.ball_and_box(Finished(rows, "linf", EPS, ("", ""))).status == status
     assert analysis.inside(size, EPS) is (status == "pass" or size == 0.0)
 
 
@@ -86,7 +87,7 @@ def test_rounding_is_inside_the_ball(eps: float) -> None:
     """x + eps is rounded to float32 beside x: at small radii by more than 1e-5 of eps. Both judges call it inside."""
     x = torch.linspace(0.0, 1.0, 4001)
     moved = ((x + eps).clamp(0, 1) - x).abs().amax().item()
-    assert checks.ball_and_box([row(moved)], "linf", eps).status == "pass"
+    assert harness.ball_and_box(Finished([row(moved)], "linf", eps, ("", ""))).status == "pass"
     assert analysis.inside(moved, eps)
     assert not analysis.inside(eps * 1.001 + 1e-6, eps)
 
@@ -135,9 +136,9 @@ def change_frozen(net: Net) -> None:
 def test_any_change_of_the_model_is_seen(change: Callable[[Net], None]) -> None:
     net = Net().eval()
     before = checks.fingerprint(net)
-    assert checks.unchanged(before, checks.fingerprint(net)).status == "pass"
+    assert harness.unchanged(Finished([], "linf", EPS, (before, checks.fingerprint(net)))).status == "pass"
     change(net)
-    assert checks.unchanged(before, checks.fingerprint(net)).status == "fail"
+    assert harness.unchanged(Finished([], "linf", EPS, (before, checks.fingerprint(net)))).status == "fail"
 
 
 def test_weights_hash_is_of_every_parameter_and_buffer_and_nothing_else() -> None:
@@ -166,11 +167,11 @@ class FirstFour(RoutedModel):
 
 
 def test_an_answer_that_depends_on_the_neighbours() -> None:
-    found = seen(checks.alone, FirstFour().eval(), RANDOM)
+    found = seen(harness.alone, FirstFour().eval(), RANDOM)
     assert found.status == "fail"
     assert found.sentence.startswith("4 of 8 predictions change when an image stands alone")
     assert found.value >= 4  # the other arrangements move other images behind the first four
-    assert seen(checks.alone, Pair("soft"), RANDOM).status == "pass"
+    assert seen(harness.alone, Pair("soft"), RANDOM).status == "pass"
 
 
 def test_train_mode_batch_norm() -> None:
@@ -178,16 +179,16 @@ def test_train_mode_batch_norm() -> None:
         return F.batch_norm(x, None, None, training=True).flatten(1)
 
     wide = batch(torch.rand(8, 2, 3, 3, generator=torch.Generator().manual_seed(1)))
-    assert seen(checks.alone, as_routed(normed), wide).status == "fail"
-    raises = seen(checks.alone, as_routed(lambda x: normed(x[:, :, :1, :1])), wide)
+    assert seen(harness.alone, as_routed(normed), wide).status == "fail"
+    raises = seen(harness.alone, as_routed(lambda x: normed(x[:, :, :1, :1])), wide)
     assert (raises.status, raises.sentence) == ("fail", "the model fails on an image alone (ValueError)")
-    assert seen(checks.alone, as_routed(nn.Sequential(nn.BatchNorm2d(2), nn.Flatten()).eval()), wide).status == "pass"
+    assert seen(harness.alone, as_routed(nn.Sequential(nn.BatchNorm2d(2), nn.Flatten()).eval()), wide).status == "pass"
 
 
 def test_nan_is_not_the_same_alone() -> None:
     nan = as_routed(lambda x: x.flatten(1) * torch.nan)
-    assert seen(checks.alone, nan, RANDOM).status == "fail"
-    assert seen(checks.determinism, nan, RANDOM).status == "fail"
+    assert seen(harness.alone, nan, RANDOM).status == "fail"
+    assert seen(harness.determinism, nan, RANDOM).status == "fail"
 
 
 # ------------------------------------------------------------------------------------------------ H6
@@ -217,7 +218,7 @@ class Says(RoutedModel):
     ],
 )
 def test_outputs(model: RoutedModel, status: str, words: str) -> None:
-    found = seen(checks.outputs, model, RANDOM)
+    found = seen(harness.outputs, model, RANDOM)
     assert found.status == status
     assert words in found.sentence
 
@@ -229,12 +230,12 @@ def test_outputs(model: RoutedModel, status: str, words: str) -> None:
 def test_dropout_left_on(scale: float) -> None:
     """Whatever the scale of the logits: an attacker's model may hide its randomness in small ones."""
     random = as_routed(lambda x: scale * F.dropout(x.flatten(1), 0.5, training=True))
-    found = seen(checks.determinism, random, RANDOM)
+    found = seen(harness.determinism, random, RANDOM)
     assert found.status == "fail"
     assert "a random model needs attacks over its randomness" in found.sentence
-    assert seen(checks.determinism, as_routed(lambda x: scale * x.flatten(1)), RANDOM).status == "pass"
+    assert seen(harness.determinism, as_routed(lambda x: scale * x.flatten(1)), RANDOM).status == "pass"
     rounding = as_routed(lambda x: scale * x.flatten(1) * (1 + 1e-6 * torch.rand(())))
-    assert seen(checks.determinism, rounding, RANDOM).status == "pass"
+    assert seen(harness.determinism, rounding, RANDOM).status == "pass"
 
 
 # ------------------------------------------------------------------------------------------------ H4, planted
@@ -242,8 +243,8 @@ def test_dropout_left_on(scale: float) -> None:
 
 def test_capacity_is_seen_among_the_neighbours() -> None:
     model = Capacity().eval()
-    assert seen(checks.alone, model, case(Mix()).whole).status == "fail"
-    assert seen(checks.alone, Mix("hard"), case(Mix()).whole).status == "pass"
+    assert seen(harness.alone, model, case(Mix()).whole).status == "fail"
+    assert seen(harness.alone, Mix("hard"), case(Mix()).whole).status == "pass"
 
 
 # ------------------------------------------------------------------------------------------------ H5
@@ -285,11 +286,11 @@ def backward(value: Tensor, x: Tensor) -> tuple[Tensor]:
 def test_a_forward_pass_with_a_gradient_of_its_own(grad: Any, words: str) -> None:
     """By any name: `bound_early` was bound before the check could count it, and unpacks what the forward pass saved."""
     real = torch.autograd.grad, torch.autograd.backward
-    found = checks.dynamic(Dynamic(grad), case(Mix()).whole)
+    found = harness.dynamic(on(Dynamic(grad), case(Mix()).whole))
     assert found.status == "fail"
     assert words in found.sentence
     assert (torch.autograd.grad, torch.autograd.backward) == real
-    assert checks.dynamic(Mix(), case(Mix()).whole).status == "pass"
+    assert harness.dynamic(on(Mix(), case(Mix()).whole)).status == "pass"
 
 
 # ------------------------------------------------------------------------------------------------ H9
@@ -346,15 +347,15 @@ def test_the_cheap_checks_leave_the_model_as_it_was(model: RoutedModel, images: 
     before = checks.fingerprint(model)
     found = checks.before(model, ATTACK, batch(images(6)))
     assert checks.fingerprint(model) == before
-    assert [check.id for check in found] == ["H1", "H6", "H7", "H4", "H8", "G1", "G14", "R1", "R7", "R9"]
+    assert [check.id for check in found] == ["H1", "H4", "H6", "H7", "H8", "G1", "G14", "R1", "R7", "R9"]
     assert all(check.status == "pass" for check in found[:5])
-    assert [check.name for check in found] == [checks.NAMES[check.id] for check in found]
+    assert [check.name for check in found] == [checks.CHECKS[check.id].name for check in found]
 
 
 def test_a_random_model_by_module() -> None:
     for where, words in (("module", "module 'jitter' (Jitter)"), ("body", "router 'router'")):
         noisy = Noisy(where).eval()
-        assert seen(checks.determinism, noisy, case(Mix()).whole).status == "fail"
-        found = checks.random_module(noisy, case(Mix()).whole)
+        assert seen(harness.determinism, noisy, case(Mix()).whole).status == "fail"
+        found = routers.random_module(on(noisy, case(Mix()).whole))
         assert (found.status, found.value) == ("fail", words)
-    assert checks.random_module(Mix(), case(Mix()).whole).status == "pass"
+    assert routers.random_module(on(Mix(), case(Mix()).whole)).status == "pass"

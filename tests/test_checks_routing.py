@@ -1,4 +1,4 @@
-"""Checks R1 to R17, and all 41 together on planted models and on a run folder."""
+"""Checks of routing and routers, and all checks together on planted models and on a run folder."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faulty_models import ATTACK, EPS, GATES, Capacity, Constant, Dead, Large, Mix, Pair, Stale, case
+from faulty_models import ATTACK, EPS, GATES, Capacity, Constant, Dead, Large, Mix, Pair, Stale, case, on
 from robustmoe import recipe, training
-from robustmoe.attacks import PGD, Joint, Objective, Score, experts_only, l1, l2, linf, router_only
+from robustmoe.attacks import PGD, Attack, Joint, Objective, Score, experts_only, l1, l2, linf, router_only
 from robustmoe.attacks.objectives import Inner
 from robustmoe.attacks.routes import RouteFlip
 from robustmoe.attacks.views import Soft, Viewed
 from robustmoe.data import Batch
 from robustmoe.errors import UserError
 from robustmoe.evaluation import checks
-from robustmoe.evaluation.checks import routing
-from robustmoe.evaluation.checks.planted import Fork
+from robustmoe.evaluation.checks import routers, routing
+from robustmoe.evaluation.checks.planted import PlantedRoute
 from robustmoe.models import RoutedModel, as_routed
 from robustmoe.records import Check
 from robustmoe.reporting.card import card
@@ -37,9 +37,10 @@ def batch(x: Tensor, y: Tensor | None = None) -> Batch:
     return Batch(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y, torch.arange(len(x)))
 
 
-def seen(function: Callable[..., Check], *args: Any) -> Check:
+def in_sight(model: RoutedModel, attack: Attack, images: Batch) -> Check:
+    """Check R1 of one attack."""
     with torch.no_grad():
-        return function(*args)
+        return routing.router_in_sight(on(model, images, attack))
 
 
 RANDOM = batch(torch.rand(8, 1, 1, 2, generator=torch.Generator().manual_seed(2)))
@@ -55,7 +56,7 @@ def test_router_share_by_hand(slope: float) -> None:
     d/dq = g . (-1, 1) = 2a; d/dp = -slope * g . e = slope * 0.6 a; so the share is 0.3 slope / sqrt(1 + (0.3 slope)^2).
     """
     one = batch(torch.tensor([[[[0.2, 0.2]]]]))
-    found = seen(checks.router_in_sight, Pair("straight", slope), JOINT, one)
+    found = in_sight(Pair("straight", slope), JOINT, one)
     assert found.status == "pass"
     assert found.value == pytest.approx(0.3 * slope / math.sqrt(1 + (0.3 * slope) ** 2), rel=1e-5)
 
@@ -67,13 +68,13 @@ def test_soft_router_share_by_hand() -> None:
     s = 1 / (1 + math.exp(-0.6))
     dq, dp = 2 * s - 1, 0.3 * 2 * s * (1 - s) * 2
     one = batch(torch.tensor([[[[0.2, 0.2]]]]))
-    found = seen(checks.router_in_sight, Pair("soft"), JOINT, one)
+    found = in_sight(Pair("soft"), JOINT, one)
     assert found.value == pytest.approx(dp / math.hypot(dp, dq), rel=1e-5)
 
 
 @pytest.mark.parametrize("gate, status", [("hard", "fail"), ("renormalised", "fail"), ("vmoe", "pass")])
 def test_gates_without_a_gradient(gate: str, status: str) -> None:
-    found = seen(checks.router_in_sight, Pair(gate), JOINT, RANDOM)
+    found = in_sight(Pair(gate), JOINT, RANDOM)
     assert found.status == status
     assert (found.value == 0) is (status == "fail")
     assert status == "pass" or found.sentence.startswith("routing unattacked: no gradient reaches the image through")
@@ -82,23 +83,23 @@ def test_gates_without_a_gradient(gate: str, status: str) -> None:
 def test_a_saturated_gate_hardly_sees_the_router() -> None:
     """softmax over (9, -9) and beyond: its gradient is there and next to nothing."""
     one = batch(torch.tensor([[[[0.2, 0.2]]]]))
-    shares = [seen(checks.router_in_sight, Pair("vmoe", slope), JOINT, one) for slope in (1.0, 20.0, 100.0)]
+    shares = [in_sight(Pair("vmoe", slope), JOINT, one) for slope in (1.0, 20.0, 100.0)]
     assert [found.status for found in shares] == ["pass", "warn", "fail"]
 
 
 def test_what_is_not_run() -> None:
     held = PGD(linf(8 / 255), objective=experts_only())
-    assert seen(checks.router_in_sight, Pair("straight"), held, RANDOM).status == "not run"
+    assert in_sight(Pair("straight"), held, RANDOM).status == "not run"
     dense = as_routed(lambda x: x.flatten(1))
-    assert seen(checks.router_in_sight, dense, JOINT, RANDOM).status == "not run"
+    assert in_sight(dense, JOINT, RANDOM).status == "not run"
 
 
 @pytest.mark.parametrize("gate", sorted(GATES))
 def test_router_only_is_measured_on_its_own_loss(gate: str) -> None:
     attack = PGD(l2(0.1), objective=router_only())
-    sees = seen(checks.router_in_sight, Pair(gate), attack, RANDOM)
+    sees = in_sight(Pair(gate), attack, RANDOM)
     assert (sees.status, sees.value) == ("pass", 1.0)
-    blind = seen(checks.router_in_sight, Pair(gate, 0.0), attack, RANDOM)
+    blind = in_sight(Pair(gate, 0.0), attack, RANDOM)
     assert (blind.status, blind.value) == ("fail", 0.0)
 
 
@@ -114,31 +115,31 @@ def test_constant_experts_and_no_path_at_all() -> None:
             routing = tape("router", GATES[self.gate](torch.stack([x[:, 0, 0, 0], x[:, 0, 0, 1]], 1)[:, None]))
             return (routing.weight[:, 0, :, None] * self.experts[routing.index[:, 0]]).sum(1)
 
-    assert seen(checks.router_in_sight, Constant("straight"), JOINT, RANDOM).value == pytest.approx(1.0)
-    assert seen(checks.router_in_sight, Constant("hard"), JOINT, RANDOM).status == "fail"
+    assert in_sight(Constant("straight"), JOINT, RANDOM).value == pytest.approx(1.0)
+    assert in_sight(Constant("hard"), JOINT, RANDOM).status == "fail"
 
 
 def test_the_router_seen_through_a_view() -> None:
     """A hard gate has no gradient; through the soft view the attack has one, and an attack on the route aims at it."""
     hard = Pair("hard")
-    assert seen(checks.router_in_sight, hard, JOINT, RANDOM).status == "fail"
-    assert seen(checks.router_in_sight, hard, Viewed(Soft(1.0), JOINT), RANDOM).status == "pass"
-    assert seen(checks.router_in_sight, hard, RouteFlip(linf(EPS)), RANDOM).status == "pass"
-    assert seen(checks.router_in_sight, Pair("hard", 0.0), RouteFlip(linf(EPS)), RANDOM).status == "fail"
+    assert in_sight(hard, JOINT, RANDOM).status == "fail"
+    assert in_sight(hard, Viewed(Soft(1.0), JOINT), RANDOM).status == "pass"
+    assert in_sight(hard, RouteFlip(linf(EPS)), RANDOM).status == "pass"
+    assert in_sight(Pair("hard", 0.0), RouteFlip(linf(EPS)), RANDOM).status == "fail"
 
 
 # ------------------------------------------------------------------------------------------------ R2, R3, R15
 
 
 def behind(n: int = 8) -> Batch:
-    """Images of `Fork`: right, and an adversarial of each lies behind the boundary between the experts."""
-    return batch(Fork(linf(EPS), (1, 4, 4)).images(n, (1, 4, 4)))
+    """Images of `PlantedRoute`: right, and an adversarial of each lies behind the boundary between the experts."""
+    return batch(PlantedRoute(linf(EPS), (1, 4, 4)).images(n, (1, 4, 4)))
 
 
 @pytest.mark.parametrize("check", [routing.route_flip, routing.enumerated], ids=["R2", "R3"])
 def test_adversarials_behind_a_change_of_route(check: Callable[..., Check]) -> None:
     """PGD on the hard gate finds none of 8; an evaluation that has router_only misses none."""
-    fork = Fork(linf(EPS), (1, 4, 4))
+    fork = PlantedRoute(linf(EPS), (1, 4, 4))
     blind = check(case(fork, ATTACK, batch=behind()))
     assert blind.status == "fail"
     aims = check(case(fork, ATTACK, PGD(linf(EPS), steps=20, objective=router_only()), batch=behind()))
@@ -149,7 +150,7 @@ def test_adversarials_behind_a_change_of_route(check: Callable[..., Check]) -> N
 
 def test_the_rates_of_a_route_flip() -> None:
     """Every route of the fork can be flipped, and every flip breaks."""
-    found = routing.route_flip(case(Fork(linf(EPS), (1, 4, 4)), ATTACK, batch=behind()))
+    found = routing.route_flip(case(PlantedRoute(linf(EPS), (1, 4, 4)), ATTACK, batch=behind()))
     assert found.value == {"routers": {"router": [1.0, 1.0]}, "missed": 8}
 
 
@@ -158,7 +159,7 @@ def test_the_fork_by_hand(threat: Any) -> None:
     """The score is -eps / 2; a move of eps along the dual direction brings it to +eps / 2, and no smaller one than
     eps / 2 moves the route."""
     shape = (1, 4, 4)
-    fork = Fork(threat, shape)
+    fork = PlantedRoute(threat, shape)
     x = fork.images(4, shape)
     assert bool(((x > 0) & (x < 1)).all())
     score = (x.flatten(1) - 0.5) @ fork.towards
@@ -199,13 +200,13 @@ def test_a_saturated_gate() -> None:
 
 def test_softened_gates_break_what_the_evaluation_missed() -> None:
     """The fork again: at temperature 16 the two experts are mixed, and the gate's gradient is there."""
-    found = routing.saturation(case(Fork(linf(EPS), (1, 4, 4)), ATTACK, batch=behind()))
+    found = routing.saturation(case(PlantedRoute(linf(EPS), (1, 4, 4)), ATTACK, batch=behind()))
     assert (found.status, found.value["missed"]) == ("fail", 8)
 
 
 def test_the_views() -> None:
     assert routing.views(case(Mix(), STRONG)).status == "pass"
-    found = routing.views(case(Fork(linf(EPS), (1, 4, 4)), ATTACK, batch=behind()))
+    found = routing.views(case(PlantedRoute(linf(EPS), (1, 4, 4)), ATTACK, batch=behind()))
     assert found.status == "fail"
     assert (found.value["exact"], found.value["soft"]) == (8, 0)
     assert routing.views(case(DENSE)).status == "not run"
@@ -215,8 +216,8 @@ def test_the_views() -> None:
 
 
 def test_neighbours() -> None:
-    assert routing.neighbours(case(Mix("hard"))).status == "pass"
-    found = routing.neighbours(case(Capacity()))
+    assert routers.neighbours(case(Mix("hard"))).status == "pass"
+    found = routers.neighbours(case(Capacity()))
     assert found.status == "fail"
     assert "3 routes change" in found.sentence
 
@@ -224,10 +225,10 @@ def test_neighbours() -> None:
 @pytest.mark.parametrize("answers, status", [("old", "fail"), ("fresh", "warn")])
 def test_a_stale_route(answers: str, status: str) -> None:
     """A kept decision warns; one that is given for another image's fails."""
-    found = routing.stale(case(Stale(answers)))
+    found = routers.stale(case(Stale(answers)))
     assert found.status == status
     assert "last" in found.sentence
-    assert routing.stale(case(Mix("hard"))).status == "pass"
+    assert routers.stale(case(Mix("hard"))).status == "pass"
 
 
 def test_a_model_that_holds_a_graph_cannot_be_copied() -> None:
@@ -239,7 +240,7 @@ def test_a_model_that_holds_a_graph_cannot_be_copied() -> None:
     subject = case(Holds())
     with torch.enable_grad():
         subject.model(subject.whole.x)
-    found = routing.stale(subject)
+    found = routers.stale(subject)
     assert found.status == "fail"
     assert "cannot be copied" in found.sentence
 
@@ -267,7 +268,7 @@ def test_one_weak_expert_hides_in_a_sum() -> None:
     """The fork, whose second expert is wrong everywhere and whose first is right everywhere: no attack on an expert
     alone moves anything.
     """
-    found = routing.joint_vulnerability(case(Fork(linf(EPS), (1, 4, 4)), ATTACK, batch=behind()))
+    found = routing.joint_vulnerability(case(PlantedRoute(linf(EPS), (1, 4, 4)), ATTACK, batch=behind()))
     assert found.value == [[0.0, 0.0], [0.0, 0.0]]
 
 
@@ -284,21 +285,21 @@ def test_one_weak_expert_hides_in_a_sum() -> None:
 )
 def test_expert_load(model: RoutedModel, status: str, words: str) -> None:
     subject = case(model)
-    for found in (checks.load(model, subject.whole), routing.load_attacked(subject)):
+    for found in (routers.load(on(model, subject.whole)), routers.load_attacked(subject)):
         assert found.status == status
         assert words in found.sentence
 
 
 def test_the_shares_are_counted() -> None:
     subject = case(Mix("hard"))
-    found = routing.load_attacked(subject)
+    found = routers.load_attacked(subject)
     chosen = subject.model.run(subject.whole.x).trace["router"].index[:, 0, 0]
     assert found.value["load"]["router"] == pytest.approx([float((chosen == e).float().mean()) for e in range(3)])
     assert found.value["clean"] == 1.0
-    few = checks.load(Dead("hard"), batch(subject.whole.x[:3]))
+    few = routers.load(on(Dead("hard"), batch(subject.whole.x[:3])))
     assert few.status == "pass"  # 3 decisions among 3 experts prove nothing
     one = batch(subject.whole.x[:1].expand(32, -1, -1, -1))
-    assert checks.load(Mix("soft"), one).status == "pass"  # the images are the same, not the router's answers
+    assert routers.load(on(Mix("soft"), one)).status == "pass"  # the images are the same, not the router's answers
 
 
 @pytest.mark.parametrize(
@@ -314,9 +315,9 @@ def test_the_shares_are_counted() -> None:
 def test_a_router_that_was_never_trained(moved: list[bool], fixed: bool, status: str) -> None:
     """A random hyperplane is a router like any other, as far as its answers go: the log alone tells."""
     lines = [{"routers": {"router": {"moved": m, "declared_fixed": fixed}}} for m in moved]
-    found = routing.trained(dataclasses.replace(case(Mix("hard")), run={"metrics": lines}))
+    found = routers.trained(dataclasses.replace(case(Mix("hard")), run={"metrics": lines}))
     assert found.status == status
-    assert routing.trained(case(DENSE)).status == "not run"
+    assert routers.trained(case(DENSE)).status == "not run"
 
 
 # ------------------------------------------------------------------------------------------------ R11, R12, the rest
@@ -358,16 +359,16 @@ def test_the_scale_of_the_logits() -> None:
 
 def test_what_is_never_run_says_why() -> None:
     for check, words in (
-        (routing.cost, "does not depend on the image"),
-        (routing.certificate, "no certificate"),
-        (routing.smoothing, "no randomised smoothing"),
+        (routers.cost, "does not depend on the image"),
+        (routers.certificate, "no certificate"),
+        (routers.smoothing, "no randomised smoothing"),
     ):
         found = check(case(Mix()))
         assert found.status == "not run"
         assert words in found.sentence
 
 
-# ------------------------------------------------------------------------------------------------ all 41
+# ------------------------------------------------------------------------------------------------ all of them
 
 
 QUICK = PGD(linf(EPS), steps=5)
@@ -379,9 +380,8 @@ def test_every_check_answers_in_order(model: RoutedModel) -> None:
     subject = case(model, n=4)
     modes = [module.training for module in model.train().modules()]
     found = checks.deep(model, subject.whole, [QUICK])
-    assert [check.id for check in found] == list(checks.ALL)
-    assert len(found) == 41
-    assert [check.name for check in found] == list(checks.NAMES.values())
+    assert [check.id for check in found] == checks.ids()
+    assert [check.name for check in found] == [checks.CHECKS[id].name for id in checks.ids()]
     assert all(check.sentence and "\n" not in check.sentence for check in found)
     assert all(any(c.isdigit() for c in check.sentence) for check in found if check.status in ("warn", "fail"))
     assert [module.training for module in model.modules()] == modes
@@ -425,7 +425,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     audit = checks.check_run(run, attacks=PLAIN, limit=8, device="cpu", only=ONLY)
     assert (audit.n, audit.attacks, audit.model_hash) == (8, PLAIN, checks.weights_hash(training.load_model(run)))
     found = {check.id: check for check in audit.checks}
-    assert list(found) == list(checks.ALL)
+    assert list(found) == checks.ids()
     assert (found["H5"].status, found["R10"].status) == ("pass", "warn")
     assert "by declaration" in found["R10"].sentence
     assert "pgd(linf(0.1), steps=3)" in found["G14"].sentence

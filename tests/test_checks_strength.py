@@ -1,4 +1,4 @@
-"""Checks G1 to G14: each passes on a smooth model under a sound attack and fails on what it is there for."""
+"""Checks of gradients and strength: each passes on a smooth model under a sound attack, fails on what it is for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from faulty_models import ATTACK, EPS, Large, Masked, Mix, Quantised, Shattered, Single, case
+from faulty_models import ATTACK, EPS, Large, Masked, Mix, Quantised, Shattered, Single, case, on
 from robustmoe.attacks import PGD, Attack, AutoAttack, Joint, Objective, Threat, experts_only, l1, l2, linf
 from robustmoe.attacks.apgd import APGD
 from robustmoe.attacks.base import Suite
 from robustmoe.attacks.square import Square
-from robustmoe.evaluation.checks import label, strength
+from robustmoe.evaluation.checks import Subject, gradients, label, published, strength
 from robustmoe.evaluation.checks.planted import plant
 from robustmoe.evaluation.checks.subject import graded
 from robustmoe.models import RoutedModel, as_routed
@@ -40,18 +40,18 @@ def test_one_image_alone_only_warns(images: int, n: int, points: float, status: 
 
 def test_no_gradient() -> None:
     sound, blind = case(Mix()), case(Quantised())
-    assert strength.gradients(sound.model, ATTACK, sound.batch).status == "pass"
-    found = strength.gradients(blind.model, ATTACK, blind.batch)
+    assert gradients.gradients(on(sound.model, sound.batch)).status == "pass"
+    found = gradients.gradients(on(blind.model, blind.batch))
     assert (found.status, found.value) == ("fail", 1.0)
-    assert strength.flat_along(sound).status == "pass"
-    deep = strength.flat_along(blind)
+    assert gradients.flat_along(sound).status == "pass"
+    deep = gradients.flat_along(blind)
     assert deep.status == "fail"
     assert set(deep.value) == {f"{loss}, {place}" for loss in ("ce", "margin", "dlr") for place in ("start", "end")}
     assert deep.value["margin, start"] == 1.0
 
 
 def test_a_saturated_cross_entropy_is_told_from_the_margin() -> None:
-    value = strength.flat_along(case(Large())).value
+    value = gradients.flat_along(case(Large())).value
     assert value["ce, start"] > 0.5
     assert value["margin, start"] == value["dlr, start"] == 0
 
@@ -74,7 +74,7 @@ def test_a_saturated_cross_entropy_is_told_from_the_margin() -> None:
 )
 def test_finite_differences(model: RoutedModel, status: str) -> None:
     """No gradient where there is none to take is right (G1 finds it); a declared straight-through gate warns."""
-    found = strength.finite_differences(case(model))
+    found = gradients.finite_differences(case(model))
     assert found.status == status
     assert ("with the route held" in found.sentence) is (status == "warn")
     assert "float64" in found.sentence
@@ -82,7 +82,7 @@ def test_finite_differences(model: RoutedModel, status: str) -> None:
 
 def test_finite_differences_in_float32() -> None:
     """A model that cannot be asked in float64, or copied: its linear experts are measured as well in float32."""
-    found = strength.finite_differences(case(Single()))
+    found = gradients.finite_differences(case(Single()))
     assert found.status == "pass"
     assert "float32" in found.sentence
 
@@ -96,7 +96,7 @@ def test_the_share_of_wrong_derivatives_by_hand() -> None:
         value = x.flatten(1).sum(1)
         return torch.stack([0 * value, 0.5 * value + 0.5 * value.detach()], 1)
 
-    found = strength.finite_differences(case(as_routed(half)))
+    found = gradients.finite_differences(case(as_routed(half)))
     assert found.status == "fail"
     assert found.value == pytest.approx(1 - math.comb(16, 8) / 2**16, abs=0.06)
 
@@ -105,9 +105,9 @@ def test_the_share_of_wrong_derivatives_by_hand() -> None:
 
 
 def test_an_unstable_loss() -> None:
-    assert strength.instability(case(Mix())).status == "pass"
-    assert strength.instability(case(Shattered())).status == "warn"
-    flat = strength.instability(case(as_routed(lambda x: torch.tensor([[1e3, 0.0, 0.0]]) + 0 * x.flatten(1)[:, :3])))
+    assert gradients.instability(case(Mix())).status == "pass"
+    assert gradients.instability(case(Shattered())).status == "warn"
+    flat = gradients.instability(case(as_routed(lambda x: torch.tensor([[1e3, 0.0, 0.0]]) + 0 * x.flatten(1)[:, :3])))
     assert (flat.status, flat.value) == ("warn", None)
 
 
@@ -150,7 +150,7 @@ def test_claims_that_the_exact_model_does_not_confirm() -> None:
     """An attack on the held route claims what it broke there; by hand: the held answer is wrong, the free one right."""
     assert strength.transfer(case(Mix())).status == "pass"
     held = case(Mix("hard", seed=3), PGD(linf(0.2), objective=experts_only()))
-    x_adv = held.under(held.main).x_adv
+    x_adv = held.outcome(held.main).x_adv
     with torch.no_grad():
         claimed = held.model.run(x_adv, forced=held.clean.trace).logits.argmax(1) != held.batch.y
         real = held.model(x_adv).argmax(1) != held.batch.y
@@ -322,10 +322,15 @@ def test_the_label(attack: Attack, classes: int, said: bool) -> None:
     assert label(attack, answer(classes)) == ("AutoAttack standard" if said else None)
 
 
+def of_ten(attack: Attack) -> Subject:
+    """The attack on a model of ten classes."""
+    return on(as_routed(lambda x: torch.zeros(len(x), 10)), case(Mix()).whole, attack)
+
+
 def test_the_identity_names_and_hashes_every_part() -> None:
-    one = strength.attack_identity(AutoAttack(linf(8 / 255)), answer(10))
+    one = published.attack_identity(of_ten(AutoAttack(linf(8 / 255))))
     assert one.value["label"] == "AutoAttack standard"
     assert "square: square(linf(8/255))" in one.sentence
-    other = strength.attack_identity(Claims(linf(8 / 255), (("square", "steps", 4999),)), answer(10))
+    other = published.attack_identity(of_ten(Claims(linf(8 / 255), (("square", "steps", 4999),))))
     assert other.value["hash"] != one.value["hash"]
     assert other.sentence.endswith("no published name is claimed for it")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robustmoe.attacks import PGD, Attack, ExpertTransition, NotFiniteError, build_attack, linf
 from robustmoe.data import Batch, digits
-from robustmoe.evaluation.checks import strength
+from robustmoe.evaluation.checks import Subject, gradients
 from robustmoe.models import Dense, DualModel, EnsembleModel, Normalise, Plain, RoutedModel, Scaled, build_model
 from robustmoe.noise import Noise, permutation
 from robustmoe.routing import to_expert
@@ -337,7 +337,7 @@ def test_c13_no_image_is_without_gradient_in_float32(test_images: Batch) -> None
         head.weight.mul_(scale)
         head.bias.mul_(scale)
         y = dense(x).argmax(1)
-    check = strength.gradients(dense, NAIVE, Batch(x, y, test_images.index))
+    check = gradients.gradients(Subject(dense, (NAIVE,), *[Batch(x, y, test_images.index)] * 2))
     assert (check.status, check.value) == ("pass", 0.0)
     at = x.clone().requires_grad_()
     logits = dense(at)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustmoe import spec as specs
 from robustmoe.attacks import PGD, Bf16, Joint, Viewed, at_radius, changed, linf
-from robustmoe.attacks.half import Half
+from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.attacks.views import StraightThrough
 from robustmoe.models import RoutedModel
@@ -25,14 +25,14 @@ def test_it_is_the_attack_on_the_half_network(
     model, x, y = tiny("pathway"), images(6), labels(6)
     found = Bf16(INNER)(model, x, y)
     assert found.dtype == torch.float32
-    assert torch.equal(found, INNER(Half(model), x, y))
+    assert torch.equal(found, INNER(LowPrecision(model), x, y))
     differing = float((found != INNER(model, x, y)).float().mean())
     assert 0 < differing < 0.2
 
 
 def test_half_is_nearly_the_model_and_sees_its_weights_move(model: RoutedModel, images: Callable[..., Tensor]) -> None:
     """bf16 keeps 8 bits; the second pass has to see what an optimiser did in place after the first."""
-    x, half = images(6), Half(model)
+    x, half = images(6), LowPrecision(model)
     for _ in range(2):
         expected = model.run(x)
         found = half.run(x, forced=expected.trace)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustmoe.attacks.half import Half
+from robustmoe.attacks.half import LowPrecision
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models import PathwayModel, RoutedModel, StagedPathwayModel, build_model, resnet8
 from robustmoe.models.convolution import Layers, RoutedConv, RoutedNorm, Segments
@@ -337,7 +337,7 @@ def test_a_broken_router_is_never_an_answer(
         made = broken(copy.deepcopy(model), expert, value)
         assert made(x).isnan().all()
         assert made.train()(x).isnan().all()
-        assert Half(made.eval())(x).isnan().all()
+        assert LowPrecision(made.eval())(x).isnan().all()
     assert torch.isfinite(model(x)).all()
 
 
@@ -352,7 +352,7 @@ def test_a_broken_router_is_never_an_answer_of_a_copy(
     made = frozen(model, x, precision)
     assert made.folded > 0
     assert torch.isfinite(made(x)).all()
-    broken(made.climbed.model if isinstance(made.climbed, Half) else made.climbed, 2, torch.nan)
+    broken(made.climbed.model if isinstance(made.climbed, LowPrecision) else made.climbed, 2, torch.nan)
     assert made(x).isnan().all()
     assert torch.isfinite(model(x)).all()
     assert frozen(broken(model, 2, torch.nan), x, precision)(x).isnan().all()

@@ -28,7 +28,7 @@ from robustmoe.analysis.labels import attack_name, names
 from robustmoe.analysis.lipschitz import LayerPart, LipschitzSummary, Middle, lipschitz_summary
 from robustmoe.analysis.load import Load, load_by_class
 from robustmoe.analysis.parts import AUTOATTACK_PARTS, Part, by_part, routing_gap
-from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, inside, largest, right, robust, wilson
+from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, ball_limit, inside, largest, right, robust, wilson
 from robustmoe.analysis.sweep import Spare, SweepCurve, SweepPoint, SweepSummary, sweep_summary
 from robustmoe.analysis.verdict import Verdict, judge, worst_answers
 from robustmoe.analysis.worst import SAME_IMAGES, SAME_THREAT, Adds, WorstCase, groups, worst_case
@@ -67,6 +67,7 @@ __all__ = [
     "alpha_curve",
     "alpha_shown",
     "attack_name",
+    "ball_limit",
     "by_part",
     "certificates_summary",
     "dissection_summary",

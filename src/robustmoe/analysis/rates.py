@@ -68,6 +68,11 @@ def largest(sizes: Iterable[float]) -> float:
     return math.nan if any(math.isnan(size) for size in sizes) else max(sizes)
 
 
+def ball_limit(eps: float) -> float:
+    """The largest size that still counts as inside a ball of that radius: up to the rounding of float32."""
+    return eps * (1 + BALL_TOLERANCE) + 1e-7
+
+
 def inside(size: float, eps: float) -> bool:
     """Whether a perturbation of that size is in the ball, up to the rounding of float32; False for nan."""
-    return size <= eps * (1 + BALL_TOLERANCE) + 1e-7
+    return size <= ball_limit(eps)

@@ -21,17 +21,17 @@ from robustmoe.noise import Noise
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside, each in its own former mode after; gradients enabled. Buffers cannot move
-    meanwhile.
+    """Every submodule is in eval mode inside and in its own former mode afterwards; gradients are enabled. Buffers
+    cannot move meanwhile.
     """
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.enable_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
 
 
 class Attack(ABC):

@@ -15,7 +15,7 @@ from robustmoe.noise import Noise
 from robustmoe.routing import Tape
 
 
-class Half(RoutedModel):
+class LowPrecision(RoutedModel):
     """``model`` under bf16 autocast, on float32 images; what it computes outside convolutions and products keeps its
     dtype. The weights are the model's own.
     """
@@ -44,4 +44,4 @@ class Bf16(Wrapped):
         return self.attack.queries(output)
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return self.attack(model if isinstance(model, Surrogate) else Half(model), x, y, noise)
+        return self.attack(model if isinstance(model, Surrogate) else LowPrecision(model), x, y, noise)

@@ -21,7 +21,7 @@ from torch import Tensor
 from robustmoe import spec as specs
 from robustmoe.attacks.base import Attack, Wrapped, changed
 from robustmoe.attacks.fmn import FMN
-from robustmoe.attacks.half import Half
+from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.surrogate import Surrogate, exact_of
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
@@ -78,8 +78,8 @@ class View(ABC):
 
     def of(self, model: RoutedModel, count: Count) -> RoutedModel:
         """The model seen. A dual model is seen half by half, and blended as it was at this moment; bf16 stays bf16."""
-        if isinstance(model, Half):
-            return Half(self.of(model.model, count))
+        if isinstance(model, LowPrecision):
+            return LowPrecision(self.of(model.model, count))
         if isinstance(model, DualModel):
             return self.of_dual(model, count)
         return _Seen(model, self, count)
@@ -190,7 +190,7 @@ class HalfView(View):
         return fresh
 
     def of(self, model: RoutedModel, count: Count) -> RoutedModel:
-        if not isinstance(model, Half | DualModel):
+        if not isinstance(model, LowPrecision | DualModel):
             raise UserError(
                 f"the view half({self.half}) is one half of a dual model, such as dual(resnet8, resnet8); this model "
                 f"is a {type(model).__name__}"

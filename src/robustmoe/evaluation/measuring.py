@@ -200,8 +200,9 @@ def measure(
         def finish() -> Evaluation:
             assert writer is not None
             if ledger is not None:
-                found.append(checks.ball_and_box(writer.result.rows, attack.threat.norm, attack.threat.eps))
-                found.append(checks.unchanged(*changed))
+                found.extend(
+                    checks.after(checks.Finished(writer.result.rows, attack.threat.norm, attack.threat.eps, changed))
+                )
                 writer.finish(_in_order(found), writer.seconds + time.monotonic() - lap)
             return writer.result
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustmoe import compat
 from robustmoe.attacks.base import evaluating
-from robustmoe.attacks.half import Half
+from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import Output, Plain, RoutedModel, to_channels_last
 from robustmoe.models.block import replace
@@ -294,7 +294,7 @@ def _fast(strict: _Made, owned: bool, answers: list[_Answer]) -> _Made:
     failed = ""
     for way, build in ways:
         try:
-            half = Half(build())
+            half = LowPrecision(build())
             off = _deviation(half, answers).median().item()
         except Exception as error:  # a user's module may raise anything here; all mean the same
             failed += f"; not {way} ({_reason(error)})"

@@ -1,8 +1,8 @@
 """Models with a known adversarial inside the ball: an attack that does not find it proves nothing by finding no other.
 
 `plant` turns one image's classifier into such a model (after Zimmermann et al., "Increasing confidence in adversarial
-robustness evaluations", NeurIPS 2022, section 4); `Fork` is a routed model whose adversarials lie behind a change of
-route alone.
+robustness evaluations", NeurIPS 2022, section 4); `PlantedRoute` is a routed model whose adversarials lie behind a
+change of routing alone.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _sow(model: RoutedModel, x: Tensor, y: int, threat: Threat, noise: Noise) ->
     return _Seed(points[int(said.argmax())], rival, scale * weight, -scale * threshold)
 
 
-class Fork(RoutedModel):
+class PlantedRoute(RoutedModel):
     """A hard gate and two experts of 4 classes: expert 0 says class 0, expert 1 says class 1, each by a margin that no
     image of the box closes. `images` lie half a radius before the boundary between the two.
     """

@@ -1,9 +1,10 @@
-"""What the checks share: their names, the `Subject` they look at, and how an image more or less is judged."""
+"""What the checks share: the `Subject` they look at, and how an image more or less is judged."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,78 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from robustmoe.analysis import ball_limit
 from robustmoe.attacks import PGD, Attack, Joint, changed, missed, size
 from robustmoe.attacks.objectives import loss_of
 from robustmoe.attacks.threat import Threat
 from robustmoe.data import Batch
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
-from robustmoe.records import Check
+from robustmoe.records import Row
 from robustmoe.routing import Tape
 
-NAMES = {
-    "H1": "input range",
-    "H2": "ball and box",
-    "H3": "model unchanged",
-    "H4": "batch of one",
-    "H5": "training log",
-    "H6": "outputs",
-    "H7": "determinism",
-    "H8": "autograd inside forward",
-    "H9": "noise of the image",
-    "H10": "precision",
-    "G1": "gradient",
-    "G2": "finite differences",
-    "G3": "unstable loss",
-    "G4": "silent success",
-    "G5": "incomplete optimisation",
-    "G6": "transfer failure",
-    "G7": "unbounded attack",
-    "G8": "accuracy against radius",
-    "G9": "more steps and restarts",
-    "G10": "black box",
-    "G11": "losses",
-    "G12": "seeds",
-    "G13": "planted adversarial",
-    "G14": "attack identity",
-    "R1": "router attacked",
-    "R2": "route flip",
-    "R3": "enumerated routes",
-    "R4": "gate saturation",
-    "R5": "gradients of the views",
-    "R6": "neighbours",
-    "R7": "random module",
-    "R8": "joint vulnerability",
-    "R9": "expert load",
-    "R10": "router trained",
-    "R11": "auxiliary terms",
-    "R12": "logit scale",
-    "R13": "stale route",
-    "R14": "cost under attack",
-    "R15": "planted route change",
-    "R16": "certificate",
-    "R17": "smoothing",
-}
-"""Every check, in order."""
-
-ALL = tuple(NAMES)
 NO_ROUTER = "the model has no router"
 STANDS_NONE = "no image stands after the attacks, so there is nothing that they could have missed"
+MOST_EXPERTS = 8
+"""Checks that try every expert try so many."""
 CHEAP_QUERIES = 400
 """An attack of more forward passes an image than this is not run again and again: PGD-20 stands in for it."""
-
-BATCH = 64
-"""Images a forward pass of the checks that make many copies of an image."""
-
-
-def check(key: str, status: str, value: Any, sentence: str) -> Check:
-    """The check of that id."""
-    return Check(key, NAMES[key], status, value, sentence)
-
-
-def not_run(key: str, why: str) -> Check:
-    """The check of that id, and why it was not run."""
-    return check(key, "not run", None, why)
 
 
 def graded(images: int, n: int, points: float) -> str:
@@ -94,8 +39,19 @@ def graded(images: int, n: int, points: float) -> str:
     return "warn" if images == 1 else "fail"
 
 
-class Found(NamedTuple):
-    """What an attack left: the images, and which of them the exact model now misses."""
+class Finished(NamedTuple):
+    """A finished evaluation: its ``rows``, the ball that they had to stay in, and the model's `fingerprint` before and
+    after.
+    """
+
+    rows: Sequence[Row]
+    norm: str
+    eps: float
+    fingerprints: tuple[str, str]
+
+
+class Outcome(NamedTuple):
+    """What an attack leaves: the images, and which of them the exact model now misses."""
 
     x_adv: Tensor
     broken: Tensor
@@ -107,7 +63,8 @@ class Subject:
 
     ``attacks``: those of the evaluation, the ``main`` one among them. ``whole``: the images; ``batch``: those of them
     that the model gets right, which are all that an attack can break. ``run``: what is known of the training (see
-    `run.check_run`): {} for a model from elsewhere.
+    `run.check_run`): {} for a model from elsewhere. ``fingerprint``: the model's before the checks began; "" where
+    nobody took it.
     """
 
     model: RoutedModel
@@ -116,15 +73,24 @@ class Subject:
     batch: Batch
     seed: int = 0
     run: dict[str, Any] = field(default_factory=dict)
-    _found: dict[str, Found] = field(default_factory=dict, repr=False)
+    fingerprint: str = ""
+    _outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: RoutedModel, attacks: Sequence[Attack], batch: Batch, seed: int = 0, **run: Any) -> Subject:
+    def of(
+        cls,
+        model: RoutedModel,
+        attacks: Sequence[Attack],
+        batch: Batch,
+        seed: int = 0,
+        run: dict[str, Any] | None = None,
+        fingerprint: str = "",
+    ) -> Subject:
         """The subject on these images; the right ones are picked here."""
         with torch.no_grad():
             logits = model.run(batch.x).logits
         right = torch.nonzero((logits.argmax(1) == batch.y) & torch.isfinite(logits).all(1))[:, 0]
-        return cls(model, tuple(attacks), batch, batch[right], seed, run)
+        return cls(model, tuple(attacks), batch, batch[right], seed, run or {}, fingerprint)
 
     @property
     def main(self) -> Attack:
@@ -135,9 +101,15 @@ class Subject:
     def threat(self) -> Threat:
         return self.main.threat
 
-    @property
+    @functools.cached_property
+    def output(self) -> Output:
+        """The exact model's answer on all images."""
+        with torch.no_grad():
+            return self.model.run(self.whole.x)
+
+    @functools.cached_property
     def clean(self) -> Output:
-        """The exact model on ``batch``."""
+        """The exact model's answer on ``batch``."""
         with torch.no_grad():
             return self.model.run(self.batch.x)
 
@@ -157,19 +129,19 @@ class Subject:
     def noise(self, seed: int) -> Noise:
         return Noise.of(self.batch.index, seed)
 
-    def under(self, attack: Attack, model: RoutedModel | None = None) -> Found:
-        """What ``attack`` leaves of ``batch``, climbing ``model`` (default: the exact one), the exact model judging.
-        A perturbation outside the threat's ball breaks nothing (check H2 says so).
+    def outcome(self, attack: Attack, model: RoutedModel | None = None) -> Outcome:
+        """Returns what ``attack`` leaves of ``batch``, climbing ``model`` (default: the exact one); the exact model
+        judges. A perturbation outside the threat's ball breaks nothing (check H2 says so).
         """
         key = repr(attack)
-        if model is None and key in self._found:
-            return self._found[key]
+        if model is None and key in self._outcomes:
+            return self._outcomes[key]
         x, y = self.batch.x, self.batch.y
         x_adv = attack(model or self.model, x.clone(), y.clone(), self.noise(attack.seed)).to(x)
-        found = Found(x_adv, self.wrong(x_adv) & inside(attack.threat, x_adv, x))
+        outcome = Outcome(x_adv, self.wrong(x_adv) & in_ball_and_box(attack.threat, x_adv, x))
         if model is None:
-            self._found[key] = found
-        return found
+            self._outcomes[key] = outcome
+        return outcome
 
     def wrong(self, x: Tensor) -> Tensor:
         """(n,) bool: which images of ``batch``, changed to ``x``, the exact model misses."""
@@ -179,7 +151,7 @@ class Subject:
     @property
     def broken(self) -> Tensor:
         """(n,) bool: which images of ``batch`` some attack of the evaluation breaks."""
-        return torch.stack([self.under(attack).broken for attack in self.attacks]).any(0)
+        return torch.stack([self.outcome(attack).broken for attack in self.attacks]).any(0)
 
     def gained(self, broken: Tensor) -> int:
         """How many of these images no attack of the evaluation breaks."""
@@ -188,25 +160,25 @@ class Subject:
 
 def few(case: Subject, n: int) -> Subject:
     """The same subject with at most ``n`` of its right images."""
-    return dataclasses.replace(case, batch=case.batch[:n], _found={})
+    return dataclasses.replace(case, batch=case.batch[:n], _outcomes={})
 
 
-def inside(threat: Threat, x_adv: Tensor, x: Tensor) -> Tensor:
+def in_ball_and_box(threat: Threat, x_adv: Tensor, x: Tensor) -> Tensor:
     """(n,) bool: in the ball, up to the rounding of float32, and in the box."""
-    near = size(threat.norm, (x_adv - x).float()) <= threat.eps * (1 + 1e-5) + 1e-7
+    near = size(threat.norm, (x_adv - x).float()) <= ball_limit(threat.eps)
     return near & (x_adv >= 0).flatten(1).all(1) & (x_adv <= 1).flatten(1).all(1)
 
 
 def gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of the summed loss at x; zero where no path leads from the image to the loss."""
+    """The gradient of the summed loss at x; zero where no path leads from the image to the loss."""
     x = x.detach().requires_grad_(True)
     value = loss(x).sum()
-    found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
-    return torch.zeros_like(x) if found is None else found
+    slope = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    return torch.zeros_like(x) if slope is None else slope
 
 
 def with_loss(attack: Attack, loss: Any) -> Attack:
-    """A climb on that loss of the whole model."""
+    """The attack as a climb on that loss of the whole model."""
     return changed(attack, objective=Joint(loss))
 
 
@@ -248,5 +220,5 @@ class Watched(RoutedModel):
         clean, label = self.images
         row = torch.cdist(x.float().flatten(1), clean.flatten(1)).argmin(1)
         margin = loss_of("margin", logits, label[row])
-        margin = torch.where(inside(self.threat, x, clean[row]), margin, torch.nan)
+        margin = torch.where(in_ball_and_box(self.threat, x, clean[row]), margin, torch.nan)
         self.margins.append(margin.new_full((len(clean),), torch.nan).scatter(0, row, margin))
