@@ -164,7 +164,7 @@ def make_blends(given: Study, names: list[str], seeds: int, limit: int) -> None:
 def blends(given: Study, names: list[str], seeds: int) -> Iterator[tuple[str, list[Blend]]]:
     for name in names:
         found = [records.Blend.read(blend_folder(given.out, name, seed)) for seed in range(seeds)]
-        yield name, [blend for blend in found if blend is not None and blend.done == len(blend.alphas)]
+        yield name, [blend for blend in found if blend is not None and blend.done]
 
 
 def curve(found: list[Blend]) -> list[tuple[str, str]]:
@@ -185,7 +185,7 @@ def tables(given: Study, arms: list[str], names: list[str], seeds: int) -> str:
     rows = {arm: [n for seed in range(seeds) if (n := numbers(given, arm, seed))] for arm in arms}
     columns = ["clean", "PGD-50", "AutoAttack", "AutoAttack + routing", "transition alone", "union"]
     lines = [*table(columns, rows), "", *given.differences(PAIRS, seeds), ""]
-    parts = {arm: [parts for seed in range(seeds) if (parts := anatomy_of(given, arm, seed))] for arm in DISSECTED}
+    parts = {arm: [each for seed in range(seeds) if (each := anatomy_of(given, arm, seed))] for arm in DISSECTED}
     if any(parts.values()):
         first = next(runs[0] for runs in parts.values() if runs)
         lines += [*table(list(first), parts), ""]
@@ -208,9 +208,9 @@ def anatomy_of(given: Study, arm: str, seed: int) -> dict[str, float] | None:
     rates = {
         "SA": parts.clean,
         "RA (PGD-20)": parts.robust["prediction"],
-        "RA-E frozen": parts.frozen,
-        "RA-E live": parts.robust["frozen"],
-        "RA-R frozen": parts.swapped,
+        "RA-E frozen": parts.routing_fixed,
+        "RA-E live": parts.robust["experts"],
+        "RA-R frozen": parts.routing_transplanted,
         "RA-R live": parts.robust["router"],
         "RA, union": parts.worst,
     }

@@ -147,11 +147,11 @@ def routes(given: Study, arm: str, seed: int) -> dict[str, float]:
         for name, curve in zip(("weak", "PGD-50"), curves.curves):
             point = curve.points[-1]
             found[f"rerouted, {name}"] = statistics.mean(point.moved.values())
-            if point.held is not None:
-                found[f"right on the clean route, {name}"] = point.held.value
+            if point.routing_fixed is not None:
+                found[f"right on the clean route, {name}"] = point.routing_fixed.value
                 found[f"right, {name}"] = point.right.value
-            if point.swapped is not None and name == "PGD-50":
-                found["clean images, attacked route"] = point.swapped.value
+            if point.routing_transplanted is not None and name == "PGD-50":
+                found["clean images, attacked route"] = point.routing_transplanted.value
         for spare in curves.spare:
             if spare.rule == "random" and spare.router == "":
                 found["random experts"] = spare.mean

@@ -104,7 +104,7 @@ def test_the_whole_curve_of_two_linear_halves(mix: Any, scale: float) -> None:
     standard, robust, x, y = linear_case()
     sharpen = None if scale == 1 else Scaled(scale)
     found = blend(standard, robust, x, y, attack=CORNER, mix=mix, sharpen=sharpen, num_classes=2)
-    assert (found.alphas, found.done) == (list(ALPHAS), len(ALPHAS))
+    assert (found.alphas, found.attacked) == (list(ALPHAS), len(ALPHAS))
     standing = []
     with torch.no_grad():
         clean = standard.score(x).double(), robust.score(x).double()

@@ -111,7 +111,7 @@ def test_a_stopped_blend_goes_on(
         real(*args)
 
     def killed(found: Blend, folder: Path) -> Path:
-        if found.done == 3:
+        if found.attacked == 3:
             raise KeyboardInterrupt
         return write(found, folder)
 
@@ -120,7 +120,10 @@ def test_a_stopped_blend_goes_on(
         blend_run(*runs, **SETTINGS, out=out)
     left = records.Blend.read(out)
     assert left is not None
-    assert (left.done, [row.count(-1) for row in left.broken][2:]) == (2, [row.count(-1) for row in whole.broken][2:])
+    assert (left.attacked, [row.count(-1) for row in left.broken][2:]) == (
+        2,
+        [row.count(-1) for row in whole.broken][2:],
+    )
     assert [file.name for file in out.glob("blend-start*")] == ["blend-start-2.safetensors"]
     monkeypatch.setattr(Blend, "write", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -136,7 +139,7 @@ def test_a_stopped_blend_goes_on(
     assert capsys.readouterr().err == ""
     calls[:] = [1] * 3
     other = blend_run(*runs, **{**SETTINGS, "alphas": [0.5, 1.0]}, out=out)
-    assert other.done == 2
+    assert other.attacked == 2
     blend_run(*runs, **{**SETTINGS, "alphas": [0.5, 1.0], "limit": 4}, mix="logits", out=out)
     assert re.sub(r"\S+/", "", capsys.readouterr().err) == (
         "blend.json is of another list of alphas; it is made anew\nblend.json is of another model; it is made anew\n"
@@ -146,7 +149,7 @@ def test_a_stopped_blend_goes_on(
 def test_warm_starts_that_are_gone(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {**SETTINGS, "alphas": [0.5, 1.0], "limit": 6, "out": tmp_path / "out"}
     found = blend_run(*runs, **settings)
-    replace(found, done=1).write(tmp_path / "out")
+    replace(found, attacked=1).write(tmp_path / "out")
     again = blend_run(*runs, **settings)
     assert "is of another pass, whose warm starts are gone; it is made anew" in capsys.readouterr().err
     assert again.broken == found.broken

@@ -84,7 +84,7 @@ def test_a_smoothed_model_is_another_model(tiny: Callable[..., RoutedModel], ima
         tiny("ensemble_hard"), images(3), [0, 1, 2], certifiers="smoothing(n0=8, n=16)", num_classes=4
     )
     assert found.subject == "smoothed model"
-    assert all(row.reachable is None and row.held is None for row in found.rows)
+    assert all(row.reachable is None and row.proven is None for row in found.rows)
     with pytest.raises(UserError, match="are of the smoothed model: an attack on the model itself may leave none"):
         found.radii()
 
@@ -234,7 +234,7 @@ def test_a_broken_certificate_is_an_alarm(tmp_path: Path, capsys: pytest.Capture
     assert (out, err.count("\n")) == ("", 1)
     assert f"ALARM: image {broken[0]} is certified as {found.rows[broken[0]].prediction} up to linf 0.31, but" in err
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
-    assert "These certificates are wrong" in (tmp_path / "page.html").read_text()
+    assert '<div class="alarm"' in (tmp_path / "page.html").read_text()
     assert f"Image {broken[0]} is certified as" in (tmp_path / "page.md").read_text()
 
 
@@ -264,7 +264,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     "place, value, message",
     [
         (("kind",), "header", "not of the kind certificates: expected"),
-        (("version",), 9, "certificates of version 9, this robustmoe reads version 2"),
+        (("version",), 9, "certificates of version 9, this robustmoe reads version 3"),
         (("subject",), "moon", "field 'subject' must be one of model, smoothed model, got 'moon'"),
         (("header", "kind"), "row", "not a rows file"),
         (("extra",), 1, "certificates: unknown field 'extra'"),

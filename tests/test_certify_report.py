@@ -13,9 +13,9 @@ from robustmoe import records
 from robustmoe.analysis import Rate, certificates_summary, refuted
 from robustmoe.analysis.certificates import POINTS
 from robustmoe.records import Certificates, Evaluation, Proof, RouterInfo, Row
-from robustmoe.reporting import certificates_table
-from robustmoe.reporting.certificates import doubts, story
-from robustmoe.reporting.collect import Certified
+from robustmoe.reporting import text as told_text
+from robustmoe.reporting.certificates import doubts
+from robustmoe.reporting.panel import Shown
 from test_report import made, make_header, make_run
 
 EPS = 0.1
@@ -23,19 +23,19 @@ EPS = 0.1
 
 def proof(index: int, radius: float = 0.0, **changes: Any) -> Proof:
     """An image of class 1; by default right, and not certified because two of two experts fail."""
-    values: dict[str, Any] = {"label": 1, "prediction": 1, "rule": "P2" if radius else "", "reachable": 2, "held": 0}
+    values: dict[str, Any] = {"label": 1, "prediction": 1, "rule": "P2" if radius else "", "reachable": 2, "proven": 0}
     values |= {"stable": 0.0, "reason": "" if radius >= EPS else "no", "seconds": 0.5}
     return Proof(index=index, radius=radius, **{**values, **changes})
 
 
 ROWS = [
-    proof(0, 0.2, reachable=1, held=1, stable=1.0),
-    proof(1, 0.1, rule="P1", held=2),  # certified, though the route is not stable
-    proof(2, 0.05, held=1),  # the other expert within reach is not proven: the route is what is missing
+    proof(0, 0.2, reachable=1, proven=1, stable=1.0),
+    proof(1, 0.1, rule="P1", proven=2),  # certified, though the route is not stable
+    proof(2, 0.05, proven=1),  # the other expert within reach is not proven: the route is what is missing
     proof(3),
     proof(4),
     proof(5, reachable=1, stable=1.0),  # stable, and the network's own bound fails
-    proof(6, 0.3, prediction=0, reachable=1, held=1, stable=1.0),  # certified to be wrong
+    proof(6, 0.3, prediction=0, reachable=1, proven=1, stable=1.0),  # certified to be wrong
     proof(7, prediction=-1),
 ]
 
@@ -132,8 +132,8 @@ def test_what_refutes_a_certificate(broken: dict[int, float], eps: float, wrong:
 def test_another_prediction_on_the_clean_image_refutes_it() -> None:
     result = attacked({})
     rows = [dataclasses.replace(row, clean=5, adversarial=5) if row.index == 0 else row for row in result.rows]
-    (one,) = refuted(record(), [result._replace(rows=rows)])
-    assert (one.index, one.prediction, one.found, one.size) == (0, 1, 5, 0.0)
+    (one,) = refuted(record(), [dataclasses.replace(result, rows=rows)])
+    assert (one.index, one.prediction, one.answer, one.size) == (0, 1, 5, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_other_work_refutes_nothing(change: dict[str, Any]) -> None:
     result = attacked({0: 0.01})
     assert refuted(record(), [result])
     header = dataclasses.replace(result.header, **change)
-    found = certificates_summary(record(), [result._replace(header=header)])
+    found = certificates_summary(record(), [dataclasses.replace(result, header=header)])
     assert (found.refuted, found.against) == ((), ())
 
 
@@ -153,7 +153,7 @@ def test_images_without_a_name_are_told_apart_by_their_hash() -> None:
     result = attacked({0: 0.01}, data="arrays")
     assert refuted(record(header=header), [result])
     other = dataclasses.replace(result.header, data_hash="other")
-    assert not refuted(record(header=header), [result._replace(header=other)])
+    assert not refuted(record(header=header), [dataclasses.replace(result, header=other)])
 
 
 def test_a_smoothed_model_is_not_compared() -> None:
@@ -164,62 +164,40 @@ def test_a_smoothed_model_is_not_compared() -> None:
 # ------------------------------------------------------------------------------------------------ words
 
 
-def said(found: Certificates, *results: Evaluation) -> str:
-    return story(Certified(found, certificates_summary(found, results)))
-
-
-def test_the_story() -> None:
-    assert said(record(), attacked({3: 0.09, 4: 0.1})) == (
-        "Of 8 images 75.0% are right, and 25.0% are proven to stay right within L∞ ≤ 25.5/255. 12.5% are proven "
-        "although the route is not the same in the whole ball. Of the 4 right images without a proof: on 75.0% several "
-        "experts are within reach (2.0 of 2 on average), and at least one of them is not proven to say the label: no "
-        "bound on the chosen expert alone can help (on 25.0% another one is proven, so the route is all that is "
-        "missing); on 25.0% the route is the same in the whole ball, and the bounds of what it leads to are too loose: "
-        "it needs tighter bounds, or training for certificates. The worst of 1 attack leaves 50.0% of these images "
-        "right, and 25.0% of the same images are certified: the truth is between."
-    )
-
-
-def test_why_nothing_is_certified() -> None:
-    small = said(record([proof(0, 0.02, held=1), proof(1)]))
-    assert "0.0% are proven to stay right" in small
-    assert "The largest radius that is proven on any image is 5.1/255 (20.0% of that)." in small
-    none = said(record([proof(0), proof(1)]))
-    assert "No radius that was tried is proven on any image." in none
-    assert "on 100.0% several experts are within reach" in none
-    assert "all that is missing" not in none
-    assert "No attack within L∞ ≤ 25.5/255 was made on these images" in none
+def test_what_is_in_the_way() -> None:
+    small = certificates_summary(record([proof(0, 0.02, proven=1), proof(1)]))
+    assert (small.certified.count, small.largest) == (0, 0.02)
+    none = certificates_summary(record([proof(0), proof(1)]))
+    assert (none.largest, none.obstacles, none.crowd) == (0.0, {"experts": Rate(2, 2)}, 2.0)
     dense = record([proof(0, reachable=1, stable=1.0)])
     dense = dataclasses.replace(dense, header=dataclasses.replace(dense.header, routers={}))
-    assert "on 100.0% the bounds of the network are too loose" in said(dense)
-    assert "Of the" not in said(record([proof(0, 0.1, held=2)])), "nothing is in the way"
-    assert "on 100.0% the constants of the mixture are too large" in said(record([proof(0, held=None)]))
-
-
-def test_the_story_of_a_smoothed_model() -> None:
-    one = {"reachable": None, "held": None}
-    rows = [proof(0, 0.3, stable=0.9, **one), proof(1, 0.1, stable=0.5, **one), proof(2, prediction=-1, **one)]
-    header = dataclasses.replace(record(rows).header, norm="l2", eps=0.25)
-    assert said(record(rows, subject="smoothed model", header=header)) == (
-        "Of 3 images the smoothed model is right on 66.7%, abstains on 33.3%, and is proven to stay right within "
-        "L2 ≤ 0.25 on 33.3%. 46.7% of the noisy copies take the clean image’s routes. Of the 1 right image without a "
-        "proof: on 100.0% too few of the noisy copies agree. These certificates are of the smoothed model, not of the "
-        "model that is attacked above: the two are not compared."
-    )
+    assert certificates_summary(dense).obstacles == {"network": Rate(1, 1)}
+    assert certificates_summary(record([proof(0, 0.1, proven=2)])).obstacles == {}
+    assert certificates_summary(record([proof(0, proven=None)])).obstacles == {"formula": Rate(1, 1)}
+    smoothed = {"reachable": None, "proven": None}
+    rows = [
+        proof(0, 0.3, stable=0.9, **smoothed),
+        proof(1, 0.1, stable=0.5, **smoothed),
+        proof(2, prediction=-1, **smoothed),
+    ]
+    found = certificates_summary(record(rows, subject="smoothed model"))
+    assert (found.right, found.abstained, found.certified) == (Rate(2, 3), Rate(1, 3), Rate(2, 3))
+    assert (found.obstacles, found.reachable, found.crowd) == ({}, None, None)
+    assert found.stable == pytest.approx((0.9 + 0.5 + rows[2].stable) / 3)
 
 
 def test_doubts_are_told_one_by_one_up_to_five() -> None:
     rows = [proof(i, 0.2) for i in range(8)]
     found = record(rows)
     result = attacked(dict.fromkeys(range(8), 0.05))
-    result = result._replace(rows=[dataclasses.replace(row, clean=1) for row in result.rows])
-    told = doubts(Certified(found, certificates_summary(found, [result])))
+    result = dataclasses.replace(result, rows=[dataclasses.replace(row, clean=1) for row in result.rows])
+    told = doubts(Shown(found, certificates_summary(found, [result])))
     assert told[0] == "Certified accuracy 100.0% is above what the attacks leave, 0.0%, within L∞ ≤ 25.5/255."
     assert told[1].startswith("Image 0 is certified as 1 up to L∞ 0.2, but ")
     assert told[1].endswith("makes it 2 with 0.05.")
     assert (len(told), told[-1]) == (7, "3 more certificates of other images or attacks are disproved.")
-    assert doubts(Certified(found, certificates_summary(found))) == []
-    assert "! Certified accuracy 100.0%" in certificates_table(found, [result])
+    assert doubts(Shown(found, certificates_summary(found))) == []
+    assert "! Certified accuracy 100.0%" in told_text(found, [result])
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -251,9 +229,8 @@ def test_the_page_shows_it(tmp_path: Path) -> None:
     assert "certificates" in page.ids
     assert page.missing_alt == 0
     assert "://" not in source
-    assert "These certificates are wrong" not in source
-    assert "Certified accuracy against radius, L∞" in page.text
-    assert "### Certificates, bounds(linf(8/255))" in text
+    assert '<div class="alarm"' not in source
+    assert "> **†**" not in text
     (found,) = numbers["runs"][0]["certificates"]
     assert (found["certified"]["count"], found["certified"]["n"]) == (len(safe & {r.index for r in rows}), 80)
     at = next(one for one in found["against"] if one["eps"] == eps)
@@ -267,19 +244,19 @@ def test_a_wrong_certificate_is_an_alarm(tmp_path: Path) -> None:
     rows = [Proof(r.index, r.label, r.clean, first.header.eps, "P2", 1, 1, 1.0, "", 0.1) for r in first.rows]
     broken = next(r.index for r in first.rows if r.adversarial != r.clean)
     of_run(first.header, rows).write(run)
-    page, numbers, text, _ = made(run, tmp_path)
-    assert "† These certificates are wrong" in page.text
-    assert "an attack disproves the certificates of bounds(linf(8/255)); see Certificates" in page.text
+    _, numbers, text, source = made(run, tmp_path)
+    assert source.count('<div class="alarm"') == 1
     assert "> **†** Certified accuracy" in text
+    assert any("cannot be quoted" in note for note in numbers["runs"][0]["notes"])
     assert broken in [one["index"] for one in numbers["runs"][0]["certificates"][0]["refuted"]]
 
 
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"model_hash": "another"}, "are of other weights than the evaluation and are left out"),
-        ({"rows": []}, "have no image yet and are left out"),
-        ({"n": 90}, "are not complete; the same `robustmoe certify` goes on with them"),
+        ({"model_hash": "another"}, "is of other weights than the evaluation and is left out"),
+        ({"rows": []}, "is without an image yet and is left out"),
+        ({"n": 90}, "is not complete; the same `robustmoe certify` goes on with it"),
     ],
 )
 def test_what_does_not_belong_is_left_out_and_said(change: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -287,8 +264,8 @@ def test_what_does_not_belong_is_left_out_and_said(change: dict[str, Any], why: 
     found = of_run(the_runs_own(run).header, [proof(0)] if "rows" not in change else [])
     header = dataclasses.replace(found.header, **{name: value for name, value in change.items() if name != "rows"})
     dataclasses.replace(found, header=header).write(run)
-    page, numbers, _, _ = made(run, tmp_path)
-    assert why in page.text
+    _, numbers, _, _ = made(run, tmp_path)
+    assert any(why in note for note in numbers["runs"][0]["notes"])
     assert len(numbers["runs"][0]["certificates"]) == ("n" in change)
 
 
@@ -303,8 +280,6 @@ def test_certificates_alone_make_a_report_and_two_runs_stand_side_by_side(tmp_pa
             found.write(run)
         runs.append(run)
     page, numbers, text, _ = made(runs, tmp_path)
-    assert "was not evaluated as it stands" in page.text
-    assert "Below: its certificates." in page.text
-    assert "The certifiers side by side" in page.text
+    assert page.ids == ["verdict", "certificates", "made"]
     assert text.count("| two (bounds(linf(0.1))) | 75.0% (40.9–92.9) | 25.0% (L∞ ≤ 25.5/255) |") == 1
     assert [len(run["certificates"]) for run in numbers["runs"]] == [2, 2]

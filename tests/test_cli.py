@@ -230,8 +230,14 @@ def test_blend_passes_its_flags_and_prints_the_table(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = stand_in(monkeypatch, "robustmoe.evaluation", "blend_run")
-    calls.result = types.SimpleNamespace(header=types.SimpleNamespace(run="b"))
-    monkeypatch.setattr("robustmoe.reporting.blend_table", lambda found: f"the table of {found.header.run}")
+
+    class Curve:
+        header = types.SimpleNamespace(run="b")
+
+        def __str__(self) -> str:
+            return "the table of b"
+
+    calls.result = Curve()
     assert main(["blend", "runs/one"]) == 0
     assert capsys.readouterr().out == (
         "the table of b\n\nrun folder: b\nnext: robustmoe evaluate b; report shows the curve\n"

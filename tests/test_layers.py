@@ -91,8 +91,8 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_imports_point_down() -> None:
-    """`spec` is the one exception: it names modules in a table, as text, and imports none of them before a name is
-    asked for.
+    """`spec` and `records` are the exceptions: `spec` names modules in a table, as text, and imports none of them
+    before a name is asked for; a record that is printed asks for `robustmoe.reporting.kinds` by its name.
     """
     upward = {}
     for name in INNER:

@@ -21,6 +21,7 @@ from robustmoe.records import (
     Audit,
     Check,
     Checks,
+    Evaluation,
     Example,
     Header,
     Passed,
@@ -163,7 +164,7 @@ def test_a_shorter_file_is_extended(tmp_path: Path) -> None:
             Writer(path, long, shorter)
         writer.write([make_row(2), make_row(3)], 1.0)
         writer.finish([CHECK], 5.0)
-    assert read(path) == (long, [make_row(i) for i in range(4)], Checks([CHECK], 5.0))
+    assert read(path) == Evaluation(long, [make_row(i) for i in range(4)], Checks([CHECK], 5.0))
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
     with pytest.raises(UserError, match="holds other work: its n is 4, this one's is 2"):
         Writer(path, short, shorter)

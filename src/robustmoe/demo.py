@@ -71,7 +71,7 @@ def demo(out: str | Path = "runs/demo", seed: int = 1) -> Path:
     trainings.
     """
     from robustmoe.evaluation import certify_run, evaluate_run
-    from robustmoe.reporting import certificates_story, report, summary_table
+    from robustmoe.reporting import report, story, summary_table
     from robustmoe.training import train
 
     out = Path(out)
@@ -87,7 +87,7 @@ def demo(out: str | Path = "runs/demo", seed: int = 1) -> Path:
         note(summary_table(results))
         note(f"certifying {folder}")
         for found in certify_run(folder, certifiers=certifiers, limit=CERTIFIED):
-            note(f"{found.certifier}:\n{certificates_story(found, results)}")
+            note(f"{found.certifier}:\n{story(found, results)}")
     return report(folders, out / "report.html")
 
 

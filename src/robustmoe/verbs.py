@@ -114,10 +114,9 @@ def dissect(run: Run, options: DissectOptions) -> str:
     folder = _run_folder(run)
     from robustmoe import records
     from robustmoe.evaluation import dissect_run
-    from robustmoe.reporting import dissection_table
 
     record = dissect_run(folder, options=options)
-    return f"{dissection_table(record)}\n\nwritten to {records.Dissection.path(folder)}; report shows it"
+    return f"{record}\n\nwritten to {records.Dissection.path(folder)}; report shows it"
 
 
 def lipschitz(run: Run, options: LipschitzOptions) -> str:
@@ -128,10 +127,9 @@ def lipschitz(run: Run, options: LipschitzOptions) -> str:
     folder = _run_folder(run)
     from robustmoe import records
     from robustmoe.evaluation import lipschitz_run
-    from robustmoe.reporting import lipschitz_table
 
     record = lipschitz_run(folder, options=options)
-    return f"{lipschitz_table(record)}\n\nwritten to {records.Lipschitz.path(folder)}; report shows it"
+    return f"{record}\n\nwritten to {records.Lipschitz.path(folder)}; report shows it"
 
 
 def certify(run: Run, options: CertifyOptions) -> str:
@@ -144,11 +142,11 @@ def certify(run: Run, options: CertifyOptions) -> str:
     folder = _run_folder(run)
     from robustmoe import records
     from robustmoe.evaluation import certify_run
-    from robustmoe.reporting import certificates_table
+    from robustmoe.reporting import text
 
     certified = certify_run(folder, options=options)
     results = [records.read(path) for path in records.rows_files(folder)]
-    tables = "\n\n".join(certificates_table(record, results) for record in certified)
+    tables = "\n\n".join(text(record, results) for record in certified)
     return f"{tables}\n\nwritten to {folder / 'certificates'}; report shows it"
 
 
@@ -160,10 +158,9 @@ def sweep(run: Run, options: SweepOptions) -> str:
     folder = _run_folder(run)
     from robustmoe import records
     from robustmoe.evaluation import sweep_run
-    from robustmoe.reporting import sweep_table
 
     record = sweep_run(folder, options=options)
-    return f"{sweep_table(record)}\n\nwritten to {records.Sweep.path(folder)}; report shows it"
+    return f"{record}\n\nwritten to {records.Sweep.path(folder)}; report shows it"
 
 
 def blend(
@@ -183,11 +180,10 @@ def blend(
         raise UserError(f"blend takes two runs, or one of a dual model; got {len(runs)}")
     folders = [_run_folder(run) for run in runs]
     from robustmoe.evaluation import blend_run
-    from robustmoe.reporting import blend_table
 
     record = blend_run(*folders, options=options, out=out)
     where = record.header.run
-    return f"{blend_table(record)}\n\nrun folder: {where}\nnext: robustmoe evaluate {where}; report shows the curve"
+    return f"{record}\n\nrun folder: {where}\nnext: robustmoe evaluate {where}; report shows the curve"
 
 
 def analyze(run: Annotated[str, "a run folder that was evaluated", Mark.POSITIONAL]) -> str:

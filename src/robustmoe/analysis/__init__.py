@@ -4,7 +4,7 @@ An image counts as robust when the exact model is right on the clean image and o
 the worst case: an image survives only if it survives every attack of the same threat. Rates are in [0, 1].
 """
 
-from robustmoe.analysis.blend import AlphaPoint, Paired, alpha_change, alpha_curve, alpha_shown
+from robustmoe.analysis.blend import AlphaPoint, BlendSummary, Paired, alpha_change, blend_summary
 from robustmoe.analysis.certificates import (
     OBSTACLES,
     Against,
@@ -24,7 +24,7 @@ from robustmoe.analysis.dissection import (
     weaker_part,
 )
 from robustmoe.analysis.evaluation import EvaluationSummary, evaluation_summary
-from robustmoe.analysis.labels import attack_name, names
+from robustmoe.analysis.labels import attack_name, names, router_names
 from robustmoe.analysis.lipschitz import LayerPart, LipschitzSummary, Middle, lipschitz_summary
 from robustmoe.analysis.load import Load, load_by_class
 from robustmoe.analysis.parts import AUTOATTACK_PARTS, Part, by_part, routing_gap
@@ -43,6 +43,7 @@ __all__ = [
     "Adds",
     "Against",
     "AlphaPoint",
+    "BlendSummary",
     "CertificatesSummary",
     "Curve",
     "DissectionSummary",
@@ -64,10 +65,9 @@ __all__ = [
     "Verdict",
     "WorstCase",
     "alpha_change",
-    "alpha_curve",
-    "alpha_shown",
     "attack_name",
     "ball_limit",
+    "blend_summary",
     "by_part",
     "certificates_summary",
     "dissection_summary",
@@ -85,6 +85,7 @@ __all__ = [
     "right",
     "robust",
     "route_iou",
+    "router_names",
     "routing_gap",
     "sweep_summary",
     "warnings",

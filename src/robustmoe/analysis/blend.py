@@ -23,13 +23,13 @@ class Paired:
 
     @property
     def value(self) -> float:
-        """The second's share minus the first's; nan without images."""
+        """Returns the second's share minus the first's; nan without images."""
         return (self.gained - self.lost) / self.n if self.n else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of that difference, from the images on which the two differ: Wald's with 1/2 added to each of
-        the four cells (A. Agresti and Y. Min, Statistics in Medicine 24, 2005, 729-740), inside [-1, 1]."""
+        """Returns the 95 % interval of that difference, from the images on which the two differ: Wald's with 1/2 added
+        to each of the four cells (A. Agresti and Y. Min, Statistics in Medicine 24, 2005, 729-740), inside [-1, 1]."""
         gained, lost, n = self.gained + 0.5, self.lost + 0.5, self.n + 2
         centre = (gained - lost) / n
         half = 1.959964 * math.sqrt(max(0.0, gained + lost - n * centre * centre)) / n
@@ -45,7 +45,7 @@ class AlphaPoint:
     2301.12554). No margin exceeds 1, so up to alpha 0.5 nothing can be proven so; inf at alpha 0. None where logits are
     mixed: there no margin is enough (at alpha 1 nothing is mixed, and any is).
 
-    ``clean``; ``robust``: right when clean and broken by no attack; ``broke``: (attack, images it broke first); both
+    ``clean``; ``robust``: right when clean and broken by no attack; ``broke``: attack -> images it broke first; both
     None while this alpha is not attacked. ``certified``: proven right in the whole ball; None where no certificate was
     given. ``disproven``: certified images that are wrong when clean, or that an attack broke: 0, or the certificate is
     wrong. ``validation``: clean accuracy on the validation images; None without.
@@ -57,7 +57,7 @@ class AlphaPoint:
     threshold: float | None
     clean: Rate
     robust: Rate | None
-    broke: tuple[tuple[str, int], ...] | None
+    broke: dict[str, int] | None
     certified: Rate | None
     disproven: int
     validation: float | None
@@ -66,27 +66,47 @@ class AlphaPoint:
 
     @property
     def provable(self) -> bool:
-        """Whether some margin of the robust half can prove the blend."""
+        """Says whether some margin of the robust half can prove the blend."""
         return self.threshold is not None and self.threshold < 1
 
 
-def alpha_curve(blend: Blend) -> tuple[AlphaPoint, ...]:
-    """One point an alpha, rising."""
-    return tuple(_point(blend, at) for at in range(len(blend.alphas)))
+@dataclass(frozen=True)
+class BlendSummary:
+    """A curve over alpha of ``n`` images: ``points``, one an alpha, rising; ``shown``: the alpha to look at first."""
+
+    n: int
+    points: tuple[AlphaPoint, ...]
+    shown: float
+
+    @property
+    def point(self) -> AlphaPoint:
+        """Returns the point to look at first."""
+        return next(point for point in self.points if point.alpha == self.shown)
+
+    @property
+    def attacked(self) -> tuple[AlphaPoint, ...]:
+        """Returns the points whose robust accuracy is known."""
+        return tuple(point for point in self.points if point.robust is not None)
+
+
+def blend_summary(blend: Blend) -> BlendSummary:
+    """Returns the numbers of a curve with at least one alpha and one image."""
+    points = tuple(_point(blend, at) for at in range(len(blend.alphas)))
+    return BlendSummary(len(blend.index), points, blend.alphas[_first_to_see(blend)])
 
 
 def alpha_change(blend: Blend, first: int, second: int, attacked: bool = False) -> Paired | None:
-    """What the alpha at place ``second`` has that the one at ``first`` lacks, image by image: clean accuracy, or robust
-    accuracy with ``attacked`` (None unless both alphas are attacked)."""
+    """Returns what the alpha at place ``second`` has that the one at ``first`` lacks, image by image: clean accuracy,
+    or robust accuracy with ``attacked`` (None unless both alphas are attacked)."""
     if attacked and not (_attacked(blend, first) and _attacked(blend, second)):
         return None
     hits = _robust if attacked else _right
     return paired(hits(blend, first), hits(blend, second))
 
 
-def alpha_shown(blend: Blend) -> int:
-    """The place of the alpha to look at first: the chosen one; without, of those that are attacked (of all, if none
-    is) the nearest to the paper's 0.7, the larger of two as near."""
+def _first_to_see(blend: Blend) -> int:
+    """Returns the place of the alpha to look at first: the chosen one; without, of those that are attacked (of all, if
+    none is) the nearest to the paper's 0.7, the larger of two as near."""
     if blend.chosen in blend.alphas:
         return blend.alphas.index(blend.chosen)
     some = [at for at in range(len(blend.alphas)) if _attacked(blend, at)] or range(len(blend.alphas))
@@ -94,25 +114,25 @@ def alpha_shown(blend: Blend) -> int:
 
 
 def _threshold(alpha: float, mix: str) -> float | None:
-    """See :class:`AlphaPoint`."""
+    """Returns the margin of an :class:`AlphaPoint`."""
     if mix == "logits":
         return 0.0 if alpha == 1 else None
     return (1 - alpha) / alpha if alpha > 0 else math.inf
 
 
 def paired(first: Iterable[bool], second: Iterable[bool]) -> Paired:
-    """Two lists of hits on the same images, compared image by image."""
+    """Returns two lists of hits on the same images, compared image by image."""
     pairs = list(zip(first, second, strict=True))
     return Paired(sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs), len(pairs))
 
 
 def _attacked(blend: Blend, at: int) -> bool:
-    """The last ``done`` alphas are attacked."""
-    return at >= len(blend.alphas) - blend.done
+    """Says whether the alpha is attacked: the last ``attacked`` are."""
+    return at >= len(blend.alphas) - blend.attacked
 
 
 def _right(blend: Blend, at: int) -> list[bool]:
-    return [found == label for found, label in zip(blend.predicted[at], blend.labels, strict=True)]
+    return [answer == label for answer, label in zip(blend.predicted[at], blend.labels, strict=True)]
 
 
 def _robust(blend: Blend, at: int) -> list[bool]:
@@ -138,7 +158,7 @@ def _point(blend: Blend, at: int) -> AlphaPoint:
     )
 
 
-def _broke(blend: Blend, right: Sequence[bool], at: int) -> tuple[tuple[str, int], ...]:
-    """(attack, images that it broke first), of those that are right when clean."""
+def _broke(blend: Blend, right: Sequence[bool], at: int) -> dict[str, int]:
+    """Returns attack -> images that it broke first, of those that are right when clean."""
     first = [attack for attack, hit in zip(blend.broken[at], right, strict=True) if hit]
-    return tuple((name, first.count(place)) for place, name in enumerate(blend.attacks))
+    return {name: first.count(place) for place, name in enumerate(blend.attacks)}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from robustmoe.analysis.labels import attack_name
-from robustmoe.analysis.rates import Rate, inside, rate, right, robust
+from robustmoe.analysis.rates import Rate, inside, mean, rate, right, robust
 from robustmoe.records import Certificates, Evaluation, Header, Proof, Row
 
 HAIR = 1e-6
@@ -20,7 +20,7 @@ MULTIPLES = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0)
 """The radii of a table, in eps."""
 
 OBSTACLES = ("route", "experts", "network", "formula", "votes")
-"""Why an image that is right is not certified at eps. "route": several experts are within reach, some of them proven on
+"""Why an image that is right is not certified at eps. "route": several experts are reachable, some of them proven on
 their own, others not; "experts": several are, and none is proven; "network": the route is the same everywhere, or there
 is none, and what it leads to is not proven; "formula": the constants of a bound on the whole mixture are too large, and
 no expert is asked on its own; "votes": too few of the noisy copies agree."""
@@ -28,14 +28,14 @@ no expert is asked on its own; "votes": too few of the noisy copies agree."""
 
 @dataclass(frozen=True)
 class Refuted:
-    """An image whose certificate is wrong: ``attack`` makes the model say ``found`` instead of ``prediction`` with a
+    """An image whose certificate is wrong: ``attack`` makes the model say ``answer`` instead of ``prediction`` with a
     perturbation of ``size``, inside the certified ``radius``. Size 0: without an attack."""
 
     index: int
     prediction: int
     radius: float
     attack: str
-    found: int
+    answer: int
     size: float
 
 
@@ -53,18 +53,19 @@ class Against:
 
 @dataclass(frozen=True)
 class CertificatesSummary:
-    """What a certifier proves. ``right``: images whose certified prediction is the label (of a model's own
-    certificates: its clean accuracy); ``certified``: at the certifier's eps too; ``unstable``: that, though the route
-    is not the same in the whole ball; ``abstained``: no prediction. ``curve``: (radius, share right and certified
+    """What a certifier proves of ``n`` images. ``right``: images whose certified prediction is the label (of a model's
+    own certificates: its clean accuracy); ``certified``: at the certifier's eps too; ``unstable``: that, though the
+    route is not the same in the whole ball; ``abstained``: no prediction. ``curve``: (radius, share right and certified
     there), rising, from 0. ``mean_radius``: 0 where the prediction is wrong.
 
-    ``radii``: those of the curve for a table. ``reachable``: mean number of experts within reach at eps, of
+    ``radii``: those of the curve for a table. ``reachable``: mean number of reachable experts at eps, of
     ``experts``; ``crowd``: the same on images with the obstacle "route" or "experts"; None where not known. ``stable``:
     share of images whose route is the same in the whole ball, or (smoothed) of the noise that keeps it. ``rules``:
     images by the rule that proves their radius. ``obstacles``: of the images that are right and not certified, by
     `OBSTACLES`. ``seconds``: an image. ``against``: the attacks of the same model, by eps; ``refuted``: what they
     disprove."""
 
+    n: int
     right: Rate
     certified: Rate
     unstable: Rate
@@ -84,57 +85,58 @@ class CertificatesSummary:
 
     @property
     def largest(self) -> float:
-        """The largest radius at which an image is right and certified; 0 without one."""
+        """Returns the largest radius at which an image is right and certified; 0 without one."""
         return max((radius for radius, share in self.curve if share.count), default=0.0)
 
     def at(self, eps: float) -> Against | None:
-        """The attacks at that eps."""
-        return next((one for one in self.against if abs(one.eps - eps) <= HAIR * eps), None)
+        """Returns the attacks at that eps."""
+        return next((attacks for attacks in self.against if abs(attacks.eps - eps) <= HAIR * eps), None)
 
 
-def certificates_summary(found: Certificates, results: Sequence[Evaluation] = ()) -> CertificatesSummary:
-    """The numbers of the images that are done. ``results``: evaluations of the run; those of the same model, images and
-    norm are compared."""
-    rows, eps = found.rows, found.header.eps
+def certificates_summary(record: Certificates, results: Sequence[Evaluation] = ()) -> CertificatesSummary:
+    """Returns the numbers of the images that are done. ``results``: evaluations of the run; those of the same model,
+    images and norm are compared."""
+    rows, eps = record.rows, record.header.eps
     good = [row.right and covers(row, eps) for row in rows]
     missing = [row for row, sure in zip(rows, good, strict=True) if row.right and not sure]
     kinds = [obstacle(row) for row in missing]
-    results = _same(found, results)
+    results = _same(record, results)
     radii = tuple(eps * multiple for multiple in MULTIPLES)
     return CertificatesSummary(
+        n=len(rows),
         right=rate([row.right for row in rows]),
         certified=rate(good),
         unstable=rate([sure and row.stable is not None and row.stable < 1 for row, sure in zip(rows, good)]),
         abstained=rate([row.prediction < 0 for row in rows]),
         curve=_curve(rows, (*radii, *(result.header.eps for result in results))),
         radii=radii,
-        mean_radius=_mean([row.radius if row.right else 0.0 for row in rows]) or 0.0,
-        reachable=_mean([row.reachable for row in rows if row.reachable is not None]),
-        crowd=_mean([row.reachable or 0 for row, kind in zip(missing, kinds) if kind in ("route", "experts")]),
-        experts=_experts(found),
-        stable=_mean([row.stable for row in rows if row.stable is not None]),
+        mean_radius=mean([row.radius if row.right else 0.0 for row in rows]) if rows else 0.0,
+        reachable=_known([row.reachable for row in rows if row.reachable is not None]),
+        crowd=_known([row.reachable or 0 for row, kind in zip(missing, kinds) if kind in ("route", "experts")]),
+        experts=_experts(record),
+        stable=_known([row.stable for row in rows if row.stable is not None]),
         rules={name: rate([row.rule == name for row in rows]) for name in sorted({row.rule for row in rows} - {""})},
-        obstacles={kind: rate([one == kind for one in kinds]) for kind in OBSTACLES if kind in kinds},
-        seconds=found.seconds / max(len(rows), 1),
-        against=tuple(_against(found, results)),
-        refuted=tuple(refuted(found, results)),
+        obstacles={kind: rate([each == kind for each in kinds]) for kind in OBSTACLES if kind in kinds},
+        seconds=record.seconds / max(len(rows), 1),
+        against=tuple(_against(record, results)),
+        refuted=tuple(refuted(record, results)),
     )
 
 
 def covers(row: Proof, eps: float) -> bool:
-    """Whether the image's certificate reaches eps."""
+    """Says whether the image's certificate reaches eps."""
     return row.radius >= eps * (1 - HAIR)
 
 
 def obstacle(row: Proof) -> str:
-    """Which of `OBSTACLES` it is for an image that is not certified."""
+    """Returns which of `OBSTACLES` it is for an image that is not certified."""
     if row.reachable is None:
         return "votes"
-    if row.held is None:
+    if row.proven is None:
         return "formula"
     if row.stable == 1:
         return "network"
-    return "route" if row.held else "experts"
+    return "route" if row.proven else "experts"
 
 
 def _curve(rows: Sequence[Proof], asked: Sequence[float]) -> tuple[tuple[float, Rate], ...]:
@@ -144,13 +146,14 @@ def _curve(rows: Sequence[Proof], asked: Sequence[float]) -> tuple[tuple[float, 
     return tuple((radius, rate([row.right and row.radius >= radius * (1 - HAIR) for row in rows])) for radius in some)
 
 
-def _mean(values: Sequence[float | int]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+def _known(values: Sequence[float | int]) -> float | None:
+    """Returns the mean; None where nothing is known."""
+    return mean(values) if values else None
 
 
-def _experts(found: Certificates) -> int | None:
-    """How many experts there are; None of a dense model, and where several routers or halves count together."""
-    routers = found.header.routers
+def _experts(record: Certificates) -> int | None:
+    """Returns how many experts there are; None of a dense model, and where several routers or halves count together."""
+    routers = record.header.routers
     if len(routers) != 1 or next(iter(routers)).startswith(("standard.", "robust.")):
         return None
     return next(iter(routers.values())).experts
@@ -159,13 +162,13 @@ def _experts(found: Certificates) -> int | None:
 # Against attacks -------------------------------------------------------------------------------------------------
 
 
-def refuted(found: Certificates, results: Sequence[Evaluation]) -> list[Refuted]:
-    """Certificates that the model itself contradicts: it says something else on the clean image, or an attack changes
-    what it says with a perturbation below the radius, or inside a ball that is certified. Certificates of a smoothed
-    model say nothing of the model that was attacked: [] for them."""
-    proofs = {row.index: row for row in found.rows if row.radius > 0}
+def refuted(record: Certificates, results: Sequence[Evaluation]) -> list[Refuted]:
+    """Returns the certificates that the model itself contradicts: it says something else on the clean image, or an
+    attack changes what it says with a perturbation below the radius, or inside a ball that is certified. Certificates
+    of a smoothed model say nothing of the model that was attacked: [] for them."""
+    proofs = {row.index: row for row in record.rows if row.radius > 0}
     wrong = []
-    for header, rows, _ in _same(found, results):
+    for header, rows, _ in _same(record, results):
         for row in rows:
             proof = proofs.get(row.index)
             if proof is None or proof.label != row.label:
@@ -176,12 +179,12 @@ def refuted(found: Certificates, results: Sequence[Evaluation]) -> list[Refuted]
                 wrong.append(Refuted(row.index, proof.prediction, proof.radius, name, row.clean, 0.0))
             elif row.adversarial != row.clean and certain:
                 wrong.append(Refuted(row.index, proof.prediction, proof.radius, name, row.adversarial, size))
-    return sorted(wrong, key=lambda one: (one.index, one.size))
+    return sorted(wrong, key=lambda each: (each.index, each.size))
 
 
-def _against(found: Certificates, results: Sequence[Evaluation]) -> Iterable[Against]:
-    """``results``: those of `_same`."""
-    proofs = {row.index: row for row in found.rows}
+def _against(record: Certificates, results: Sequence[Evaluation]) -> Iterable[Against]:
+    """Yields the attacks, by eps. ``results``: those of `_same`."""
+    proofs = {row.index: row for row in record.rows}
     for eps in sorted({result.header.eps for result in results}):
         some = [result for result in results if result.header.eps == eps]
         tables: list[dict[int, Row]] = [{row.index: row for row in result.rows} for result in some]
@@ -196,14 +199,14 @@ def _against(found: Certificates, results: Sequence[Evaluation]) -> Iterable[Aga
             )
 
 
-def _same(found: Certificates, results: Sequence[Evaluation]) -> list[Evaluation]:
-    """The attacked files of the same model, images and norm."""
+def _same(record: Certificates, results: Sequence[Evaluation]) -> list[Evaluation]:
+    """Returns the attacked files of the same model, images and norm."""
 
     def images(header: Header) -> tuple[str, ...]:
         return (header.data, header.split, header.data_hash if header.data == "arrays" else "")
 
-    mine = found.header
-    if found.subject != "model":
+    mine = record.header
+    if record.subject != "model":
         return []
     return [
         result

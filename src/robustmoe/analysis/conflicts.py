@@ -11,11 +11,11 @@ from robustmoe.records import Evaluation
 
 
 def warnings(results: Sequence[Evaluation]) -> list[str]:
-    """What does not fit together in the files of one run, in sentences; empty if all is well."""
-    found: list[str] = []
+    """Returns what does not fit together in the files of one run, in sentences; empty if all is well."""
+    sentences: list[str] = []
     attacked = [result for result in results if result.header.attack is not None and result.rows]
     for curve in eps_curve([(result.header, result.rows) for result in attacked]):
-        found += [f"{curve.name}: {sentence}" for sentence in curve.warnings]
+        sentences += [f"{curve.name}: {sentence}" for sentence in curve.warnings]
     seen: dict[tuple[str, str, int], int] = {}
     changed: set[int] = set()
     for header, rows, _ in results:
@@ -24,18 +24,18 @@ def warnings(results: Sequence[Evaluation]) -> list[str]:
             if seen.setdefault(key, row.clean) != row.clean:
                 changed.add(row.index)
     if changed:
-        found.append(
+        sentences.append(
             f"{len(changed)} clean images are predicted differently in two files of the same model: "
             "it is not deterministic, or depends on the batch"
         )
     for group in groups(results):
-        found += _weaker_joint(group)
-    return found
+        sentences += _weaker_joint(group)
+    return sentences
 
 
 def _weaker_joint(group: list[Evaluation]) -> list[str]:
-    """An attack on the whole model may do whatever a narrower one does, so it should not break fewer images (half a
-    point)."""
+    """Says where a narrower attack is stronger. An attack on the whole model may do whatever a narrower one does, so it
+    should not break fewer images (half a point)."""
     whole: list[float] = []
     narrow: dict[str, list[float]] = {}
     for header, rows, _ in group:

@@ -26,19 +26,19 @@ class Curve:
 
 
 def family(header: Header) -> str:
-    """The attack's spec with its eps replaced and its step size (which goes with eps) left out, so that the files of
-    one curve have one name."""
+    """Returns the attack's spec with its eps replaced and its step size (which goes with eps) left out, so that the
+    files of one curve have one name."""
     name = re.sub(r"\b(linf|l2|l1)\([^()]*\)", r"\1(eps)", attack_name(header))
     return re.sub(r", step_size=[^,()]*", "", name)
 
 
 def eps_curve(files: Sequence[tuple[Header, Sequence[Row]]]) -> list[Curve]:
-    """Accuracy against eps, one curve an attack family; files of one eps only give none.
+    """Returns accuracy against eps, one curve an attack family; files of one eps only give none.
 
     All points are taken on the images that every finished file of the family has (an unfinished one joins if it has
-    them too), and eps = 0 is the clean accuracy on them.
-    Two files of one eps count with the worse outcome for each image. Files join by data set and split, not by the hash
-    of their images: a curve is measured on the first of them."""
+    them too), and eps = 0 is the clean accuracy on them. Two files of one eps count with the worse outcome for each
+    image. Files join by data set and split, not by the hash of their images: a curve is measured on the first of
+    them."""
     families: dict[tuple[object, ...], list[tuple[Header, Sequence[Row]]]] = {}
     for header, rows in files:
         if header.attack is not None and rows:
@@ -59,11 +59,11 @@ def _curve(name: str, members: list[tuple[Header, Sequence[Row]]]) -> Curve | No
     if not images:
         return None
     clean = {row.index for row in members[0][1] if row.index in images and right(row)}
-    standing: dict[float, set[int]] = {0.0: clean}
+    survivors: dict[float, set[int]] = {0.0: clean}
     for header, rows in members:
         kept = {row.index for row in rows if row.index in images and robust(row)}
-        standing[header.eps] = standing.get(header.eps, kept) & kept
-    points = tuple((eps, Rate(len(standing[eps]), len(images))) for eps in sorted(standing))
+        survivors[header.eps] = survivors.get(header.eps, kept) & kept
+    points = tuple((eps, Rate(len(survivors[eps]), len(images))) for eps in sorted(survivors))
     warnings = tuple(
         f"accuracy rises from {100 * low.value:.1f}% at eps {a:.4g} to {100 * high.value:.1f}% at eps {b:.4g}: "
         "the attack is too weak at the larger eps"

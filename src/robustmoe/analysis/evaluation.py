@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from robustmoe.analysis.labels import attack_name
-from robustmoe.analysis.rates import Rate, largest, rate, right, robust
+from robustmoe.analysis.rates import Rate, largest, mean, rate, right, robust
 from robustmoe.analysis.verdict import judge
 from robustmoe.errors import UserError
 from robustmoe.records import Checks, Evaluation, Header, ObjectiveInfo, Row
@@ -41,17 +41,17 @@ class EvaluationSummary:
 
     @property
     def complete(self) -> bool:
-        """Every planned image has its row, and the checks were run."""
+        """Returns every planned image has its row, and the checks were run."""
         return not self.incomplete
 
     @property
     def rerouted_mean(self) -> float | None:
-        """The mean over the routers; None without a router or an attack."""
+        """Returns the mean over the routers; None without a router or an attack."""
         return sum(self.rerouted.values()) / len(self.rerouted) if self.rerouted else None
 
 
 def evaluation_summary(header: Header, rows: Sequence[Row], checks: Checks | None) -> EvaluationSummary:
-    """One rows file in numbers; UserError if it has no rows."""
+    """Returns one rows file in numbers; UserError if it has no rows."""
     if not rows:
         raise UserError(f"no rows yet for {attack_name(header)}; `robustmoe evaluate RUN` makes them")
     attacked = header.attack is not None
@@ -69,17 +69,13 @@ def evaluation_summary(header: Header, rows: Sequence[Row], checks: Checks | Non
         robust=rate([robust(row) for row in rows]) if attacked else None,
         router_exposed=rate([row.router_exposed == row.label for row in rows]) if routed else None,
         experts_exposed=rate([row.experts_exposed == row.label for row in rows]) if routed else None,
-        rerouted={name: _mean([row.rerouted.get(name, 0.0) for row in rows]) for name in header.routers if routed},
+        rerouted={name: mean([row.rerouted.get(name, 0.0) for row in rows]) for name in header.routers if routed},
         rerouted_broken=rate([_rerouted_and_broken(row) for row in rows]) if routed else None,
         max_size=largest(row.size.get(header.norm, math.nan) for row in rows),
         router_attacked=verdict.router_attacked,
         failed=verdict.failed,
         incomplete=verdict.incomplete,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _rerouted_and_broken(row: Row) -> bool:

@@ -26,7 +26,8 @@ class Load:
 
 
 def load_by_class(header: Header, rows: Sequence[Row], router: str) -> Load:
-    """Who gets the items of each class, on clean and on attacked images. UserError if there is no such router."""
+    """Returns who gets the items of each class, on clean and on attacked images. UserError if there is no such
+    router."""
     if router not in header.routers:
         raise UserError(
             f"no router {router!r}; known: {', '.join(sorted(header.routers)) or 'none, the model is dense'}"

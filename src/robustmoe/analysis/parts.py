@@ -23,21 +23,21 @@ class Part:
 
 
 def by_part(result: Evaluation) -> tuple[Part, ...]:
-    """The parts of a suite in the order they ran; empty for a simple attack, and while images are missing."""
+    """Returns the parts of a suite in the order they ran; empty for a simple attack, and while images are missing."""
     header, rows, _ = result
     if not header.parts or len(rows) < header.n:
         return ()
     left = sum(right(row) for row in rows)
-    found = []
+    parts = []
     for name in header.parts:
         broken = sum(row.part == name and not robust(row) for row in rows)
         left -= broken
-        found.append(Part(name, broken, Rate(left, len(rows))))
-    return tuple(found)
+        parts.append(Part(name, broken, Rate(left, len(rows))))
+    return tuple(parts)
 
 
 def routing_gap(result: Evaluation) -> tuple[Rate, Rate] | None:
-    """What AutoAttack alone left, and what is left after the attacks that know the router, of the same images.
+    """Returns what AutoAttack alone left, and what is left after the attacks that know the router, of the same images.
 
     None for any other suite, for a dense model (no part knows a router) and while images are missing."""
     name = (result.header.attack or "").partition("(")[0].strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ BALL_TOLERANCE = 1e-5  # relative, and 1e-7 beside it: the rounding of float32 p
 
 
 def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a proportion of ``k`` successes in ``n`` trials (E. B. Wilson, JASA 22, 1927, 209-212).
+    """Returns the score interval of a proportion of ``k`` successes in ``n`` trials (E. B. Wilson, JASA 22, 1927,
+    209-212).
 
     ``z`` = 1.959964 gives 95 %. It stays inside [0, 1] and is not empty at k = 0 or k = n; without trials it is (0, 1).
     ValueError unless 0 <= k <= n."""
@@ -38,32 +40,37 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """The share, nan without images."""
+        """Returns the share, nan without images."""
         return self.count / self.n if self.n else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval."""
+        """Returns Wilson's 95 % interval."""
         return wilson(self.count, self.n)
 
 
 def rate(hits: Sequence[bool]) -> Rate:
-    """How many of these images are hits."""
+    """Returns how many of these images are hits."""
     return Rate(sum(hits), len(hits))
 
 
+def mean(values: Sequence[float | int]) -> float:
+    """Returns the arithmetic mean, nan without values; infinities count."""
+    return statistics.fmean(values) if values else math.nan
+
+
 def right(row: Row) -> bool:
-    """The exact model is right on the clean image."""
+    """Says whether the exact model is right on the clean image."""
     return row.clean == row.label
 
 
 def robust(row: Row) -> bool:
-    """The exact model is right on the clean and on the attacked image."""
+    """Says whether the exact model is right on the clean and on the attacked image."""
     return row.clean == row.label and row.adversarial == row.label
 
 
 def largest(sizes: Iterable[float]) -> float:
-    """The maximum, nan if any is nan (the built-in ``max`` may lose one)."""
+    """Returns the maximum, nan if any is nan (the built-in ``max`` may lose one)."""
     sizes = list(sizes)
     return math.nan if any(math.isnan(size) for size in sizes) else max(sizes)
 
@@ -74,5 +81,5 @@ def ball_limit(eps: float) -> float:
 
 
 def inside(size: float, eps: float) -> bool:
-    """Whether a perturbation of that size is in the ball, up to the rounding of float32; False for nan."""
+    """Says whether a perturbation of that size is in the ball, up to the rounding of float32; False for nan."""
     return size <= ball_limit(eps)

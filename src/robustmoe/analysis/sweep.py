@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustmoe.analysis.rates import Rate, rate
+from robustmoe.analysis.rates import Rate, mean, rate
 from robustmoe.records import Override, Sweep, SweepAnswers
 
 
@@ -15,18 +15,18 @@ class SweepPoint:
     """One attack at one eps. ``right``: images right under it, whatever the clean answer was (the paper's accuracy).
     ``robust``: right on the clean image and under this attack at this and every smaller eps of the sweep, which can
     only fall. ``loss``: mean cross-entropy, nats. ``changed``: images whose class changed, right or wrong (the paper's
-    prediction changes). ``held``: attacked images right on the clean image's route; ``swapped``: clean images right on
-    the attacked one's; None for a dense model. By router: ``moved``, the mean of 1 - IoU of the chosen experts, and
-    ``moved_paper``, where an item that goes to no expert both times counts as changed; ``idle``: the mean share of such
-    items."""
+    prediction changes). ``routing_fixed``: attacked images right on the clean image's route; ``routing_transplanted``:
+    clean images right on the attacked one's; None for a dense model. By router: ``moved``, the mean of 1 - IoU of the
+    chosen experts, and ``moved_paper``, where an item that goes to no expert both times counts as changed; ``idle``:
+    the mean share of such items."""
 
     eps: float
     right: Rate
     robust: Rate
     loss: float
     changed: Rate
-    held: Rate | None
-    swapped: Rate | None
+    routing_fixed: Rate | None
+    routing_transplanted: Rate | None
     moved: dict[str, float]
     moved_paper: dict[str, float]
     idle: dict[str, float]
@@ -52,26 +52,27 @@ class Spare:
 
     @property
     def mean(self) -> float:
-        """The mean accuracy."""
-        return math.fsum(found.value for found in self.rates.values()) / len(self.rates)
+        """Returns the mean accuracy."""
+        return math.fsum(share.value for share in self.rates.values()) / len(self.rates)
 
     @property
     def lowest(self) -> tuple[int, Rate]:
-        """The lowest accuracy, and of which draw, expert or k."""
+        """Returns the lowest accuracy, and of which draw, expert or k."""
         return min(self.rates.items(), key=lambda pair: pair[1].value)
 
     @property
     def highest(self) -> tuple[int, Rate]:
-        """The highest accuracy."""
+        """Returns the highest accuracy."""
         return max(self.rates.items(), key=lambda pair: pair[1].value)
 
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """A model swept. ``clean``, ``loss``: on untouched images. ``curves``: an attack each. ``worst``: eps -> images
-    right on the clean image and under every attack at this and every smaller eps. ``spare``: see `Spare`; () where it
-    was not asked for, or there is no router."""
+    """A model swept on ``n`` images. ``clean``, ``loss``: on untouched images. ``curves``: an attack each. ``worst``:
+    eps -> images right on the clean image and under every attack at this and every smaller eps. ``spare``: see `Spare`;
+    () where it was not asked for, or there is no router."""
 
+    n: int
     clean: Rate
     loss: float
     curves: tuple[SweepCurve, ...]
@@ -80,19 +81,20 @@ class SweepSummary:
 
     @property
     def strongest(self) -> SweepCurve | None:
-        """The attack that leaves the fewest images at its largest eps, of those that go furthest."""
+        """Returns the attack that leaves the fewest images at its largest eps, of those that go furthest."""
         return min(self.curves, key=lambda curve: (-curve.points[-1].eps, curve.points[-1].robust.value), default=None)
 
 
-def sweep_summary(found: Sweep) -> SweepSummary:
-    """The numbers of a sweep; also of one that was stopped, as far as it went."""
-    attacks = list(dict.fromkeys(point.attack for point in found.points))
+def sweep_summary(record: Sweep) -> SweepSummary:
+    """Returns the numbers of a sweep; also of one that was stopped, as far as it went."""
+    attacks = list(dict.fromkeys(point.attack for point in record.points))
     return SweepSummary(
-        clean=rate(_right(found.predicted, found.labels)),
-        loss=_mean(found.loss),
-        curves=tuple(_curve(found, attack) for attack in attacks),
-        worst={eps: rate(_standing(found, found.points, eps)) for eps in sorted({p.eps for p in found.points})},
-        spare=_spare(found),
+        n=record.header.n,
+        clean=rate(_right(record.predicted, record.labels)),
+        loss=mean(record.loss),
+        curves=tuple(_curve(record, attack) for attack in attacks),
+        worst={eps: rate(_survivors(record, record.points, eps)) for eps in sorted({p.eps for p in record.points})},
+        spare=_spare(record),
     )
 
 
@@ -100,50 +102,46 @@ def _right(predicted: Sequence[int], labels: Sequence[int]) -> list[bool]:
     return [a == b for a, b in zip(predicted, labels, strict=True)]
 
 
-def _standing(found: Sweep, points: Sequence[SweepAnswers], eps: float) -> list[bool]:
-    """Which images are right untouched and at all points up to ``eps``."""
-    left = _right(found.predicted, found.labels)
+def _survivors(record: Sweep, points: Sequence[SweepAnswers], eps: float) -> list[bool]:
+    """Returns which images are right untouched and at all points up to ``eps``."""
+    left = _right(record.predicted, record.labels)
     for point in points:
         if point.eps <= eps:
-            left = [a and b for a, b in zip(left, _right(point.predicted, found.labels), strict=True)]
+            left = [a and b for a, b in zip(left, _right(point.predicted, record.labels), strict=True)]
     return left
 
 
-def _curve(found: Sweep, attack: str) -> SweepCurve:
-    own = sorted((point for point in found.points if point.attack == attack), key=lambda point: point.eps)
-    return SweepCurve(attack, tuple(_point(found, own, point) for point in own))
+def _curve(record: Sweep, attack: str) -> SweepCurve:
+    own = sorted((point for point in record.points if point.attack == attack), key=lambda point: point.eps)
+    return SweepCurve(attack, tuple(_point(record, own, point) for point in own))
 
 
-def _point(found: Sweep, own: Sequence[SweepAnswers], point: SweepAnswers) -> SweepPoint:
-    routed, labels = bool(found.header.routers), found.labels
+def _point(record: Sweep, own: Sequence[SweepAnswers], point: SweepAnswers) -> SweepPoint:
+    routed, labels = bool(record.header.routers), record.labels
     return SweepPoint(
         eps=point.eps,
         right=rate(_right(point.predicted, labels)),
-        robust=rate(_standing(found, own, point.eps)),
-        loss=_mean(point.loss),
-        changed=rate([a != b for a, b in zip(found.predicted, point.predicted, strict=True)]),
-        held=rate(_right(point.held, labels)) if routed else None,
-        swapped=rate(_right(point.swapped, labels)) if routed else None,
-        moved={name: _mean(shares) for name, shares in point.moved.items()},
-        moved_paper={name: _mean(shares) for name, shares in point.moved_paper.items()},
-        idle={name: _mean(shares) for name, shares in point.idle.items()},
+        robust=rate(_survivors(record, own, point.eps)),
+        loss=mean(point.loss),
+        changed=rate([a != b for a, b in zip(record.predicted, point.predicted, strict=True)]),
+        routing_fixed=rate(_right(point.routing_fixed, labels)) if routed else None,
+        routing_transplanted=rate(_right(point.routing_transplanted, labels)) if routed else None,
+        moved={name: mean(shares) for name, shares in point.moved.items()},
+        moved_paper={name: mean(shares) for name, shares in point.moved_paper.items()},
+        idle={name: mean(shares) for name, shares in point.idle.items()},
     )
 
 
-def _spare(found: Sweep) -> tuple[Spare, ...]:
+def _spare(record: Sweep) -> tuple[Spare, ...]:
     groups: dict[tuple[str, str], list[Override]] = {}
-    for one in found.overrides:
-        groups.setdefault((one.rule, one.router), []).append(one)
+    for override in record.overrides:
+        groups.setdefault((override.rule, override.router), []).append(override)
     return tuple(
         Spare(
             rule,
             router,
-            {one.number: rate(_right(one.predicted, found.labels)) for one in group},
-            {one.number: rate(_right(one.predicted, found.predicted)) for one in group},
+            {override.number: rate(_right(override.predicted, record.labels)) for override in group},
+            {override.number: rate(_right(override.predicted, record.predicted)) for override in group},
         )
         for (rule, router), group in groups.items()
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

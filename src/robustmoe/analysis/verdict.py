@@ -29,12 +29,11 @@ class Verdict:
 
 
 def judge(results: Sequence[Evaluation], audit: Audit | None = None) -> Verdict:
-    """Whether the numbers of these files, taken together, can be quoted.
+    """Says whether the numbers of these files, taken together, can be quoted.
 
     The router counts as attacked only if some file with all its rows has an attack whose objective aims at the router
-    and whose own check R1 (some gradient reaches the image through the router) does not fail. If
-    one is there, a failure of R1 in another file is a warning: that attack does not see the router, and the first
-    does."""
+    and whose own check R1 (some gradient reaches the image through the router) does not fail. If one is there, a
+    failure of R1 in another file is a warning: that attack does not see the router, and the first does."""
     attacked, reason = _router_attacked(results)
     failed: dict[str, None] = {}
     warned: dict[str, None] = {}
@@ -95,19 +94,18 @@ def _kind(result: Evaluation) -> str:
 
 
 def _r1(result: Evaluation) -> str:
-    """The status of check R1 in one file."""
-    found = [check.status for check in result.checks.checks if check.id == "R1"] if result.checks else []
-    return found[0] if found else "not run"
+    """Returns the status of check R1 in one file."""
+    answers = [check.status for check in result.checks.checks if check.id == "R1"] if result.checks else []
+    return answers[0] if answers else "not run"
 
 
 def worst_answers(checks: Sequence[Check], verdict: Verdict | None) -> dict[str, str]:
-    """The answer of each check, by its worst over attacks (one that ran anywhere is not "not run"). A failure of R1
-    counts as a warning where another attack saw the router, as in `judge`.
-    """
+    """Returns the answer of each check, by its worst over attacks (one that ran anywhere is not "not run"). A failure
+    of R1 counts as a warning where another attack saw the router, as in `judge`."""
     order = ("not run", "pass", "warn", "fail")
-    found: dict[str, str] = {}
+    answers: dict[str, str] = {}
     for check in checks:
-        found[check.id] = max(found.get(check.id, "not run"), check.status, key=order.index)
-    if found.get("R1") == "fail" and verdict is not None and verdict.router_attacked:
-        found["R1"] = "warn"
-    return found
+        answers[check.id] = max(answers.get(check.id, "not run"), check.status, key=order.index)
+    if answers.get("R1") == "fail" and verdict is not None and verdict.router_attacked:
+        answers["R1"] = "warn"
+    return answers

@@ -36,20 +36,21 @@ class WorstCase:
 
 
 def groups(results: Sequence[Evaluation]) -> list[list[Evaluation]]:
-    """The attacked main files that may be put together (same model, images and threat), the largest group first: most
-    images, then most attacks, then smallest eps."""
-    found: dict[tuple[object, ...], list[Evaluation]] = {}
+    """Returns the attacked main files that may be put together (same model, images and threat), the largest group
+    first: most images, then most attacks, then smallest eps."""
+    members: dict[tuple[object, ...], list[Evaluation]] = {}
     for result in results:
         if result.header.attack is not None and result.header.role == "main" and result.rows:
-            found.setdefault(tuple(getattr(result.header, name) for name in SAME_THREAT), []).append(result)
-    size = {key: max(len(result.rows) for result in group) for key, group in found.items()}
+            members.setdefault(tuple(getattr(result.header, name) for name in SAME_THREAT), []).append(result)
+    size = {key: max(len(result.rows) for result in group) for key, group in members.items()}
     return [
-        found[key] for key in sorted(found, key=lambda key: (-size[key], -len(found[key]), found[key][0].header.eps))
+        members[key]
+        for key in sorted(members, key=lambda key: (-size[key], -len(members[key]), members[key][0].header.eps))
     ]
 
 
 def worst_case(files: Sequence[tuple[Header, Sequence[Row]]]) -> WorstCase:
-    """The per-image worst over several attacks.
+    """Returns the per-image worst over several attacks.
 
     Taken over the images that every finished file has (if none is finished, that every file has). An unfinished attack
     counts with the images that it has broken already. UserError if the files differ in model, images or threat."""

@@ -154,7 +154,7 @@ def attack_alpha(work: Work, climbed: DualModel, state: State, attacks: dict[str
     The next warm start of an image is, of what attacked it here, the one nearest to breaking the next alpha; that of
     an image which was not attacked stays as it was, at first the clean image.
     """
-    k = len(work.alphas) - state.found.done - 1
+    k = len(work.alphas) - state.found.attacked - 1
     broken = torch.tensor(state.found.broken)
     near = state.near
     if near is None:
@@ -181,7 +181,7 @@ def attack_alpha(work: Work, climbed: DualModel, state: State, attacks: dict[str
                 value = loss_of("margin", logits[k - 1], some.y).to(nearest)
                 better = value > nearest[rows]
                 after[which[better]], nearest[rows[better]] = x_adv.cpu()[better], value[better]
-    state.found = replace(state.found, broken=broken.tolist(), done=state.found.done + 1)
+    state.found = replace(state.found, broken=broken.tolist(), attacked=state.found.attacked + 1)
     state.near = after if k else None
 
 

@@ -69,7 +69,7 @@ def blend(
     num_classes: int | None = None,
 ) -> Blend:
     """The curve over alpha of two models in hand, each alpha attacked adaptively: see `Blend`, and
-    `analysis.alpha_curve` for numbers.
+    `.summary()` for numbers.
 
     ``standard``, ``robust``: `RoutedModel`s or callables from images to logits (n, c). ``x``, ``y``: images
     (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split; its val split is then
@@ -149,7 +149,7 @@ class _Place(NamedTuple):
 
     def save(self, state: State) -> None:
         """The warm starts first: without them a blend.json could not be gone on from as if it had never stopped."""
-        keep = None if state.near is None else self.start(state.found.done)
+        keep = None if state.near is None else self.start(state.found.attacked)
         if keep is not None and state.near is not None:
             save_weights(keep, {"near": state.near}, self.halves.model)
         state.found.write(self.folder)
@@ -165,13 +165,13 @@ class _Place(NamedTuple):
         other = records.difference(old.header, fresh.header)
         if (old.alphas, old.attacks) != (fresh.alphas, fresh.attacks):
             other = other or ("list of alphas" if old.alphas != fresh.alphas else "list of attacks")
-        left = 0 < old.done < len(old.alphas)
-        if other is None and left and not self.start(old.done).is_file():
+        left = 0 < old.attacked < len(old.alphas)
+        if other is None and left and not self.start(old.attacked).is_file():
             other = "pass, whose warm starts are gone"
         if other is not None:
             note(f"{path} is of another {other.replace('_', ' ')}; it is made anew")
             return None
-        return State(old, read_weights(self.start(old.done))["near"] if left else None)
+        return State(old, read_weights(self.start(old.attacked))["near"] if left else None)
 
 
 # ------------------------------------------------------------------------------------------------ the work
@@ -205,14 +205,14 @@ def _curve(
     if place is not None:
         write_run(place.folder, place.halves, state.found.chosen, work.base, place.classes)
         place.save(state)
-    if state.found.done == len(work.alphas):
+    if state.found.attacked == len(work.alphas):
         return state.found
     costs = [sum(a.queries(output) for a in each.values()) for each, output in zip(attacks, outputs)]
     meter, climbed = engine.Meter(), climbed_halves(work)
     with progress(_ahead(state.found, costs), "blend", unit="passes") as bar:
         meter.bar = bar
-        while state.found.done < len(work.alphas):
-            k = len(work.alphas) - state.found.done - 1
+        while state.found.attacked < len(work.alphas):
+            k = len(work.alphas) - state.found.attacked - 1
             bar.say(f"alpha {work.alphas[k]:g}")
             attack_alpha(work, climbed, state, attacks[k], meter)
             seconds, clock = state.found.seconds + time.monotonic() - clock, time.monotonic()
@@ -257,7 +257,7 @@ def _nothing_yet(
         validation=[],
         wanted=None,
         chosen=None,
-        done=0,
+        attacked=0,
         seconds=0.0,
     )
 
@@ -299,5 +299,5 @@ def _chosen(found: Blend) -> Blend:
 
 def _ahead(found: Blend, costs: Sequence[int]) -> int:
     """Forward passes to come if no other image breaks."""
-    left = list(zip(costs, found.broken))[: len(costs) - found.done]
+    left = list(zip(costs, found.broken))[: len(costs) - found.attacked]
     return sum(cost * row.count(STANDING) for cost, row in left)

@@ -99,7 +99,7 @@ def believe(found: Certificates, run: Path) -> None:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(
             f"ALARM: image {first.index} is certified as {first.prediction} up to {found.header.norm} "
-            f"{first.radius:.6g}, but {first.attack} makes it {first.found} with {first.size:.6g}{more}: the "
+            f"{first.radius:.6g}, but {first.attack} makes it {first.answer} with {first.size:.6g}{more}: the "
             f"certificates of {found.certifier} are wrong, or not of this model; the report shows them"
         )
 
@@ -181,7 +181,7 @@ class Work:
                 radius=float(one.radius),
                 rule=one.rule,
                 reachable=one.reachable,
-                held=one.held,
+                proven=one.held,
                 stable=one.stable,
                 reason=one.reason,
                 seconds=seconds,

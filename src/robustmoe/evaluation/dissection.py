@@ -166,7 +166,7 @@ def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
     }  # fmt: skip
     found: dict[str, Attack] = {
         "prediction": attack,
-        "frozen": replace(attack, objective=experts_only(loss)),
+        "experts": replace(attack, objective=experts_only(loss)),
         "router": Misroute(**common) if countable(trace) else replace(attack, objective=Misrouting(loss)),
         "steering": ExpertTransition(**common),
         "margin": replace(attack, objective=Rerouting()),
@@ -350,8 +350,8 @@ def _answers(model: RoutedModel, done: Attacked, held: Trace, threat: Threat) ->
     x, x_adv = done.batch.x.float(), done.x_adv.float()
     return Answers(
         predicted=list(predictions(done.after)),
-        held=list(predictions(model.run(done.x_adv, forced=held))),
-        swapped=list(predictions(model.run(done.batch.x, forced=done.after.trace))),
+        routing_fixed=list(predictions(model.run(done.x_adv, forced=held))),
+        routing_transplanted=list(predictions(model.run(done.batch.x, forced=done.after.trace))),
         size=threat.size(x_adv - x).tolist(),
         routes=routes(done.after.trace),
         moved={name: shares.tolist() for name, shares in rerouted(done.clean.trace, done.after.trace).items()},
@@ -367,5 +367,5 @@ def _joined(parts: Sequence[Answers]) -> Answers:
     def named(field: str) -> dict[str, list[Any]]:
         return {name: [v for part in parts for v in getattr(part, field)[name]] for name in getattr(parts[0], field)}
 
-    plain = {field: column(field) for field in ("predicted", "held", "swapped", "size")}
+    plain = {field: column(field) for field in ("predicted", "routing_fixed", "routing_transplanted", "size")}
     return Answers(**plain, routes=named("routes"), moved=named("moved"))

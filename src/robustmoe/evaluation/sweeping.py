@@ -227,8 +227,8 @@ def _note_down(found: SweepAnswers, model: RoutedModel, done: Attacked, attack: 
     found.size.extend(attack.threat.size(done.x_adv.float() - batch.x.float()).tolist())
     if not clean.trace:
         return
-    found.held.extend(predictions(model.run(done.x_adv, forced=clean.trace)))
-    found.swapped.extend(predictions(model.run(batch.x, forced=after.trace)))
+    found.routing_fixed.extend(predictions(model.run(done.x_adv, forced=clean.trace)))
+    found.routing_transplanted.extend(predictions(model.run(batch.x, forced=after.trace)))
     for columns, shares in (
         (found.moved, rerouted(clean.trace, after.trace)),
         (found.moved_paper, rerouted(clean.trace, after.trace, empty="changed")),

@@ -100,7 +100,7 @@ def _falls(of: Crossed, y: Tensor) -> Columns:
         "fall": margin(of.before - of.after), "fall by experts": -margin(shares.expert),
         "fall by routes": -margin(shares.router),
     }  # fmt: skip
-    named = {"clean": of.before, "attacked": of.after, "frozen": of.frozen, "swapped": of.swapped}
+    named = {"clean": of.before, "attacked": of.after, "routing fixed": of.frozen, "routing transplanted": of.swapped}
     right = {f"right, {name}": (logits.argmax(1) == y).to(logits.dtype) for name, logits in named.items()}
     return found | right
 

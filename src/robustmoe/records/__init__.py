@@ -10,10 +10,11 @@ from robustmoe.records.audit import Audit
 from robustmoe.records.blend import Blend
 from robustmoe.records.certificates import Certificates, Proof
 from robustmoe.records.dissection import Answers, Dissection
+from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
 from robustmoe.records.files import append_json, file_stem, read_jsonl, write_atomic
 from robustmoe.records.lipschitz import Lipschitz
-from robustmoe.records.record import Record
+from robustmoe.records.record import Record, Records, Told
 from robustmoe.records.rows import WORK, Writer, difference, merge, read, rows_files
 from robustmoe.records.sweep import Override, Sweep, SweepAnswers
 from robustmoe.records.types import (
@@ -24,7 +25,6 @@ from robustmoe.records.types import (
     VERSION,
     Check,
     Checks,
-    Evaluation,
     Header,
     ObjectiveInfo,
     Passed,
@@ -56,11 +56,13 @@ __all__ = [
     "Passed",
     "Proof",
     "Record",
+    "Records",
     "RouterInfo",
     "Row",
     "Sweep",
     "SweepAnswers",
     "Time",
+    "Told",
     "Writer",
     "append_json",
     "difference",

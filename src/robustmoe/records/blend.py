@@ -10,7 +10,7 @@ from robustmoe.records.types import Header
 
 
 @dataclass(frozen=True)
-class Blend(Record, kind="blend", file="blend.json", version=1, verb="blend"):
+class Blend(Record, kind="blend", file="blend.json", version=2, verb="blend"):
     """One curve over alpha. ``header``: the model, the images and the base attack. ``standard``, ``robust``: where the
     halves came from (run folders, or class names). ``mix``, ``sharpen``: as in `models.dual` (specs; "" for none).
 
@@ -20,7 +20,7 @@ class Blend(Record, kind="blend", file="blend.json", version=1, verb="blend"):
     it stands as -2. ``attacks``: names of what was tried, in order. ``certified``: alpha -> whether the image is
     proven right in the whole ball; [] where no certificate was given. ``validation``: alpha -> clean accuracy on the
     validation images, by which alpha is chosen; [] without. ``wanted``: the clean accuracy asked for; ``chosen``: the
-    alpha picked, the largest that has it. ``done``: how many alphas are attacked, from the last (1) to the first.
+    alpha picked, the largest that has it. ``attacked``: how many alphas are attacked, from the last (1) to the first.
     ``seconds``: wall time.
     """
 
@@ -39,8 +39,13 @@ class Blend(Record, kind="blend", file="blend.json", version=1, verb="blend"):
     validation: list[float]
     wanted: float | None
     chosen: float | None
-    done: int
+    attacked: int
     seconds: float
+
+    @property
+    def done(self) -> bool:
+        """Says whether all alphas are attacked."""
+        return self.attacked == len(self.alphas)
 
     def columns(self) -> Iterator[Column]:
         n, count = len(self.index), len(self.alphas)
@@ -61,7 +66,7 @@ class Blend(Record, kind="blend", file="blend.json", version=1, verb="blend"):
         if sorted(set(self.alphas)) != self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
             yield "alphas must rise, from 0 to 1"
         yield from super().problems()
-        if not 0 <= self.done <= count:
-            yield f"done is {self.done}, of {count} alphas"
+        if not 0 <= self.attacked <= count:
+            yield f"attacked is {self.attacked}, of {count} alphas"
         if any(not -2 <= attack < len(self.attacks) for row in self.broken for attack in row):
             yield "broken names attacks that are not in the list"

@@ -20,9 +20,9 @@ class Proof:
     the header's norm, pixels of [0, 1]) has another prediction than ``prediction`` (-1: the certifier abstains).
 
     ``rule``: what proves it, "" at radius 0; ``reachable``: experts that can be used somewhere within the header's eps,
-    ``held``: those of them that are proven on their own; ``stable``: whether the route is the same everywhere there (1
-    or 0; under noise the share of copies on the clean route); None where the certifier does not know. ``reason``: why
-    eps is not certified. ``seconds``: its share of its batch's wall time."""
+    ``proven``: those of them that are proven on their own; ``stable``: whether the route is the same everywhere there
+    (1 or 0; under noise the share of copies on the clean route); None where the certifier does not know. ``reason``:
+    why eps is not certified. ``seconds``: its share of its batch's wall time."""
 
     index: int
     label: int
@@ -30,24 +30,24 @@ class Proof:
     radius: float
     rule: str
     reachable: int | None
-    held: int | None
+    proven: int | None
     stable: float | None
     reason: str
     seconds: float
 
     @property
     def right(self) -> bool:
-        """Whether the certified prediction is the label."""
+        """Says whether the certified prediction is the label."""
         return self.prediction == self.label
 
     def problems(self) -> Iterator[str]:
-        """A radius that is none."""
+        """Yields the problem of a radius that is none."""
         if not self.radius >= 0:
             yield f"field 'radius' must be 0 or more, got {self.radius}"
 
 
 @dataclass(frozen=True)
-class Certificates(Record, kind="certificates", file="certificates/*.json", version=2, verb="certify"):
+class Certificates(Record, kind="certificates", file="certificates/*.json", version=3, verb="certify"):
     """What one certifier proves of one model. ``header``: the model, the images, the certifier's norm, eps and seed
     (its attack is None). ``certifier``: its spec. ``subject``: what the certificates are of, one of `SUBJECTS`.
     ``rows``: of the images done so far."""
@@ -59,22 +59,22 @@ class Certificates(Record, kind="certificates", file="certificates/*.json", vers
 
     @property
     def which(self) -> str:
-        """The certifier's spec."""
+        """Returns the certifier's spec."""
         return self.certifier
 
     @property
     def done(self) -> bool:
-        """Whether all images are."""
+        """Says whether all images are."""
         return len(self.rows) == self.header.n
 
     @property
     def seconds(self) -> float:
-        """Wall time of the images that are done."""
+        """Returns the wall time of the images that are done."""
         return math.fsum(row.seconds for row in self.rows)
 
     def radii(self) -> dict[int, float]:
-        """Index -> radius of the images whose certified prediction is the label, for ``evaluate(certified=...)``.
-        UserError where the certificates are not of the model that is attacked there."""
+        """Returns index -> radius of the images whose certified prediction is the label, for
+        ``evaluate(certified=...)``. UserError where the certificates are not of the model that is attacked there."""
         if self.subject != "model":
             raise UserError(
                 f"the certificates of {self.certifier} are of the {self.subject}: an attack on the model itself may "

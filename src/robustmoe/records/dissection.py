@@ -11,7 +11,7 @@ from robustmoe.records.types import Header
 CLEAN = "clean"
 """The name of the answers to untouched images."""
 
-NEEDED = (CLEAN, "prediction", "frozen", "router", "steering", "margin", "flip")
+NEEDED = (CLEAN, "prediction", "experts", "router", "steering", "margin", "flip")
 """What is asked of every model, and then each "expert k" alone; "residue" only where each router chooses one expert."""
 
 
@@ -19,22 +19,22 @@ NEEDED = (CLEAN, "prediction", "frozen", "router", "steering", "margin", "flip")
 class Answers:
     """What the exact model says of the images as one attack left them, an entry an image.
 
-    ``predicted``: the class, on the route that the model itself takes; -1 where a logit was not finite. ``held``: the
-    class on the clean image's route; of the attack on expert k, with expert k forced at every router. ``swapped``: the
-    class of the clean image on the attacked image's route. ``size``: of the perturbation, in the header's norm (pixels
-    of [0, 1]). ``routes``: router -> how many items each expert got. ``moved``: router -> the share of items whose set
-    of experts changed."""
+    ``predicted``: the class, on the route that the model itself takes; -1 where a logit was not finite.
+    ``routing_fixed``: the class on the clean image's route; of the attack on expert k, with expert k forced at every
+    router. ``routing_transplanted``: the class of the clean image on the attacked image's route. ``size``: of the
+    perturbation, in the header's norm (pixels of [0, 1]). ``routes``: router -> how many items each expert got.
+    ``moved``: router -> the share of items whose set of experts changed."""
 
     predicted: list[int]
-    held: list[int]
-    swapped: list[int]
+    routing_fixed: list[int]
+    routing_transplanted: list[int]
     size: list[float]
     routes: dict[str, list[list[int]]]
     moved: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
-class Dissection(Record, kind="dissection", file="dissection.json", version=2, verb="dissect"):
+class Dissection(Record, kind="dissection", file="dissection.json", version=3, verb="dissect"):
     """The questions asked of one model. ``header``: the model, the images and the attack that the others are made from.
 
     ``index``, ``labels``: of each image. ``forced``: expert -> the class of each clean image with that expert forced at
@@ -63,7 +63,7 @@ class Dissection(Record, kind="dissection", file="dissection.json", version=2, v
         for name in ("narrow", "wide", "entropy"):
             yield from by_router(name, getattr(self, name), n)
         for attack, answers in self.under.items():
-            for name in ("predicted", "held", "swapped", "size"):
+            for name in ("predicted", "routing_fixed", "routing_transplanted", "size"):
                 yield f"under[{attack!r}].{name}", getattr(answers, name), n
             for name in ("routes", "moved"):
                 yield from by_router(f"under[{attack!r}].{name}", getattr(answers, name), n)

@@ -26,17 +26,17 @@ class Example:
     after: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of one line."""
+        """Returns the JSON object of one line."""
         return dict(vars(self))
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Example:
-        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        """Returns the inverse of :meth:`to_dict`; UserError names the field that is wrong."""
         return build(Example, data)
 
 
 def examples_path(rows: str | os.PathLike[str]) -> Path:
-    """``RUN/rows/<slug>.examples.jsonl`` for ``RUN/rows/<slug>.jsonl``."""
+    """Returns ``RUN/rows/<slug>.examples.jsonl`` for ``RUN/rows/<slug>.jsonl``."""
     return Path(rows).with_suffix(".examples.jsonl")
 
 
@@ -46,5 +46,5 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
 
 
 def read_examples(path: str | os.PathLike[str]) -> list[Example]:
-    """The examples of a file; UserError on a bad line."""
+    """Returns the examples of a file; UserError on a bad line."""
     return [Example.from_dict(value) for value in read_jsonl(path)]

@@ -44,7 +44,7 @@ def explained(verb: str, path: Path) -> Iterator[None]:
 
 
 def file_stem(text: str) -> str:
-    """A file name, without its ending, from a spec: at most 150 of the characters a-z, 0-9, "." and "-"."""
+    """Returns a file name, without its ending, from a spec: at most 150 of the characters a-z, 0-9, "." and "-"."""
     name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
     return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -69,7 +69,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines that end with a newline, without it; what a killed writer left after the last newline is dropped."""
+    """Returns the lines that end with a newline, without it; what a killed writer left after the last newline is
+    dropped."""
     with explained("read", path):
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file; name a .jsonl file")
@@ -77,7 +78,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    """The object of one line; UserError names the file and the line."""
+    """Returns the object of one line; UserError names the file and the line."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -88,13 +89,13 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def dump_line(value: Mapping[str, Any]) -> bytes:
-    """An object as one line."""
+    """Returns an object as one line."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
 def read_json(path: Path, make: Callable[[Any], T], remedy: str) -> T | None:
-    """What ``make`` builds of the JSON in a file; None without one. UserError if the file cannot be read, is no JSON or
-    is refused by ``make`` (ValueError); ``remedy`` says what to do then."""
+    """Returns what ``make`` builds of the JSON in a file; None without one. UserError if the file cannot be read, is no
+    JSON or is refused by ``make`` (ValueError); ``remedy`` says what to do then."""
     if not path.is_file():
         return None
     with explained("read", path):
@@ -106,7 +107,7 @@ def read_json(path: Path, make: Callable[[Any], T], remedy: str) -> T | None:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, without a half-written last line. UserError on any other bad line."""
+    """Returns the objects of a JSON-lines file, without a half-written last line. UserError on any other bad line."""
     path = Path(path)
     return [parse_line(line, path, number) for number, line in enumerate(whole_lines(path), 1)]
 

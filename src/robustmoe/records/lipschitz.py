@@ -15,7 +15,7 @@ KINDS = ("exact", "lower bound", "upper bound", "first order", "estimate")
 
 
 @dataclass(frozen=True)
-class Lipschitz(Record, kind="lipschitz", file="lipschitz.json", version=1, verb="lipschitz"):
+class Lipschitz(Record, kind="lipschitz", file="lipschitz.json", version=2, verb="lipschitz"):
     """What was measured of one model. ``header``: the model, the images, and the attack under which changes are split;
     its norm and eps are those of every radius.
 
@@ -43,7 +43,7 @@ class Lipschitz(Record, kind="lipschitz", file="lipschitz.json", version=1, verb
 
     @property
     def done(self) -> bool:
-        """Whether all images are."""
+        """Says whether all images are."""
         return len(self.index) == self.header.n
 
     def columns(self) -> Iterator[Column]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,44 @@ from robustmoe.records.types import Header
 
 Column = tuple[str, Sequence[Any], int]
 R = TypeVar("R", bound="Record")
+T = TypeVar("T", bound="Told", covariant=True)
+
+
+class Told:
+    """What can be printed, and shown in a notebook; its numbers are worked out when they are asked for."""
+
+    def summary(self, evaluations: Sequence[Any] = ()) -> Any:
+        """Returns the numbers of the record, beside the evaluations of the same model where its kind compares them.
+        UserError if it has none yet."""
+        return _telling().summary(self, evaluations)
+
+    def __str__(self) -> str:
+        """Returns what the record says and its numbers, as lines of at most 80 columns."""
+        return str(_telling().text(self))
+
+    def _repr_html_(self) -> str:
+        """Returns the record as the report shows it, for a notebook."""
+        return str(_telling().html(self))
+
+
+class Records(tuple[T, ...]):
+    """Several records: a tuple that prints, and shows itself in a notebook, as its records do."""
+
+    def summary(self) -> list[Any]:
+        """Returns the numbers of each."""
+        return [record.summary() for record in self]
+
+    def __str__(self) -> str:
+        """Returns the records one after the other; evaluations of one model in one table, with their worst case."""
+        return str(_telling().together(self))
+
+    def _repr_html_(self) -> str:
+        """Returns the records as the report shows them, for a notebook."""
+        return "".join(record._repr_html_() for record in self)
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Told):
     """What was measured, as it was measured; a subclass adds the fields.
 
     ``kind``: its name, which the file says. ``file``: where it stands in a run folder; a "*" in it is replaced by
@@ -36,26 +71,26 @@ class Record:
 
     @property
     def which(self) -> str:
-        """What tells the records of one kind in a folder apart; "" where there is only one."""
+        """Returns what tells the records of one kind in a folder apart; "" where there is only one."""
         return ""
 
     def columns(self) -> Iterator[Column]:
-        """The lists that must have a certain length: (name, list, length)."""
+        """Returns the lists that must have a certain length: (name, list, length)."""
         yield from ()
 
     def problems(self) -> Iterator[str]:
-        """What does not fit together, in words. A subclass adds to the lengths of the columns."""
+        """Returns what does not fit together, in words. A subclass adds to the lengths of the columns."""
         for name, column, length in self.columns():
             if len(column) != length:
                 yield f"{name} has {len(column)} entries, expected {length}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of the file."""
+        """Returns the JSON object of the file."""
         return {"kind": self.kind, "version": self.version, **{name: encode(item) for name, item in vars(self).items()}}
 
     @classmethod
     def from_dict(cls: type[R], data: Any) -> R:
-        """The inverse of :meth:`to_dict`; UserError says what is wrong."""
+        """Returns the inverse of :meth:`to_dict`; UserError says what is wrong."""
         if not isinstance(data, dict) or data.get("kind") != cls.kind:
             raise UserError(f'not of the kind {cls.kind}: expected {{"kind": "{cls.kind}", ...}}')
         if data.get("version") != cls.version:
@@ -66,23 +101,23 @@ class Record:
 
     @classmethod
     def path(cls: type[R], folder: str | os.PathLike[str], which: str = "") -> Path:
-        """Where the record stands in a run folder."""
+        """Returns where the record stands in a run folder."""
         return Path(folder) / cls.file.replace("*", file_stem(which))
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the file into a run folder, atomically; the path. UserError if it cannot be written."""
+        """Write the file into a run folder, atomically, and return its path. UserError if it cannot be written."""
         path = self.path(folder, self.which)
         write_atomic(path, json.dumps(self.to_dict(), separators=(",", ":"), ensure_ascii=False) + "\n")
         return path
 
     @classmethod
     def read(cls: type[R], folder: str | os.PathLike[str], which: str = "") -> R | None:
-        """The record of a run folder; None without one. UserError if the file is not such a record."""
+        """Returns the record of a run folder; None without one. UserError if the file is not such a record."""
         return cls._read(cls.path(folder, which))
 
     @classmethod
     def read_all(cls: type[R], folder: str | os.PathLike[str]) -> list[R]:
-        """Every record of this kind in a run folder, by the name of its file."""
+        """Returns every record of this kind in a run folder, by the name of its file."""
         every = (cls._read(path) for path in sorted(Path(folder).glob(cls.file)))
         return [record for record in every if record is not None]
 
@@ -91,19 +126,24 @@ class Record:
         return read_json(path, cls.from_dict, f"delete it, and `robustmoe {cls.verb}` makes it anew")
 
 
+def _telling() -> Any:
+    """Returns the module that tells records; by name, as it stands above this one."""
+    return importlib.import_module("robustmoe.reporting.kinds")
+
+
 def by_router(name: str, table: Mapping[str, Sequence[Any]], n: int) -> Iterator[Column]:
-    """The columns of a table router -> list of ``n`` entries."""
+    """Returns the columns of a table router -> list of ``n`` entries."""
     for router, column in table.items():
         yield f"{name}[{router!r}]", column, n
 
 
 def other_routers(name: str, table: Mapping[str, object], header: Header) -> Iterator[str]:
-    """The problem that a table has not the header's routers, if it has not."""
+    """Returns the problem that a table has not the header's routers, if it has not."""
     if set(table) != set(header.routers):
         yield f"{name} is of the routers {sorted(table)}, expected {sorted(header.routers)}"
 
 
 def no_class(labels: Sequence[int], header: Header) -> Iterator[str]:
-    """The problem that a label is not of the header's classes, if there is such a label."""
+    """Returns the problem that a label is not of the header's classes, if there is such a label."""
     if labels and not 0 <= min(labels) <= max(labels) < len(header.classes):
         yield f"field 'labels' must be from 0 to {len(header.classes) - 1}"

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from robustmoe.errors import UserError
+from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.files import dump_line, explained, parse_line, whole_lines, write_atomic
 from robustmoe.records.typed import build
-from robustmoe.records.types import STATUSES, Check, Checks, Evaluation, Header, Passed, Row, Time
+from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row, Time
 
 # Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
 # words stand before hashes, so that a difference is named in the words that the user wrote.
@@ -29,25 +30,25 @@ WORK = (
 
 
 def difference(old: Header, new: Header) -> str | None:
-    """The first field of :data:`WORK` in which two headers differ; None if they describe the same work. Where the rows
-    depend on the batches, the batch size belongs to the work too."""
+    """Returns the first field of :data:`WORK` in which two headers differ; None if they describe the same work. Where
+    the rows depend on the batches, the batch size belongs to the work too."""
     names = (*WORK, "batch_size") if new.bound_to_batches else WORK
     return next((name for name in names if getattr(old, name) != getattr(new, name)), None)
 
 
 def read(path: str | os.PathLike[str]) -> Evaluation:
-    """A whole rows file, rows sorted by index. A half-written last line is ignored; any other bad line, and two
+    """Returns a whole rows file, rows sorted by index. A half-written last line is ignored; any other bad line, and two
     different rows of one image, are a UserError that names the line."""
     path = Path(path)
     lines = whole_lines(path) if path.exists() else []
     if not lines:
         raise UserError(f"no rows in {path}; `robustmoe evaluate RUN` makes them")
-    found = _contents(path, lines)
-    return _result(found.header, found.rows, found.checks)
+    contents = _contents(path, lines)
+    return _result(contents.header, contents.rows, contents.checks)
 
 
 def rows_files(run: str | os.PathLike[str]) -> list[Path]:
-    """The rows files of a run folder, by name; those in which nothing is yet are left out."""
+    """Returns the rows files of a run folder, by name; those in which nothing is yet are left out."""
     files = sorted(path for path in (Path(run) / "rows").glob("*.jsonl") if not path.name.endswith(".examples.jsonl"))
     return [path for path in files if path.stat().st_size > 0]
 
@@ -69,7 +70,7 @@ class _Contents:
     queries: int = 0
 
     def add(self, data: dict[str, Any]) -> None:
-        """One line more."""
+        """Add one line more."""
         kind = data.get("kind")
         if self.checks is not None:
             raise UserError("lines after the checks, which end a file")
@@ -89,22 +90,22 @@ class _Contents:
 
 
 def _contents(path: Path, lines: list[bytes]) -> _Contents:
-    found: _Contents | None = None
+    contents: _Contents | None = None
     for number, line in enumerate(lines, 1):
         data = parse_line(line, path, number)
         try:
-            if found is None:
-                found = _Contents(Header.from_dict(data))
+            if contents is None:
+                contents = _Contents(Header.from_dict(data))
             else:
-                found.add(data)
+                contents.add(data)
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-    assert found is not None  # `lines` is not empty, and its first line is read as a header
-    return found
+    assert contents is not None  # `lines` is not empty, and its first line is read as a header
+    return contents
 
 
 def _whole_batches(path: Path, lines: list[bytes]) -> list[bytes]:
-    """The lines up to the end of the last whole batch."""
+    """Returns the lines up to the end of the last whole batch."""
     end = len(lines)
     while end > 1 and parse_line(lines[end - 1], path, end).get("kind") not in ("time", "checks"):
         end -= 1
@@ -117,9 +118,9 @@ def _put(rows: dict[int, Row], row: Row) -> None:
 
 
 def merge(paths: Sequence[str | os.PathLike[str]]) -> Evaluation:
-    """Shards of one evaluation as one result: the same work in every header, rows disjoint or identical, otherwise a
-    UserError. The checks are None until every shard has them; a check's status is the worst over the shards, seconds
-    and queries are summed."""
+    """Returns shards of one evaluation as one result: the same work in every header, rows disjoint or identical,
+    otherwise a UserError. The checks are None until every shard has them; a check's status is the worst over the
+    shards, seconds and queries are summed."""
     if not paths:
         raise UserError("nothing to merge: give at least one rows file")
     results = [read(path) for path in paths]
@@ -153,12 +154,12 @@ def _merged_checks(parts: list[Checks | None]) -> Checks | None:
 
 
 def _shown(name: str, value: Any) -> str:
-    """A header's value in a message; of a hash, its start."""
+    """Returns a header's value in a message; of a hash, its start."""
     return repr(value[:12] if name.endswith("_hash") else value)
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    """One writer a file: two would cut each other's rows. Nothing where the system cannot lock."""
+    """Lock the file for one writer: two would cut each other's rows. Nothing where the system cannot lock."""
     if sys.platform == "win32":
         return
     import fcntl
@@ -231,8 +232,8 @@ class Writer:
                 raise UserError(f"{self.path} is not a rows file and was left alone; choose another --out")
             return []
         lines = _whole_batches(self.path, lines)
-        found = _contents(self.path, lines)
-        old, self.checks = found.header, found.checks
+        contents = _contents(self.path, lines)
+        old, self.checks = contents.header, contents.checks
         name = difference(old, self.header)
         longer = name is not None and _extends(self.header, old, shorter)
         if name is not None and not longer:
@@ -241,15 +242,15 @@ class Writer:
                 f"{self.path} holds other work: its {name} is {was}, this one's is {now}; "
                 "choose another --out or delete the file"
             )
-        self._rows, self.passed = found.rows, found.passed
-        self.seconds, self.queries = found.seconds, found.queries
+        self._rows, self.passed = contents.rows, contents.passed
+        self.seconds, self.queries = contents.seconds, contents.queries
         if longer:
             return self._under_this_header(lines)
         self.header = old
         return lines
 
     def _under_this_header(self, lines: list[bytes]) -> list[bytes]:
-        """The same batches in a new file under this writer's header, which takes the old one's place."""
+        """Returns the same batches in a new file under this writer's header, which takes the old one's place."""
         kept = lines[1:-1] if self.checks is not None else lines[1:]
         first = dump_line(self.header.to_dict())
         self.checks = None
@@ -279,12 +280,12 @@ class Writer:
 
     @property
     def done(self) -> set[int]:
-        """The indices of the images that have a row."""
+        """Returns the indices of the images that have a row."""
         return set(self._rows)
 
     @property
     def result(self) -> Evaluation:
-        """What the file holds now, as `read` would give it."""
+        """Returns what the file holds now, as `read` would give it."""
         return _result(self.header, self._rows, self.checks)
 
     def write(self, rows: Iterable[Row], seconds: float = 0.0, passed: Iterable[Passed] = (), queries: int = 0) -> None:
@@ -294,15 +295,15 @@ class Writer:
         for row in rows:
             if row.index not in self._rows:
                 _put(batch, row)
-        held = [each for each in passed if each.index not in self.passed.get(each.part, ())]
-        if not batch and not held:
+        left = [each for each in passed if each.index not in self.passed.get(each.part, ())]
+        if not batch and not left:
             return
-        lines = [row.to_dict() for row in batch.values()] + [each.to_dict() for each in held]
+        lines = [row.to_dict() for row in batch.values()] + [each.to_dict() for each in left]
         data = b"".join(map(dump_line, [*lines, {"kind": "time", "seconds": seconds, "queries": queries}]))
         self._append(data)
         self._end += len(data)
         self._rows |= batch
-        for each in held:
+        for each in left:
             self.passed.setdefault(each.part, set()).add(each.index)
         self.seconds += seconds
         self.queries += queries
@@ -328,7 +329,7 @@ class Writer:
 
 
 def _extends(new: Header, old: Header, shorter: Callable[[int], Header] | None) -> bool:
-    """Whether the old work is the new one's beginning: the same on the first images, batches without meaning."""
+    """Says whether the old work is the new one's beginning: the same on the first images, batches without meaning."""
     if shorter is None or new.bound_to_batches or not 0 < old.n < new.n:
         return False
     return difference(old, shorter(old.n)) is None

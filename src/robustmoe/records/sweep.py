@@ -19,18 +19,18 @@ class SweepAnswers:
     """What the exact model says of the images as one attack left them at one eps, an entry an image.
 
     ``attack``: its spec, at the radius that it was given with. ``eps``: in the header's norm, in pixels of [0, 1].
-    ``predicted``: the class; -1 where a logit was not finite. ``loss``: cross-entropy, in nats. ``held``: the class on
-    the clean image's route; ``swapped``: of the clean image on the attacked image's route; both [] for a dense model.
-    ``size``: of the perturbation. ``moved``: router -> mean over items of 1 - IoU of the experts chosen before and
-    after, without the items that go to no expert both times; ``moved_paper``: these counted as changed, as V-MoE's code
-    does; ``idle``: their share."""
+    ``predicted``: the class; -1 where a logit was not finite. ``loss``: cross-entropy, in nats. ``routing_fixed``: the
+    class on the clean image's route; ``routing_transplanted``: of the clean image on the attacked image's route; both
+    [] for a dense model. ``size``: of the perturbation. ``moved``: router -> mean over items of 1 - IoU of the experts
+    chosen before and after, without the items that go to no expert both times; ``moved_paper``: these counted as
+    changed, as V-MoE's code does; ``idle``: their share."""
 
     attack: str
     eps: float
     predicted: list[int]
     loss: list[float]
-    held: list[int]
-    swapped: list[int]
+    routing_fixed: list[int]
+    routing_transplanted: list[int]
     size: list[float]
     moved: dict[str, list[float]]
     moved_paper: dict[str, list[float]]
@@ -49,7 +49,7 @@ class Override:
 
 
 @dataclass(frozen=True)
-class Sweep(Record, kind="sweep", file="sweep.json", version=1, verb="sweep"):
+class Sweep(Record, kind="sweep", file="sweep.json", version=2, verb="sweep"):
     """The questions asked of one model. ``header``: the model and the images; it names no attack.
 
     ``index``, ``labels``, ``predicted``, ``loss``: of each clean image. ``points``: by attack, then by eps; more may
@@ -76,7 +76,7 @@ class Sweep(Record, kind="sweep", file="sweep.json", version=1, verb="sweep"):
         for at, point in enumerate(self.points):
             for name in ("predicted", "loss", "size"):
                 yield f"points[{at}].{name}", getattr(point, name), n
-            for name in ("held", "swapped"):
+            for name in ("routing_fixed", "routing_transplanted"):
                 yield f"points[{at}].{name}", getattr(point, name), n if self.header.routers else 0
             for name in ("moved", "moved_paper", "idle"):
                 yield from by_router(f"points[{at}].{name}", getattr(point, name), n)

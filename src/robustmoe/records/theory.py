@@ -31,7 +31,7 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether the measured number is as expected; a nan never is."""
+        """Says whether the measured number is as expected; a nan never is."""
         if self.kind == "measured only":
             return not math.isnan(self.measured)
         low = -math.inf if self.kind == "at most" else self.expected - self.tolerance
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def reproduced(self) -> bool | None:
-        """Whether the published number came out again; None where there is none, or on unknown data."""
+        """Says whether the published number came out again; None where there is none, or on unknown data."""
         if self.published is None or self.near is None:
             return None
         return abs(self.measured - self.published) <= self.near
@@ -84,5 +84,5 @@ class Experiment:
 
     @property
     def holds(self) -> bool:
-        """Whether every row does."""
+        """Says whether every row does."""
         return all(row.holds for row in self.rows)

@@ -32,8 +32,8 @@ class _Misfit(TypeError):
 
 
 def build(cls: type[T], data: Any) -> T:
-    """An instance of a dataclass from a JSON object: every field there (those with a default may be missing), of its
-    type, no other, and without problems. A key "kind" is left out. UserError says what is wrong."""
+    """Returns an instance of a dataclass from a JSON object: every field there (those with a default may be missing),
+    of its type, no other, and without problems. A key "kind" is left out. UserError says what is wrong."""
     name = str(getattr(cls, "kind", cls.__name__.lower()))
     if not isinstance(data, dict):
         raise UserError(f"{name}: expected an object, got {data!r:.80}")
@@ -58,7 +58,8 @@ def build(cls: type[T], data: Any) -> T:
 
 
 def encode(value: Any) -> Any:
-    """The JSON value that :func:`build` reads: a dataclass becomes an object (its own ``to_dict``, if it has one)."""
+    """Returns the JSON value that :func:`build` reads: a dataclass becomes an object (its own ``to_dict``, if it has
+    one)."""
     if is_dataclass(value) and not isinstance(value, type):
         own = getattr(value, "to_dict", None)
         return own() if own else {field.name: encode(getattr(value, field.name)) for field in fields(value)}
@@ -70,14 +71,14 @@ def encode(value: Any) -> Any:
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> Iterator[str]:
-    """The problem that a field has a value that is not allowed, if it has."""
+    """Returns the problem that a field has a value that is not allowed, if it has."""
     if value not in allowed:
         yield f"field {name!r} must be one of {', '.join(allowed)}, got {value!r}"
 
 
 @functools.cache
 def _fields(cls: type) -> dict[str, tuple[Reader, bool]]:
-    """Field -> how it is read, and whether it may be missing."""
+    """Returns field -> how it is read, and whether it may be missing."""
     hints = get_type_hints(cls)
     return {
         field.name: (
@@ -128,7 +129,7 @@ def _object(make: Reader) -> Reader:
 
 
 def _each(kind: type, words: str, read: Reader) -> Reader:
-    """A list or an object, item by item."""
+    """Returns a list or an object, item by item."""
 
     def whole(value: Any) -> Any:
         if not isinstance(value, kind):

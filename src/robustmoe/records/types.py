@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 from robustmoe.errors import UserError
 from robustmoe.records.typed import build, choice, encode
@@ -40,12 +40,12 @@ class ObjectiveInfo:
 
     @staticmethod
     def of(objective: Any) -> ObjectiveInfo:
-        """What an objective (`robustmoe.attacks.Objective`) declares about itself."""
+        """Returns what an objective (`robustmoe.attacks.Objective`) declares about itself."""
         return ObjectiveInfo(**{fact.name: getattr(objective, fact.name) for fact in fields(ObjectiveInfo)})
 
     @property
     def aims_at_all(self) -> bool:
-        """Whether router and experts are attacked together, so that the attack's name says enough."""
+        """Says whether router and experts are attacked together, so that the attack's name says enough."""
         return self.aims_at_router and self.aims_at_experts
 
 
@@ -89,17 +89,17 @@ class Header:
 
     @property
     def bound_to_batches(self) -> bool:
-        """Whether the rows depend on which images stand in one batch: a suite (each part cuts the survivors anew), and
-        an attack that draws its random numbers by the batch."""
+        """Says whether the rows depend on which images stand in one batch: a suite (each part cuts the survivors anew),
+        and an attack that draws its random numbers by the batch."""
         return bool(self.parts) or re.search(r"rng=['\"]?autoattack", self.attack or "") is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of the file's first line."""
+        """Returns the JSON object of the file's first line."""
         return {"kind": "header", "version": VERSION, **{name: encode(value) for name, value in vars(self).items()}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Header:
-        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        """Returns the inverse of :meth:`to_dict`; UserError names the field that is wrong."""
         if data.get("kind") != "header":
             raise UserError('not a rows file: its first line must be {"kind":"header",...}')
         if data.get("version") != VERSION:
@@ -110,7 +110,7 @@ class Header:
         return build(Header, {name: value for name, value in data.items() if name != "version"})
 
     def problems(self) -> Iterator[str]:
-        """Words that are not known, and an attack without an objective."""
+        """Yields words that are not known, and an attack without an objective."""
         yield from choice("norm", self.norm, NORMS)
         yield from choice("role", self.role, ROLES)
         yield from choice("precision", self.precision, PRECISIONS)
@@ -142,12 +142,12 @@ class Row:
     part: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of one line."""
+        """Returns the JSON object of one line."""
         return {"kind": "row", **vars(self)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Row:
-        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        """Returns the inverse of :meth:`to_dict`; UserError names the field that is wrong."""
         return build(Row, data)
 
 
@@ -162,7 +162,7 @@ class Check:
     sentence: str
 
     def problems(self) -> Iterator[str]:
-        """A status that is not known."""
+        """Yields the problem of a status that is not known."""
         yield from choice("status", self.status, STATUSES)
 
 
@@ -176,12 +176,12 @@ class Checks:
     queries: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of the file's last line."""
+        """Returns the JSON object of the file's last line."""
         return {"kind": "checks", **{name: encode(value) for name, value in vars(self).items()}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Checks:
-        """The inverse of :meth:`to_dict`; UserError names the field that is wrong."""
+        """Returns the inverse of :meth:`to_dict`; UserError names the field that is wrong."""
         return build(Checks, data)
 
 
@@ -202,13 +202,5 @@ class Passed:
     part: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of one line."""
+        """Returns the JSON object of one line."""
         return {"kind": "part", **vars(self)}
-
-
-class Evaluation(NamedTuple):
-    """A whole rows file: unpacks as ``header, rows, checks``. ``checks`` is None while the evaluation is unfinished."""
-
-    header: Header
-    rows: list[Row]
-    checks: Checks | None

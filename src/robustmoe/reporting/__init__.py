@@ -11,29 +11,13 @@ from pathlib import Path
 
 from robustmoe.records import write_atomic
 from robustmoe.reporting.collect import collect
+from robustmoe.reporting.kinds import story, text
 from robustmoe.reporting.markdown import markdown
 from robustmoe.reporting.numbers import numbers
 from robustmoe.reporting.page import page
-from robustmoe.reporting.terminal import (
-    blend_table,
-    certificates_story,
-    certificates_table,
-    dissection_table,
-    lipschitz_table,
-    summary_table,
-    sweep_table,
-)
+from robustmoe.reporting.terminal import summary_table
 
-__all__ = [
-    "blend_table",
-    "certificates_story",
-    "certificates_table",
-    "dissection_table",
-    "lipschitz_table",
-    "report",
-    "summary_table",
-    "sweep_table",
-]
+__all__ = ["report", "story", "summary_table", "text"]
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:

@@ -6,16 +6,16 @@ import textwrap
 from collections.abc import Sequence
 
 from robustmoe.records import Check
+from robustmoe.reporting.grid import WIDTH
 
-WIDTH = 120
 MARKS = {"fail": "! fail", "warn": "  warn"}
 
 
 def card(checks: Sequence[Check]) -> str:
-    """Failures first, then warnings, each with its sentence, then how many passed and which were not run and why.
+    """Returns failures first, then warnings, each with its sentence, then how many passed and which were not run and
+    why.
 
-    Checks keep their order within a status; sentences are wrapped at 120 columns.
-    """
+    Checks keep their order within a status; sentences are wrapped at 80 columns."""
     shown = [check for status in MARKS for check in checks if check.status == status]
     head = max((len(f"{check.id}  {check.name}") for check in shown), default=0)
     lines = []

@@ -5,28 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 
-from robustmoe.analysis import DissectionSummary, ExpertPart, Rate, RouterPart
+from robustmoe.analysis import DissectionSummary, ExpertPart, Rate, RouterPart, dissection_summary
 from robustmoe.records import Dissection
-from robustmoe.reporting.collect import Dissected, View
-from robustmoe.reporting.figures import bars, colour, heat
-from robustmoe.reporting.tables import Entry, Grid, grid_html, rated
-from robustmoe.reporting.verdict import alarm
+from robustmoe.reporting.boxes import figure_list
+from robustmoe.reporting.figures import bars, heat
+from robustmoe.reporting.grid import Entry, Grid, rated
+from robustmoe.reporting.panel import DATA, IMAGES, Kind, Panel, Shown, apart
 from robustmoe.reporting.words import interval, percent, plural, threat
 
-NAMES = {"frozen": "RA-E, live", "router": "RA-R, live"}
+Dissected = Shown[Dissection, DissectionSummary]
+NAMES = {"experts": "RA-E, live", "router": "RA-R, live"}
 ROUTERS_SHOWN = 8
 MANY = 5  # experts: beyond them, heat maps stand two in a row
 WORST, UNION = "worst case of all", "RA, union"
-EXPERTS_ALONE = "the experts attacked; alone: each image keeps its clean route, so only the experts can fail"
+EXPERTS_ALONE = "the experts attacked; alone: each image keeps its clean routing, so only the experts can fail"
 ROUTER_ALONE = "the router attacked; alone: the experts answer as on the clean image, so only the route can fail"
 WORDS = {
     "clean": "no attack",
     "prediction": "on the prediction",
-    "frozen": "on the experts, route held",
-    "router": "on the router, experts held",
-    "steering": "into each expert’s cell",
+    "experts": "on the experts, routing fixed",
+    "router": "on the router, experts fixed",
+    "steering": "into each expert’s region",
     "margin": "on the router’s margin",
     "flip": "across router boundaries",
     "residue": "on the router’s y mod E",
@@ -34,12 +34,12 @@ WORDS = {
 TERMS = (
     ("route kept", "the share of images whose every item goes to the same experts before and after the attack."),
     (
-        "route held",
+        "routing fixed",
         "the attack and the judge both see the experts of the clean image’s route, whatever the router would now say. "
         "It is the experts’ robustness, not the model’s.",
     ),
     (
-        "experts held",
+        "experts fixed",
         "the attack and the judge both see the experts’ answers to the clean image, on the route of the attacked one: "
         "the clean image, misrouted. It is the router’s robustness, not the model’s.",
     ),
@@ -63,42 +63,43 @@ TERMS = (
 # Words -----------------------------------------------------------------------------------------------------------
 
 
-def story(one: Dissected) -> str:
-    """Which part gives way first, as plain text; and whether the attack on the whole model alone would mislead."""
-    parts = one.parts
-    held = f"with the route held, an attack on the experts takes it to {percent(parts.frozen)}"
-    wrong = f"wrong routes alone (clean images, misrouted) take it to {percent(parts.swapped)}"
+def story(shown: Dissected) -> str:
+    """Returns which part gives way first, as plain text; and whether the attack on the whole model alone would
+    mislead."""
+    parts = shown.summary
+    fixed = f"with the routing fixed, an attack on the experts takes it to {percent(parts.routing_fixed)}"
+    wrong = f"wrong routes alone (clean images, misrouted) take it to {percent(parts.routing_transplanted)}"
     moved = 1 - parts.consistency("margin").value
     moves = f"the attack on the router’s margin moves {percent(moved)} of the routes"
     start = f"From {percent(parts.clean)} clean accuracy, "
     said = {
-        "experts": f"The experts give way first. {start}{held}; {wrong}, though {moves}.",
-        "router": f"The router gives way first. {start}{wrong}; {held}; {moves}.",
-        "unclear": f"Neither part clearly gives way first on {plural(parts.clean.n, 'image')}. {start}{held}; {wrong}; "
+        "experts": f"The experts give way first. {start}{fixed}; {wrong}, though {moves}.",
+        "router": f"The router gives way first. {start}{wrong}; {fixed}; {moves}.",
+        "unclear": f"Neither part clearly gives way first on {plural(parts.n, 'image')}. {start}{fixed}; {wrong}; "
         f"{moves}.",
-        "neither": f"Neither part gives way under these attacks. {start}{held}; {wrong}; {moves}.",
+        "neither": f"Neither part gives way under these attacks. {start}{fixed}; {wrong}; {moves}.",
     }[parts.weaker]
     easy, worst = parts.robust["prediction"], parts.worst
     if parts.undercut:
-        found = " and ".join(f"{percent(parts.robust[name])} ({NAMES[name]})" for name in parts.undercut)
+        parts_left = " and ".join(f"{percent(parts.robust[name])} ({NAMES[name]})" for name in parts.undercut)
         said += (
             f" Warning: the attack on the whole model was too weak. It leaves {percent(easy)}, an attack on one part "
-            f"leaves the same model {found}; quote the union of all, {percent(worst)}."
+            f"leaves the same model {parts_left}; quote the union of all, {percent(worst)}."
         )
     elif worst.interval[1] < easy.interval[0]:
         said += f" The attack on the prediction alone leaves {percent(easy)}, all attacks together {percent(worst)}."
     return said
 
 
-def setting(found: Dissection) -> str:
-    """On what, and against what."""
-    header = found.header
+def setting(record: Dissection) -> str:
+    """Returns on what, and against what."""
+    header = record.header
     where = f"{plural(header.n, 'image')} of {header.data} ({header.split}), {threat(header.norm, header.eps)}"
     return f"{where}; every attack is made from {header.attack}."
 
 
 def attack_words(name: str) -> str:
-    """ "on the router’s margin", "on expert 1 alone"."""
+    """Returns "on the router’s margin", "on expert 1 alone"."""
     return WORDS.get(name, f"on {name} alone")
 
 
@@ -109,29 +110,29 @@ def _number(value: float | None) -> str:
 # Tables ----------------------------------------------------------------------------------------------------------
 
 
-def grids(one: Dissected) -> list[Grid]:
-    """Everything measured, as tables: the parts against the whole, each attack, each router, the experts."""
-    routers = one.parts.routers
+def grids(shown: Dissected) -> list[Grid]:
+    """Returns everything measured, as tables: the parts against the whole, each attack, each router, the experts."""
+    routers = shown.summary.routers
     tables = [
-        _components(one.parts),
-        _whole(one.parts),
+        _components(shown.summary),
+        _whole(shown.summary),
         *(_router(router, len(routers) > 1) for router in routers[:ROUTERS_SHOWN]),
     ]
     if len(routers) > ROUTERS_SHOWN:
         more = plural(len(routers) - ROUTERS_SHOWN, "more router")
         tables[-1] = replace(tables[-1], note=f"{tables[-1].note} {more} in the JSON of the report.")
-    experts = [_experts(one.parts, router.name, len(routers) > 1) for router in routers[:ROUTERS_SHOWN]]
-    return [*tables, *experts, *([_pairs(one.parts)] if one.parts.disagreement else [])]
+    experts = [_experts(shown.summary, router, len(routers) > 1) for router in routers[:ROUTERS_SHOWN]]
+    return [*tables, *experts, *([_pairs(shown.summary)] if shown.summary.disagreement else [])]
 
 
 def _components(parts: DissectionSummary) -> Grid:
-    """SA, RA, RA-E and RA-R, a sentence each."""
+    """Returns SA, RA, RA-E and RA-R, a sentence each."""
     live, none = parts.robust, ("", "")
     rows: tuple[tuple[Entry, ...], ...] = (
         (("SA", "no attack"), none, rated(parts.clean)),
         (("RA", "one attack climbs the whole model, as is usual"), none, rated(live["prediction"])),
-        (("RA-E", EXPERTS_ALONE), rated(parts.frozen), rated(live["frozen"])),
-        (("RA-R", ROUTER_ALONE), rated(parts.swapped), rated(live["router"])),
+        (("RA-E", EXPERTS_ALONE), rated(parts.routing_fixed), rated(live["experts"])),
+        (("RA-R", ROUTER_ALONE), rated(parts.routing_transplanted), rated(live["router"])),
         (
             (UNION, "right under every attack of this dissection; never above another of this column"),
             none,
@@ -166,12 +167,12 @@ def _router(router: RouterPart, several: bool) -> Grid:
         else:
             entries += [("", "")] * (len(head) - 1)
         rows.append((*entries, *(rated(share) for share in load)))
-    title = f"Router {router.name}" if several else "The router"
+    title = f"Router {router.short}" if several else "The router"
     return Grid(title, (*head, *(f"To expert {k}" for k in experts)), tuple(rows), _state(router))
 
 
 def _state(router: RouterPart) -> str:
-    """Gap, ties, entropy, residue of a router on clean images, as sentences."""
+    """Returns gap, ties, entropy, residue of a router on clean images, as sentences."""
     if router.ties is None:
         text = "It always uses all its experts, so no route can move."
     else:
@@ -190,16 +191,16 @@ def _state(router: RouterPart) -> str:
     return text
 
 
-def _experts(parts: DissectionSummary, router: str, several: bool) -> Grid:
+def _experts(parts: DissectionSummary, router: RouterPart, several: bool) -> Grid:
     def row(expert: ExpertPart) -> tuple[Entry, ...]:
-        load = next(one.load["clean"] for one in parts.routers if one.name == router)
+        load = router.load["clean"]
         return (
             (f"expert {expert.k}", ""),
             rated(load[expert.k]),
             rated(expert.clean),
             rated(expert.robust),
-            rated(expert.own[router]),
-            rated(expert.others[router]),
+            rated(expert.own[router.name]),
+            rated(expert.others[router.name]),
             rated(expert.own_residue),
             rated(expert.other_residues),
         )
@@ -208,7 +209,7 @@ def _experts(parts: DissectionSummary, router: str, several: bool) -> Grid:
         "Expert", "Load", "Alone, clean", "Alone, attacked", "Clean, on its own images", "Clean, on the others’",
         "Clean, classes y mod E = k", "Clean, other classes",
     )  # fmt: skip
-    title = f"Each expert alone, its own images those of router {router}" if several else "Each expert alone"
+    title = f"Each expert alone, its own images those of router {router.short}" if several else "Each expert alone"
     note = "Its own images are those that the router sends wholly to it; all others are the others’."
     return Grid(title, head, tuple(row(expert) for expert in parts.experts), note)
 
@@ -219,105 +220,73 @@ def _pairs(parts: DissectionSummary) -> Grid:
     return Grid("How often experts disagree on clean images", ("Pair", "Disagree"), rows, note)
 
 
-def comparison(views: Sequence[View]) -> Grid | None:
-    """The dissected runs side by side; None for fewer than two."""
-    both = [(view, view.dissected.parts) for view in views if view.dissected is not None]
-    if len(both) < 2:
+def comparison(every: Sequence[Dissected]) -> Grid | None:
+    """Returns the dissected runs side by side; None for fewer than two."""
+    if len(every) < 2:
         return None
     head = (
         "Run", "Clean", "Attacked prediction", "Route kept, prediction", "Route kept, router’s margin",
-        "Experts, route held", "Router, experts held", "Worst case", "Expert alone, mean", "Disagree, mean",
+        "Experts, routing fixed", "Router, experts fixed", "Worst case", "Expert alone, mean", "Disagree, mean",
         "Gives way first",
     )  # fmt: skip
     rows = tuple(
         (
-            (view.name, ""),
+            (run, ""),
             rated(parts.clean),
             rated(parts.robust["prediction"]),
             rated(parts.consistency("prediction")),
             rated(parts.consistency("margin")),
-            rated(parts.frozen),
-            rated(parts.swapped),
+            rated(parts.routing_fixed),
+            rated(parts.routing_transplanted),
             rated(parts.worst),
             (percent(parts.mean_expert), _span([expert.robust.value for expert in parts.experts])),
             (percent(parts.mean_disagreement), ""),
             (parts.weaker, ""),
         )
-        for view, parts in both
+        for run, parts in ((shown.run, shown.summary) for shown in every)
     )
-    return Grid("The runs side by side", head, rows, "; ".join(_apart(views)))
+    reasons = apart("dissections", every, DATA, IMAGES, ("attacks", lambda shown: shown.record.header.attack))
+    return Grid("The runs side by side", head, rows, reasons)
 
 
 def _span(values: Sequence[float]) -> str:
     return f"{100 * min(values):.1f} to {100 * max(values):.1f}" if len(values) > 1 else ""
 
 
-def _apart(views: Sequence[View]) -> list[str]:
-    """Why dissections cannot be compared number by number."""
-    headers = [view.dissected.record.header for view in views if view.dissected is not None]
-    fields = (("data_hash", "data sets"), ("index_hash", "images"), ("attack", "attacks"))
-    return [
-        f"these dissections are of different {words}"
-        for field, words in fields
-        if len({getattr(header, field) for header in headers}) > 1
-    ]
-
-
 # The page --------------------------------------------------------------------------------------------------------
 
 
-def section(views: Sequence[View]) -> str:
-    """The dissected runs: side by side, then a card, figures and tables each; "" without any."""
-    there = [(at, view, view.dissected) for at, view in enumerate(views) if view.dissected is not None]
-    if not there:
-        return ""
-    parts = [
-        '<h2>Dissection</h2><p class="lead">The router and the experts attacked apart, to see which of them gives way. '
-        "Small print: 95 % Wilson intervals, in per cent.</p>"
-    ]
-    both = comparison(views)
-    if both is not None:
-        parts += [alarm("Compare with care", [both.note], mild=True)] if both.note else []
-        parts.append(grid_html(replace(both, note="")))
-    for at, view, one in there:
-        name = (
-            f'<h2><i class="dotkey b{colour(at)}"></i><span>{escape(view.name)}</span></h2>' if len(views) > 1 else ""
-        )
-        parts.append(f'<div class="cards"><article class="card">{name}{_card(one)}</article></div>')
-        first, *rest = grids(one)
-        parts += [grid_html(first), _figures(one)]
-        tables = "".join(grid_html(grid) for grid in rest)
-        parts.append(f"<details{'' if len(there) > 1 else ' open'}><summary>All numbers</summary>{tables}</details>")
-    dead = any(router.classes.dead for _, _, one in there for router in one.parts.routers)
-    terms = "".join(
-        f"<div><dt>{escape(term)}:</dt> <dd>{escape(words)}</dd></div>" for term, words in TERMS if dead or term != "†"
+def panel(shown: Dissected) -> Panel:
+    """Returns everything that is said of a dissection."""
+    dead = any(router.classes.dead for router in shown.summary.routers)
+    terms = [(term, words) for term, words in TERMS if dead or term != "†"]
+    return Panel(
+        story(shown),
+        setting(shown.record),
+        grids(shown),
+        terms,
+        open=1,
+        card=lambda: _card(shown.summary),
+        figures=lambda: _figures(shown),
     )
-    return f'{"".join(parts)}<dl class="terms">{terms}</dl>'
 
 
-def _card(one: Dissected) -> str:
-    parts = one.parts
+def _card(parts: DissectionSummary) -> str:
+    router, experts = parts.routing_transplanted, parts.routing_fixed
     kept, robust = parts.consistency("margin"), [expert.robust.value for expert in parts.experts]
     cells = (
-        ("Router alone: RA-R", "big", percent(parts.swapped), f"95 %: {interval(parts.swapped)}; experts held"),
-        ("Experts alone: RA-E", "big", percent(parts.frozen), f"95 %: {interval(parts.frozen)}; route held"),
+        ("Router alone: RA-R", "big", percent(router), f"95 %: {interval(router)}; experts fixed"),
+        ("Experts alone: RA-E", "big", percent(experts), f"95 %: {interval(experts)}; routing fixed"),
         ("Whole model: RA, union", "word", percent(parts.worst), f"95 %: {interval(parts.worst)}"),
         ("Clean: SA", "word", percent(parts.clean), f"95 %: {interval(parts.clean)}"),
         ("Route kept", "word", percent(kept), f"95 %: {interval(kept)}; the router’s margin attacked"),
         ("An expert alone, attacked", "word", percent(parts.mean_expert), f"mean; {_span(robust)}".rstrip("; ")),
     )
-    body = "".join(
-        f'<div><dt>{escape(name)}</dt><dd class="{kind}">{escape(value)}<small>{escape(note)}</small></dd></div>'
-        for name, kind, value, note in cells
-    )
-    return (
-        f'<p class="story">{escape(story(one))}</p><dl class="figures">{body}</dl>'
-        f'<p class="note">{escape(setting(one.record))}</p>'
-    )
+    return figure_list(cells)
 
 
-def _figures(one: Dissected) -> str:
-    parts = one.parts
+def _figures(shown: Dissected) -> str:
+    parts = shown.summary
     series = [
         ("clean", 1, [_bar(expert.clean) for expert in parts.experts]),
         ("attacked", 2, [_bar(expert.robust) for expert in parts.experts]),
@@ -327,7 +296,7 @@ def _figures(one: Dissected) -> str:
         (attack_words(name), at, [_bar(share) for share in parts.routers[0].load[name]])
         for at, name in ((1, "clean"), (2, "prediction"), (3, "margin"))
     ]
-    which = f", {parts.routers[0].name}" if len(parts.routers) > 1 else ""
+    which = f", {parts.routers[0].short}" if len(parts.routers) > 1 else ""
     experts = [str(k) for k in range(parts.routers[0].info.experts)]
     body = bars("Right, each expert alone", names, series, "expert", note="Whiskers: 95 % intervals.")
     body += bars(f"Who gets the images{which}", experts, loads, "expert", note="The share that each expert gets.")
@@ -341,8 +310,8 @@ def _bar(rate: Rate) -> tuple[float, float, float]:
 
 
 def _heats(router: RouterPart, several: bool) -> str:
-    """Class by expert, clean and attacked; which images of a class stay; expert by expert."""
-    load, who = router.classes, f"{router.name}: " if several else ""
+    """Returns class by expert, clean and attacked; which images of a class stay; expert by expert."""
+    load, who = router.classes, f"{router.short}: " if several else ""
     kept = [at for at, images in enumerate(load.images) if images]
     names = [load.classes[at] for at in kept]
     boxes = [
@@ -357,3 +326,15 @@ def _heats(router: RouterPart, several: bool) -> str:
     inside = "".join(f'<div class="heatbox" tabindex="0">{box}</div>' for box in boxes)
     kind = "heats wide" if router.info.experts > MANY else "heats"
     return f'<div class="{kind}" style="margin-top:20px">{inside}</div>'
+
+
+KIND = Kind(
+    Dissection,
+    "Dissection",
+    "The router and the experts attacked apart, to see which of them gives way. Small print: 95 % Wilson intervals, in "
+    "per cent.",
+    lambda record, evaluations: dissection_summary(record),
+    panel,
+    comparison,
+    unfit=lambda record: "" if record.done else "not finished",
+)

@@ -23,7 +23,7 @@ SIDE = 96  # pixels: larger images are shown smaller, so that the page stays sma
 
 
 def load_section(views: Sequence[View]) -> str:
-    """Heat maps of class by expert, under the strongest attack; "" for dense models."""
+    """Returns heat maps of class by expert, under the strongest attack; "" for dense models."""
     body = ""
     for view in views:
         if view.loads:
@@ -57,7 +57,7 @@ def _pair(load: Load) -> str:
 
 
 def image_section(views: Sequence[View]) -> str:
-    """Before, after and the difference made visible; "" without examples."""
+    """Shows before, after and the difference made visible; "" without examples."""
     body = ""
     for view in views:
         strip, factor = _strip(view)
@@ -75,7 +75,7 @@ def image_section(views: Sequence[View]) -> str:
 
 
 def decode(text: str) -> np.ndarray | None:
-    """A base64 PNG as an array of grey levels, ``(h, w, 3)`` of int16; None if it is not a picture."""
+    """Returns a base64 PNG as an array of grey levels, ``(h, w, 3)`` of int16; None if it is not a picture."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
             return np.asarray(image.convert("RGB")).astype(np.int16)

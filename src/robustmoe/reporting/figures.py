@@ -28,12 +28,12 @@ class Series:
 
 
 def colour(position: int) -> int:
-    """The number of a colour class, 1 to 8, in turn."""
+    """Returns the number of a colour class, 1 to 8, in turn."""
     return position % COLOURS + 1
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round values that cover [low, high], about as many as wanted."""
+    """Returns round values that cover [low, high], about as many as wanted."""
     span = high - low
     if span <= 0 or not math.isfinite(span):
         return [low]
@@ -51,7 +51,7 @@ def _text(value: float) -> str:
 
 
 def _scale(low: float, high: float, start: float, end: float) -> tuple[float, float]:
-    """Slope and offset of the straight line that takes [low, high] to [start, end]."""
+    """Returns slope and offset of the straight line that takes [low, high] to [start, end]."""
     slope = (end - start) / (high - low) if high > low else 0.0
     return slope, (start - slope * low) if high > low else (start + end) / 2
 
@@ -93,14 +93,14 @@ class _Frame:
 
 
 def svg(body: str, alt: str, size: Size) -> str:
-    """A drawing with its alternative text."""
+    """Returns a drawing with its alternative text."""
     width, height = size
     kind = "large" if size == LARGE else "plot"
     return f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">{body}</svg>'
 
 
 def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
-    """Names with their colours; (name, colour, dashed)."""
+    """Returns names with their colours; (name, colour, dashed)."""
     items = "".join(
         f'<li><i class="key b{number}{" dashed" if dashed else ""}"></i>{escape(name)}</li>'
         for name, number, dashed in entries
@@ -109,7 +109,7 @@ def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
 
 
 def figure(title: str, drawing: str, entries: Sequence[tuple[str, int, bool]] = (), note: str = "") -> str:
-    """A titled figure with its legend above and a note below."""
+    """Returns a titled figure with its legend above and a note below."""
     keys = legend(entries) if entries else ""
     below = f'<p class="note">{escape(note)}</p>' if note else ""
     return f"<figure><figcaption>{escape(title)}</figcaption>{keys}{drawing}{below}</figure>"
@@ -127,11 +127,11 @@ def lines(
     size: Size = NORMAL,
     mark: float | None = None,
 ) -> str:
-    """A line chart; y from 0 (or its least value) to a little above its greatest, unless ``y_range`` says otherwise.
-    ``mark``: an upright line at this x."""
-    series = [one for one in series if one.points]
-    xs = [x for one in series for x, _ in one.points]
-    y_all = [y for one in series for _, y in one.points]
+    """Returns a line chart; y from 0 (or its least value) to a little above its greatest, unless ``y_range`` says
+    otherwise. ``mark``: an upright line at this x."""
+    series = [line for line in series if line.points]
+    xs = [x for line in series for x, _ in line.points]
+    y_all = [y for line in series for _, y in line.points]
     low, high = y_range or (min(0.0, *y_all), max(y_all) * 1.06 or 1.0)
     frame = _Frame((min(xs), max(xs)), (low, high), size)
     x_ticks = ticks(min(xs), max(xs), 6)
@@ -140,37 +140,41 @@ def lines(
     body = frame.grid(x_label, unit, x_ticks, ticks(low, high))
     if mark is not None:
         body += f'<path class="mark" d="{frame.path([(mark, low), (mark, high)])}"/>'
-    for one in series:
-        body += _line(frame, one, unit)
+    for line in series:
+        body += _line(frame, line, unit)
     alt = f"{title}. " + "; ".join(
-        f"{one.name}: {_text(round(one.points[0][1], 3))}{unit} at {_text(one.points[0][0])}"
-        + (f", {_text(round(one.points[-1][1], 3))}{unit} at {_text(one.points[-1][0])}" if len(one.points) > 1 else "")
-        for one in series
+        f"{line.name}: {_text(round(line.points[0][1], 3))}{unit} at {_text(line.points[0][0])}"
+        + (
+            f", {_text(round(line.points[-1][1], 3))}{unit} at {_text(line.points[-1][0])}"
+            if len(line.points) > 1
+            else ""
+        )
+        for line in series
     )
-    entries = [(one.name, one.colour, one.dashed) for one in series]
+    entries = [(line.name, line.colour, line.dashed) for line in series]
     return figure(title, svg(body, alt, size), entries, note)
 
 
-def _line(frame: _Frame, one: Series, unit: str) -> str:
+def _line(frame: _Frame, line: Series, unit: str) -> str:
     parts = []
-    if one.band:
-        edge = [(x, high) for x, _, high in one.band] + [(x, low) for x, low, _ in reversed(one.band)]
-        parts.append(f'<path class="band f{one.colour}" d="{frame.path(edge)}Z"/>')
-    dashed = " dashed" if one.dashed else ""
-    if len(one.points) > 1:
-        parts.append(f'<path class="line s{one.colour}{dashed}" d="{frame.path(one.points)}"/>')
-    radius = 3.2 if len(one.points) <= 24 else 1.6
+    if line.band:
+        edge = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
+        parts.append(f'<path class="band f{line.colour}" d="{frame.path(edge)}Z"/>')
+    dashed = " dashed" if line.dashed else ""
+    if len(line.points) > 1:
+        parts.append(f'<path class="line s{line.colour}{dashed}" d="{frame.path(line.points)}"/>')
+    radius = 3.2 if len(line.points) <= 24 else 1.6
     parts += [
-        f'<circle class="dot f{one.colour}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">'
-        f"<title>{escape(one.name)}: {_text(round(y, 4))}{unit} at {_text(round(x, 4))}</title></circle>"
-        for x, y in one.points
-        if one.dots and not one.dashed and len(one.points) <= 120
+        f'<circle class="dot f{line.colour}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">'
+        f"<title>{escape(line.name)}: {_text(round(y, 4))}{unit} at {_text(round(x, 4))}</title></circle>"
+        for x, y in line.points
+        if line.dots and not line.dashed and len(line.points) <= 120
     ]
     return "".join(parts)
 
 
 def shares(title: str, epochs: Sequence[float], loads: Sequence[Sequence[float]], note: str = "") -> str:
-    """Who gets the items, over the epochs: one layer an expert, stacked to 100 %."""
+    """Draws who gets the items, over the epochs: one layer an expert, stacked to 100 %."""
     experts = max(len(load) for load in loads)
     if len(epochs) == 1:  # one epoch still fills the frame
         epochs, loads = [epochs[0], epochs[0] + 1], [loads[0], loads[0]]
@@ -212,8 +216,8 @@ def crosses(
     note: str = "",
     size: Size = NORMAL,
 ) -> str:
-    """Per cents against per cents: each curve (name, colour, points) a line with a cross a point, each floor a dashed
-    line. ``labels``: of x and of y. y starts at 0, x a little below its least."""
+    """Draws per cents against per cents: each curve (name, colour, points) a line with a cross a point, each floor a
+    dashed line. ``labels``: of x and of y. y starts at 0, x a little below its least."""
     every = [point for _, _, points in curves for point in points]
     xs = [x for point in every for x in point.x] + [x for _, _, points in floors for x, _ in points]
     ys = [y for point in every for y in point.y] + [y for _, _, points in floors for _, y in points]
@@ -225,13 +229,15 @@ def crosses(
     for name, number, floor in floors:
         body += _line(frame, Series(name, tuple(floor), number, dashed=True), "%")
     for name, number, points in curves:
-        body += f'<path class="line s{number}" d="{frame.path([(one.x[0], one.y[0]) for one in points])}"/>'
-        body += "".join(_cross(frame, name, number, labels, one) for one in points)
+        body += f'<path class="line s{number}" d="{frame.path([(cross.x[0], cross.y[0]) for cross in points])}"/>'
+        body += "".join(_cross(frame, name, number, labels, cross) for cross in points)
     for _, number, points in curves:
-        body += "".join(_cross_name(frame, number, one, taken) for one in sorted(points, key=lambda one: not one.ring))
+        body += "".join(
+            _cross_name(frame, number, cross, taken) for cross in sorted(points, key=lambda cross: not cross.ring)
+        )
     alt = f"{title}. " + "; ".join(
         f"{name}: "
-        + ", ".join(f"{one.name}: {one.x[0]:.1f}% {labels[0]}, {one.y[0]:.1f}% {labels[1]}" for one in points)
+        + ", ".join(f"{cross.name}: {cross.x[0]:.1f}% {labels[0]}, {cross.y[0]:.1f}% {labels[1]}" for cross in points)
         for name, _, points in curves
     )
     entries = [(name, number, False) for name, number, _ in curves] + [
@@ -240,28 +246,28 @@ def crosses(
     return figure(title, svg(body, alt, size), entries, note)
 
 
-def _cross(frame: _Frame, name: str, number: int, labels: tuple[str, str], one: Cross) -> str:
-    x, y = frame.x(one.x[0]), frame.y(one.y[0])
+def _cross(frame: _Frame, name: str, number: int, labels: tuple[str, str], cross: Cross) -> str:
+    x, y = frame.x(cross.x[0]), frame.y(cross.y[0])
     words = "; ".join(
         f"{label} {value:.1f}% ({low:.1f}–{high:.1f})"
-        for label, (value, low, high) in zip(labels, (one.x, one.y), strict=True)
+        for label, (value, low, high) in zip(labels, (cross.x, cross.y), strict=True)
     )
-    ring = f'<circle class="ring" cx="{x}" cy="{y}" r="7.5"/>' if one.ring else ""
+    ring = f'<circle class="ring" cx="{x}" cy="{y}" r="7.5"/>' if cross.ring else ""
     return (
-        f'<path class="thin s{number}" d="{frame.path([(one.x[1], one.y[0]), (one.x[2], one.y[0])])}'
-        f'{frame.path([(one.x[0], one.y[1]), (one.x[0], one.y[2])])}"/>{ring}'
-        f'<circle class="dot f{number}" cx="{x}" cy="{y}" r="4"><title>{escape(name)}, {escape(one.name)}: '
+        f'<path class="thin s{number}" d="{frame.path([(cross.x[1], cross.y[0]), (cross.x[2], cross.y[0])])}'
+        f'{frame.path([(cross.x[0], cross.y[1]), (cross.x[0], cross.y[2])])}"/>{ring}'
+        f'<circle class="dot f{number}" cx="{x}" cy="{y}" r="4"><title>{escape(name)}, {escape(cross.name)}: '
         f"{escape(words)}</title></circle>"
     )
 
 
-def _cross_name(frame: _Frame, number: int, one: Cross, taken: list[tuple[float, float]]) -> str:
-    """The point's name beside it, unless another stands there."""
-    x, y = frame.x(one.x[0]) + 9, frame.y(one.y[0]) - 7
-    if any(abs(x - other) < 8 * len(one.name) and abs(y - height) < 13 for other, height in taken):
+def _cross_name(frame: _Frame, number: int, cross: Cross, taken: list[tuple[float, float]]) -> str:
+    """Returns the point's name beside it, unless another stands there."""
+    x, y = frame.x(cross.x[0]) + 9, frame.y(cross.y[0]) - 7
+    if any(abs(x - other) < 8 * len(cross.name) and abs(y - height) < 13 for other, height in taken):
         return ""
     taken.append((x, y))
-    return f'<text class="tick f{number}" x="{x:.1f}" y="{y:.1f}">{escape(one.name)}</text>'
+    return f'<text class="tick f{number}" x="{x:.1f}" y="{y:.1f}">{escape(cross.name)}</text>'
 
 
 def bars(
@@ -271,8 +277,8 @@ def bars(
     x_label: str,
     note: str = "",
 ) -> str:
-    """Per cents side by side, with whiskers: one group a name, one bar a series (name, colour, its bars). The values of
-    more than 16 bars are tooltips alone."""
+    """Draws per cents side by side, with whiskers: one group a name, one bar a series (name, colour, its bars). The
+    values of more than 16 bars are tooltips alone."""
     frame = _Frame((0.0, float(len(groups))), (0.0, 100.0), NORMAL)
     body = frame.grid(x_label, "%", [], [0.0, 25.0, 50.0, 75.0, 100.0])
     width = min(0.8 / len(series), 0.3)
@@ -297,7 +303,7 @@ def bars(
 
 
 def _one_bar(frame: _Frame, start: float, width: float, number: int, name: str, bar: Bar) -> str:
-    """The bar and its whisker."""
+    """Returns the bar and its whisker."""
     value, low, high = bar
     left, right, middle = frame.x(start + 0.04 * width), frame.x(start + 0.96 * width), frame.x(start + width / 2)
     top, foot = frame.y(value), frame.y(0.0)
@@ -309,8 +315,8 @@ def _one_bar(frame: _Frame, start: float, width: float, number: int, name: str, 
 
 
 def heat(caption: str, rows: Sequence[str], table: Sequence[Sequence[float]], marks: Sequence[int] = ()) -> str:
-    """A heat map as a real table of per cents: one row a class, one column an expert; ``marks``: dead experts; nan is
-    shown as a dash."""
+    """Returns a heat map as a real table of per cents: one row a class, one column an expert; ``marks``: dead experts;
+    nan is shown as a dash."""
     experts = len(table[0]) if table else 0
     head = "".join(
         f'<th scope="col" class="dead" title="gets nothing">{at}†</th>' if at in marks else f'<th scope="col">{at}</th>'

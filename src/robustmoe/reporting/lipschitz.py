@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from html import escape
 
-from robustmoe.analysis import LayerPart, LipschitzSummary, Middle
+from robustmoe.analysis import LayerPart, LipschitzSummary, Middle, lipschitz_summary
 from robustmoe.records import Lipschitz
-from robustmoe.reporting.collect import Measured, View
 from robustmoe.reporting.figures import Series, bars, colour, heat, lines
-from robustmoe.reporting.tables import Entry, Grid, grid_html, rated
+from robustmoe.reporting.grid import Entry, Grid, rated
+from robustmoe.reporting.panel import Kind, Panel, Shown
 from robustmoe.reporting.words import NORM_NAMES, eps_text, percent, plural, threat
 
+Measured = Shown[Lipschitz, LipschitzSummary]
 ROUTERS_SHOWN = 8
 MOST_EXPERTS = 16  # columns of the tables of experts; beyond them, the greatest is told
 
 WHOLE = {
     "jacobian": "slope of the logits, ‖J‖",
-    "experts' part": "of it with the routing weights held",
+    "experts' part": "of it with the routing weights fixed",
     "router's part": "of it through the routing weights",
     "router's share": "router’s part / (router’s + experts’)",
     "margin slope": "slope of the margin",
@@ -43,7 +42,7 @@ TABLES: tuple[tuple[str, dict[str, str]], ...] = (
             "mixing term": "of R: how the chosen are mixed",
             "mass term": "of R: how much weight they have",
             "router share": "‖R‖ / (‖A‖ + ‖R‖)",
-            "model's experts' part": "model’s ‖J‖, this layer’s weights held",
+            "model's experts' part": "model’s ‖J‖, this layer’s weights fixed",
             "model's router's part": "model’s ‖J‖ through this layer’s weights",
         },
     ),
@@ -90,8 +89,8 @@ TABLES: tuple[tuple[str, dict[str, str]], ...] = (
 TERMS = (
     (
         "A and R",
-        "a layer mixes experts, Σ w_i f_i. Its Jacobian is A = Σ w_i J_i, the experts moving at held weights, plus R, "
-        "the weights moving at held experts. Norms are spectral; the parts’ sum is never below the whole.",
+        "a layer mixes experts, Σ w_i f_i. Its Jacobian is A = Σ w_i J_i, the experts moving at fixed weights, plus R, "
+        "the weights moving at fixed experts. Norms are spectral; the parts’ sum is never below the whole.",
     ),
     (
         "at the layer’s input",
@@ -115,46 +114,40 @@ TERMS = (
 # Words -----------------------------------------------------------------------------------------------------------
 
 
-def story(one: Measured) -> str:
-    """What the numbers say, as plain text."""
-    found, header = one.numbers, one.record.header
-    whole = found.model
+def story(shown: Measured) -> str:
+    """Returns what the numbers say, as plain text."""
+    summary, header = shown.summary, shown.record.header
+    whole = summary.model
     radius = whole["margin radius"].median / header.eps
     said = (
         f"At the median image the logits change by up to {_number(whole['jacobian'].median)} per unit of pixels (L2), "
-        f"and another class is {_number(radius)} eps away to first order; right on {percent(found.right['clean'])} of "
-        f"the images clean, on {percent(found.right['attacked'])} attacked."
+        f"and another class is {_number(radius)} eps away to first order; right on {percent(summary.right['clean'])} "
+        f"of the images clean, on {percent(summary.right['attacked'])} attacked."
     )
-    if not found.layers:
+    if not summary.layers:
         return f"{said} The model has no router."
     share = percent(whole["router's share"].median, 0)
     said += f" Of the Jacobian, {share} goes through the routing weights (router’s share of the parts’ norms, median)."
-    fall, experts, routes = found.fall
+    fall, experts, routes = summary.fall
     said += (
         f" The attack lowers the margin by {_number(fall)} on average: {_number(experts)} by the experts and "
-        f"{_number(routes)} by the routes; on the clean routes {percent(found.right['frozen'])} of the attacked images "
-        f"are right."
+        f"{_number(routes)} by the routes; with the routing fixed {percent(summary.right['routing fixed'])} of the "
+        f"attacked images are right."
     )
-    masses = [layer.mass for layer in found.layers if layer.mass is not None]
+    masses = [layer.mass for layer in summary.layers if layer.mass is not None]
     if masses:
         low, high = min(masses), max(masses)
         between = percent(low, 0) if low == high else f"{percent(low, 0)} to {percent(high, 0)}"
         said += f" A routing boundary is within eps for {between} of the items, to first order."
-    dead = [f"{short(layer.name)}: {', '.join(map(str, layer.dead))}" for layer in found.layers if layer.dead]
+    dead = [f"{layer.short}: {', '.join(map(str, layer.dead))}" for layer in summary.layers if layer.dead]
     return f"{said} Experts without an item: {'; '.join(dead)}." if dead else said
 
 
-def setting(found: Lipschitz) -> str:
-    """On what, and against what."""
-    header = found.header
-    where = f"{plural(len(found.index), 'image')} of {header.data} ({header.split}), {threat(header.norm, header.eps)}"
+def setting(record: Lipschitz) -> str:
+    """Returns on what, and against what."""
+    header = record.header
+    where = f"{plural(len(record.index), 'image')} of {header.data} ({header.split}), {threat(header.norm, header.eps)}"
     return f"{where}; changes are those that {header.attack} makes. Computed in float32 without autocast."
-
-
-def short(router: str) -> str:
-    """ "block 3" of "network.blocks.3.mlp.router"; any other name as it is."""
-    found = re.fullmatch(r"network\.blocks\.(\d+)\.mlp\.router", router)
-    return f"block {found[1]}" if found else router
 
 
 def _number(value: float) -> str:
@@ -166,14 +159,18 @@ def _number(value: float) -> str:
 # Tables ----------------------------------------------------------------------------------------------------------
 
 
-def grids(one: Measured) -> list[Grid]:
-    """Everything measured, as tables: the whole model, the layers side by side, experts, what is missing."""
-    found = one.numbers
-    tables = [_model(one)]
+def grids(shown: Measured) -> list[Grid]:
+    """Returns everything measured, as tables: the whole model, the layers side by side, experts, what is missing."""
+    summary = shown.summary
+    tables = [_model(shown)]
     for title, rows in TABLES:
-        grid = _layers(found, title, rows)
+        grid = _layers(summary, title, rows)
         tables += [grid] if grid is not None else []
-    return [*tables, *([_boundaries(one)] if any(layer.boundary for layer in found.layers) else []), *_experts(found)]
+    return [
+        *tables,
+        *([_boundaries(shown)] if any(layer.boundary for layer in summary.layers) else []),
+        *_experts(summary),
+    ]
 
 
 def _entry(value: Middle | None, name: str) -> Entry:
@@ -184,71 +181,74 @@ def _entry(value: Middle | None, name: str) -> Entry:
     return _number(value.median), f"{_number(value.low)} to {_number(value.high)}"
 
 
-def _model(one: Measured) -> Grid:
-    found, header = one.numbers, one.record.header
+def _model(shown: Measured) -> Grid:
+    summary, header = shown.summary, shown.record.header
     norm, eps = NORM_NAMES[header.norm], eps_text(header.norm, header.eps)
     units = {"margin radius": f"{norm}, pixels", "stretch": f"logits L2 / pixels {norm}, {norm} ≤ {eps}"}
     rows: list[tuple[Entry, ...]] = [
-        ((words, units.get(name, "")), _entry(found.model[name], name), (found.kind(name), ""))
+        ((words, units.get(name, "")), _entry(summary.model[name], name), (summary.kind(name), ""))
         for name, words in WHOLE.items()
-        if name in found.model
+        if name in summary.model
     ]
     words = {"clean": "right, clean", "attacked": "right, attacked"}
-    if found.layers:
-        words |= {"frozen": "right, attacked on the clean routes", "swapped": "right, clean on the attacked routes"}
-    rows += [((label, ""), rated(found.right[name]), ("exact", "")) for name, label in words.items()]
-    fall, experts, routes = found.fall
-    parts = f"{_number(experts)} by experts + {_number(routes)} by routes" if found.layers else ""
+    if summary.layers:
+        words |= {
+            "routing fixed": "right, attacked, routing fixed",
+            "routing transplanted": "right, clean, routing transplanted",
+        }
+    rows += [((label, ""), rated(summary.right[name]), ("exact", "")) for name, label in words.items()]
+    fall, experts, routes = summary.fall
+    parts = f"{_number(experts)} by experts + {_number(routes)} by routes" if summary.layers else ""
     rows.append((("fall of the margin under the attack", "mean"), (_number(fall), parts), ("exact", "")))
     note = "Slopes are by pixels in L2. Medians over the images; small print: what eight tenths of them are within."
     return Grid("The whole model", ("Quantity", "Median", "How exact"), tuple(rows), note)
 
 
-def _layers(found: LipschitzSummary, title: str, words: Mapping[str, str]) -> Grid | None:
-    """The layers side by side; None where no layer has any of these quantities."""
-    shown = found.layers[:ROUTERS_SHOWN]
+def _layers(summary: LipschitzSummary, title: str, words: Mapping[str, str]) -> Grid | None:
+    """Returns the layers side by side; None where no layer has any of these quantities."""
+    shown = summary.layers[:ROUTERS_SHOWN]
     rows = tuple(
-        ((label, ""), *(_entry(layer.numbers.get(name), name) for layer in shown), (found.kind(name), ""))
+        ((label, ""), *(_entry(layer.numbers.get(name), name) for layer in shown), (summary.kind(name), ""))
         for name, label in words.items()
         if any(name in layer.numbers for layer in shown)
     )
     if not rows:
         return None
     what = "Means over an image’s tokens unless said otherwise, then medians over the images."
-    notes = "" if title != TABLES[0][0] else " ".join([what, *_notes(found)])
-    return Grid(title, ("Quantity", *(short(layer.name) for layer in shown), "How exact"), rows, notes)
+    notes = "" if title != TABLES[0][0] else " ".join([what, *_notes(summary)])
+    return Grid(title, ("Quantity", *(layer.short for layer in shown), "How exact"), rows, notes)
 
 
-def _notes(found: LipschitzSummary) -> list[str]:
-    """How the layers were computed and what they have not, each sentence once."""
+def _notes(summary: LipschitzSummary) -> list[str]:
+    """Returns how the layers were computed and what they have not, each sentence once."""
     told: dict[str, list[str]] = {}
-    for layer in found.layers:
+    for layer in summary.layers:
         for sentence in (layer.note, *(f"no {what}, as {why}" for what, why in layer.absent.items())):
             if sentence:
-                told.setdefault(sentence, []).append(short(layer.name))
+                told.setdefault(sentence, []).append(layer.short)
     some = [f"{', '.join(names)}: {sentence}." for sentence, names in told.items()]
-    more = len(found.layers) - ROUTERS_SHOWN
+    more = len(summary.layers) - ROUTERS_SHOWN
     return some + ([f"{plural(more, 'more router')} in the JSON of the report."] if more > 0 else [])
 
 
-def _boundaries(one: Measured) -> Grid:
-    """The boundary mass against eps."""
-    header = one.record.header
-    there = [layer for layer in one.numbers.layers if layer.boundary][:ROUTERS_SHOWN]
+def _boundaries(shown: Measured) -> Grid:
+    """Returns the boundary mass against eps."""
+    header = shown.record.header
+    there = [layer for layer in shown.summary.layers if layer.boundary][:ROUTERS_SHOWN]
     rows = tuple(
         ((eps_text(header.norm, radius), "the attack’s eps" if radius == header.eps else ""),
          *((percent(layer.boundary[at][1]), "") for layer in there))
         for at, (radius, _) in enumerate(there[0].boundary)
     )  # fmt: skip
-    head = (f"Within ({NORM_NAMES[header.norm]}, pixels)", *(short(layer.name) for layer in there))
+    head = (f"Within ({NORM_NAMES[header.norm]}, pixels)", *(layer.short for layer in there))
     note = "First order. Where not all items were asked, those that were not count as farther away."
     return Grid("Boundary mass: items with a routing boundary that near", head, rows, note)
 
 
-def _experts(found: LipschitzSummary) -> list[Grid]:
-    """Load and bound of each expert."""
+def _experts(summary: LipschitzSummary) -> list[Grid]:
+    """Returns load and bound of each expert."""
     out = []
-    for layer in found.layers[:ROUTERS_SHOWN]:
+    for layer in summary.layers[:ROUTERS_SHOWN]:
         numbers = range(min(len(layer.load), MOST_EXPERTS))
         rows: list[tuple[Entry, ...]] = [
             (
@@ -265,58 +265,34 @@ def _experts(found: LipschitzSummary) -> list[Grid]:
         note = f"Dead on these images: {', '.join(map(str, layer.dead))}." if layer.dead else ""
         if len(layer.load) > MOST_EXPERTS:
             note = f"{note} {len(layer.load)} experts; all in the JSON of the report.".strip()
-        head = (f"Experts, {short(layer.name)}", *(str(k) for k in numbers))
-        out.append(Grid(f"Load and slopes of the experts of {short(layer.name)}", head, tuple(rows), note))
+        head = (f"Experts, {layer.short}", *(str(k) for k in numbers))
+        out.append(Grid(f"Load and slopes of the experts of {layer.short}", head, tuple(rows), note))
     return out
 
 
 # The page --------------------------------------------------------------------------------------------------------
 
 
-def section(views: Sequence[View]) -> str:
-    """The measured runs: a story, figures and tables each; "" without any."""
-    there = [(at, view, view.measured) for at, view in enumerate(views) if view.measured is not None]
-    if not there:
-        return ""
-    parts = [
-        '<h2>Lipschitz laboratory</h2><p class="lead">How far the model can move for a small change of the image, and '
-        "whether through its experts or its router.</p>"
-    ]
-    for at, view, one in there:
-        name = (
-            f'<h2><i class="dotkey b{colour(at)}"></i><span>{escape(view.name)}</span></h2>' if len(views) > 1 else ""
-        )
-        parts.append(f'<div class="cards"><article class="card">{name}{_card(one)}</article></div>{_figures(one)}')
-        first, *rest = grids(one)
-        tables = "".join(grid_html(grid) for grid in rest)
-        parts.append(grid_html(first))
-        if rest:
-            parts.append(
-                f"<details{'' if len(there) > 1 else ' open'}><summary>Layer by layer</summary>{tables}</details>"
-            )
-    terms = "".join(f"<div><dt>{escape(term)}:</dt> <dd>{escape(words)}</dd></div>" for term, words in TERMS)
-    return f'{"".join(parts)}<dl class="terms">{terms}</dl>'
+def panel(shown: Measured) -> Panel:
+    """Returns everything that is said of a Lipschitz record."""
+    return Panel(story(shown), setting(shown.record), grids(shown), TERMS, open=1, figures=lambda: _figures(shown))
 
 
-def _card(one: Measured) -> str:
-    return f'<p class="story">{escape(story(one))}</p><p class="note">{escape(setting(one.record))}</p>'
-
-
-def _figures(one: Measured) -> str:
-    """Router's shares, boundary mass and loads, layer by layer."""
-    layers = one.numbers.layers[:ROUTERS_SHOWN]
-    body = _share_figure(layers) + _boundary_figure(one, layers)
+def _figures(shown: Measured) -> str:
+    """Draws the router's shares, boundary mass and loads, layer by layer."""
+    layers = shown.summary.layers[:ROUTERS_SHOWN]
+    body = _share_figure(layers) + _boundary_figure(shown, layers)
     loads = ""
     if layers:
         widest = max(len(layer.load) for layer in layers)
         table = [[*layer.load, *([math.nan] * (widest - len(layer.load)))] for layer in layers]
-        drawn = heat("% of the items to each expert, clean", [short(layer.name) for layer in layers], table)
+        drawn = heat("% of the items to each expert, clean", [layer.short for layer in layers], table)
         loads = f'<div class="heats" style="margin-top:20px"><div class="heatbox" tabindex="0">{drawn}</div></div>'
     return f'<div class="plots wide" style="margin-top:20px">{body}</div>{loads}' if body else ""
 
 
 def _share_figure(layers: Sequence[LayerPart]) -> str:
-    """What the router has of each layer's Jacobian, and of its change under the attack."""
+    """Returns what the router has of each layer's Jacobian, and of its change under the attack."""
     some = [layer for layer in layers if "router share" in layer.numbers]
     if not some:
         return ""
@@ -332,19 +308,19 @@ def _share_figure(layers: Sequence[LayerPart]) -> str:
         if all(name in layer.numbers for layer in some)
     ]
     note = "‖R‖ / (‖A‖ + ‖R‖), median over images; whiskers: eight tenths of them. 50: experts and router alike."
-    return bars("The router’s share of each layer", [short(layer.name) for layer in some], series, "layer", note)
+    return bars("The router’s share of each layer", [layer.short for layer in some], series, "layer", note)
 
 
-def _boundary_figure(one: Measured, layers: Sequence[LayerPart]) -> str:
-    """The share of items within a radius of a routing boundary."""
+def _boundary_figure(shown: Measured, layers: Sequence[LayerPart]) -> str:
+    """Returns the share of items within a radius of a routing boundary."""
     some = [layer for layer in layers if layer.boundary]
     if not some:
         return ""
-    header = one.record.header
+    header = shown.record.header
     scale, unit = (255, " of 1/255") if header.norm == "linf" else (1, "")
     series = [
         Series(
-            short(layer.name),
+            layer.short,
             ((0.0, 0.0), *((scale * radius, 100 * share) for radius, share in layer.boundary)),
             colour(at),
         )
@@ -353,3 +329,14 @@ def _boundary_figure(one: Measured, layers: Sequence[LayerPart]) -> str:
     label = f"{NORM_NAMES[header.norm]} radius in pixels{unit}"
     note = "Share of the items with a routing boundary that near, to first order; the upright line is the attack’s eps."
     return lines("Boundary mass", series, label, unit="%", y_range=(0.0, 100.0), note=note, mark=scale * header.eps)
+
+
+KIND = Kind(
+    Lipschitz,
+    "Lipschitz laboratory",
+    "How far the model can move for a small change of the image, and whether through its experts or its router.",
+    lambda record, evaluations: lipschitz_summary(record),
+    panel,
+    unfit=lambda record: "" if record.index else "without an image yet",
+    link="Lipschitz",
+)

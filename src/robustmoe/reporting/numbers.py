@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from robustmoe import analysis
-from robustmoe.reporting.collect import Blended, Certified, Dissected, Group, Measured, Swept, View, comparable
+from robustmoe.reporting.collect import Group, View, comparable
+from robustmoe.reporting.kinds import KINDS
+from robustmoe.reporting.panel import Kind, Shown
 
 
 def numbers(views: Sequence[View]) -> dict[str, Any]:
-    """The whole report as JSON values; numbers that are not finite become null."""
+    """Returns the whole report as JSON values; numbers that are not finite become null."""
     return finite(
         {
             "kind": "robustmoe report",
@@ -65,11 +67,7 @@ def _run(view: View) -> dict[str, Any]:
         ],
         "load": [dict(vars(load)) for load in view.loads],
         "checks": [{"attack": name, **vars(check)} for name, check in view.checks],
-        "dissection": None if view.dissected is None else _dissection(view.dissected),
-        "blend": None if view.blended is None else _blend(view.blended),
-        "lipschitz": None if view.measured is None else _lipschitz(view.measured),
-        "certificates": [_certified(one) for one in view.certified],
-        "sweep": None if view.swept is None else _sweep(view.swept),
+        **{kind.name: _records(kind, view.shown[kind.name]) for kind in KINDS},
         "notes": view.notes,
         "training": view.metrics,
         "config": view.config,
@@ -116,43 +114,22 @@ def _group(group: Group) -> dict[str, Any]:
     }
 
 
-def _dissection(one: Dissected) -> dict[str, Any]:
-    header, parts = one.record.header, one.parts
-    means = {"mean_expert": parts.mean_expert, "mean_disagreement": parts.mean_disagreement}
-    made = {"n": header.n, "norm": header.norm, "eps": header.eps, "attack": header.attack}
-    return {**made, **_plain(parts), **means, "seconds": one.record.seconds}
+def _records(kind: Kind, every: Sequence[Shown[Any, Any]]) -> Any:
+    """Returns the records of one kind: a list where a run may have several, else an object, null without one."""
+    values = [_record(shown) for shown in every]
+    return values if "*" in kind.record.file else next(iter(values), None)
 
 
-def _blend(one: Blended) -> dict[str, Any]:
-    found, header = one.record, one.record.header
-    made = {"n": len(found.index), "norm": header.norm, "eps": header.eps, "attack": header.attack}
-    halves = {"standard": found.standard, "robust": found.robust, "mix": found.mix, "sharpen": found.sharpen}
-    shown = {"wanted": found.wanted, "chosen": found.chosen, "shown": one.points[one.shown].alpha}
-    points = [{**_plain(point), "broke": dict(point.broke) if point.broke else None} for point in one.points]
-    return {**made, **halves, **shown, "attacked": len(one.attacked), "points": points, "seconds": found.seconds}
-
-
-def _lipschitz(one: Measured) -> dict[str, Any]:
-    found, header = one.record, one.record.header
-    made = {"n": len(found.index), "norm": header.norm, "eps": header.eps, "attack": header.attack}
-    return {**made, **_plain(one.numbers), "done": found.done, "seconds": found.seconds}
-
-
-def _certified(one: Certified) -> dict[str, Any]:
-    found, header = one.record, one.record.header
-    made = {"certifier": found.certifier, "subject": found.subject, "n": len(found.rows), "norm": header.norm}
-    made |= {"eps": header.eps, "seed": header.seed, "done": found.done}
-    return {**made, **_plain(one.numbers)}
-
-
-def _sweep(one: Swept) -> dict[str, Any]:
-    found, header = one.record, one.record.header
-    made = {"n": header.n, "norm": header.norm, "seed": header.seed, "draws": found.draws, "left_out": found.left_out}
-    return {**made, **_plain(one.numbers), "done": found.done, "seconds": found.seconds}
+def _record(shown: Shown[Any, Any]) -> dict[str, Any]:
+    """Returns what was measured, in its plain fields, and the numbers."""
+    record, header = shown.record, shown.record.header
+    made = {"norm": header.norm, "eps": header.eps, "attack": header.attack, "seed": header.seed}
+    fields = {name: value for name, value in vars(record).items() if isinstance(value, str | float | int | None)}
+    return {**made, **fields, **_plain(shown.summary), "done": record.done, "seconds": record.seconds}
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as objects, rates with their intervals; a pair of experts is named "0-1"."""
+    """Returns dataclasses as objects, rates with their intervals; a pair of experts is named "0-1"."""
     if isinstance(value, analysis.Rate):
         return _rate(value)
     if isinstance(value, analysis.Paired):
@@ -180,7 +157,7 @@ def _rate(rate: analysis.Rate | None) -> dict[str, Any] | None:
 
 
 def finite(value: Any) -> Any:
-    """The value with nan and infinities as None, tuples as lists."""
+    """Returns the value with nan and infinities as None, tuples as lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from robustmoe.reporting import (
-    blend,
-    certificates,
-    dissection,
-    experts,
-    lipschitz,
-    provenance,
-    sweep,
-    tables,
-    training,
-    verdict,
-)
-from robustmoe.reporting.collect import View
+from robustmoe.reporting import experts, provenance, tables, training, verdict
+from robustmoe.reporting.collect import View, of_kind
+from robustmoe.reporting.kinds import KINDS
+from robustmoe.reporting.panel import section
 from robustmoe.reporting.style import css
 from robustmoe.reporting.words import plural
 
@@ -25,19 +16,15 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(views: Sequence[View]) -> str:
-    """The whole page as text."""
+    """Returns the whole page as text."""
     parts = [
         ("verdict", "Verdict", verdict.section(views)),
         ("attacks", "Attacks", tables.section(views)),
         ("eps", "Accuracy against eps", training.eps_section(views)),
-        ("certificates", "Certificates", certificates.section(views)),
-        ("sweep", "Sweep", sweep.section(views)),
-        ("blend", "Over alpha", blend.section(views)),
+        *((kind.name, kind.link or kind.title, section(kind, of_kind(views, kind.name))) for kind in KINDS),
         ("training", "Training", training.section(views)),
         ("routers", "Router health", training.health_section(views)),
         ("experts", "Experts", experts.load_section(views)),
-        ("dissection", "Dissection", dissection.section(views)),
-        ("lipschitz", "Lipschitz", lipschitz.section(views)),
         ("images", "Images", experts.image_section(views)),
         ("checks", "Checks", provenance.check_section(views)),
         ("made", "How it was made", provenance.made_section(views)),
@@ -63,12 +50,7 @@ def page(views: Sequence[View]) -> str:
 def _files(views: Sequence[View]) -> str:
     files = sum(len(view.results) for view in views)
     rows = sum(len(result.rows) for view in views for result in view.results)
-    others = (
-        (sum(view.dissected is not None for view in views), "dissection"),
-        (sum(view.blended is not None for view in views), "curve"),
-        (sum(view.swept is not None for view in views), "sweep"),
-        (sum(view.measured is not None for view in views), "Lipschitz file"),
-        (sum(len(view.certified) for view in views), "file of certificates"),
-    )
+    others = [(len(of_kind(views, kind.name)), kind.title) for kind in KINDS]
     made = [f"the rows of {plural(files, 'evaluation')} ({rows:,} rows)"] if files else []
-    return escape(" and ".join(made + [plural(number, word) for number, word in others if number]))
+    made += [f"{plural(number, 'file')} under {title}" for number, title in others if number]
+    return escape(" and ".join(made))

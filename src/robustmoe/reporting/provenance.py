@@ -9,6 +9,7 @@ from robustmoe import analysis
 from robustmoe.records import Check
 from robustmoe.reporting.collect import View
 from robustmoe.reporting.figures import colour
+from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.words import count, duration, number, plain, plural, short, threat
 
 RECIPE = (
@@ -29,31 +30,31 @@ FOLDED = {"pass": "passed", "not run": "not run"}
 
 
 def merged(view: View) -> list[tuple[Check, list[str]]]:
-    """The run's checks, worst first and then by id, with the attacks they were found under; equal answers are told
-    once."""
-    found: dict[tuple[str, str, str], tuple[Check, list[str]]] = {}
+    """Returns the run's checks, worst first and then by id, with the attacks they were found under; equal answers are
+    told once."""
+    checks: dict[tuple[str, str, str], tuple[Check, list[str]]] = {}
     for name, check in view.checks:
-        found.setdefault((check.id, check.status, check.sentence), (check, []))[1].append(name)
+        checks.setdefault((check.id, check.status, check.sentence), (check, []))[1].append(name)
     order = (*OPEN, *FOLDED)
-    return sorted(found.values(), key=lambda pair: (order.index(pair[0].status), *_by_number(pair[0].id)))
+    return sorted(checks.values(), key=lambda pair: (order.index(pair[0].status), *_by_number(pair[0].id)))
 
 
 def _by_number(id: str) -> tuple[str, int]:
-    """G2 comes before G10."""
+    """Returns a key by which G2 comes before G10."""
     letters = id.rstrip("0123456789")
     return letters, int(id[len(letters) :] or 0)
 
 
 def check_section(views: Sequence[View]) -> str:
-    """The table of checks, one a run; "" if none was run."""
+    """Returns the table of checks, one a run; "" if none was run."""
     body = ""
     for view in views:
-        if found := merged(view):
+        if checks := merged(view):
             title = f"<h3>{escape(view.name)}</h3>" if len(views) > 1 else ""
-            loud = [pair for pair in found if pair[0].status in OPEN]
+            loud = [pair for pair in checks if pair[0].status in OPEN]
             body += title + (_checks(view, loud) if loud else '<p class="lead">No check failed or warned.</p>')
             for status, words in FOLDED.items():
-                if quiet := [pair for pair in found if pair[0].status == status]:
+                if quiet := [pair for pair in checks if pair[0].status == status]:
                     number_of = plural(len(tally(view)[status]), "check")
                     body += f"<details><summary>{number_of} {words}</summary>{_checks(view, quiet)}</details>"
     if not body:
@@ -65,10 +66,10 @@ def check_section(views: Sequence[View]) -> str:
     )
 
 
-def _checks(view: View, found: Sequence[tuple[Check, list[str]]]) -> str:
+def _checks(view: View, checks: Sequence[tuple[Check, list[str]]]) -> str:
     head = '<th scope="col">Check</th><th class="left" scope="col">Answer</th>'
     head += '<th class="left" scope="col">What it found</th><th scope="col">Value</th>'
-    rows = "".join(_check(view, check, names) for check, names in found)
+    rows = "".join(_check(view, check, names) for check, names in checks)
     return (
         f'<div class="scroll"><table class="data stack"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
@@ -76,7 +77,7 @@ def _checks(view: View, found: Sequence[tuple[Check, list[str]]]) -> str:
 
 
 def tally(view: View) -> dict[str, list[str]]:
-    """The ids of the checks by answer, each once, by its worst (one that ran anywhere is not "not run")."""
+    """Returns the ids of the checks by answer, each once, by its worst (one that ran anywhere is not "not run")."""
     order = ("not run", "pass", "warn", "fail")
     verdict = view.groups[0].verdict if view.groups else None
     worst = analysis.worst_answers([check for _, check in view.checks], verdict)
@@ -84,7 +85,7 @@ def tally(view: View) -> dict[str, list[str]]:
 
 
 def where_found(view: View, names: Sequence[str]) -> str:
-    """Under which attacks a check gave its answer, if not under all; and whether `robustmoe check` gave it."""
+    """Returns under which attacks a check gave its answer, if not under all; and whether `robustmoe check` gave it."""
     attacks = analysis.names([result.header for result in view.results])
     deep = [name for name in names if name not in attacks]
     under = [name for name in names if name in attacks]
@@ -106,7 +107,7 @@ def _check(view: View, check: Check, names: list[str]) -> str:
 
 
 def made_section(views: Sequence[View]) -> str:
-    """Commands, recipe, versions, hashes: one card a run."""
+    """Shows commands, recipe, versions, hashes: one card a run."""
     cards = "".join(
         f'<div class="card">{_title(view, at, len(views) > 1)}{_commands(view)}<dl class="made">'
         + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts(view))
@@ -121,8 +122,7 @@ def _title(view: View, position: int, several: bool) -> str:
 
 
 def commands(view: View) -> list[str]:
-    """The commands that made the run, without repeats: training, then evaluations, dissection, blend,
-    sweep, laboratory and certificates."""
+    """Returns the commands that made the run, without repeats: training, evaluations, then the records of each kind."""
     first = [view.config["command"]] if isinstance(view.config.get("command"), str) else []
     return list(dict.fromkeys([*first, *(header.command for header in view.headers)]))
 
@@ -141,13 +141,18 @@ def _evaluation_time(view: View) -> str:
     return "unfinished" if view.results else ""
 
 
+def _times(view: View) -> list[tuple[str, str]]:
+    """Returns how long the records of each kind took."""
+    took = [(kind, sum(shown.record.seconds for shown in view.shown[kind.name])) for kind in KINDS]
+    return [(f"time, {kind.title}", duration(seconds)) for kind, seconds in took if seconds]
+
+
 def facts(view: View) -> list[tuple[str, str]]:
-    """Names and values, as text; what is not known is left out."""
+    """Returns names and values, as text; what is not known is left out."""
     header, config = view.header, view.config
     headers = [result.header for result in view.results] or view.headers
     times = [number(line.get("seconds")) for line in view.metrics]
     training = sum(time for time in times if time is not None)
-    proofs = sum(one.record.seconds for one in view.certified)
     pairs: list[tuple[str, str]] = [
         ("model", header.model),
         ("parameters", count(header.parameters)),
@@ -166,10 +171,7 @@ def facts(view: View) -> list[tuple[str, str]]:
         ("training time", duration(training) if training else "–"),
         ("evaluation seed", str(header.seed)),
         ("evaluation time", _evaluation_time(view)),
-        ("time of the curve over alpha", "" if view.blended is None else duration(view.blended.record.seconds)),
-        ("time of the Lipschitz laboratory", "" if view.measured is None else duration(view.measured.record.seconds)),
-        ("time of the certificates", duration(proofs) if proofs else ""),
-        ("time of the sweep over eps", "" if view.swept is None else duration(view.swept.record.seconds)),
+        *_times(view),
         ("evaluation precision", "; ".join(_ordered(_PRECISIONS[each.precision] for each in headers))),
         ("evaluation batch size", ", ".join(_ordered(str(each.batch_size) for each in headers if each.batch_size))),
         ("evaluated on", f"{header.device}, {plural(header.threads, 'thread')}"),

@@ -184,5 +184,5 @@ table.data td.none{display:none}table.data.attacks tbody th,table.data tbody th{
 
 
 def css() -> str:
-    """The whole style sheet."""
+    """Returns the whole style sheet."""
     return CSS + _COLOURS + _NARROW

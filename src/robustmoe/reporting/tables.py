@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Evaluation
 from robustmoe.reporting.collect import Group, View, strongest
 from robustmoe.reporting.figures import colour
+from robustmoe.reporting.grid import Entry, cell, rated
 from robustmoe.reporting.words import GLOSSARY, aim, count, duration, gap_text, interval, percent, plural, threat
-
-WIDE = 5  # columns: beyond them, small print stands below its value
-
-Entry = tuple[str, str]  # a value and its small print
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table: the first entry of each row is its name; an entry is a value and its small print. ``strong``: the name
-    of the row to be read first."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[Entry, ...], ...]
-    note: str = ""
-    strong: str = ""
 
 
 def section(views: Sequence[View]) -> str:
-    """Comparison first (several runs), then one table a threat and a run, then the words explained; "" without rows."""
+    """Shows the comparison first (several runs), then one table a threat and a run, then the words explained; ""
+    without rows."""
     if not any(view.results for view in views):
         return ""
     parts = ["<h2>What each attack leaves</h2>"]
@@ -64,53 +49,21 @@ def _terms(routed: bool) -> str:
 # One run ---------------------------------------------------------------------------------------------------------
 
 
-def cell(label: str, value: str, note: str = "", kind: str = "") -> str:
-    """A table cell with small print; narrow screens show ``label`` beside it."""
-    small = f"<small>{escape(note)}</small>" if note else ""
-    cls = f' class="{kind}"' if kind else ""
-    return f'<td{cls} data-label="{escape(label)}"><span>{escape(value)}{small}</span></td>'
-
-
-def rated(rate: analysis.Rate | None) -> Entry:
-    """A rate and its interval."""
-    return percent(rate), interval(rate)
-
-
-def grid_html(grid: Grid) -> str:
-    """The table with its title above and its note below."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in grid.head)
-    body = "".join(_grid_row(grid, row) for row in grid.rows)
-    note = f'<p class="note">{escape(grid.note)}</p>' if grid.note else ""
-    kind = "data stack" if len(grid.head) > WIDE else "data stack tight"
-    return (
-        f"<h3>{escape(grid.title)}</h3>"
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{note}"
-    )
-
-
-def _grid_row(grid: Grid, row: tuple[Entry, ...]) -> str:
-    (name, small), *entries = row
-    cells = "".join(
-        cell(column, *entry, kind="" if entry[0] else "none")
-        for column, entry in zip(grid.head[1:], entries, strict=True)
-    )
-    kind = "worst" if name == grid.strong else "plain"
-    return f'<tr class="{kind}"><th scope="row">{escape(name)}<small>{escape(small)}</small></th>{cells}</tr>'
-
-
 def _attacks(group: Group, routed: bool) -> str:
     columns = ["Attack", "Clean", "Robust"]
     columns += ["Router’s part", "Experts’ part", "Rerouted"] if routed else []
     columns += ["Broken by it alone", "Images"]
-    notes = {"Router’s part": "attacked route,<br>clean image", "Experts’ part": "clean route,<br>attacked image"}
+    notes = {
+        "Router’s part": "routing transplanted:<br>clean image",
+        "Experts’ part": "routing fixed:<br>attacked image",
+    }
     head = "".join(
         f'<th scope="col">{escape(name)}{f"<small>{notes[name]}</small>" if name in notes else ""}</th>'
         for name in columns
     )
     body = "".join(
-        _attack_row(name, one, adds, routed)
-        for name, one, adds in zip(group.names, group.summaries, group.worst.adds, strict=True)
+        _attack_row(name, summary, adds, routed)
+        for name, summary, adds in zip(group.names, group.summaries, group.worst.adds, strict=True)
     )
     return (
         f'<div class="scroll"><table class="data stack attacks"><thead><tr>{head}</tr></thead>'
@@ -118,20 +71,22 @@ def _attacks(group: Group, routed: bool) -> str:
     )
 
 
-def _attack_row(name: str, one: analysis.EvaluationSummary, adds: analysis.Adds, routed: bool) -> str:
-    note = aim(one.objective) if routed and one.objective is not None else ""
-    state = "" if one.complete else ' <span class="chip warn">incomplete</span>'
-    state += ' <span class="chip fail">check failed</span>' if one.failed else ""
+def _attack_row(name: str, summary: analysis.EvaluationSummary, adds: analysis.Adds, routed: bool) -> str:
+    note = aim(summary.objective) if routed and summary.objective is not None else ""
+    state = "" if summary.complete else ' <span class="chip warn">incomplete</span>'
+    state += ' <span class="chip fail">check failed</span>' if summary.failed else ""
     first = f'<th scope="row"><code>{escape(name)}</code>{state}<small>{escape(note)}</small></th>'
-    cells = [cell("Clean", percent(one.clean), interval(one.clean))]
-    cells.append(cell("Robust", percent(one.robust), interval(one.robust)))
+    cells = [cell("Clean", percent(summary.clean), interval(summary.clean))]
+    cells.append(cell("Robust", percent(summary.robust), interval(summary.robust)))
     if routed:
-        cells.append(cell("Router’s part", percent(one.router_exposed), interval(one.router_exposed)))
-        cells.append(cell("Experts’ part", percent(one.experts_exposed), interval(one.experts_exposed)))
-        broken = f"{percent(one.rerouted_broken)} broken" if one.rerouted_broken else ""
-        cells.append(cell("Rerouted", percent(one.rerouted_mean), broken))
+        cells.append(cell("Router’s part", percent(summary.router_exposed), interval(summary.router_exposed)))
+        cells.append(cell("Experts’ part", percent(summary.experts_exposed), interval(summary.experts_exposed)))
+        broken = f"{percent(summary.rerouted_broken)} broken" if summary.rerouted_broken else ""
+        cells.append(cell("Rerouted", percent(summary.rerouted_mean), broken))
     cells.append(cell("Broken by it alone", count(adds.alone), f"of {count(adds.broken)} broken"))
-    cells.append(cell("Images", count(one.n), "" if one.n >= one.planned else f"of {count(one.planned)}"))
+    cells.append(
+        cell("Images", count(summary.n), "" if summary.n >= summary.planned else f"of {count(summary.planned)}")
+    )
     return f"<tr>{first}{''.join(cells)}</tr>"
 
 
@@ -149,18 +104,19 @@ def _worst_row(group: Group, routed: bool) -> str:
 
 
 def _suite(name: str, result: Evaluation) -> str:
-    """The parts of a suite, in order; with attacks that know the router: under two heads, and what they cost."""
+    """Returns the parts of a suite, in order; with attacks that know the router: under two heads, and what they
+    cost."""
     title = f'<h3 class="suite"><code>{escape(name)}</code> part by part</h3>'
-    found = analysis.by_part(result)
-    if not found:
+    parts = analysis.by_part(result)
+    if not parts:
         return f'{title}<p class="lead">Told once every image has its row.</p>'
     gap = analysis.routing_gap(result)
     clean = analysis.evaluation_summary(*result).clean
     start = f'<tr><th scope="row">clean</th><td></td>{_left(clean)}</tr>'
-    blocks = [("", found)]
+    blocks = [("", parts)]
     if gap is not None:
-        plain = [part.name in analysis.AUTOATTACK_PARTS for part in found].index(False)
-        blocks = [("AutoAttack", found[:plain]), ("Attacks that know the router", found[plain:])]
+        plain = [part.name in analysis.AUTOATTACK_PARTS for part in parts].index(False)
+        blocks = [("AutoAttack", parts[:plain]), ("Attacks that know the router", parts[plain:])]
     body = "".join(
         (f'<tr class="head"><th colspan="4" scope="rowgroup">{head}</th></tr>' if head else "")
         + "".join(_suite_row(part) for part in block)
@@ -236,8 +192,8 @@ def _under(name: str) -> Callable[[View], Entry]:
         if not view.groups or name not in view.groups[0].names:
             return "–", ""
         group = view.groups[0]
-        one = group.summaries[group.names.index(name)]
-        return percent(one.robust), interval(one.robust) + ("" if one.complete else ", incomplete")
+        summary = group.summaries[group.names.index(name)]
+        return percent(summary.robust), interval(summary.robust) + ("" if summary.complete else ", incomplete")
 
     return entry
 

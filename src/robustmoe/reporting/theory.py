@@ -9,9 +9,8 @@ from pathlib import Path
 
 from robustmoe.records import write_atomic
 from robustmoe.records.theory import Comparison, Experiment
-from robustmoe.reporting.card import WIDTH
+from robustmoe.reporting.grid import WIDTH, aligned
 from robustmoe.reporting.png import png
-from robustmoe.reporting.terminal import aligned
 from robustmoe.reporting.words import plural
 
 

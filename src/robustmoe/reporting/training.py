@@ -16,7 +16,7 @@ ROUTERS_SHOWN = 12
 
 
 def eps_section(views: Sequence[View]) -> str:
-    """Accuracy against eps, one chart a norm, with its table beside it; "" without a curve."""
+    """Returns accuracy against eps, one chart a norm, with its table beside it; "" without a curve."""
     curves = [(view, curve) for view in views for curve in view.curves]
     if not curves:
         return ""
@@ -81,31 +81,31 @@ def _eps_table(norm: str, labels: list[str], curves: list[Curve]) -> str:
 
 
 def _over_epochs(metrics: list[dict[str, Any]], *keys: str, scale: float = 1.0) -> tuple[tuple[float, float], ...]:
-    """(epoch, value) of the epochs that have a finite number at that place."""
+    """Returns (epoch, value) of the epochs that have a finite number at that place."""
     points: dict[float, float] = {}
     for line in metrics:
         value: Any = line
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        epoch, found = number(line.get("epoch")), number(value)
-        if epoch is not None and found is not None:
-            points[epoch] = scale * found
+        epoch, value_there = number(line.get("epoch")), number(value)
+        if epoch is not None and value_there is not None:
+            points[epoch] = scale * value_there
     return tuple(sorted(points.items()))
 
 
 def _inner(metrics: list[dict[str, Any]], key: str) -> list[str]:
-    """The names under a key, in order of appearance: phases or routers."""
-    found = (line.get(key) for line in metrics)
-    return list(dict.fromkeys(name for value in found if isinstance(value, dict) for name in value))
+    """Returns the names under a key, in order of appearance: phases or routers."""
+    values = (line.get(key) for line in metrics)
+    return list(dict.fromkeys(name for value in values if isinstance(value, dict) for name in value))
 
 
 def _drawn(title: str, series: list[Series], **options: Any) -> str:
-    kept = [one for one in series if one.points]
+    kept = [line for line in series if line.points]
     return lines(title, kept, "epoch", whole_x=True, **options) if kept else ""
 
 
 def section(views: Sequence[View]) -> str:
-    """Loss, accuracy and learning rate over the epochs, one row of charts a run; "" without metrics."""
+    """Shows loss, accuracy and learning rate over the epochs, one row of charts a run; "" without metrics."""
     body = ""
     for view in views:
         charts = _charts(view.metrics)
@@ -143,7 +143,7 @@ def _charts(metrics: list[dict[str, Any]]) -> str:
 
 
 def health_section(views: Sequence[View]) -> str:
-    """Load and entropy of each router over the epochs; "" without a router in the metrics."""
+    """Returns load and entropy of each router over the epochs; "" without a router in the metrics."""
     body = "".join(_health(view, len(views) > 1) for view in views)
     if not body:
         return ""
@@ -189,7 +189,7 @@ def _router(metrics: list[dict[str, Any]], name: str) -> str:
 
 
 def _state(state: dict[str, Any]) -> str:
-    """What the last epoch says of a router, in words."""
+    """Returns what the last epoch says of a router, in words."""
     words = []
     if state.get("dead"):
         words.append("dead experts: " + ", ".join(str(expert) for expert in state["dead"]))

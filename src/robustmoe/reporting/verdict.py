@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from html import escape
 
 from robustmoe import analysis
+from robustmoe.reporting.boxes import alarm, figure_list, unbroken
 from robustmoe.reporting.collect import View, comparable
 from robustmoe.reporting.figures import colour
+from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.provenance import tally
 from robustmoe.reporting.words import interval, percent, plural, threat
 
@@ -15,31 +17,18 @@ _STATUSES = (("pass", "passed"), ("warn", "to look at"), ("fail", "failed"), ("n
 
 
 def section(views: Sequence[View]) -> str:
-    """The cards, and above them why the runs cannot be compared, if they cannot."""
+    """Returns the cards, and above them why the runs cannot be compared, if they cannot."""
     reasons = comparable(views) if len(views) > 1 else []
     warning = alarm("Compare with care", reasons, mild=True) if reasons else ""
     cards = "".join(_card(view, colour(position), len(views) > 1) for position, view in enumerate(views))
     return f'<h2 hidden>Verdict</h2>{warning}<div class="cards">{cards}</div>'
 
 
-def alarm(title: str, sentences: Sequence[str], *, mild: bool = False) -> str:
-    """A box that cannot be overlooked."""
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f'<div class="alarm{" mild" if mild else ""}" role="note"><b>{escape(title)}</b><ul>{items}</ul></div>'
-
-
 def story(view: View) -> str:
-    """The verdict as plain text: what was trained how, on what, and what survives."""
+    """Returns the verdict as plain text: what was trained how, on what, and what survives."""
     header = view.header
     if not view.results:
-        there = [
-            ("its dissection", view.dissected),
-            ("the curve of its blends over alpha", view.blended),
-            ("its sweep over eps", view.swept),
-            ("its Lipschitz numbers", view.measured),
-            ("its certificates", view.certified or None),
-        ]
-        below = " and ".join(words for words, one in there if one is not None)
+        below = " and ".join(kind.title for kind in KINDS if view.shown[kind.name])
         return (
             f"{header.model} was not evaluated as it stands (robustmoe evaluate {view.folder} does that), so there is "
             f"no verdict on it. Below: {below}."
@@ -66,18 +55,13 @@ def story(view: View) -> str:
 def _card(view: View, number: int, several: bool) -> str:
     trusted = bool(view.groups) and view.groups[0].verdict.trusted
     name = f'<h2><i class="dotkey b{number}"></i><span>{escape(view.name)}</span></h2>' if several else ""
-    said = f'{name}<p class="story">{held(story(view))}</p>'
+    said = f'{name}<p class="story">{unbroken(story(view))}</p>'
     if not view.results:
         return f'<article class="card">{said}{_notes(view)}</article>'
     return (
         f'<article class="card{"" if trusted else " marked"}">{said}'
         f"{_figures(view, trusted)}{_bar(view, number, trusted)}{_chips(view)}{_alarms(view)}</article>"
     )
-
-
-def held(text: str) -> str:
-    """Escaped, and a threat is not broken across lines."""
-    return escape(text).replace(" ≤ ", "&nbsp;≤&nbsp;")
 
 
 def _figures(view: View, trusted: bool) -> str:
@@ -96,12 +80,7 @@ def _figures(view: View, trusted: bool) -> str:
     else:
         command = f"robustmoe evaluate {view.folder} --attack SPEC"
         cells.append(("Robust accuracy", "", "not measured", command))
-    body = "".join(
-        f'<div><dt>{escape(name)}</dt><dd class="{kind or "word"}">{escape(value)}'
-        f"<small>{escape(note)}</small></dd></div>"
-        for name, kind, value, note in cells
-    )
-    return f'<dl class="figures">{body}</dl>'
+    return figure_list(cells)
 
 
 def _bar(view: View, number: int, trusted: bool) -> str:
@@ -124,13 +103,13 @@ def _bar(view: View, number: int, trusted: bool) -> str:
 
 
 def _chips(view: View) -> str:
-    found = tally(view)
+    answers = tally(view)
     chips = []
     for status, words in _STATUSES:
-        if found[status]:
-            noun = "check" if len(found[status]) == 1 else "checks"
-            listed = f": {', '.join(found[status])}" if status in ("warn", "fail") else ""
-            chips.append((status.replace(" ", ""), f"{len(found[status])} {noun} {words}{listed}"))
+        if answers[status]:
+            noun = "check" if len(answers[status]) == 1 else "checks"
+            listed = f": {', '.join(answers[status])}" if status in ("warn", "fail") else ""
+            chips.append((status.replace(" ", ""), f"{len(answers[status])} {noun} {words}{listed}"))
     if not view.checks:
         chips.append(("fail", "no checks were run"))
     if view.groups and view.groups[0].verdict.router_attacked is False:

@@ -40,13 +40,13 @@ GLOSSARY = (
 
 
 def percent(rate: Rate | float | None, digits: int = 1) -> str:
-    """ "47.4%" from a rate or a share in [0, 1]; "–" for None or nan."""
+    """Returns "47.4%" from a rate or a share in [0, 1]; "–" for None or nan."""
     value = rate.value if isinstance(rate, Rate) else rate
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
 
 
 def interval(rate: Rate | None) -> str:
-    """ "44.3–50.5" (per cent), Wilson; "" for None."""
+    """Returns "44.3–50.5" (per cent), Wilson; "" for None."""
     if rate is None:
         return ""
     low, high = rate.interval
@@ -54,8 +54,8 @@ def interval(rate: Rate | None) -> str:
 
 
 def gap_text(gap: tuple[Rate, Rate]) -> str:
-    """What AutoAttack alone left and what knowing the router costs (:func:`robustmoe.analysis.routing_gap`), as one
-    sentence."""
+    """Returns what AutoAttack alone left and what knowing the router costs (:func:`robustmoe.analysis.routing_gap`), as
+    one sentence."""
     alone, left = gap
     lost = Rate(alone.count - left.count, left.n)
     return (
@@ -66,7 +66,8 @@ def gap_text(gap: tuple[Rate, Rate]) -> str:
 
 
 def eps_text(norm: str, eps: float) -> str:
-    """ "8/255" for an eps of the sup-norm that is (a hundredth of) a whole number of grey levels, else the number."""
+    """Returns "8/255" for an eps of the sup-norm that is (a hundredth of) a whole number of grey levels, else the
+    number."""
     levels = eps * 255
     if norm == "linf" and eps > 0 and abs(levels - round(levels, 2)) < 1e-6:
         return f"{round(levels, 2):g}/255"
@@ -74,12 +75,12 @@ def eps_text(norm: str, eps: float) -> str:
 
 
 def threat(norm: str, eps: float) -> str:
-    """ "L∞ ≤ 8/255"."""
+    """Returns "L∞ ≤ 8/255"."""
     return f"{NORM_NAMES.get(norm, norm)} ≤ {eps_text(norm, eps)}"
 
 
 def duration(seconds: float) -> str:
-    """ "1 h 02 min", "3 min 20 s" or "4.2 s"."""
+    """Returns "1 h 02 min", "3 min 20 s" or "4.2 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -89,17 +90,17 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int) -> str:
-    """ "11,173,962" """
+    """Returns a number such as "11,173,962"."""
     return f"{number:,}"
 
 
 def plural(number: int, word: str) -> str:
-    """ "1 image", "2 images"."""
+    """Returns "1 image", "2 images"."""
     return f"{count(number)} {word}{'' if number == 1 else 's'}"
 
 
 def route_text(route: dict[str, list[int]]) -> str:
-    """Where an image went: "expert 1" for one item, "e0 ×12, e3 ×4" for several; several routers are named."""
+    """Returns where an image went: "expert 1" for one item, "e0 ×12, e3 ×4" for several; several routers are named."""
     parts = []
     for name, counts in route.items():
         used = [(expert, items) for expert, items in enumerate(counts) if items]
@@ -112,20 +113,20 @@ def route_text(route: dict[str, list[int]]) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite float, or None for anything else (JSON's null, nan, a text)."""
+    """Returns a finite float, or None for anything else (JSON's null, nan, a text)."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
 
 
 def short(value: Any) -> str:
-    """:func:`plain`, or where to find it if that does not fit into a cell."""
+    """Returns :func:`plain`, or where to find it if that does not fit into a cell."""
     text = plain(value)
     return text if len(text) <= 24 else "see JSON"
 
 
 def plain(value: Any) -> str:
-    """A setting or a check's value as one short text."""
+    """Returns a setting or a check's value as one short text."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -140,7 +141,7 @@ def plain(value: Any) -> str:
 
 
 def aim(objective: ObjectiveInfo) -> str:
-    """What an attack aims at, from what its objective declares."""
+    """Returns what an attack aims at, from what its objective declares."""
     if not objective.aims_at_all:
         return f"aims at the {'router' if objective.aims_at_router else 'experts'} only"
     return "made for routed models" if objective.needs_router else "aims at router and experts"
