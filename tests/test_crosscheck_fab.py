@@ -118,17 +118,22 @@ class L2FMN(foolbox.attacks.L2FMNAttack):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_our_fmn_is_foolboxs_away_from_the_box(norm: str, cnn: tuple[nn.Module, Tensor, Tensor]) -> None:
-    """Where no pixel gets to 0 or 1 they do the same; the last look of ours can only be nearer."""
+    """Where no pixel gets to 0 or 1 they do the same; the last look of ours can only be nearer. In float64, where a
+    rounding seldom decides which side of a boundary a step ends on. An image of 24 may be out of reach of 40 steps: of
+    both alike (which image, and whether there is one, differed between CPUs).
+    """
     network, x, _ = cnn
-    x = 0.3 + 0.4 * x
+    network, x = network.double(), (0.3 + 0.4 * x).double()
     y = answers(network, x)
     kind = {"linf": foolbox.attacks.LInfFMNAttack, "l2": L2FMN, "l1": foolbox.attacks.L1FMNAttack}[norm]
     peer = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
     _, found, broken = kind(steps=40, max_stepsize=0.1)(peer, x, y, epsilons=None)
     theirs = size(norm, found - x).masked_fill(~broken, torch.inf)
     ours = FMN(Threat(norm, 1.0), steps=40, step_size=0.1).distances(network, x, y)
-    assert torch.isfinite(theirs).all()
+    reached = torch.isfinite(theirs)
+    assert int(reached.sum()) >= 22
     assert (ours <= theirs * (1 + 1e-3)).all()
+    assert (ours >= theirs * (1 - 0.01))[reached].all()
     assert ours.median().item() == pytest.approx(theirs.median().item(), rel=0.02)
 
 
