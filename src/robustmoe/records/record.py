@@ -55,7 +55,8 @@ class Records(tuple[T, ...]):
 
 @dataclass(frozen=True)
 class Record(Told):
-    """What was measured, as it was measured; a subclass adds the fields.
+    """What was measured, as it was measured; a subclass adds the fields. The report asks each kind that it shows for
+    ``header``, for ``done`` (whether all that was asked for is there) and for ``seconds`` of wall time.
 
     ``kind``: its name, which the file says. ``file``: where it stands in a run folder; a "*" in it is replaced by
     :attr:`which`, where a folder may hold several of a kind. ``version``: of the file; no other is read. ``verb``: the

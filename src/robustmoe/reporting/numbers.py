@@ -19,7 +19,7 @@ def numbers(views: Sequence[View]) -> dict[str, Any]:
     return finite(
         {
             "kind": "robustmoe report",
-            "version": 1,
+            "version": 2,
             "not_comparable": comparable(views) if len(views) > 1 else [],
             "runs": [_run(view) for view in views],
         }

@@ -39,8 +39,8 @@ class Shown(Generic[R, S]):
 @dataclass(frozen=True)
 class Panel:
     """What is said of one record. ``story``: what the numbers say; ``setting``: of what, on what, against what;
-    ``grids``: every number, the first ``open`` of them
-    shown at once; ``terms``: words and what they mean. ``card``, ``figures``: make HTML for the page alone."""
+    ``grids``: every number, the first ``open`` of them shown at once; ``terms``: words and what they mean. ``card``,
+    ``figures``: make HTML for the page alone."""
 
     story: str
     setting: str
