@@ -1,4 +1,4 @@
-"""Mixture-of-Experts vision models that hold under attack: train, attack, evaluate and report, the router included.
+"""How robust a Mixture-of-Experts vision model really is: train, attack, certify and report, the router included.
 
 The imports below are the public names. Type checkers and editors read them; a running program imports each when it is
 first used, so that ``robustmoe --help`` needs no torch.
