@@ -80,8 +80,8 @@ class Ball:
                 least, most = torch.where(outside, price, least), torch.where(outside, most, price)
             price = most
         step = (-slope / (2 * price.clamp(min=tiny))[..., None]).clamp(low, high)
-        found: Tensor = (slope * step).sum(2) + price * (step.square().sum(2) - budget)
-        return found
+        value: Tensor = (slope * step).sum(2) + price * (step.square().sum(2) - budget)
+        return value
 
 
 class Bounded:
@@ -111,13 +111,13 @@ class Bounded:
         return left[self.graph.image], offset
 
     def _lower(self, node: Node, rows: Tensor) -> Tensor:
-        left, found = self._pull(node, rows, through=False)
+        left, bound = self._pull(node, rows, through=False)
         for each, above in left.items():
-            found = found + _least(above, self.interval[each], self.ball if each is self.graph.image else None)
+            bound = bound + _least(above, self.interval[each], self.ball if each is self.graph.image else None)
         if self.how == "ibp":
-            return found
+            return bound
         left, offset = self._pull(node, rows, through=True)
-        return torch.maximum(found, self.ball.lowest(left[self.graph.image]) + offset)
+        return torch.maximum(bound, self.ball.lowest(left[self.graph.image]) + offset)
 
     def _pull(self, node: Node, rows: Tensor, through: bool) -> tuple[dict[Node, Tensor], Tensor]:
         """``rows`` (s, n, ...) of a step as coefficients of earlier ones, and what they leave over: of the image alone,
@@ -133,11 +133,11 @@ class Bounded:
             if each.operation is None or not (through or each.operation.affine):
                 left[each] = own
                 continue
-            pulled = each.operation.pull(own, [self.interval[one] for one in each.inputs])
+            pulled = each.operation.pull(own, [self.interval[source] for source in each.inputs])
             if pulled.bias is not None:
                 offset = offset + pulled.bias
-            for one, coefficient in zip(each.inputs, pulled.coefficients, strict=True):
-                above[one] = above[one] + coefficient if one in above else coefficient
+            for source, coefficient in zip(each.inputs, pulled.coefficients, strict=True):
+                above[source] = above[source] + coefficient if source in above else coefficient
         if through and self.graph.image not in left:
             left[self.graph.image] = self.ball.x.new_zeros(rows.shape[0], *self.ball.x.shape)
         return left, offset

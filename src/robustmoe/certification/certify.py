@@ -134,10 +134,10 @@ class Bounds(Searched):
         rule = [name if good else "" for name, good in zip(worst.rule, proven.tolist())]
         for _ in range(self.search):
             middle = 0.5 * (radius + above)
-            found = self._worst(part, x, middle, y)
-            good = found.proven(y).cpu()
+            worst = self._worst(part, x, middle, y)
+            good = worst.proven(y).cpu()
             radius, above = torch.where(good, middle, radius), torch.where(good, above, middle)
-            rule = [new if one else old for new, old, one in zip(found.rule, rule, good.tolist())]
+            rule = [new if proves else old for new, old, proves in zip(worst.rule, rule, good.tolist())]
         return [
             Certificate(
                 int(y[i]),

@@ -34,7 +34,8 @@ Rule = Callable[..., Operation]
 def _fixed(*arguments: object) -> None:
     """Raises Unbounded where one of the arguments depends on the image."""
     for each in arguments:
-        if isinstance(each, Slot) or (isinstance(each, list | tuple) and any(isinstance(one, Slot) for one in each)):
+        members = each if isinstance(each, list | tuple) else [each]
+        if any(isinstance(member, Slot) for member in members):
             raise Unbounded("a function whose parameters depend on the image")
 
 
@@ -124,7 +125,7 @@ def _index_copy(whole: Any, dim: int, index: Tensor, x: Any) -> Operation:
     size = whole.shape[dim]
 
     def function(each: Tensor) -> Tensor:
-        shape = [size if place == dim % each.ndim else one for place, one in enumerate(each.shape)]
+        shape = [size if place == dim % each.ndim else length for place, length in enumerate(each.shape)]
         return each.new_zeros(shape).index_copy(dim, index, each)
 
     return Weighing(function)

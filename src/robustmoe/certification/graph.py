@@ -73,8 +73,8 @@ class _Recorder(TorchFunctionMode):
         self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, self.nodes[0])}  # holds the tensors: ids stay theirs
 
     def node(self, value: object) -> Node | None:
-        found = self.known.get(id(value))
-        return None if found is None else found[1]
+        entry = self.known.get(id(value))
+        return None if entry is None else entry[1]
 
     def __torch_function__(
         self, function: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -129,9 +129,12 @@ class _Walk:
         least, most = router_bounds(part.router, ball, self.how, self.slack)
         weights = rules.soft_weights(least, most) if part.soft else None
         reached = torch.ones_like(most[:, 0], dtype=torch.bool) if part.soft else rules.reachable(most, part.k)
-        found = [self._branch(each, ball, y, inner, reached[:, i]) for i, each in enumerate(part.branches)]
-        lower, upper = torch.stack([one.lower for one in found], 1), torch.stack([one.upper for one in found], 1)
-        held = torch.cat([one.held for one in found], 1)
+        branches = [self._branch(each, ball, y, inner, reached[:, i]) for i, each in enumerate(part.branches)]
+        lower, upper = (
+            torch.stack([each.lower for each in branches], 1),
+            torch.stack([each.upper for each in branches], 1),
+        )
+        held = torch.cat([each.held for each in branches], 1)
         on_cells = torch.zeros_like(reached)
         if self.cells and single and inner != "probabilities":
             lower, on_cells = self._on_cells(part, ball, y, lower, reached)
@@ -146,9 +149,9 @@ class _Walk:
             lower, upper = torch.where(lower > 0, share * lower, lower), torch.where(upper > 0, upper, share * upper)
         if space == "probabilities" and inner == "logits":
             lower, upper = rules.probability_margins(lower, upper, y), torch.ones_like(lower)
-        names = tuple(f"{i}{'.' if name else ''}{name}" for i, one in enumerate(found) for name in one.experts)
-        inside = torch.cat([one.reached for one in found], 1)
-        stable = torch.stack([one.stable | ~reached[:, i] for i, one in enumerate(found)], 1).all(1)
+        names = tuple(f"{i}{'.' if name else ''}{name}" for i, each in enumerate(branches) for name in each.experts)
+        inside = torch.cat([each.reached for each in branches], 1)
+        stable = torch.stack([each.stable | ~reached[:, i] for i, each in enumerate(branches)], 1).all(1)
         if not part.soft:
             stable = stable & (reached.sum(1) == part.k)
         usual = "P4" if part.soft else "P2" if part.k == 1 else "P3"
@@ -167,10 +170,10 @@ class _Walk:
             rows = asked[:, i].nonzero()[:, 0]
             if not isinstance(branch, Leaf) or not len(rows):
                 continue
-            found = cell_margins(branch.network, part.router, i, ball[rows], y[rows], self.how, self.cells)
-            found = torch.maximum(self._outward(found, y[rows]), lower[rows, i])
-            raised[rows, i] = others(found, y[rows]).amin(1) > 0
-            lower = lower.index_put((rows, torch.full_like(rows, i)), found)
+            raised_margins = cell_margins(branch.network, part.router, i, ball[rows], y[rows], self.how, self.cells)
+            raised_margins = torch.maximum(self._outward(raised_margins, y[rows]), lower[rows, i])
+            raised[rows, i] = others(raised_margins, y[rows]).amin(1) > 0
+            lower = lower.index_put((rows, torch.full_like(rows, i)), raised_margins)
         return lower, raised
 
     def _branch(self, part: Part, ball: Ball, y: Tensor, space: Space, reached: Tensor) -> Worst:
@@ -178,21 +181,21 @@ class _Walk:
         places = reached.nonzero()[:, 0]
         if len(places) == len(y):
             return self.part(part, ball, y, space)
-        found = self.part(part, ball[places] if len(places) else ball[:1], y[places] if len(places) else y[:1], space)
-        every = torch.where(reached, reached.cumsum(0) - 1, 0)  # a place in found, for each image
+        inner = self.part(part, ball[places] if len(places) else ball[:1], y[places] if len(places) else y[:1], space)
+        every = torch.where(reached, reached.cumsum(0) - 1, 0)  # a place in inner, for each image
 
         def spread(values: Tensor, missing: float | bool) -> Tensor:
             return torch.where(reached.view(-1, *[1] * (values.ndim - 1)), values[every], missing)
 
         return Worst(
-            spread(found.lower, torch.inf),
-            spread(found.upper, -torch.inf),
-            found.experts,
-            spread(found.reached, False),
-            spread(found.held, False),
-            spread(found.stable, True),
-            [found.rule[place] for place in every.tolist()],
-            spread(found.route, torch.inf),
+            spread(inner.lower, torch.inf),
+            spread(inner.upper, -torch.inf),
+            inner.experts,
+            spread(inner.reached, False),
+            spread(inner.held, False),
+            spread(inner.stable, True),
+            [inner.rule[place] for place in every.tolist()],
+            spread(inner.route, torch.inf),
         )
 
     def _blended(self, part: Mixed, ball: Ball, y: Tensor, space: Space) -> Worst:
@@ -219,8 +222,8 @@ class _Walk:
                 lower, upper = rules.probability_margins(lower, upper, y), torch.ones_like(upper)
         names = tuple(
             f"{half}{'.' if name else ''}{name}"
-            for half, one in (("standard", standard), ("robust", robust))
-            for name in one.experts
+            for half, worst in (("standard", standard), ("robust", robust))
+            for name in worst.experts
         )
         return Worst(
             lower,

@@ -66,8 +66,8 @@ class Relu(Elementwise):
         return self.leak + bent * below, torch.zeros_like(low), self.leak + bent * share, -bent * share * low
 
     def derivative(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        one = torch.ones_like(lower)
-        return torch.where(lower >= 0, one, self.leak * one), torch.where(upper <= 0, self.leak * one, one)
+        full = torch.ones_like(lower)
+        return torch.where(lower >= 0, full, self.leak * full), torch.where(upper <= 0, self.leak * full, full)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +111,8 @@ class Smooth(Elementwise):
 
     def derivative(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         places = [lower, upper, *(torch.minimum(torch.maximum(lower.new_tensor(b), lower), upper) for b in self.bends)]
-        found = torch.stack([self.slope(place) for place in places])
-        return found.amin(0) - self.slope_error, found.amax(0) + self.slope_error
+        slopes = torch.stack([self.slope(place) for place in places])
+        return slopes.amin(0) - self.slope_error, slopes.amax(0) + self.slope_error
 
     def lines(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         middle, width = 0.5 * (lower + upper), upper - lower
@@ -120,12 +120,12 @@ class Smooth(Elementwise):
         room = torch.finfo(lower.dtype).eps ** 0.5
         chord = torch.where(width > room, (self.near(upper) - self.near(lower)) / width.clamp(min=room), tangent)
         slopes = torch.stack([chord, tangent, self.slope(lower), self.slope(upper)])
-        found = []
+        lines = []
         for sign in (1.0, -1.0):
             offsets = sign * self._least(slopes, lower, upper, sign) - sign * self.error
             best = (sign * (slopes * middle + offsets)).argmax(0, keepdim=True)
-            found += [slopes.gather(0, best)[0], offsets.gather(0, best)[0]]
-        return found[0], found[1], found[2], found[3]
+            lines += [slopes.gather(0, best)[0], offsets.gather(0, best)[0]]
+        return lines[0], lines[1], lines[2], lines[3]
 
     def _least(self, slopes: Tensor, lower: Tensor, upper: Tensor, sign: float) -> Tensor:
         """A lower bound on [lower, upper] of ``sign`` times (near(x) - slope x), for slopes (k, n, ...)."""
@@ -133,7 +133,7 @@ class Smooth(Elementwise):
         def tilted(x: Tensor) -> Tensor:
             return sign * (self.near(x) - slopes * x)
 
-        found = torch.minimum(tilted(lower), tilted(upper))
+        least = torch.minimum(tilted(lower), tilted(upper))
         edges = (-math.inf, *self.bends, math.inf)
         for place, (left, right) in enumerate(pairwise(edges)):
             if ((place % 2 == 0) == self.rises) != (sign > 0):
@@ -148,8 +148,8 @@ class Smooth(Elementwise):
                 point = 0.5 * (a + b)
                 rate = sign * (self.slope(point) - slopes)  # 0, or the point is an end: no gradient is lost
             bound = tilted(point) + torch.minimum(rate * (start - point), rate * (stop - point))
-            found = torch.where(start < stop, torch.minimum(found, bound), found)
-        return found
+            least = torch.where(start < stop, torch.minimum(least, bound), least)
+        return least
 
 
 def _bell(x: Tensor) -> Tensor:

@@ -172,8 +172,8 @@ class Weighing(Affine):
         with torch.enable_grad():
             at = [torch.zeros_like(x.lower).requires_grad_() for x in inputs]
             out = self.function(*at)
-        found = torch.autograd.grad(out, at, above, is_grads_batched=True, create_graph=above.requires_grad)
-        return Pulled(found, None)
+        coefficients = torch.autograd.grad(out, at, above, is_grads_batched=True, create_graph=above.requires_grad)
+        return Pulled(coefficients, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,13 +245,13 @@ class _Weighted(Affine):
         (x,) = inputs
         middle = self(0.5 * (x.lower + x.upper))
         reach = self.apply(0.5 * (x.upper - x.lower), self.weight.abs())
-        found = Interval(middle - reach, middle + reach)
+        bounds = Interval(middle - reach, middle + reach)
         if x.round is None:
-            return found
+            return bounds
         middle, squares = self(x.round.centre), self.apply(x.round.scale.square(), self.weight.square())
         eps = x.round.eps.view(-1, *[1] * (middle.ndim - 1))
         reach = eps * squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
-        return found.meet(Interval(middle - reach, middle + reach))
+        return bounds.meet(Interval(middle - reach, middle + reach))
 
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         size = inputs[0].lower.shape[1:]

@@ -77,7 +77,7 @@ def exact_margin(
     part, x = _doubled(model, x)
     cubes = _cubes(x, threat)
     experts, router = _linear_mixture(part, x)
-    found = []
+    margins = []
     for image, label in enumerate(y.tolist()):
         cube = cubes[image]
         least = torch.inf
@@ -88,8 +88,8 @@ def exact_margin(
                     goal = Affine(expert.slope[label] - expert.slope[j], expert.offset[label] - expert.offset[j])
                     value = _least(goal, cube, leads)
                     least = least if value is None else min(least, value)
-        found.append(least)
-    return x.new_tensor(found)
+        margins.append(least)
+    return x.new_tensor(margins)
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -174,14 +174,14 @@ def _reached(fork: Fork, x: Tensor, cubes: list[Cube]) -> Bool[Tensor, "n e"]:
     if fork.soft:
         return torch.ones(len(x), e, dtype=torch.bool, device=x.device)
     router = _affine(fork.router, x, f"the router {fork.name!r}")
-    found = [
+    radii = [
         [
             any(_lead(router.leads(i, cube.x), list(kept), cube) >= -TOLERANCE for kept in _against(e, fork.k))
             for i in range(e)
         ]
         for cube in cubes
     ]
-    return torch.tensor(found, device=x.device)
+    return torch.tensor(radii, device=x.device)
 
 
 def _against(e: int, k: int) -> Iterator[tuple[int, ...]]:
@@ -216,7 +216,7 @@ def _programme(goal: Tensor, slope: Tensor, offset: Tensor, sides: list[Any]) ->
     """min goal . d with slope d + offset >= 0 and d within its sides, by HiGHS; None where nothing is."""
     from scipy.optimize import linprog
 
-    found = linprog(
+    solution = linprog(
         goal.cpu().numpy(),
         A_ub=(-slope).cpu().numpy(),
         b_ub=offset.cpu().numpy(),
@@ -224,9 +224,9 @@ def _programme(goal: Tensor, slope: Tensor, offset: Tensor, sides: list[Any]) ->
         method="highs",
         options={"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE},
     )
-    if found.status not in (0, 2):  # optimal, infeasible
-        raise RuntimeError(f"the linear programme was not solved: {found.message}")
-    return float(found.fun) if found.status == 0 else None
+    if solution.status not in (0, 2):  # optimal, infeasible
+        raise RuntimeError(f"the linear programme was not solved: {solution.message}")
+    return float(solution.fun) if solution.status == 0 else None
 
 
 # ------------------------------------------------------------------------------------------------ radii
@@ -239,13 +239,13 @@ def _radius(part: Part, x: Tensor, norm: Norm, how: Bounding, most: Tensor, halv
         halves = (part.standard, part.robust)
         return torch.minimum(*(_radius(half, x, norm, how, most, halvings) for half in halves))
     chosen = _chosen(part, x)
-    found = _kept(part, x, chosen, norm, how, most, halvings)
+    radii = _kept(part, x, chosen, norm, how, most, halvings)
     for i, branch in enumerate(part.branches):
         here = chosen[:, i].nonzero()[:, 0]
         if len(here):
             inner = _radius(branch, x[here], norm, how, most[here], halvings)
-            found[here] = torch.minimum(found[here], inner)
-    return found
+            radii[here] = torch.minimum(radii[here], inner)
+    return radii
 
 
 def _chosen(fork: Fork, x: Tensor) -> Bool[Tensor, "n e"]:

@@ -71,8 +71,8 @@ def weighed(
     before = room.cumsum(1) - room
     poured = torch.minimum(room, (rest - before).clamp(min=0.0))
     ordered: Tensor = lower.gather(1, order)
-    found: Tensor = (small[:, :, None] * lower).sum(1) + (poured * ordered).sum(1)
-    return found
+    lowest: Tensor = (small[:, :, None] * lower).sum(1) + (poured * ordered).sum(1)
+    return lowest
 
 
 def soft_margin(

@@ -39,8 +39,8 @@ def _lipschitz(bounded: Bounded, rows: Tensor) -> Tensor:
             continue
         own = above.pop(node)
         assert node.operation is not None
-        found = node.operation.slopes(own, [bounded.interval[each] for each in node.inputs])
-        for each, slopes in zip(node.inputs, found, strict=True):
+        products = node.operation.slopes(own, [bounded.interval[each] for each in node.inputs])
+        for each, slopes in zip(node.inputs, products, strict=True):
             known = above.get(each)
             above[each] = slopes if known is None else Slopes(known.lower + slopes.lower, known.upper + slopes.upper)
     found_image = above.get(graph.image)
@@ -56,10 +56,10 @@ def pair_slopes(bounded: Bounded) -> Float[Tensor, "n c c"]:
     i, k = torch.triu_indices(c, c, 1, device=bounded.ball.x.device)
     unit = torch.eye(c, dtype=bounded.ball.x.dtype, device=bounded.ball.x.device)
     rows = (unit[i] - unit[k])[:, None].expand(-1, len(bounded.ball.x), -1)
-    found = unit.new_zeros(len(bounded.ball.x), c, c)
+    pairs = unit.new_zeros(len(bounded.ball.x), c, c)
     if len(i):
-        found[:, i, k] = lipschitz(bounded, rows).T
-    return found + found.transpose(1, 2)
+        pairs[:, i, k] = lipschitz(bounded, rows).T
+    return pairs + pairs.transpose(1, 2)
 
 
 def margin_slopes(

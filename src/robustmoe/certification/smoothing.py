@@ -86,20 +86,20 @@ class Smoothing(Certifier):
             asked, least, rule, answer = dual.robust, 1 / (2 * dual.alpha), "P10", _Drawn(dual)
         with evaluating(model), torch.no_grad():
             chosen = self._ask(asked, answer, x, noise.fold(SELECT), self.n0).votes.argmax(1)
-            found = self._ask(asked, answer, x, noise.fold(COUNT), self.n)
-        votes = found.votes.gather(1, chosen[:, None])[:, 0].tolist()
+            counts = self._ask(asked, answer, x, noise.fold(COUNT), self.n)
+        votes = counts.votes.gather(1, chosen[:, None])[:, 0].tolist()
         return [
             self._certificate(y, lower_bound(k, self.n, self.alpha), least, rule, same / self.n)
-            for y, k, same in zip(chosen.tolist(), votes, found.same.tolist())
+            for y, k, same in zip(chosen.tolist(), votes, counts.same.tolist())
         ]
 
     def _certificate(self, y: int, share: float, least: float, rule: str, stable: float) -> Certificate:
         said = f"class {y} has at least {share:.4f} of the answers under noise"
         if share <= least:
             return Certificate(ABSTAIN, 0.0, "", None, stable, f"{said}; more than {least:.4f} is needed")
-        found = radius(share, self.sigma, least)
-        reason = "" if found >= self.eps else f"{said}, enough for radius {found:.3g}"
-        return Certificate(y, found, rule, None, stable, reason)
+        proven = radius(share, self.sigma, least)
+        reason = "" if proven >= self.eps else f"{said}, enough for radius {proven:.3g}"
+        return Certificate(y, proven, rule, None, stable, reason)
 
     def _ask(self, model: RoutedModel, answer: Answer, x: Tensor, noise: Noise, copies: int) -> _Answers:
         """The answers to ``copies`` noisy copies of each image. Each copy has a stream of its own, so what shares a

@@ -77,9 +77,9 @@ class _ByConstants(Searched):
         above = torch.where(first > asked, self.up * asked, asked)
         for _ in range(self.search):
             middle = 0.5 * (radius + above)
-            found = self._formula(part, Ball(x, self.norm, middle), y)
-            radius = torch.maximum(radius, torch.minimum(found, middle))
-            above = torch.where(found > middle, above, middle)
+            candidate = self._formula(part, Ball(x, self.norm, middle), y)
+            radius = torch.maximum(radius, torch.minimum(candidate, middle))
+            above = torch.where(candidate > middle, above, middle)
         experts, stable = (None, None) if isinstance(part, Mixed) else (_experts(part), 1.0)
         return [
             Certificate(
@@ -138,11 +138,11 @@ class _ByConstants(Searched):
             )
         branches = [self._local(branch, ball) for branch in part.branches]
         if part.mix == "probabilities":
-            branches = [one if one.probabilities else softmax(one) for one in branches]
-        elif any(one.probabilities for one in branches):
+            branches = [local if local.probabilities else softmax(local) for local in branches]
+        elif any(local.probabilities for local in branches):
             raise UserError("no constant is known of the logits of a mixture of probabilities; use bounds(...)")
         weight = torch.softmax(part.router(ball.x), 1)
-        value = sum(weight[:, i, None] * one.value for i, one in enumerate(branches))
+        value = sum(weight[:, i, None] * local.value for i, local in enumerate(branches))
         return Local(torch.as_tensor(value), self.mixture(part, ball, branches), branches[0].probabilities)
 
 
@@ -161,11 +161,11 @@ class Theorem54(_ByConstants):
         weight = torch.softmax(part.router(ball.x), 1)
         turn = steepness(part.router, ball, self.how) / 4
         total = torch.zeros_like(branches[0].slope)
-        for i, (one, branch) in enumerate(zip(branches, part.branches, strict=True)):
+        for i, (local, branch) in enumerate(zip(branches, part.branches, strict=True)):
             size: Tensor | float = 1.0
-            if not one.probabilities:
+            if not local.probabilities:
                 size = _sizes(branch, ball, self.how)
-            total = total + turn[:, i, None, None] * size + weight[:, i, None, None] * one.slope
+            total = total + turn[:, i, None, None] * size + weight[:, i, None, None] * local.slope
         return total
 
     def rule(self, part: Part) -> str:
@@ -180,9 +180,9 @@ class SoftLipschitz(_ByConstants):
     """
 
     def mixture(self, part: Fork, ball: Ball, branches: list[Local]) -> Float[Tensor, "n c c"]:
-        values = torch.stack([one.value[:, :, None] - one.value[:, None, :] for one in branches])
+        values = torch.stack([local.value[:, :, None] - local.value[:, None, :] for local in branches])
         turn = steepness(part.router, ball, self.how).amax(1)[:, None, None] / 4
-        return torch.stack([one.slope for one in branches]).amax(0) + turn * (values.amax(0) - values.amin(0))
+        return torch.stack([local.slope for local in branches]).amax(0) + turn * (values.amax(0) - values.amin(0))
 
     def rule(self, part: Part) -> str:
         return "P5, P7" if isinstance(part, Mixed) else "P5"

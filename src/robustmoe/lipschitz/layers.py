@@ -47,11 +47,11 @@ def layer_inputs(
     model: RoutedModel, layers: Mapping[str, nn.Module], x: Float[Tensor, "n ch h w"]
 ) -> dict[str, Float[Tensor, "n t d"]]:
     """What enters each of these layers of the model (`RoutedModel.layers`), by the same names; not on a graph."""
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def look(module: Any, given: tuple[Any, ...]) -> None:
-            found[name] = given[0].detach()
+            inputs[name] = given[0].detach()
 
         return look
 
@@ -62,7 +62,7 @@ def layer_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs
 
 
 def decide(layer: TokenLayer, h: Float[Tensor, "n t d"]) -> Routing:
@@ -175,7 +175,7 @@ def layer_terms(layer: TokenLayer, h: Float[Tensor, "n t d"], steps: int | None 
     The router's terms have rank e at most and are exact always. ``steps``: None: all Jacobians are written out, exact;
     a number: `total`, `expert` and `experts` by power iteration, lower bounds.
     """
-    found = []
+    chunks = []
     routing, slopes = _weight_slopes(layer, h)
     flat, weight = at_least_float32(h.detach()).flatten(0, 1), spread(routing).detach().flatten(0, 1)
     index = routing.index.flatten(0, 1)
@@ -188,10 +188,10 @@ def layer_terms(layer: TokenLayer, h: Float[Tensor, "n t d"], steps: int | None 
             parts = _router_parts(weight[part], slopes[part], outputs)
             chosen = Chosen(layer.experts, flat[part], index[part])
             own = weight[part].gather(1, index[part])
-            found.append(
+            chunks.append(
                 _whole(chosen, own, parts, rows) if steps is None else _powered(chosen, own, parts, rows, steps)
             )
-    return LayerTerms(*(torch.cat(column) for column in zip(*found, strict=True)))
+    return LayerTerms(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
 
 def _weight_slopes(layer: TokenLayer, h: Tensor) -> tuple[Routing, Float[Tensor, "m e e"]]:
@@ -202,7 +202,7 @@ def _weight_slopes(layer: TokenLayer, h: Tensor) -> tuple[Routing, Float[Tensor,
         weight = spread(routing)
         if piecewise_constant(routing):
             return routing.detach(), logits.new_zeros(*logits.shape, logits.shape[-1]).flatten(0, 1)
-        columns = [torch.autograd.grad(one.sum(), logits, retain_graph=True)[0] for one in weight.unbind(-1)]
+        columns = [torch.autograd.grad(column.sum(), logits, retain_graph=True)[0] for column in weight.unbind(-1)]
     return routing.detach(), torch.stack(columns, 2).flatten(0, 1)
 
 
@@ -236,8 +236,8 @@ def _whole(chosen: Chosen, weight: Tensor, parts: _Router, rows: Tensor) -> Laye
     matrices = chosen.matrices()
     expert = torch.einsum("mk,mkod->mod", weight, matrices)
     total = expert + thin[2][0] @ thin[2][1]
-    norms = [torch.linalg.matrix_norm(one, ord=2) for one in (total, expert, matrices)]
-    mixing, mass, router = (_thin_norm(*one) for one in thin)
+    norms = [torch.linalg.matrix_norm(matrix, ord=2) for matrix in (total, expert, matrices)]
+    mixing, mass, router = (_thin_norm(*matrix) for matrix in thin)
     return LayerTerms(norms[0], norms[1], router, mixing, mass, norms[2])
 
 
@@ -261,7 +261,7 @@ def _powered(chosen: Chosen, weight: Tensor, parts: _Router, rows: Tensor, steps
         steps,
     )
     each = power(chosen.push, chosen.pull, start[:, None].expand(-1, k, -1).contiguous(), steps)
-    mixing, mass, router = (_thin_norm(*one) for one in thin)
+    mixing, mass, router = (_thin_norm(*matrix) for matrix in thin)
     return LayerTerms(total, expert, router, mixing, mass, each)
 
 
@@ -432,22 +432,22 @@ def network_terms(model: RoutedModel, x: Float[Tensor, "n ch h w"], steps: int |
     """
     with differentiable(model, x):
         at = x.detach().requires_grad_(True)
-        found = whole_experts(model, at)
-        if found is None:
+        mixture = whole_experts(model, at)
+        if mixture is None:
             return None
-        own = paths(found.weight, found.outputs)
+        own = paths(mixture.weight, mixture.outputs)
         each = (own.expert + own.mixing + own.mass, own.expert, own.mixing + own.mass, own.mixing, own.mass)
         norms = [spectral_norm(path, at, steps) for path in each]
-    logits, outputs, k = found.routing.logits[:, 0].detach(), found.outputs.detach(), found.routing.k
+    logits, outputs, k = mixture.routing.logits[:, 0].detach(), mixture.outputs.detach(), mixture.routing.k
     apart = disagreement(logits, outputs, k)
     step = torch.zeros_like(norms[0])
-    if k < found.routing.num_experts:
+    if k < mixture.routing.num_experts:
         ranked = torch.argsort(logits, dim=1, descending=True, stable=True)[:, k - 1 : k + 1]
         pair = outputs.gather(1, ranked[..., None].expand(-1, -1, outputs.shape[2]))
-        last = found.routing.weight[:, 0, k - 1].detach()
+        last = mixture.routing.weight[:, 0, k - 1].detach()
         step = last * torch.linalg.vector_norm(pair[:, 0] - pair[:, 1], dim=1)
     total, expert, router, mixing, mass = norms
-    return NetworkTerms(total, expert, router, mixing, mass, apart, step, found.space)
+    return NetworkTerms(total, expert, router, mixing, mass, apart, step, mixture.space)
 
 
 def slope_bound(layer: TokenLayer) -> float:

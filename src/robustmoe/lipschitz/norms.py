@@ -201,7 +201,7 @@ def routing_split(
         groups = {name: (name,) for name in names} | {ALL: tuple(names)}
         rows = None if steps is not None else jacobian(whole.logits, at)
         total = spectral_norm(whole.logits, at, steps, noise) if rows is None else _norms(rows)
-        found = {}
+        norms = {}
         for group, held in groups.items():
             logits = exact_pass(model, at, held).logits
             if rows is None:
@@ -209,8 +209,8 @@ def routing_split(
             else:
                 kept = jacobian(logits, at)
                 own = [_norms(kept), _norms(rows - kept)]
-            found[group] = PathNorms(total, *own)
-        return found
+            norms[group] = PathNorms(total, *own)
+        return norms
 
 
 def _norms(matrices: Float[Tensor, "n c d"]) -> Float[Tensor, " n"]:
@@ -228,7 +228,7 @@ def pixel_radius(
     """
     with differentiable(model, x):
         at = x.detach().requires_grad_(True)
-        found = {}
+        norms = {}
         for name, routing in exact_pass(model, at).trace.items():
             margin = routing_margin(routing)
             if margin is None:
@@ -240,8 +240,8 @@ def pixel_radius(
                 slope = size(DUAL[norm], vjp(gap, at, torch.ones_like(gap)))
                 radius = torch.where(slope > 0, gap / slope.clamp(min=torch.finfo(gap.dtype).tiny), torch.inf)
                 radii.scatter_(1, place[:, None], radius.detach()[:, None])
-            found[name] = radii
-        return found
+            norms[name] = radii
+        return norms
 
 
 def routing_margin(routing: Routing) -> Float[Tensor, "n t"] | None:

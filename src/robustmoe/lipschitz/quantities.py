@@ -73,7 +73,7 @@ def of_model(
     fall. ``splits``: `routing_split`'s, {} of a dense model.
     """
     total = splits[ALL].total if splits else norms.local_norm(model, x, steps=steps, noise=noise)
-    found = {
+    values = {
         "jacobian": total,
         "margin slope": norms.local_norm(model, x, y, of="margin"),
         "margin radius": norms.margin_radius(model, x, y, threat.norm),
@@ -81,12 +81,12 @@ def of_model(
     }
     kinds = {"margin radius": "first order", "stretch": "lower bound"}
     if splits:
-        found |= {"experts' part": splits[ALL].experts, "router's part": splits[ALL].router}
-        found["router's share"] = _share(splits[ALL].router, splits[ALL].experts)
+        values |= {"experts' part": splits[ALL].experts, "router's part": splits[ALL].router}
+        values["router's share"] = _share(splits[ALL].router, splits[ALL].experts)
     if steps is not None:
         kinds |= dict.fromkeys(("jacobian", "experts' part", "router's part"), "lower bound")
         kinds["router's share"] = "estimate"
-    return Found(found | _falls(crossed(model.run, x, x_adv), y), kinds, {})
+    return Found(values | _falls(crossed(model.run, x, x_adv), y), kinds, {})
 
 
 def _falls(of: Crossed, y: Tensor) -> Columns:
@@ -96,13 +96,13 @@ def _falls(of: Crossed, y: Tensor) -> Columns:
         return (values.gather(1, y[:, None]) - values.gather(1, rival[:, None]))[:, 0]
 
     shares: Shares = of.shares()
-    found = {
+    values = {
         "fall": margin(of.before - of.after), "fall by experts": -margin(shares.expert),
         "fall by routes": -margin(shares.router),
     }  # fmt: skip
     named = {"clean": of.before, "attacked": of.after, "routing fixed": of.frozen, "routing transplanted": of.swapped}
     right = {f"right, {name}": (logits.argmax(1) == y).to(logits.dtype) for name, logits in named.items()}
-    return found | right
+    return values | right
 
 
 # ------------------------------------------------------------------------------------------------ one router
@@ -124,8 +124,8 @@ def of_tokens(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor,
         "expert slope": terms.experts.amax(1), "routing slope": routes.slope,
     }  # fmt: skip
     per_token |= {} if routes.jump is None else {"jump": routes.jump}
-    found = {name: value.view(n, tokens).mean(1) for name, value in per_token.items()}
-    found |= {f"{name} max": value.view(n, tokens).amax(1) for name, value in per_token.items()}
+    values = {name: value.view(n, tokens).mean(1) for name, value in per_token.items()}
+    values |= {f"{name} max": value.view(n, tokens).amax(1) for name, value in per_token.items()}
     plain = {
         "mixing term": terms.mixing, "mass term": terms.mass, "router share": _share(terms.router, terms.expert),
         "disagreement": routes.disagreement.apart, "relative disagreement": routes.disagreement.relative,
@@ -133,9 +133,9 @@ def of_tokens(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor,
     }  # fmt: skip
     plain |= {} if routes.margin is None else {"margin": routes.margin}
     plain |= {f"radius {norm}": radius for norm, radius in routes.radius.items()}
-    found |= {name: value.view(n, tokens).mean(1) for name, value in plain.items()}
+    values |= {name: value.view(n, tokens).mean(1) for name, value in plain.items()}
     least = {name: value for name, value in plain.items() if name.startswith(("margin", "radius"))}
-    found |= {f"{name} min": value.view(n, tokens).amin(1) for name, value in least.items()}
+    values |= {f"{name} min": value.view(n, tokens).amin(1) for name, value in least.items()}
     bounded = ("layer jacobian", "expert term", "expert slope")
     kinds = {} if exact else dict.fromkeys([*bounded, *(f"{name} max" for name in bounded)], "lower bound")
     kinds |= dict.fromkeys(("jump", "jump max"), "estimate")  # exact at a tie alone
@@ -147,20 +147,20 @@ def of_tokens(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor,
         absent["jump, margin and radius"] = why
     how = f"written out ({width} wide)" if exact else f"found by {steps} steps of power iteration ({width} wide)"
     note = f"the Jacobians of each token at the layer's input are {how}"
-    return Found(found | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
+    return Found(values | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
 
 
 def of_whole(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
     """For a layer where an output token depends on all input tokens (Soft MoE): the image's tokens as one vector."""
     total, experts, router = layers.whole_terms(layer, h, steps)
-    found = {
+    values = {
         "layer jacobian": total, "expert term": experts, "router term": router, "router share": _share(router, experts),
     }  # fmt: skip
     absent = dict.fromkeys(("jump, margin and radius", "disagreement and the experts' slopes"), layer.whole)
     kinds = dict.fromkeys(("layer jacobian", "expert term", "router term"), "lower bound")
     kinds["router share"] = "estimate"
     note = f"the Jacobian of all tokens by all tokens, by {steps} steps of power iteration"
-    return Found(found | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
+    return Found(values | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
 
 
 def of_networks(
@@ -174,13 +174,13 @@ def of_networks(
         why = "the model is no sum of its experts' answers: they stand inside a shared network, or there are several"
         what = "layer terms, disagreement, jump and the split of changes"
         return Found({}, {}, {what: f"{why} routers"})
-    found = {
+    values = {
         "layer jacobian": terms.total, "expert term": terms.expert, "router term": terms.router,
         "mixing term": terms.mixing, "mass term": terms.mass, "router share": _share(terms.router, terms.expert),
         "disagreement": terms.disagreement.apart, "relative disagreement": terms.disagreement.relative,
         "weighted disagreement": terms.disagreement.weighted, "jump": terms.jump,
     }  # fmt: skip
-    kinds = {} if steps is None else dict.fromkeys(list(found)[:5], "lower bound") | {"router share": "estimate"}
+    kinds = {} if steps is None else dict.fromkeys(list(values)[:5], "lower bound") | {"router share": "estimate"}
     kinds["jump"] = "estimate"
 
     def answer(x: Tensor, forced: Mapping[str, Routing] | None = None) -> Output:
@@ -188,7 +188,7 @@ def of_networks(
         return output if terms.space == "logits" else Output(output.logits.softmax(1), output.trace)
 
     note = f"the experts are whole networks: the layer's numbers are of its {terms.space}, by pixels"
-    return Found(found | _shares(crossed(answer, x, x_adv)), kinds, {}, note)
+    return Found(values | _shares(crossed(answer, x, x_adv)), kinds, {}, note)
 
 
 def of_pixels(
@@ -205,18 +205,18 @@ def of_pixels(
         slopes = {name: jacobian_norm(each, at, PIXEL_STEPS, noise) / 2 for name, each in logits.items()}
     out = {}
     for name, slope in slopes.items():
-        found, absent = {"pixel routing slope": slope}, {}
+        values, absent = {"pixel routing slope": slope}, {}
         if name in radii:
             known = ~radii[name].isnan()
-            found["pixel radius min"] = radii[name].nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1)
+            values["pixel radius min"] = radii[name].nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1)
             if bool(known.all()):
-                found["pixel radius"] = radii[name].median(1).values
+                values["pixel radius"] = radii[name].median(1).values
             else:
                 absent["pixel radius"] = f"only the {int(known[0].sum())} items of the smallest margins were asked"
         else:
             absent["pixel radius"] = "no item's choice is the k best of its own logits, or all experts are chosen"
         kinds = {"pixel routing slope": "lower bound", "pixel radius": "first order", "pixel radius min": "first order"}
-        out[name] = Found(found, kinds, absent)
+        out[name] = Found(values, kinds, absent)
     return out
 
 

@@ -47,9 +47,9 @@ def run(names: Sequence[str] = (), seed: int = 0) -> list[Experiment]:
         if name.lower() not in known:
             raise UserError(f"unknown experiment {name!r}; {nearest(name, EXPERIMENTS)}")
     wanted = {known[name.lower()] for name in names} or set(EXPERIMENTS)
-    found = []
+    done = []
     for name in progress([name for name in EXPERIMENTS if name in wanted], "theory", unit="experiments"):
         start = time.perf_counter()
-        one = EXPERIMENTS[name](seed=seed)
-        found.append(dataclasses.replace(one, seconds=time.perf_counter() - start))
-    return found
+        experiment = EXPERIMENTS[name](seed=seed)
+        done.append(dataclasses.replace(experiment, seconds=time.perf_counter() - start))
+    return done

@@ -19,8 +19,8 @@ def minimum_norm(x: Tensor, y: Tensor) -> Tensor:
     (..., d, o).
     """
     target = y if y.ndim == x.ndim else y[..., None]
-    found = x.mT @ torch.linalg.solve(x @ x.mT, target)
-    return found if y.ndim == x.ndim else found[..., 0]
+    solution = x.mT @ torch.linalg.solve(x @ x.mT, target)
+    return solution if y.ndim == x.ndim else solution[..., 0]
 
 
 def mirrored(x: Tensor, seed: int) -> Tensor:
@@ -65,16 +65,16 @@ def x1(seed: int = 0, experts: Sequence[int] = tuple(X1_PUBLISHED), draws: int =
     """Orthogonal clusters, labels +-1, shortest interpolants: the ratio of dense to MoE is sqrt(sum q / max q)."""
     rows, curves, wrong = [], [], 0.0
     for e in experts:
-        found, expected = [], []
+        ratios, expected = [], []
         for draw in range(draws):
             key = seed * 1000 + draw
             x, y = _clusters(key, e, width // 2, width), signs(key, "labels", e, width // 2)
             ratio, error = _ratio(x, y)
             q = _squared_norms(x, y)
-            found.append(ratio)
+            ratios.append(ratio)
             expected.append(float((q.sum() / q.max()).sqrt()))
-            wrong = max(wrong, error, abs(found[-1] - expected[-1]))
-        (mean, deviation), form = _spread(found), sum(expected) / draws
+            wrong = max(wrong, error, abs(ratios[-1] - expected[-1]))
+        (mean, deviation), form = _spread(ratios), sum(expected) / draws
         near = max(5e-4, 3 * deviation * math.sqrt(2 / draws))
         rows.append(
             Comparison(f"E={e}: ratio, mean of {draws}", "equal", mean, form, tolerance=1e-8,
@@ -132,7 +132,7 @@ def x1c(seed: int = 0, experts: int = 8, width: int = 32, out: int = 32, draws: 
     x = _clusters(seed, experts, width, width)
     teachers = mirrored(torch.block_diag(*unit(normal(seed, "teachers", experts, 1, width))), seed)
     scalars = torch.einsum("end,ed->en", x, teachers)
-    one = unit(normal(seed, "one", 1, out))
+    direction = unit(normal(seed, "one", 1, out))
 
     def ratio(directions: Tensor) -> float:
         y = scalars[..., None] * directions[:, None]
@@ -141,17 +141,17 @@ def x1c(seed: int = 0, experts: int = 8, width: int = 32, out: int = 32, draws: 
         return float(norms[0] / norms[1].max())
 
     random = [unit(normal(seed * 1000 + draw, "directions", experts, out)) for draw in range(draws)]
-    found = [ratio(directions) for directions in random]
+    ratios = [ratio(directions) for directions in random]
     forms = [float(torch.linalg.eigvalsh(o @ o.T)[-1].sqrt()) for o in random]
-    mean, deviation = _spread(found)
+    mean, deviation = _spread(ratios)
     rows = (
-        Comparison("all along one direction", "equal", ratio(one.expand(experts, -1)), root, tolerance=1e-6,
+        Comparison("all along one direction", "equal", ratio(direction.expand(experts, -1)), root, tolerance=1e-6,
                    published=2.828, near=5e-4),
         Comparison("orthogonal directions", "equal", ratio(torch.eye(experts, out, dtype=x.dtype)), 1.0,
                    tolerance=1e-6, published=1.000, near=5e-4),
         Comparison(f"random in R^{out}, mean of {draws}: ||O||", "equal", mean, sum(forms) / draws, tolerance=1e-6,
                    published=1.420, near=3 * deviation),
-        Comparison("random directions, any", "between", min(found), 1.0, root),
+        Comparison("random directions, any", "between", min(ratios), 1.0, root),
     )  # fmt: skip
     says = "The gain is of margins, which all experts write along one direction; of a full Jacobian it may be nothing."
     return Experiment("X1c", f"vector outputs, E={experts}", rows, says, seed)
@@ -184,16 +184,16 @@ def x2(
         outside = sum(not (low - 1e-9 <= r <= top + 1e-9 and wrong < 1e-6) for _, r, low, top, wrong in made)
         rows += [
             Comparison(f"d={d}: outside the bounds, of {draws}", "equal", float(outside), 0.0, published=0.0),
-            Comparison(f"d={d}: least ratio (P0)", "at least", min(one[1] for one in made), 1.0, tolerance=1e-9),
+            Comparison(f"d={d}: least ratio (P0)", "at least", min(draw[1] for draw in made), 1.0, tolerance=1e-9),
         ]
-        means = [_spread([one[at] for one in made]) for at in (0, 1)]
+        means = [_spread([draw[at] for draw in made]) for at in (0, 1)]
         for name, at in (("coherence eta", 0), ("ratio", 1)):
             if d in X2_PUBLISHED:
                 rows.append(
                     Comparison(f"d={d}: mean {name}", "measured only", means[at][0], published=X2_PUBLISHED[d][at],
                                near=0.005 + 3 * means[at][1])
                 )  # fmt: skip
-        curves.append((float(d), *(sum(one[at] for one in made) / draws for at in (1, 2, 3))))
+        curves.append((float(d), *(sum(draw[at] for draw in made) / draws for at in (1, 2, 3))))
     says = "The bounds of P1' hold at every coherence, and with fixed routes the MoE is never worse."
     title = "clusters that are not orthogonal"
     return Experiment("X2", title, tuple(rows), says, seed, charts=(_x2_chart(curves),))

@@ -42,7 +42,7 @@ def x7(seed: int = 0, routers: int = 500, experts: int = 6, width: int = 10, tri
     radii: dict[str, Tensor] = {}
     for norm in ("l2", "linf"):
         inside = outside = 0
-        found = []
+        radii_here = []
         for k in (1, 2, 3):
             m = routers // 3 + (k <= routers % 3)
             key = f"x7 {norm} {k}"
@@ -58,8 +58,8 @@ def x7(seed: int = 0, routers: int = 500, experts: int = 6, width: int = 10, tri
             near = torch.cat([0.999 * reach * pairs, 0.999 * reach * free], 1)
             inside += int(flips(slopes, bias, x, near, k).any(1).sum())
             outside += int((~flips(slopes, bias, x, 1.001 * reach * pairs, k).any(1)).sum())
-            found.append(radius)
-        radii[norm] = torch.cat(found)
+            radii_here.append(radius)
+        radii[norm] = torch.cat(radii_here)
         rows += [
             Comparison(f"{norm}: routes moved at 0.999 r, of {routers}", "equal", float(inside), 0.0, published=0.0),
             Comparison(
@@ -164,11 +164,11 @@ def nearest_wrong(made: Clusters, slack: float = 1e-9, sweeps: int = 60) -> Tens
             if not mine.any():
                 continue
             walls = torch.cat([routes, label * made.teachers[j : j + 1]])
-            found = _project(made.x[mine], walls, torch.cat([limits, limits.new_tensor([-slack])]), sweeps)
-            wrong = made.moe(found) * label < 0
-            length = torch.where(wrong, (found - made.x[mine]).norm(dim=1), math.inf)
+            candidate = _project(made.x[mine], walls, torch.cat([limits, limits.new_tensor([-slack])]), sweeps)
+            wrong = made.moe(candidate) * label < 0
+            length = torch.where(wrong, (candidate - made.x[mine]).norm(dim=1), math.inf)
             better = length < size[mine]
-            best[mine] = torch.where(better[:, None], found, best[mine])
+            best[mine] = torch.where(better[:, None], candidate, best[mine])
             size[mine] = torch.minimum(size[mine], length)
     return best
 
@@ -203,8 +203,8 @@ def breaks_within(made: Clusters, seed: int, radius: Tensor, points: int, tries:
             for way in (downhill, flip):
                 step = unit(math.cos(angle) * across + math.sin(angle) * way)
                 broken |= made.moe(made.x + 0.999 * radius[:, None] * step) * made.y < 0
-    for one in range(tries):
-        step = unit(normal(seed, f"x8 try {one}", n, d))
+    for attempt in range(tries):
+        step = unit(normal(seed, f"x8 try {attempt}", n, d))
         broken |= made.moe(made.x + 0.999 * radius[:, None] * step) * made.y < 0
     return int(broken.sum())
 
@@ -268,14 +268,14 @@ def _accuracies(made: Clusters, size: Tensor, eps: float) -> list[Comparison]:
     """Robust accuracy as attacked, against P(|N(0, 1)| > ...), within 4 standard errors (and 2 inputs)."""
     root, n = math.sqrt(len(made.teachers)), len(made.x)
     forms = (2 * (1 - _cdf(root * eps)), 2 * (1 - _cdf(eps)) if eps < made.apart / 2 else 0.0)
-    found = (_dense_accuracy(made, eps), float((size > eps).double().mean()))
+    measured = (_dense_accuracy(made, eps), float((size > eps).double().mean()))
     rows = []
     for at, name in enumerate(("dense", "MoE")):
         error = math.sqrt(forms[at] * (1 - forms[at]) / n)
         allowed = 4 * error + 2 / n if forms[at] > 0 else 0.0
         published = X8_PUBLISHED.get((made.apart, eps))
         rows.append(
-            Comparison(f"D={made.apart:g}, eps={eps:g}: {name} robust accuracy", "equal", found[at], forms[at],
+            Comparison(f"D={made.apart:g}, eps={eps:g}: {name} robust accuracy", "equal", measured[at], forms[at],
                        tolerance=allowed, published=None if published is None else published[at],
                        near=0.0005 + math.sqrt(2) * allowed)
         )  # fmt: skip

@@ -29,18 +29,18 @@ def layer(seed: int, experts: int, slots: int, width: int, hidden: int) -> SlotM
 
 def jacobian(made: SlotMoE, tokens: Tensor) -> Tensor:
     """(t, o, t, d): every output token by every input token."""
-    found: Tensor = torch.autograd.functional.jacobian(
+    blocks: Tensor = torch.autograd.functional.jacobian(
         lambda x: made(x[None], Tape())[0], tokens, vectorize=True, strategy="reverse-mode"
     )
-    return found
+    return blocks
 
 
-def sizes(found: Tensor) -> tuple[float, float]:
+def sizes(full: Tensor) -> tuple[float, float]:
     """The spectral norm of the whole Jacobian, and the mean one of a block between two different tokens."""
-    t, o, _, d = found.shape
-    blocks = torch.linalg.matrix_norm(found.transpose(1, 2), ord=2)
+    t, o, _, d = full.shape
+    blocks = torch.linalg.matrix_norm(full.transpose(1, 2), ord=2)
     apart = blocks[~torch.eye(t, dtype=torch.bool)]
-    return float(torch.linalg.matrix_norm(found.reshape(t * o, t * d), ord=2)), float(apart.mean())
+    return float(torch.linalg.matrix_norm(full.reshape(t * o, t * d), ord=2)), float(apart.mean())
 
 
 def at_scale_0(made: SlotMoE, tokens: Tensor) -> float:
@@ -70,20 +70,20 @@ def x11(
     """P9: Soft MoE is smooth, but every output token depends on every input token, at any scale."""
     made = layer(seed, experts, slots, width, 4 * width)
     x = normal(seed, "x11 tokens", tokens, width)
-    rows, found, largest = [], [], 0.0
+    rows, measured, largest = [], [], 0.0
     for scale in scales:
         made.router.scale.fill_(scale)
-        found.append(sizes(jacobian(made, x)))
+        measured.append(sizes(jacobian(made, x)))
         largest = max(largest, float(made.router(x[None]).abs().max()) / max(scale, 1e-12))
     form = at_scale_0(made, x)
     if scales[0] == 0:
         rows += [
-            Comparison("scale 0: ||J||, that of the experts' mean Jacobian", "equal", found[0][0], form,
+            Comparison("scale 0: ||J||, that of the experts' mean Jacobian", "equal", measured[0][0], form,
                        tolerance=1e-9),
-            Comparison("scale 0: block between tokens, that / tokens", "equal", found[0][1], form / tokens,
+            Comparison("scale 0: block between tokens, that / tokens", "equal", measured[0][1], form / tokens,
                        tolerance=1e-9),
         ]  # fmt: skip
-    for scale, (norm, block) in zip(scales, found):
+    for scale, (norm, block) in zip(scales, measured):
         published = X11_PUBLISHED.get(int(scale), (None, None))
         rows += [
             Comparison(f"scale {scale:g}: ||J||", "measured only", norm, published=published[0], near=None),
@@ -91,7 +91,7 @@ def x11(
                        published=published[1], near=None),
         ]  # fmt: skip
     rows += [
-        Comparison("||J|| at the largest scale / at the smallest", "at least", found[-1][0] / found[0][0], 2.0),
+        Comparison("||J|| at the largest scale / at the smallest", "at least", measured[-1][0] / measured[0][0], 2.0),
         Comparison("|logit| / scale, largest", "at most", largest, 1.0, tolerance=1e-9),
     ]
     chart = Chart(
@@ -99,8 +99,8 @@ def x11(
         "scale (+1)",
         "spectral norm",
         (
-            Curve("||J||, all tokens", tuple((s + 1, norm) for s, (norm, _) in zip(scales, found))),
-            Curve("mean block between two tokens", tuple((s + 1, block) for s, (_, block) in zip(scales, found))),
+            Curve("||J||, all tokens", tuple((s + 1, norm) for s, (norm, _) in zip(scales, measured))),
+            Curve("mean block between two tokens", tuple((s + 1, block) for s, (_, block) in zip(scales, measured))),
         ),
         log_x=True,
         log_y=True,

@@ -37,8 +37,8 @@ def layer(
 
 def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """(m, o, d) by autograd, of a function that treats items apart."""
-    found = torch.autograd.functional.jacobian(lambda at: function(at).sum(0), x, vectorize=True)
-    return found.transpose(0, 1)
+    blocks = torch.autograd.functional.jacobian(lambda at: function(at).sum(0), x, vectorize=True)
+    return blocks.transpose(0, 1)
 
 
 def _surrogate(experts: Mlps, router: Callable[[Tensor], Tensor], x: Tensor, gating: Gating, k: int) -> list[Tensor]:
@@ -68,7 +68,7 @@ def x4(seed: int = 0, items: int = 16, experts: int = 5, width: int = 7, out: in
                        published=0.0, near=7e-15)
         )  # fmt: skip
         pairs = zip(_surrogate(mlps, router, x, gating, k), split)
-        wrong = max(float((found - form).abs().max()) for found, form in pairs)
+        wrong = max(float((measured - form).abs().max()) for measured, form in pairs)
         rows.append(Comparison(f"{gating}: each part by its path, worst", "equal", wrong, 0.0, tolerance=1e-12))
         norms = [float(torch.linalg.matrix_norm(part, ord=2).mean()) for part in (*split, split.total)]
         shares.append((gating, norms))
@@ -164,11 +164,11 @@ def x6(
     for gating, k in JUMPS:
         tie, direction = _ties(normal(seed, "x6 x", items, width), slopes, k)
         f = layer(outputs, lambda x: x @ slopes.T, gating, k, 1.0)
-        found = (f(tie + step * direction) - f(tie - step * direction)).norm(dim=1)
+        jumps = (f(tie + step * direction) - f(tie - step * direction)).norm(dim=1)
         form = jump(tie @ slopes.T, outputs(tie), gating, k)
         rows += [
-            Comparison(f"{gating}, k={k}: jump at one tie", "equal", float(found[0]), float(form[0]), tolerance=1e-6),
-            Comparison(f"{gating}, k={k}: worst of {len(tie)} ties", "at most", float((found - form).abs().max()), 0.0,
+            Comparison(f"{gating}, k={k}: jump at one tie", "equal", float(jumps[0]), float(form[0]), tolerance=1e-6),
+            Comparison(f"{gating}, k={k}: worst of {len(tie)} ties", "at most", float((jumps - form).abs().max()), 0.0,
                        tolerance=1e-6, published=None if gating == "renormalised" else 0.0, near=1e-6),
         ]  # fmt: skip
     says = "At a boundary a sparse MoE jumps by the weight of the expert that changes times the experts' disagreement."

@@ -66,19 +66,19 @@ def x9(
 ) -> Experiment:
     """The clusters of P1 with centres to route by, and a soft MoE trained on them with Adam."""
     root = math.sqrt(experts)
-    made = [_data(seed * 100 + one, experts, points, width, centre=2.0) for one in range(seeds)]
+    made = [_data(seed * 100 + number, experts, points, width, centre=2.0) for number in range(seeds)]
     x, y = (torch.stack(parts * 2) for parts in zip(*made))
     decay = torch.tensor([1e-3] * seeds + [0.0] * seeds, dtype=x.dtype)
     weights, slopes = train(x, y, experts, decay, steps, lr=0.02, seed=seed)
-    found = [Parts(*one) for one in zip(x, y, weights, slopes)]
-    dense = max(float(minimum_norm_of_all(*one).norm()) for one in made)
+    trained = [Parts(*seed_parts) for seed_parts in zip(x, y, weights, slopes)]
+    dense = max(float(minimum_norm_of_all(*data).norm()) for data in made)
     rows = [Comparison("dense, shortest interpolant", "equal", dense, root, tolerance=1e-6, published=4.00, near=0.005)]
-    for name, parts, at in (("decay", found[:seeds], 0), ("no decay", found[seeds:], 1)):
+    for name, parts, at in (("decay", trained[:seeds], 0), ("no decay", trained[seeds:], 1)):
         rows += _rows(name, parts, at, root)
     charts = tuple(
-        _chart(f"{name}, first seed", found[at * seeds], root) for at, name in enumerate(("decay 1e-3", "no decay"))
+        _chart(f"{name}, first seed", trained[at * seeds], root) for at, name in enumerate(("decay 1e-3", "no decay"))
     )
-    worst = [_mean([float(p.total.max()) for p in found[at : at + seeds]]) for at in (0, seeds)]
+    worst = [_mean([float(p.total.max()) for p in trained[at : at + seeds]]) for at in (0, seeds)]
     says = (
         f"Weight decay makes the experts specialists, and the router takes the gain back: the worst input's slope is "
         f"{worst[0]:.2f} (decay) and {worst[1]:.2f} (none), where the dense model has {root:.2f} and given routes 1. "
@@ -89,30 +89,31 @@ def x9(
 
 def minimum_norm_of_all(x: Tensor, y: Tensor) -> Tensor:
     """The shortest w with x w = y where x has more rows than rank: the pseudo-inverse's."""
-    found: Tensor = torch.linalg.lstsq(x, y[:, None], driver="gelsd").solution[:, 0]
-    return found
+    solution: Tensor = torch.linalg.lstsq(x, y[:, None], driver="gelsd").solution[:, 0]
+    return solution
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _rows(name: str, found: list[Parts], at: int, root: float) -> list[Comparison]:
+def _rows(name: str, trained: list[Parts], at: int, root: float) -> list[Comparison]:
     """What is expected of the models with decay (at 0) or without (1)."""
-    expert, total = (_mean([float(getattr(p, part).max()) for p in found]) for part in ("expert", "total"))
-    lead = min(float(p.router[p.total.argmax()] / p.expert[p.total.argmax()]) for p in found)
+    expert, total = (_mean([float(getattr(p, part).max()) for p in trained]) for part in ("expert", "total"))
+    lead = min(float(p.router[p.total.argmax()] / p.expert[p.total.argmax()]) for p in trained)
     published = {key: values[at] for key, values in X9_PUBLISHED.items()}
     rows = [
-        Comparison(f"{name}: mean squared error, worst seed", "at most", max(p.error for p in found), 1e-3),
+        Comparison(f"{name}: mean squared error, worst seed", "at most", max(p.error for p in trained), 1e-3),
         Comparison(f"{name}: slope / bound of P3, any input", "at most",
-                   max(float((p.total / p.bound).max()) for p in found), 1.0, tolerance=1e-9),
+                   max(float((p.total / p.bound).max()) for p in trained), 1.0, tolerance=1e-9),
         Comparison(f"{name}: expert term, worst input, mean of seeds", "at most", expert, root,
                    published=published["expert"], near=None),
         Comparison(f"{name}: total, worst input, above given routes, mean of seeds", "at least", total, 1.0,
                    published=published["total"], near=None),
-        Comparison(f"{name}: mean largest weight", "measured only", _mean([p.sharp for p in found]),
+        Comparison(f"{name}: mean largest weight", "measured only", _mean([p.sharp for p in trained]),
                    published=published["sharp"], near=None),
-        Comparison(f"{name}: total, mean over inputs", "measured only", _mean([float(p.total.mean()) for p in found])),
+        Comparison(f"{name}: total, mean over inputs", "measured only",
+                   _mean([float(p.total.mean()) for p in trained])),
     ]  # fmt: skip
     if at == 0:
         rows += [
