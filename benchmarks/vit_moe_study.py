@@ -163,7 +163,7 @@ def routes(given: Study, arm: str, seed: int) -> dict[str, float]:
         found["margin's fall by the routes"] = fall[2] / fall[0] if fall[0] else 0.0
         shares = [layer.numbers["attack router share"].mean for layer in parts_of.layers]
         if shares:
-            found["router's share in the layers (P8)"] = statistics.mean(shares)
+            found["router's share in the layers (LIP-8)"] = statistics.mean(shares)
     found = {name: 100 * value for name, value in found.items()}
     if measured is not None and measured.done:
         found["margin gradient"] = analysis.lipschitz_summary(measured).model["margin slope"].mean

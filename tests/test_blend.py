@@ -233,8 +233,8 @@ def test_the_batch_size_decides_nothing_and_the_models_come_back(halves: Halves)
 def test_the_blend_differs_from_the_robust_half_only_where_that_is_unsure(
     halves: Halves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P7b: where the predictions differ, the robust half's best probability leads its second by (1 - alpha) / alpha at
-    most. Of every image that any attack made.
+    """CERT-7b: where the predictions differ, the robust half's best probability leads its second by (1 - alpha) / alpha
+    at most. Of every image that any attack made.
     """
     standard, robust, x, y = halves
     real, seen = alphas_module.judged, []

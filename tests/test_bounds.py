@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from closed_forms import margin_slopes
 from robustmoe import UserError
 from robustmoe.attacks.threat import Norm
 from robustmoe.certification import Ball, Bounded, Bounding, worst_margins
@@ -20,7 +21,6 @@ from robustmoe.certification.certify import leaves
 from robustmoe.certification.graph import check, record
 from robustmoe.certification.nonlinear import Elementwise, Relu, gelu, sigmoid, tanh
 from robustmoe.certification.operations import Interval
-from robustmoe.certification.slopes import margin_slopes
 from robustmoe.models import build_model
 from robustmoe.models.parts import Leaf
 

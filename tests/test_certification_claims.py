@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from closed_forms import soft_radius
 from robustmoe.attacks import PGD, Threat, linf
 from robustmoe.certification import Ball, Bounding, Bounds, Worst, rules, worst_margins
 from robustmoe.certification.margins import others
@@ -209,9 +210,9 @@ def violated(proven: Tensor, case: Case, z: Tensor) -> Tensor:
     return proven & (z.argmax(2) != case.y).any(0)
 
 
-def worst_of(case: Case, how: Bounding, space: str = "sign", cells: int = 0) -> Worst:
+def worst_of(case: Case, how: Bounding, space: str = "sign", region_steps: int = 0) -> Worst:
     with torch.no_grad():
-        return worst_margins(case.model.parts(), case.ball, case.y, how, space=space, cells=cells)
+        return worst_margins(case.model.parts(), case.ball, case.y, how, space=space, region_steps=region_steps)
 
 
 def test_the_points_below_are_more_than_100_000() -> None:
@@ -227,7 +228,7 @@ def test_no_point_of_a_certified_ball_has_another_prediction(name: str, norm: st
     z = answers(case)
     shares = {}
     for how in HOWS:
-        proven = worst_of(case, how, cells=10 if how == "crown_ibp" and name not in DEAR else 0).proven(case.y)
+        proven = worst_of(case, how, region_steps=10 if how == "crown_ibp" and name not in DEAR else 0).proven(case.y)
         assert not violated(proven, case, z).any()
         shares[how] = float(proven.double().mean())
     assert 0.1 < shares["crown"] < 0.9
@@ -269,7 +270,7 @@ def frozen_weights(case: Case) -> Tensor:
 
 
 def blind_threshold(case: Case) -> Tensor:
-    """P7's threshold for a blend of logits, which has none: as if the standard half's margin were at most 1."""
+    """CERT-7's threshold for a blend of logits, which has none: as if the standard half's margin were at most 1."""
     part = case.model.parts()
     assert isinstance(part, Mixed)
     robust = worst_margins(part.robust, case.ball, case.y, "crown", space="logits").lower
@@ -318,7 +319,8 @@ def certified(model: RoutedModel, x: Tensor, certifier: Bounds) -> list:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_two_constant_experts_get_no_radius_above_the_way_to_the_boundary(norm: str) -> None:
-    """P6: the experts say (1, 0) and (0, 1) whatever they see; the router (x, -x). Every slope is 0, the radius |x|."""
+    """CERT-6: the experts say (1, 0) and (0, 1) whatever they see; the router (x, -x). Every slope is 0, the radius
+    |x|."""
     flat = torch.zeros(2, 1)
     model = hand_made(
         torch.tensor([[1.0], [-1.0]]), [(flat, torch.tensor([1.0, 0.0])), (flat, torch.tensor([0.0, 1.0]))]
@@ -340,7 +342,7 @@ def test_per_class_constants_claim_twice_the_true_radius_and_constants_of_the_ma
     margin = torch.tensor([[0.0, 0.1]], dtype=torch.float64).tanh()  # p_0 - p_1 = tanh(x)
     per_class = float(margin[0, 1]) / 0.5  # |d sigmoid(2 x) / dx| <= 1/2
     slope = torch.tensor([[0.0, 1.0]], dtype=torch.float64)  # |d tanh(x) / dx| <= 1
-    ours = float(rules.soft_radius(margin, torch.zeros_like(margin), slope, 0.0))
+    ours = float(soft_radius(margin, torch.zeros_like(margin), slope, 0.0))
     assert per_class == pytest.approx(0.1993, abs=1e-4)
     assert ours == pytest.approx(0.0997, abs=1e-4)
     assert ours <= 0.1 < per_class
@@ -352,7 +354,8 @@ def test_per_class_constants_claim_twice_the_true_radius_and_constants_of_the_ma
 
 @pytest.mark.parametrize("eps", [0.01, 0.05, 0.2])
 def test_certificate_below_exact_below_attack_on_linear_mixtures(eps: float) -> None:
-    """P12: the linear programme over each expert's cell. Where one expert alone is reached the certificate is exact."""
+    """CERT-12: the linear programme over each expert's region. Where one expert alone is reached the certificate is
+    exact."""
     case = first(make_case("linear", "linf"), 24)
     x, y = case.ball.x, case.y
     ball = Ball(x, "linf", torch.full_like(case.ball.eps, eps))
@@ -369,7 +372,7 @@ def test_certificate_below_exact_below_attack_on_linear_mixtures(eps: float) -> 
     assert (exact <= attacked.amin((0, 2)) + 1e-7).all()
     assert not ((exact > 0) & (z.argmax(2) != y).any(0)).any()
     assert alone.any() or eps > 0.1
-    # P11: where every point is right, so is every expert in the part of the ball that is its own
+    # CERT-11: where every point is right, so is every expert in the part of the ball that is its own
     fork = case.model.parts()
     assert isinstance(fork, Fork)
     flat = clipped(x, steps, "linf", ball.eps).flatten(0, 1)
@@ -426,12 +429,12 @@ def test_a_mixture_of_one_expert_is_that_expert() -> None:
 
 
 def test_alpha_1_and_0_are_the_halves_and_alpha_a_half_certifies_nothing_by_the_robust_one_alone() -> None:
-    """C5 and C7; and C8: however loud the standard half is, what P7 certifies stays."""
+    """C5 and C7; and C8: however loud the standard half is, what CERT-7 certifies stays."""
     model, x = lively("dual"), random_images(32, 3)
     certifier = Bounds(linf(0.005), search=0)
     assert certified(model.at(1.0), x, certifier) == certified(model.robust, x, certifier)
     assert certified(model.at(0.0), x, certifier) == certified(model.standard, x, certifier)
-    assert all(one.rule != "P7" for one in certified(model.at(0.5), x, certifier))
+    assert all(one.rule != "robust half alone" for one in certified(model.at(0.5), x, certifier))
     for expert in model.robust.experts:  # probability margins near 1
         with torch.no_grad():
             expert.head.weight *= 20
@@ -442,7 +445,7 @@ def test_alpha_1_and_0_are_the_halves_and_alpha_a_half_certifies_nothing_by_the_
             expert.head.weight *= -100
             expert.head.bias *= -100
     after = certified(model.at(0.7), x, certifier)
-    by_robust = [n for n, one in enumerate(before) if one.rule == "P7"]
+    by_robust = [n for n, one in enumerate(before) if one.rule == "robust half alone"]
     assert len(by_robust) >= 5
     assert [after[n][:3] for n in by_robust] == [before[n][:3] for n in by_robust]  # prediction, radius, rule
 

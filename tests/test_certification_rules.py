@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
+from closed_forms import soft_margin, soft_radius
 from robustmoe.certification import Ball, rules, worst_margins
 from robustmoe.models import blend_logits
 from robustmoe.models.parts import Fork, Leaf
@@ -29,7 +30,7 @@ def away(values: Tensor, y: Tensor) -> Tensor:
     return values[others].view(len(values), -1)
 
 
-# ------------------------------------------------------------------------------------------------ P0
+# ------------------------------------------------------------------------------------------------ CERT-0
 
 
 def corner_minimum(lower: Tensor, upper: Tensor, y: int) -> Tensor:
@@ -49,7 +50,7 @@ def test_probability_margins_are_the_minimum_over_the_box_of_logit_margins(scale
     lower = scale * draw(1, 60, 4)
     upper = lower + scale * draw(2, 60, 4).abs()
     lower, upper = (each.scatter(1, y[:, None], 0.0) for each in (lower, upper))
-    assert 40 < int((away(lower, y) < 0).sum()) < 140  # both cases of P0
+    assert 40 < int((away(lower, y) < 0).sum()) < 140  # both cases of CERT-0
     found = rules.probability_margins(lower, upper, y)
     expected = torch.stack([corner_minimum(lower[n], upper[n], int(y[n])) for n in range(60)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -71,7 +72,7 @@ def test_a_margin_of_zero_is_no_certificate() -> None:
     assert rules.probability_margins(zero, zero, y)[0].tolist() == [0.0, 0.0, 0.0]  # and nothing is above 0
 
 
-# ------------------------------------------------------------------------------------------------ P2, P3
+# ------------------------------------------------------------------------------------------------ CERT-2, CERT-3
 
 
 def box_of_differences(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ def test_a_tie_is_reachable() -> None:
     assert rules.reachable(torch.tensor([[[0.0, 2.0], [-1e-9, 0.0]]])).tolist() == [[True, False]]
 
 
-# ------------------------------------------------------------------------------------------------ P4
+# ------------------------------------------------------------------------------------------------ CERT-4
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -144,7 +145,7 @@ def test_the_greedy_mixture_is_the_linear_programme(spread: float) -> None:
 
 
 def test_a_cold_soft_router_is_a_hard_one() -> None:
-    """P4 at temperature 1e-4 is P2: the worst of the reachable experts."""
+    """CERT-4 at temperature 1e-4 is CERT-2: the worst of the reachable experts."""
     low, high = logits_box(13)
     least, most = box_of_differences(low, high)
     lower = draw(15, 40, 4, 3)
@@ -164,7 +165,7 @@ def test_one_expert_and_equal_experts_leave_nothing_to_the_router() -> None:
     torch.testing.assert_close(rules.weighed(lower.expand(3, 4, 4), small, large), lower[:, 0])
 
 
-# ------------------------------------------------------------------------------------------------ P5
+# ------------------------------------------------------------------------------------------------ CERT-5
 
 
 def test_total_variation_of_two_softmaxes_is_at_most_tanh_of_a_quarter_of_the_range() -> None:
@@ -220,15 +221,15 @@ def test_the_soft_margin_is_below_every_sampled_one(norm: str, temperature: floa
         spread = each.amax(1) - each.amin(1)
         slope, steepness = model.constants(norm)
         for eps in (0.01, 0.1, 1.0):
-            found = rules.soft_margin(margin, spread, slope, steepness, eps, temperature)
+            found = soft_margin(margin, spread, slope, steepness, eps, temperature)
             sampled = model.mixed(x + in_ball(seed, 1000, 5, eps, norm), temperature)
             assert (sampled >= found - 1e-12).all()
             useful += int((found < sampled.amin(0) - 1e-9).sum())
-        radius = float(rules.soft_radius(margin, spread, slope, steepness, temperature))
+        radius = float(soft_radius(margin, spread, slope, steepness, temperature))
         positive = bool((margin[:, 1:] > 0).all())
         assert (radius > 0) == positive
         if positive:  # tanh t <= t: within the radius the margin that is claimed is above 0
-            found = rules.soft_margin(margin, spread, slope, steepness, 0.999 * radius, temperature)
+            found = soft_margin(margin, spread, slope, steepness, 0.999 * radius, temperature)
             assert (found[:, 1:] > 0).all()
             assert (model.mixed(x + in_ball(seed, 1000, 5, 0.999 * radius, norm), temperature)[:, 1:] > 0).all()
     assert useful
@@ -238,14 +239,14 @@ def test_without_spread_the_soft_radius_is_margin_over_slope_whatever_the_router
     margin, slope = torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([[0.0, 2.0, 4.0]])
     zero = torch.zeros_like(margin)
     for steepness in (0.0, 1.0, 1e6):  # identical experts: the router is free
-        assert rules.soft_radius(margin, zero, slope, steepness).tolist() == [0.25]  # min(3 / 2, 1 / 4)
-    assert rules.soft_radius(margin, zero, zero, 1.0).tolist() == [math.inf]  # constant
+        assert soft_radius(margin, zero, slope, steepness).tolist() == [0.25]  # min(3 / 2, 1 / 4)
+    assert soft_radius(margin, zero, zero, 1.0).tolist() == [math.inf]  # constant
     # a router that swings fast: by 1.6 of margin 3 in a spread of 1.6, and no more however cold it is
-    turned = rules.soft_margin(torch.tensor([[3.0]]), torch.tensor([[1.6]]), torch.zeros(1, 1), 1e9, 1.0)
+    turned = soft_margin(torch.tensor([[3.0]]), torch.tensor([[1.6]]), torch.zeros(1, 1), 1e9, 1.0)
     assert turned.item() == pytest.approx(3.0 - 1.6)
 
 
-# ------------------------------------------------------------------------------------------------ P7 to P9
+# ------------------------------------------------------------------------------------------------ CERT-7 to CERT-9
 
 
 @pytest.mark.parametrize("alpha, expected", [(0.6, 2 / 3), (0.7, 3 / 7), (0.8, 0.25), (0.9, 1 / 9), (0.95, 1 / 19)])
@@ -271,7 +272,7 @@ def test_no_margin_passes_at_alpha_a_half_or_less() -> None:
 
 
 def test_knowing_the_standard_half_never_certifies_less() -> None:
-    """P8 contains P7: dual_margins grows with the standard half's bound, whose least is -1."""
+    """CERT-8 contains CERT-7: dual_margins grows with the standard half's bound, whose least is -1."""
     standard, robust = draw(31, 500, 3).tanh(), draw(32, 500, 3).tanh()
     for alpha in (0.55, 0.7, 0.9):
         known = rules.dual_margins(standard, robust, alpha)
@@ -288,7 +289,7 @@ def test_alpha_1_is_the_robust_half_and_alpha_0_the_standard_one() -> None:
 
 
 def test_a_dual_and_its_robust_half_differ_only_where_the_robust_margin_is_small() -> None:
-    """P7b, pointwise: for any standard half."""
+    """CERT-7b, pointwise: for any standard half."""
     standard, robust = 4 * draw(35, 20_000, 3), 2 * draw(36, 20_000, 3)
     top = torch.softmax(robust, 1).topk(2).values
     margin = top[:, 0] - top[:, 1]
@@ -301,7 +302,7 @@ def test_a_dual_and_its_robust_half_differ_only_where_the_robust_margin_is_small
 
 
 def test_the_scale_of_the_standard_half_decides_a_blend_of_logits_and_nothing_of_the_certificate() -> None:
-    """P9, with the numbers of its proof: 0.3 (0, 4c) + 0.7 (3, 0) = (2.1, 1.2 c)."""
+    """CERT-9, with the numbers of its proof: 0.3 (0, 4c) + 0.7 (3, 0) = (2.1, 1.2 c)."""
     robust = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
     y = torch.zeros(1, dtype=torch.long)
     margin = torch.cat([torch.zeros(1, 1), robust[:, :1] - robust[:, 1:]], 1).double()
@@ -349,4 +350,4 @@ def test_top_2_of_equal_weights_is_certified_where_the_mean_is_right() -> None:
         equal, any_ = (worst_margins(replace(fork, weighting=each), ball, y) for each in ("equal", "chosen"))
     assert equal.lower[0, 1].item() == pytest.approx(1.0)
     assert any_.lower[0, 1].item() == pytest.approx(-1.0)
-    assert equal.rule == ["P3"]
+    assert equal.rule == ["top-k mixture"]

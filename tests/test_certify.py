@@ -243,7 +243,7 @@ def test_a_broken_certificate_is_an_alarm(tmp_path: Path, capsys: pytest.Capture
 
 def record(**changes: Any) -> Certificates:
     rows = [
-        Proof(0, 3, 3, 0.1, "P2", 1, 1, 1.0, "", 0.5),
+        Proof(0, 3, 3, 0.1, "all reachable experts", 1, 1, 1.0, "", 0.5),
         Proof(1, 4, -1, 0.0, "", None, None, 0.25, "too few", 0.5),
     ]
     header = make_header(n=2, attack=None, objective=None, eps=0.1)

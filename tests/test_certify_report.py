@@ -20,17 +20,25 @@ from test_report import made, make_header, make_run
 
 EPS = 0.1
 
+RULE = "all reachable experts"
+
 
 def proof(index: int, radius: float = 0.0, **changes: Any) -> Proof:
     """An image of class 1; by default right, and not certified because two of two experts fail."""
-    values: dict[str, Any] = {"label": 1, "prediction": 1, "rule": "P2" if radius else "", "reachable": 2, "proven": 0}
+    values: dict[str, Any] = {
+        "label": 1,
+        "prediction": 1,
+        "rule": RULE if radius else "",
+        "reachable": 2,
+        "proven": 0,
+    }
     values |= {"stable": 0.0, "reason": "" if radius >= EPS else "no", "seconds": 0.5}
     return Proof(index=index, radius=radius, **{**values, **changes})
 
 
 ROWS = [
     proof(0, 0.2, reachable=1, proven=1, stable=1.0),
-    proof(1, 0.1, rule="P1", proven=2),  # certified, though the route is not stable
+    proof(1, 0.1, rule="each reachable expert alone", proven=2),  # certified, though the route is not stable
     proof(2, 0.05, proven=1),  # the other expert within reach is not proven: the route is what is missing
     proof(3),
     proof(4),
@@ -68,7 +76,7 @@ def test_the_numbers_of_eight_images() -> None:
     assert found.mean_radius == pytest.approx((0.2 + 0.1 + 0.05) / 8)
     assert (found.reachable, found.experts, found.stable) == ((1 + 2 + 2 + 2 + 2 + 1 + 1 + 2) / 8, 2, 3 / 8)
     assert found.crowd == 2.0, "of images 2, 3 and 4"
-    assert found.rules == {"P1": Rate(1, 8), "P2": Rate(3, 8)}
+    assert found.rules == {"each reachable expert alone": Rate(1, 8), "all reachable experts": Rate(3, 8)}
     assert found.obstacles == {"route": Rate(1, 4), "experts": Rate(2, 4), "network": Rate(1, 4)}
     assert found.largest == 0.2, "the radius 0.3 is of a wrong prediction"
     assert (found.seconds, found.against, found.refuted) == (0.5, (), ())
@@ -220,7 +228,8 @@ def test_the_page_shows_it(tmp_path: Path) -> None:
     first = every[0]
     eps = first.header.eps
     rows = [
-        Proof(r.index, r.label, r.clean, eps if r.index in safe else 0.0, "P2" if r.index in safe else "", 2, 1, 0.0,
+        Proof(r.index, r.label, r.clean, eps if r.index in safe else 0.0,
+              RULE if r.index in safe else "", 2, 1, 0.0,
               "" if r.index in safe else "2 of 4 experts can be used", 0.1)
         for r in the_runs_own(run).rows
     ]  # fmt: skip
@@ -241,7 +250,7 @@ def test_the_page_shows_it(tmp_path: Path) -> None:
 def test_a_wrong_certificate_is_an_alarm(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     first = the_runs_own(run)
-    rows = [Proof(r.index, r.label, r.clean, first.header.eps, "P2", 1, 1, 1.0, "", 0.1) for r in first.rows]
+    rows = [Proof(r.index, r.label, r.clean, first.header.eps, RULE, 1, 1, 1.0, "", 0.1) for r in first.rows]
     broken = next(r.index for r in first.rows if r.adversarial != r.clean)
     of_run(first.header, rows).write(run)
     _, numbers, text, source = made(run, tmp_path)

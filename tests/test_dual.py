@@ -1,5 +1,5 @@
 """The dual model: exact endpoints, the two mixes against naive float64, what each mix does with the standard half's
-scale (P7, P9), sharpening and the mixer by their formulas.
+scale (CERT-7, CERT-9), sharpening and the mixer by their formulas.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ SCALES = [10.0**power for power in range(-3, 7)]
 
 
 def test_p9_the_same_example_in_probabilities_keeps_its_prediction() -> None:
-    """R's margin is tanh(3 / 2) = 0.905, above 0.3 / 0.7 = 0.429: P7 certifies it against every standard half, and it
-    is class 0 at every scale.
+    """R's margin is tanh(3 / 2) = 0.905, above 0.3 / 0.7 = 0.429: CERT-7 certifies it against every standard half, and
+    it is class 0 at every scale.
     """
     robust, x = torch.tensor([[3.0, 0.0]]), torch.zeros(1, 1, 1, 1)
     assert math.tanh(1.5) > 0.3 / 0.7

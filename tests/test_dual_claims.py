@@ -1,7 +1,7 @@
 """The claims C1 to C18 about the dual model that are not tested beside their code, by number.
 
 C2 to C4, C6 and the certificates of C5 belong to certification. C14 and C15 are in tests/test_rt_er.py, C16 in
-tests/test_jtdmoe.py, C8 with P7 and P9 in tests/test_dual.py too.
+tests/test_jtdmoe.py, C8 with CERT-7 and CERT-9 in tests/test_dual.py too.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def test_c5_endpoints_one_expert_and_equal_experts(
 def test_c7_the_dual_differs_from_its_robust_half_on_small_margins_alone(
     alpha: float, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
-    """P7b, image by image, on clean and on attacked images; so their number is bounded. At alpha 0.5 the threshold is
-    1, which no margin passes: nothing is certifiable.
+    """CERT-7b, image by image, on clean and on attacked images; so their number is bounded. At alpha 0.5 the threshold
+    is 1, which no margin passes: nothing is certifiable.
     """
     dual = tiny(f"dual({HALF}, linear, alpha={alpha}, sharpen=scaled(scale=4.0))")
     assert isinstance(dual, DualModel)
@@ -145,8 +145,8 @@ def test_c7_the_dual_differs_from_its_robust_half_on_small_margins_alone(
 
 @torch.no_grad()
 def test_c8_the_standard_scale_moves_a_logit_mix_and_no_certified_prediction(images: Callable[..., Tensor]) -> None:
-    """The standard half's last layer times c, its own predictions unchanged. P7 asks the robust half alone, so the set
-    of certified images is the same by its definition; their predictions under a probability mix are, too.
+    """The standard half's last layer times c, its own predictions unchanged. CERT-7 asks the robust half alone, so the
+    set of certified images is the same by its definition; their predictions under a probability mix are, too.
     """
     x = images(400)
     model = build_model("dual(linear, linear, alpha=0.7, sharpen=scaled(scale=20.0))", 4, (3, 8, 8))
@@ -215,7 +215,8 @@ def test_c9_the_route_hides_how_little_a_hard_moe_withstands(train_images: Batch
 
 
 def safe_by_linear_programs(model: EnsembleModel, x: Tensor, y: Tensor, eps: float) -> list[bool]:
-    """P12: for every expert i and rival class j the least margin over the ball, the box and the cell of i, exactly."""
+    """CERT-12: for every expert i and rival class j the least margin over the ball, the box and the cell of i,
+    exactly."""
     layers = [model.router.head, *(expert.head for expert in model.experts)]
     maps = []
     for layer in layers:  # of the pixels: normalisation is (x - 0.5) / 0.5
@@ -241,8 +242,9 @@ def safe_by_linear_programs(model: EnsembleModel, x: Tensor, y: Tensor, eps: flo
 def test_c10_no_attack_leaves_more_than_the_images_on_which_every_reachable_expert_is_right(
     images: Callable[..., Tensor],
 ) -> None:
-    """Linear experts and a linear hard gate, where "right on its reachable cell part" is a linear program (P11, P12).
-    An image that the programs call safe survives every attack; of the others the union of attacks leaves next to none.
+    """Linear experts and a linear hard gate, where "right on its reachable cell part" is a linear program (CERT-11,
+    CERT-12). An image that the programs call safe survives every attack; of the others the union of attacks leaves next
+    to none.
     """
     eps, x = 0.08, images(60, 1, 2, 3)
     model = build_model("ensemble(linear, experts=3, router=linear, gate=hard)", 3, (1, 2, 3), seed=5)
@@ -417,7 +419,8 @@ def test_c17_batched_statistics_train_and_the_released_protocol_does_not(
 
 
 def probability_margin(logits: Tensor, fall: Tensor, y: Tensor) -> Tensor:
-    """P0, in float64: (n,) a lower bound of the least p_y - p_j where z_y - z_j falls by at most ``fall`` (n, c)."""
+    """CERT-0, in float64: (n,) a lower bound of the least p_y - p_j where z_y - z_j falls by at most ``fall`` (n,
+    c)."""
     low = logits.gather(1, y[:, None]) - logits - fall
     others = torch.exp(-low).scatter(1, y[:, None], 0.0)
     bound = (1 - torch.exp(-low)) / (1 + others.sum(1, keepdim=True))

@@ -95,7 +95,7 @@ def spectral(matrices: Tensor) -> Tensor:
     return torch.linalg.svdvals(matrices)[..., 0]
 
 
-# ------------------------------------------------------------------------------------------------ P3
+# ------------------------------------------------------------------------------------------------ LIP-3
 
 
 @pytest.mark.parametrize("gate", sorted(GATES))
@@ -213,7 +213,7 @@ def test_soft_moe_as_one_vector(images: Callable[..., Tensor]) -> None:
             assert exact > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------ P5, P6
+# ------------------------------------------------------------------------------------------------ LIP-5, LIP-6
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -295,12 +295,13 @@ def test_disagreement_by_hand() -> None:
     assert float(found.weighted) == pytest.approx(2 * (0.4 * 0.3 * 5 + 0.4 * 0.2 * 3 + 0.3 * 0.2 * 4))
 
 
-# ------------------------------------------------------------------------------------------------ P8
+# ------------------------------------------------------------------------------------------------ LIP-8
 
 
 @pytest.mark.parametrize("gate", [*sorted(GATES), "slots"])
 def test_the_shares_add_up(gate: str, images: Callable[..., Tensor]) -> None:
-    """Claim 18, in a layer and from end to end; of token layers the closed form of P8 is the second implementation."""
+    """Claim 18, in a layer and from end to end; of token layers the closed form of LIP-8 is the second
+    implementation."""
     model = vit(GATES.get(gate, "choice=slots"))
     x = images(4, *SHAPE).double()
     x_adv = (x + 0.5 * (torch.rand_like(x) - 0.5)).clamp(0, 1)
@@ -327,7 +328,7 @@ def test_the_shares_add_up(gate: str, images: Callable[..., Tensor]) -> None:
 def test_experts_that_are_whole_networks(
     name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
-    """P3 in the pixels, against torch's Jacobians of the model with its route free and held. (Of a straight-through
+    """LIP-3 in the pixels, against torch's Jacobians of the model with its route free and held. (Of a straight-through
     gradient the held one is the function's.)
     """
     model, x = tiny(name).double(), images(3).double()

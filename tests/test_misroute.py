@@ -262,7 +262,7 @@ def test_the_answer_to_an_image_is_its_own(
 def test_no_expert_wrong_means_nothing_can_fall(
     tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
-    """For a hard gate RA-R is at least the share of images on which all experts are right (P11 of the paper's check,
+    """For a hard gate RA-R is at least the share of images on which all experts are right (LIP-11 of the paper's check,
     read for the clean image), and each image that falls has an expert that is wrong on it.
     """
     model, x = tiny("ensemble_straight").eval(), images(32)

@@ -1,4 +1,5 @@
-"""Lipschitz constants over balls, and the certificates made of them: Theorem 5.4 with constants of margins, and P5."""
+"""Lipschitz constants over balls, and the certificates made of them: Theorem 5.4 with constants of margins, and
+CERT-5."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from closed_forms import margin_slopes
 from robustmoe import UserError
 from robustmoe.attacks.threat import Norm, Threat
 from robustmoe.certification import Ball, Bounded, Bounds, Certificate, build_certifier
 from robustmoe.certification.graph import record
-from robustmoe.certification.slopes import lipschitz, margin_slopes, pair_slopes, steepness
+from robustmoe.certification.slopes import lipschitz, pair_slopes, steepness
 from robustmoe.certification.theorem import Local, SoftLipschitz, Theorem54, softmax
 from robustmoe.models import RoutedModel
 from robustmoe.models.parts import Fork, Leaf, Mixed, Part
@@ -238,7 +240,7 @@ def test_duals_by_the_robust_half_alone(kind: type[Theorem54]) -> None:
     labels = model(points.flatten(0, 1)).argmax(1).view(300, -1)
     assert (labels == torch.tensor([one.prediction for one in found])).all()
     names = {one.rule for one in found if one.radius > 0}
-    assert names == ({"Theorem 5.5"} if kind is Theorem54 else {"P5, P7"})
+    assert names == ({"Theorem 5.5"} if kind is Theorem54 else {"soft Lipschitz, robust half alone"})
     half = Of(Mixed(Leaf(wrong), robust.part, (0.5, 0.5), "probabilities"), robust)
     assert all(one.radius == 0 for one in certify(kind(Threat("linf", 0.1), search=0), half, x))  # threshold 1
 
@@ -276,7 +278,7 @@ def test_hard_and_top_k_routers_are_refused_in_one_line(
     name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
     for spec in ("theorem_5_4(linf(1/255))", "soft_lipschitz(l2(0.1))"):
-        with pytest.raises(UserError, match=r"its weights jump \(P6\)\. Use bounds") as error:
+        with pytest.raises(UserError, match=r"its weights jump \(CERT-6\)\. Use bounds") as error:
             certify(spec, tiny(name), images(1))
         assert "\n" not in str(error.value)
 

@@ -78,8 +78,8 @@ def test_the_radius_by_hand() -> None:
 
 @pytest.mark.parametrize("a", [0.55, 0.7, 0.9, 0.99])
 def test_the_duals_radius_is_never_below_p10s(a: float) -> None:
-    """P10 with h_j <= 1 - h_y: sigma / 2 (Phi^-1(a h) - Phi^-1(a (1 - h) + 1 - a)). Both are 0 at h = 1 / (2 a); near
-    h = 1 P10 ends at sigma Phi^-1(a), ours does not; at a = 1 they are Cohen's.
+    """CERT-10 with h_j <= 1 - h_y: sigma / 2 (Phi^-1(a h) - Phi^-1(a (1 - h) + 1 - a)). Both are 0 at h = 1 / (2 a);
+    near h = 1 CERT-10 ends at sigma Phi^-1(a), ours does not; at a = 1 they are Cohen's.
     """
     for h in torch.linspace(1 / (2 * a), 1 - 1e-6, 50, dtype=torch.float64).tolist():
         p10 = 0.5 * SIGMA * (norm.ppf(a * h) - norm.ppf(a * (1 - h) + 1 - a))
@@ -199,7 +199,7 @@ def test_predictions_of_a_linear_classifier() -> None:
 def test_a_hard_routed_model_keeps_its_smoothed_prediction_within_the_radius(
     name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
-    """P10: routes may change under noise and inside the radius, and the certificate holds all the same."""
+    """CERT-10: routes may change under noise and inside the radius, and the certificate holds all the same."""
     model, x = tiny(name), images(6)
     found = Smoothing(SIGMA, n=1000)(model, x, streams(6))
     held = [i for i, one in enumerate(found) if one.radius > 0.05]
@@ -304,7 +304,7 @@ def test_stable_is_the_share_of_the_noise_that_keeps_the_route() -> None:
     assert dense.stable == 1.0
 
 
-# ------------------------------------------------------------------------------------------------ duals (P10)
+# ------------------------------------------------------------------------------------------------ duals (CERT-10)
 
 
 @pytest.mark.parametrize("a", [0.6, 0.8, 1.0])
@@ -316,7 +316,7 @@ def test_the_radius_of_a_dual_of_a_half_space_is_exact_for_the_worst_standard_ha
     dual = DualModel(constant(1.0, 0.0), threshold(1e6), a)
     true = d - SIGMA * norm.ppf(1 / (2 * a))
     (found,) = Smoothing(SIGMA, n=100_000, of="robust", batch=20_000)(dual, pixels(0.5 + d), streams(1))
-    assert (found.prediction, found.rule) == (1, "P10")
+    assert (found.prediction, found.rule) == (1, "smoothed robust half")
     assert true - 0.03 < found.radius <= true
     look = Smoothing(SIGMA, n=20_000, of="robust", batch=20_000)
     near, far = pixels(0.5 + d - true + 0.04, 0.5 + d - true - 0.04).split(1)

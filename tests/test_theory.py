@@ -55,7 +55,7 @@ def test_it_holds(name: str) -> None:
 
 
 def no_mass(made: parts.Split) -> parts.Split:
-    """P3 without the term that only softmax weights which do not add up to 1 have."""
+    """LIP-3 without the term that only softmax weights which do not add up to 1 have."""
     return made._replace(mass=0 * made.mass)
 
 

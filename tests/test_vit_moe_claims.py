@@ -194,9 +194,9 @@ def test_claim_25_iou_by_hand() -> None:
 def test_claim_26_below_the_radius_no_attack_moves_a_linear_route(
     norm: str, experts: int, k: int, images: Callable[..., Tensor]
 ) -> None:
-    """P6: min over chosen i and others j of (s_i - s_j) x / ||s_i - s_j||_dual. At 0.999 of it neither an attack on the
-    router nor the shortest step across the boundary moves the chosen set; at 1.001 the step does. (A statement about
-    linear routers: for any other the radius is a first-order estimate.) `route_radius` is that of the runner-up's
+    """LIP-6: min over chosen i and others j of (s_i - s_j) x / ||s_i - s_j||_dual. At 0.999 of it neither an attack on
+    the router nor the shortest step across the boundary moves the chosen set; at 1.001 the step does. (A statement
+    about linear routers: for any other the radius is a first-order estimate.) `route_radius` is that of the runner-up's
     boundary: for two experts the same, otherwise never less.
     """
     gate = "straight_through" if k == 1 else "renormalised"

@@ -104,16 +104,16 @@ class Searched(Certifier):
 
 @dataclass(frozen=True)
 class Bounds(Searched):
-    """Bounds of every network over the whole ball, and every expert that the router can choose in it: P1 to P4 for
-    mixtures, P7 and P8 for duals.
+    """Bounds of every network over the whole ball, and every expert that the router can choose in it: CERT-1 to CERT-4
+    for mixtures, CERT-7 and CERT-8 for duals.
 
     ``how``: "ibp" (intervals: cheap, for models trained for it), "crown_ibp" (at least as tight), "crown" (tightest,
     dear). The radius is searched by ``search`` halvings, up to ``up`` times eps; each radius that is claimed was
-    verified itself (0 halvings: eps or nothing). ``cells``: steps by which an expert that is not proven on the whole
-    ball is bounded on its own cell (top-1 routers; not with "ibp"). ``dtype``: of the bounds.
+    verified itself (0 halvings: eps or nothing). ``region_steps``: steps by which an expert that is not proven on the
+    whole ball is bounded on its own region (top-1 routers; not with "ibp"). ``dtype``: of the bounds.
     """
 
-    cells: int = 20
+    region_steps: int = 20
     dtype: Literal["float64", "float32"] = "float64"
 
     @torch.no_grad()
@@ -155,7 +155,9 @@ class Bounds(Searched):
         rounded = eps.to(x.dtype)
         above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
         rounded = torch.where(rounded < eps, above, rounded).to(x.device)
-        return worst_margins(part, Ball(x, self.norm, rounded), y, self.how, SLACK[x.dtype], cells=self.cells)
+        return worst_margins(
+            part, Ball(x, self.norm, rounded), y, self.how, SLACK[x.dtype], region_steps=self.region_steps
+        )
 
 
 def leaves(part: Part) -> list[Function]:

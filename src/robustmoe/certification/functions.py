@@ -19,7 +19,7 @@ from robustmoe.certification.operations import (
     Adding,
     Cast,
     Convolution,
-    Dense,
+    MatrixProduct,
     Operation,
     Scaling,
     Shaped,
@@ -159,7 +159,7 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Operation:
     _fixed(weight, bias)
     if x.ndim < 2:
         raise Unbounded("a linear layer over the images")
-    return Dense(weight, bias)
+    return MatrixProduct(weight, bias)
 
 
 def _conv2d(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from robustmoe.certification import rules
 from robustmoe.certification.bounds import Ball, Bounded, Bounding
-from robustmoe.certification.cells import cell_margins
 from robustmoe.certification.graph import record
+from robustmoe.certification.regions import region_margins
 from robustmoe.errors import UserError
 from robustmoe.models.parts import Fork, Function, Leaf, Mixed, Part
 
@@ -61,16 +61,17 @@ def worst_margins(
     how: Bounding = "crown_ibp",
     slack: float = 0.0,
     space: Space = "sign",
-    cells: int = 0,
+    region_steps: int = 0,
 ) -> Worst:
     """Bounds over ``ball`` of the margins of the classes ``y``; in the ``space`` "sign", of what has the signs of the
     model's own margins.
 
-    ``cells``: steps of a search for prices by which an expert of a top-1 router is bounded on its own cell alone, where
-    the whole ball does not prove it (P2c; not with "ibp"). ``slack``: every bound of a network, by l or u, is moved
-    outwards by slack (1 + |l|), for rounding. Differentiable in the weights. Raises UserError for what has no bounds.
+    ``region_steps``: steps of a search for prices by which an expert of a top-1 router is bounded on its own region
+    alone, where the whole ball does not prove it (CERT-2c; not with "ibp"). ``slack``: every bound of a network, by l
+    or u, is moved outwards by slack (1 + |l|), for rounding. Differentiable in the weights. Raises UserError for what
+    has no bounds.
     """
-    return _Walk(how, slack, 0 if how == "ibp" else cells).part(part, ball, y, space)
+    return _Walk(how, slack, 0 if how == "ibp" else region_steps).part(part, ball, y, space)
 
 
 def router_bounds(
@@ -92,7 +93,7 @@ class _Walk:
 
     how: Bounding
     slack: float
-    cells: int
+    region_steps: int
 
     def part(self, part: Part, ball: Ball, y: Tensor, space: Space) -> Worst:
         if isinstance(part, Leaf):
@@ -135,9 +136,9 @@ class _Walk:
             torch.stack([each.upper for each in branches], 1),
         )
         held = torch.cat([each.held for each in branches], 1)
-        on_cells = torch.zeros_like(reached)
-        if self.cells and single and inner != "probabilities":
-            lower, on_cells = self._on_cells(part, ball, y, lower, reached)
+        on_regions = torch.zeros_like(reached)
+        if self.region_steps and single and inner != "probabilities":
+            lower, on_regions = self._on_regions(part, ball, y, lower, reached)
         if weights is None:
             used = part.k if part.weighting == "equal" else 1
             lower, upper = rules.averaged(lower, used), -rules.averaged(-upper, used)
@@ -154,12 +155,14 @@ class _Walk:
         stable = torch.stack([each.stable | ~reached[:, i] for i, each in enumerate(branches)], 1).all(1)
         if not part.soft:
             stable = stable & (reached.sum(1) == part.k)
-        usual = "P4" if part.soft else "P2" if part.k == 1 else "P3"
-        rule = ["P1" if each else usual for each in (inside & held).all(1).tolist()]
-        rule = ["P2c" if cell else each for each, cell in zip(rule, on_cells.any(1).tolist())]
+        usual = "soft mixture" if part.soft else "all reachable experts" if part.k == 1 else "top-k mixture"
+        rule = ["each reachable expert alone" if each else usual for each in (inside & held).all(1).tolist()]
+        rule = [
+            "each expert on its region" if region else each for each, region in zip(rule, on_regions.any(1).tolist())
+        ]
         return Worst(lower, upper, names, inside, held, stable, rule, _lead(least, part))
 
-    def _on_cells(self, part: Fork, ball: Ball, y: Tensor, lower: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_regions(self, part: Fork, ball: Ball, y: Tensor, lower: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
         """``lower`` (n, e, c), raised where an expert is one of several in reach and not proven; and for which (n,
         e).
         """
@@ -170,7 +173,9 @@ class _Walk:
             rows = asked[:, i].nonzero()[:, 0]
             if not isinstance(branch, Leaf) or not len(rows):
                 continue
-            raised_margins = cell_margins(branch.network, part.router, i, ball[rows], y[rows], self.how, self.cells)
+            raised_margins = region_margins(
+                branch.network, part.router, i, ball[rows], y[rows], self.how, self.region_steps
+            )
             raised_margins = torch.maximum(self._outward(raised_margins, y[rows]), lower[rows, i])
             raised[rows, i] = others(raised_margins, y[rows]).amin(1) > 0
             lower = lower.index_put((rows, torch.full_like(rows, i)), raised_margins)
@@ -213,11 +218,11 @@ class _Walk:
             lower = torch.minimum(*(rules.dual_margins(standard.lower, low, alpha) for alpha in part.alpha))
             upper = torch.ones_like(lower)
             alone = torch.minimum(*(rules.dual_margins(-torch.ones_like(low), low, alpha) for alpha in part.alpha))
-            rule = ["P7" if each else "P8" for each in (others(alone, y).amin(1) > 0).tolist()]
+            rule = ["robust half alone" if each else "both halves" for each in (others(alone, y).amin(1) > 0).tolist()]
         else:
             lower = torch.minimum(*((1 - alpha) * standard.lower + alpha * low for alpha in part.alpha))
             upper = torch.maximum(*((1 - alpha) * standard.upper + alpha * high for alpha in part.alpha))
-            rule = ["P9"] * len(y)
+            rule = ["mixed logits"] * len(y)
             if space == "probabilities":
                 lower, upper = rules.probability_margins(lower, upper, y), torch.ones_like(upper)
         names = tuple(

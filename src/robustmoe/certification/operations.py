@@ -260,7 +260,7 @@ class _Weighted(Affine):
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(_Weighted):
+class MatrixProduct(_Weighted):
     """A linear layer on (n, ..., inputs)."""
 
     weight: Tensor
@@ -276,7 +276,7 @@ class Dense(_Weighted):
         return self.weight.new_zeros(()) if self.bias is None else self.bias
 
     def absolute(self) -> Operation:
-        return Dense(self.weight.abs())
+        return MatrixProduct(self.weight.abs())
 
 
 @dataclass(frozen=True, eq=False)

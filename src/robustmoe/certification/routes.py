@@ -67,11 +67,11 @@ def route_radius(
 def exact_margin(
     model: RoutedModel, x: Float[Tensor, "n ch h w"], y: Int[Tensor, " n"], threat: Threat
 ) -> Float[Tensor, " n"]:
-    """P12: the smallest margin of the class y over the linf ball inside the box, exactly: for every expert i and other
-    class j the linear programme min {f_i^y - f_i^j : g_i >= g_k for all k}, of linear experts behind a linear top-1
-    router (or of one linear network).
+    """CERT-12: the smallest margin of the class y over the linf ball inside the box, exactly: for every expert i and
+    other class j the linear programme min {f_i^y - f_i^j : g_i >= g_k for all k}, of linear experts behind a linear
+    top-1 router (or of one linear network).
 
-    An oracle to hold certificates against: certificate <= exact <= attack. On a boundary of cells both experts count.
+    An oracle to hold certificates against: certificate <= exact <= attack. On a boundary of regions both experts count.
     Raises UserError for a model of another kind, ValueError for another norm.
     """
     part, x = _doubled(model, x)
@@ -85,7 +85,7 @@ def exact_margin(
             leads = None if router is None else router.leads(i, cube.x)
             for j in range(len(expert.offset)):
                 if j != label:
-                    goal = Affine(expert.slope[label] - expert.slope[j], expert.offset[label] - expert.offset[j])
+                    goal = AffineMap(expert.slope[label] - expert.slope[j], expert.offset[label] - expert.offset[j])
                     value = _least(goal, cube, leads)
                     least = least if value is None else min(least, value)
         margins.append(least)
@@ -95,7 +95,7 @@ def exact_margin(
 # ------------------------------------------------------------------------------------------------ parts
 
 
-class Affine(NamedTuple):
+class AffineMap(NamedTuple):
     """slope . image + offset, of images as rows: (o, d) and (o,), or (d,) and a number."""
 
     slope: Tensor
@@ -105,11 +105,11 @@ class Affine(NamedTuple):
         value: Tensor = self.slope @ x + self.offset
         return value
 
-    def leads(self, i: int, x: Tensor) -> Affine:
+    def leads(self, i: int, x: Tensor) -> AffineMap:
         """Output i minus each other, of the step away from x: (o - 1, d), (o - 1,)."""
-        lead = Affine(self.slope[i] - self.slope, self.offset[i] - self.offset)
+        lead = AffineMap(self.slope[i] - self.slope, self.offset[i] - self.offset)
         rest = torch.arange(len(self.offset), device=x.device) != i
-        return Affine(lead.slope[rest], lead(x)[rest])
+        return AffineMap(lead.slope[rest], lead(x)[rest])
 
 
 class Cube(NamedTuple):
@@ -137,7 +137,7 @@ def _forks(part: Part, prefix: str = "") -> Iterator[tuple[str, Fork]]:
         yield from _forks(part.robust, f"{prefix}robust.")
 
 
-def _affine(function: Function, x: Tensor, what: str) -> Affine:
+def _affine(function: Function, x: Tensor, what: str) -> AffineMap:
     """The function of the images x as a matrix and a bias."""
     graph = record(function, x[:1])
     if not all(node.operation is None or node.operation.affine for node in graph.nodes):
@@ -145,7 +145,7 @@ def _affine(function: Function, x: Tensor, what: str) -> Affine:
     check(graph, function, 1 - x[:1])
     rows = torch.eye(graph.output.shape[1], dtype=x.dtype, device=x.device)[:, None]
     slope, offset = Bounded(graph, Ball(x[:1], "linf", torch.zeros_like(x[:1, 0, 0, 0])), "ibp").linear(rows)
-    return Affine(slope[:, 0].flatten(1), offset[:, 0])
+    return AffineMap(slope[:, 0].flatten(1), offset[:, 0])
 
 
 def _cubes(x: Tensor, threat: Threat) -> list[Cube]:
@@ -156,7 +156,7 @@ def _cubes(x: Tensor, threat: Threat) -> list[Cube]:
     return [Cube(*each) for each in zip(x.flatten(1), down, up, strict=True)]
 
 
-def _linear_mixture(part: Part, x: Tensor) -> tuple[list[Affine], Affine | None]:
+def _linear_mixture(part: Part, x: Tensor) -> tuple[list[AffineMap], AffineMap | None]:
     if isinstance(part, Leaf):
         return [_affine(part.network, x, "the network")], None
     leaves = [each for each in part.branches if isinstance(each, Leaf)] if isinstance(part, Fork) else []
@@ -189,7 +189,7 @@ def _against(e: int, k: int) -> Iterator[tuple[int, ...]]:
     return combinations(range(e - 1), e - k)
 
 
-def _lead(leads: Affine, kept: list[int], cube: Cube) -> float:
+def _lead(leads: AffineMap, kept: list[int], cube: Cube) -> float:
     """The largest that the least of the leads ``kept`` gets in the cube: max t with every lead >= t."""
     if not kept:
         return torch.inf
@@ -201,7 +201,7 @@ def _lead(leads: Affine, kept: list[int], cube: Cube) -> float:
     return -value
 
 
-def _least(goal: Affine, cube: Cube, leads: Affine | None) -> float | None:
+def _least(goal: AffineMap, cube: Cube, leads: AffineMap | None) -> float | None:
     """The minimum of ``goal`` over the part of the cube where every lead is 0 or more; None where there is none."""
     slope, offset = (goal.slope[None][:0], goal.slope[:0]) if leads is None else leads
     value = _programme(goal.slope, slope, offset, _sides(cube))

@@ -16,7 +16,7 @@ Margins = Float[Tensor, "... c"]
 
 
 def probability_margins(lower: Margins, upper: Margins, y: Int[Tensor, ...]) -> Margins:
-    """P0: lower bounds of p_y - p_j, p = softmax of the logits, from bounds of the logit margins z_y - z_j.
+    """CERT-0: lower bounds of p_y - p_j, p = softmax of the logits, from bounds of the logit margins z_y - z_j.
 
     (1 - exp(-l_j)) / (1 + sum_k exp(-l_k)) where l_j >= 0, and below 0 with u_k in the place of l_k, k != j. In a form
     that does not overflow: p_y at its smallest, and p_j at its largest.
@@ -34,15 +34,15 @@ def probability_margins(lower: Margins, upper: Margins, y: Int[Tensor, ...]) -> 
 
 
 def reachable(most: Float[Tensor, "n e e"], k: int = 1) -> Bool[Tensor, "n e"]:
-    """P2, P3: the experts that a top-k router could choose somewhere in the ball: all but those that k others lead
-    everywhere, most[i, k'] = max of g_i - g_k' < 0.
+    """CERT-2, CERT-3: the experts that a top-k router could choose somewhere in the ball: all but those that k others
+    lead everywhere, most[i, k'] = max of g_i - g_k' < 0.
     """
     behind = (most < 0) & ~torch.eye(most.shape[-1], dtype=torch.bool, device=most.device)
     return behind.sum(-1) < k
 
 
 def averaged(lower: Float[Tensor, "n e c"], k: int) -> Float[Tensor, "n c"]:
-    """P3 for weights of 1/k: the mean of the k lowest margins, class by class; inf for experts out of reach. Any k
+    """CERT-3 for weights of 1/k: the mean of the k lowest margins, class by class; inf for experts out of reach. Any k
     experts that can be chosen together have no lower mean.
     """
     return lower.sort(1).values[:, :k].mean(1)
@@ -51,7 +51,8 @@ def averaged(lower: Float[Tensor, "n e c"], k: int) -> Float[Tensor, "n c"]:
 def soft_weights(
     least: Float[Tensor, "n e e"], most: Float[Tensor, "n e e"], temperature: float = 1.0
 ) -> tuple[Float[Tensor, "n e"], Float[Tensor, "n e"]]:
-    """P4: the smallest and largest softmax weight of each expert, 1 / (1 + sum over k != i of exp((g_k - g_i) / T)).
+    """CERT-4: the smallest and largest softmax weight of each expert, 1 / (1 + sum over k != i of exp((g_k - g_i) /
+    T)).
 
     ``least[i, i]`` and ``most[i, i]`` must be 0.
     """
@@ -62,8 +63,8 @@ def soft_weights(
 def weighed(
     lower: Float[Tensor, "n e c"], small: Float[Tensor, "n e"], large: Float[Tensor, "n e"]
 ) -> Float[Tensor, "n c"]:
-    """P4: min of sum_i a_i lower_i over weights of sum 1 between ``small`` and ``large``, class by class: start from
-    the small ones, and pour the rest into the expert of the lowest margin first.
+    """CERT-4: min of sum_i a_i lower_i over weights of sum 1 between ``small`` and ``large``, class by class: start
+    from the small ones, and pour the rest into the expert of the lowest margin first.
     """
     order = lower.argsort(1)
     room = (large - small).clamp(min=0.0)[:, :, None].expand_as(lower).gather(1, order)
@@ -75,49 +76,17 @@ def weighed(
     return lowest
 
 
-def soft_margin(
-    margin: Float[Tensor, "n c"],
-    spread: Float[Tensor, "n c"],
-    slope: Float[Tensor, "n c"],
-    steepness: float | Tensor,
-    eps: float,
-    temperature: float = 1.0,
-) -> Float[Tensor, "n c"]:
-    """P5: margin - eps slope - spread tanh(steepness eps / (4 T)), below the soft mixture's margin in the whole ball.
-
-    ``margin``: of the mixture at the image; ``spread``: largest minus smallest margin of an expert there; ``slope``:
-    the largest Lipschitz constant of an expert's margin on the ball; ``steepness``: that of any difference of two
-    router logits.
-    """
-    turn = torch.tanh(torch.as_tensor(steepness, dtype=margin.dtype, device=margin.device) * eps / (4 * temperature))
-    return margin - eps * slope - spread * turn
-
-
-def soft_radius(
-    margin: Float[Tensor, "n c"],
-    spread: Float[Tensor, "n c"],
-    slope: Float[Tensor, "n c"],
-    steepness: float | Tensor,
-    temperature: float = 1.0,
-) -> Float[Tensor, " n"]:
-    """P5: the radius min_j margin / (slope + steepness spread / (4 T)) over the classes j with slope or spread (the
-    class itself has neither). The constants must hold on the ball of that radius. inf where no class has.
-    """
-    change = slope + steepness * spread / (4 * temperature)
-    return torch.where(change > 0, margin / change.clamp(min=torch.finfo(change.dtype).tiny), torch.inf).amin(-1)
-
-
 def dual_margins(
     standard: Float[Tensor, "n c"], robust: Float[Tensor, "n c"], alpha: float | Tensor
 ) -> Float[Tensor, "n c"]:
-    """P8: (1 - alpha) max(standard, -1) + alpha robust, from lower bounds of the halves' probability margins. With
-    standard = -1 it is P7, which holds for any standard half.
+    """CERT-8: (1 - alpha) max(standard, -1) + alpha robust, from lower bounds of the halves' probability margins. With
+    standard = -1 it is CERT-7, which holds for any standard half.
     """
     return (1 - alpha) * standard.clamp(min=-1.0) + alpha * robust
 
 
 def threshold(alpha: float) -> float:
-    """P7: what the robust half's probability margin must exceed, (1 - alpha) / alpha, whatever the standard half is; at
-    alpha <= 1/2 no margin does.
+    """CERT-7: what the robust half's probability margin must exceed, (1 - alpha) / alpha, whatever the standard half
+    is; at alpha <= 1/2 no margin does.
     """
     return float("inf") if alpha <= 0 else (1 - alpha) / alpha

@@ -9,7 +9,7 @@ ball is a Lipschitz constant on the ball.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from robustmoe.certification.bounds import MEMORY, Ball, Bounded, Bounding
@@ -43,10 +43,10 @@ def _lipschitz(bounded: Bounded, rows: Tensor) -> Tensor:
         for each, slopes in zip(node.inputs, products, strict=True):
             known = above.get(each)
             above[each] = slopes if known is None else Slopes(known.lower + slopes.lower, known.upper + slopes.upper)
-    found_image = above.get(graph.image)
-    if found_image is None:  # the image itself is not used
+    at_image = above.get(graph.image)
+    if at_image is None:  # the image itself is not used
         return rows.new_zeros(rows.shape[:2])
-    size = torch.maximum(found_image.lower.abs(), found_image.upper.abs()).flatten(2)
+    size = torch.maximum(at_image.lower.abs(), at_image.upper.abs()).flatten(2)
     return size.sum(2) if bounded.ball.norm == "linf" else torch.linalg.vector_norm(size, dim=2)
 
 
@@ -60,19 +60,6 @@ def pair_slopes(bounded: Bounded) -> Float[Tensor, "n c c"]:
     if len(i):
         pairs[:, i, k] = lipschitz(bounded, rows).T
     return pairs + pairs.transpose(1, 2)
-
-
-def margin_slopes(
-    network: Function, ball: Ball, y: Int[Tensor, " n"], how: Bounding = "crown_ibp"
-) -> Float[Tensor, "n c"]:
-    """Lipschitz constants over the ball of the margins z_y - z_j of a network's logits (0 of the class itself).
-
-    ``how``: of the bounds that say which way each ReLU stands. Raises UserError for a network that has none.
-    """
-    bounded = Bounded(record(network, ball.x), ball, how)
-    c = bounded.graph.output.shape[1]
-    unit = torch.eye(c, dtype=ball.x.dtype, device=ball.x.device)
-    return lipschitz(bounded, unit[y][None] - unit[:, None]).T
 
 
 def steepness(router: Function, ball: Ball, how: Bounding = "crown_ibp") -> Float[Tensor, "n e"]:

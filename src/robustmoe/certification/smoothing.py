@@ -41,10 +41,10 @@ class Smoothing(Certifier):
     noisy copies a forward pass; the result does not depend on it. In a certificate, ``stable`` is the share of the
     ``n`` copies that every router treats as it does the image; ``reachable`` is None: noise goes everywhere.
 
-    ``of="robust"`` is for duals that mix probabilities with a constant share a > 1/2 of the robust half (P10). What is
-    certified is argmax_j E[(1 - a) S_j + a R_j] under noise, whatever the standard half S says; only R is asked. With
-    h = E R, every Phi^-1(h_j) is 1 / sigma Lipschitz (Salman et al. 2019, lemma 2), and y stays on top where
-    h_y - h_j > (1 - a) / a (P7), which h_y > 1 / (2 a) implies: hence the ``least`` share of `radius`. Clopper and
+    ``of="robust"`` is for duals that mix probabilities with a constant share a > 1/2 of the robust half (CERT-10). What
+    is certified is argmax_j E[(1 - a) S_j + a R_j] under noise, whatever the standard half S says; only R is asked.
+    With h = E R, every Phi^-1(h_j) is 1 / sigma Lipschitz (Salman et al. 2019, lemma 2), and y stays on top where h_y -
+    h_j > (1 - a) / a (CERT-7), which h_y > 1 / (2 a) implies: hence the ``least`` share of `radius`. Clopper and
     Pearson bound counts, not means of probabilities: of each copy one class is drawn by R's probabilities, and how
     often it is y has the binomial distribution of h_y exactly.
     """
@@ -83,7 +83,7 @@ class Smoothing(Certifier):
         answer: Answer = _most_likely
         if self.of == "robust":
             dual = _dual(model)
-            asked, least, rule, answer = dual.robust, 1 / (2 * dual.alpha), "P10", _Drawn(dual)
+            asked, least, rule, answer = dual.robust, 1 / (2 * dual.alpha), "smoothed robust half", _Drawn(dual)
         with evaluating(model), torch.no_grad():
             chosen = self._ask(asked, answer, x, noise.fold(SELECT), self.n0).votes.argmax(1)
             counts = self._ask(asked, answer, x, noise.fold(COUNT), self.n)
@@ -122,7 +122,7 @@ class Smoothing(Certifier):
 
 
 def _dual(model: RoutedModel) -> DualModel:
-    """The model, where P10 holds for it. Raises UserError where it does not."""
+    """The model, where CERT-10 holds for it. Raises UserError where it does not."""
     if not isinstance(model, DualModel):
         raise UserError(f"smoothing(of=robust) is for dual models; got {type(model).__name__}: leave of= out")
     if model.mix != "probabilities":
@@ -208,7 +208,7 @@ def radius(share: float, sigma: float, least: float = 0.5) -> float:
     """sigma (Phi^-1(share) - Phi^-1(least)): how far, in l2, a function with values in [0, 1] whose mean under noise
     N(0, sigma^2) is ``share`` here keeps its mean above ``least`` (Cohen et al. 2019, theorem 1, at least = 1/2).
 
-    With least = 1 / (2 a) it is that of a dual with the robust share a (see `Smoothing`): never less than what P10
+    With least = 1 / (2 a) it is that of a dual with the robust share a (see `Smoothing`): never less than what CERT-10
     gives in docs/certification.md, sigma Phi^-1(a share), which ends at sigma Phi^-1(a).
     """
     from scipy.special import ndtri

@@ -1,7 +1,7 @@
 """Certificates by Lipschitz constants: Theorems 5.4 and 5.5 of Zhang et al. (ICML 2025), with constants of margins, and
-the sharper P5 of docs/certification.md. For soft routers alone: both assume that no router weight jumps.
+the sharper CERT-5 of docs/certification.md. For soft routers alone: both assume that no router weight jumps.
 
-Bounds (P4, P8) prove more at about the same cost; these are here because the paper states them.
+Bounds (CERT-4, CERT-8) prove more at about the same cost; these are here because the paper states them.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _ByConstants(Searched):
             if part.mix == "logits":
                 raise UserError(
                     "Theorem 5.5 bounds the standard half by its probabilities; this dual mixes logits, for which no "
-                    "such bound exists (P9). Use bounds(...)"
+                    "such bound exists (CERT-9). Use bounds(...)"
                 )
             share = min(part.alpha)
             standard, local = 1 - share, self._half(part, ball)
@@ -134,7 +134,7 @@ class _ByConstants(Searched):
         if not part.soft and len(part.branches) > 1:
             raise UserError(
                 f"Theorem 5.4 needs router weights with a Lipschitz constant; {part.name!r} uses the {part.k} best of "
-                f"{len(part.branches)} experts, and its weights jump (P6). Use bounds(...)"
+                f"{len(part.branches)} experts, and its weights jump (CERT-6). Use bounds(...)"
             )
         branches = [self._local(branch, ball) for branch in part.branches]
         if part.mix == "probabilities":
@@ -174,9 +174,9 @@ class Theorem54(_ByConstants):
 
 @dataclass(frozen=True)
 class SoftLipschitz(_ByConstants):
-    """P5 (not the paper's): min_j margin_j / (L_j + W s_j / 4). L_j: the largest Lipschitz constant of an expert's
+    """CERT-5 (not the paper's): min_j margin_j / (L_j + W s_j / 4). L_j: the largest Lipschitz constant of an expert's
     margin; W: that of any difference of two router logits; s_j: the largest minus the smallest margin of an expert at
-    x, so that experts that agree make the router free. For a dual as `Theorem54`, by P7. Assumes what it assumes.
+    x, so that experts that agree make the router free. For a dual as `Theorem54`, by CERT-7. Assumes what it assumes.
     """
 
     def mixture(self, part: Fork, ball: Ball, branches: list[Local]) -> Float[Tensor, "n c c"]:
@@ -185,7 +185,7 @@ class SoftLipschitz(_ByConstants):
         return torch.stack([local.slope for local in branches]).amax(0) + turn * (values.amax(0) - values.amin(0))
 
     def rule(self, part: Part) -> str:
-        return "P5, P7" if isinstance(part, Mixed) else "P5"
+        return "soft Lipschitz, robust half alone" if isinstance(part, Mixed) else "soft Lipschitz"
 
 
 def _sizes(part: Part, ball: Ball, how: Bounding) -> Float[Tensor, "n c c"]:

@@ -219,8 +219,8 @@ def certified_by(work: Work, found: Blend, bounds: Sequence[float]) -> list[list
 
 
 def proven_by(work: Work, found: Blend, certifier: Certifier) -> list[list[bool]]:
-    """For every alpha, which images ``certifier`` proves right of the blend itself, both halves bounded (P8). Raises
-    UserError for a certifier of something else than the attacked ball.
+    """For every alpha, which images ``certifier`` proves right of the blend itself, both halves bounded (CERT-8).
+    Raises UserError for a certifier of something else than the attacked ball.
     """
     threat = work.base.threat
     if certifier.subject != "model" or certifier.norm != threat.norm or certifier.eps < threat.eps:

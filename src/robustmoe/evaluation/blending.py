@@ -75,10 +75,10 @@ def blend(
     (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split; its val split is then
     ``val``). ``attack`` is by default PGD-20 at linf 8/255. ``mix``, ``sharpen``: see `DualModel`.
 
-    A ``certifier`` of the attacked ball bounds both halves at every alpha (P8 of docs/certification.md). ``margins``
-    are of the sharpened half where there is ``sharpen``; a blend of probabilities is proven where an image's margin
-    exceeds (1 - alpha) / alpha, whatever the standard half is (Bai et al., arXiv 2301.12554). UserError if an attack
-    breaks a proven image: one of the two is wrong. Both models keep their modes and devices.
+    A ``certifier`` of the attacked ball bounds both halves at every alpha (CERT-8 of docs/certification.md).
+    ``margins`` are of the sharpened half where there is ``sharpen``; a blend of probabilities is proven where an
+    image's margin exceeds (1 - alpha) / alpha, whatever the standard half is (Bai et al., arXiv 2301.12554). UserError
+    if an attack breaks a proven image: one of the two is wrong. Both models keep their modes and devices.
     """
     base = seeded(pgd_on_the_whole(options.attack, PGD(linf(8 / 255), steps=STEPS), "a blend"), options.seed)
     where = distributed.local_device(provenance.pick_device(options.device))

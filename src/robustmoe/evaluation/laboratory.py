@@ -31,7 +31,7 @@ from robustmoe.lipschitz import norms
 from robustmoe.lipschitz.layers import layer_inputs
 from robustmoe.lipschitz.norms import PathNorms
 from robustmoe.lipschitz.parts import expert_bound
-from robustmoe.lipschitz.quantities import Found, of_layer, of_model, of_networks, of_pixels, within
+from robustmoe.lipschitz.quantities import Quantities, of_layer, of_model, of_networks, of_pixels, within
 from robustmoe.models.base import RoutedModel, as_routed
 from robustmoe.noise import Noise
 from robustmoe.options import LipschitzOptions, takes
@@ -183,7 +183,9 @@ class Bench:
             notes={name: part.note for name, part in parts.items()},
         )
 
-    def _layers(self, done: Attacked, pixels: dict[str, Found], splits: dict[str, PathNorms]) -> dict[str, Found]:
+    def _layers(
+        self, done: Attacked, pixels: dict[str, Quantities], splits: dict[str, PathNorms]
+    ) -> dict[str, Quantities]:
         """Every router's quantities, those in the pixels and those of its layer."""
         x, x_adv, own = done.batch.x, done.x_adv, self.model.layers()
         clean, after = ({}, {}) if not own else (layer_inputs(self.model, own, x), layer_inputs(self.model, own, x_adv))
@@ -195,7 +197,7 @@ class Bench:
                 part = of_networks(self.model, x, x_adv, self.steps)
             through = {"model's experts' part": splits[name].experts, "model's router's part": splits[name].router}
             kinds = {} if self.steps is None else dict.fromkeys(through, "lower bound")
-            found[name] = Found(
+            found[name] = Quantities(
                 part.columns | through | pixel.columns,
                 part.kinds | pixel.kinds | kinds,
                 part.absent | pixel.absent,

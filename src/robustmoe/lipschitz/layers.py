@@ -1,6 +1,6 @@
 """The parts of one routed layer at its own input tokens: what of its Jacobian is the experts' and what the router's
-(P3), how far experts disagree and where the layer jumps (P5), how far its routes are from a change (P6), and what of a
-finite change each part makes (P8). `robustmoe.lipschitz.parts` has the statements.
+(LIP-3), how far experts disagree and where the layer jumps (LIP-5), how far its routes are from a change (LIP-6), and
+what of a finite change each part makes (LIP-8). `robustmoe.lipschitz.parts` has the statements.
 
 Layers with a linear router (`TokenLayer.linear`) are taken token by token, the others (Soft MoE, where every token
 depends on every other) image by image. Letters as there: m tokens (or images), e experts, k chosen, d the width; here
@@ -100,7 +100,7 @@ class Crossed(NamedTuple):
     def shares(self) -> Shares:
         """What of the change is the experts' (the input changed, at mean over both routes) and what the routes' (the
         route changed, at mean over both inputs). They add up to it. Of a layer, which is linear in its weights, this is
-        P8 (`attribution`); of a whole model it is what the frozen and the swapped routing say together.
+        LIP-8 (`attribution`); of a whole model it is what the frozen and the swapped routing say together.
         """
         before, after, frozen, swapped = self
         return Shares(0.5 * (frozen - before + after - swapped), 0.5 * (swapped - before + after - frozen))
@@ -155,9 +155,9 @@ class Chosen:
 
 
 class LayerTerms(NamedTuple):
-    """P3 at each token, (m,): spectral norms of the layer's own Jacobian (without the residual), of its ``expert`` term
-    A, of its ``router`` term R, and of R's two parts. ``experts`` (m, k): ||J_i|| of each chosen expert, without its
-    weight.
+    """LIP-3 at each token, (m,): spectral norms of the layer's own Jacobian (without the residual), of its ``expert``
+    term A, of its ``router`` term R, and of R's two parts. ``experts`` (m, k): ||J_i|| of each chosen expert, without
+    its weight.
     """
 
     total: Tensor
@@ -169,8 +169,8 @@ class LayerTerms(NamedTuple):
 
 
 def layer_terms(layer: TokenLayer, h: Float[Tensor, "n t d"], steps: int | None = None) -> LayerTerms:
-    """The parts of P3 at the layer's input ``h``, (n * t,) each, of any gating of token or expert choice; rooms and the
-    tokens that experts chose are held.
+    """The parts of LIP-3 at the layer's input ``h``, (n * t,) each, of any gating of token or expert choice; rooms and
+    the tokens that experts chose are held.
 
     The router's terms have rank e at most and are exact always. ``steps``: None: all Jacobians are written out, exact;
     a number: `total`, `expert` and `experts` by power iteration, lower bounds.
@@ -311,8 +311,8 @@ def disagreement(logits: Float[Tensor, "m e"], outputs: Float[Tensor, "m e o"], 
 
 class RouteTerms(NamedTuple):
     """What a layer's routes hang on, (n * t,) each. ``slope``: ||dp/dh||, p the softmax of the logits, exact; it is
-    never above ||S||/2, S the router's rows. ``jump``: P5. ``margin``, and P6's exact ``radius`` at the layer's input
-    in l2 and in linf: None where the chosen are not the k best of each token's logits, or all are.
+    never above ||S||/2, S the router's rows. ``jump``: LIP-5. ``margin``, and LIP-6's exact ``radius`` at the layer's
+    input in l2 and in linf: None where the chosen are not the k best of each token's logits, or all are.
     """
 
     slope: Tensor
@@ -324,7 +324,8 @@ class RouteTerms(NamedTuple):
 
 @torch.no_grad()
 def route_terms(layer: TokenLayer, h: Float[Tensor, "n t d"]) -> RouteTerms:
-    """Of a token layer at its input. (Room is left aside: the radius is of the choice, and P5 of its two experts.)"""
+    """Of a token layer at its input. (Room is left aside: the radius is of the choice, and LIP-5 of its two
+    experts.)"""
     routing = decide(layer, h)
     logits, rows = routing.logits.flatten(0, 1), at_least_float32(layer.linear().rows)
     flat = at_least_float32(h).flatten(0, 1)
@@ -414,7 +415,8 @@ def whole_experts(model: RoutedModel, x: Float[Tensor, "n ch h w"]) -> Networks 
 
 
 class NetworkTerms(NamedTuple):
-    """P3 and P5 of an image router's whole networks, (n,): as `LayerTerms`, by pixels; of what is mixed (``space``)."""
+    """LIP-3 and LIP-5 of an image router's whole networks, (n,): as `LayerTerms`, by pixels; of what is mixed
+    (``space``)."""
 
     total: Tensor
     expert: Tensor
@@ -427,8 +429,8 @@ class NetworkTerms(NamedTuple):
 
 
 def network_terms(model: RoutedModel, x: Float[Tensor, "n ch h w"], steps: int | None = None) -> NetworkTerms | None:
-    """The parts of P3 in the pixels where the experts are whole networks (`whole_experts`), else None. ``steps``: see
-    `spectral_norm`. The jump is that of the tie ahead, at today's weights; 0 where all experts are taken.
+    """The parts of LIP-3 in the pixels where the experts are whole networks (`whole_experts`), else None. ``steps``:
+    see `spectral_norm`. The jump is that of the tie ahead, at today's weights; 0 where all experts are taken.
     """
     with differentiable(model, x):
         at = x.detach().requires_grad_(True)

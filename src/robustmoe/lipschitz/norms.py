@@ -131,7 +131,7 @@ def margin_radius(
 
 
 @dataclass(frozen=True)
-class Stretch(Objective):
+class Slope(Objective):
     """||f(x_adv) - f(x)||_2 / ||x_adv - x||, f the logits and the perturbation in the ``norm`` of the threat. Nothing
     counts as broken, so an attack keeps the greatest.
     """
@@ -164,7 +164,7 @@ def empirical_lipschitz(
     """
     if not threat.eps > 0:
         raise ValueError(f"the ball has to have a radius above 0; got {threat.eps}")
-    attack, label = PGD(threat, steps=steps, objective=Stretch(threat)), torch.zeros_like(x[:, 0, 0, 0]).long()
+    attack, label = PGD(threat, steps=steps, objective=Slope(threat)), torch.zeros_like(x[:, 0, 0, 0]).long()
     x_adv = attack(model, x, label, noise)
     with evaluating(model), torch.no_grad():
         return attack.objective(model, x, label)(x_adv).loss
@@ -220,8 +220,8 @@ def _norms(matrices: Float[Tensor, "n c d"]) -> Float[Tensor, " n"]:
 def pixel_radius(
     model: RoutedModel, x: Float[Tensor, "n ch h w"], norm: Norm, most: int = 32
 ) -> dict[str, Float[Tensor, "n t"]]:
-    """P6 to first order in the pixels: for each router that leaves experts out, and each item, (k-th - (k+1)-th logit)
-    / ||gradient of it in x||, the dual norm; the distance in ``norm`` and pixels to that boundary.
+    """LIP-6 to first order in the pixels: for each router that leaves experts out, and each item, (k-th - (k+1)-th
+    logit) / ||gradient of it in x||, the dual norm; the distance in ``norm`` and pixels to that boundary.
 
     A backward pass an item: of an image with more than ``most`` items, those with the smallest margins; nan for the
     others. Routers whose choice is not the k best logits of each item (expert choice, Soft MoE, k = e) are left out.

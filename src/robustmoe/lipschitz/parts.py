@@ -2,8 +2,8 @@
 
 Letters, as in `robustmoe.routing`, and m items, o outputs. Everywhere ``logits`` (m, e) are the router's scores,
 ``outputs`` (m, e, o) what every expert says of every item, ``weight`` (m, e) what each is multiplied by (0: not
-chosen), so that the layer is f = sum_e weight outputs. The statements P3, P5, P6, P8 are those of docs/theory.md; they
-are this project's own derivations of what Puigcerver et al. (NeurIPS 2022) claim.
+chosen), so that the layer is f = sum_e weight outputs. The statements LIP-3, LIP-5, LIP-6, LIP-8 are those of
+docs/theory.md; they are this project's own derivations of what Puigcerver et al. (NeurIPS 2022) claim.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def gates(logits: Float[Tensor, "m e"], gating: Gating, k: int = 1, temperature:
     return spread(routing.top_k(logits[:, None] / temperature, k, gating))[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------ P3: Jacobians
+# ------------------------------------------------------------------------------------------------ LIP-3: Jacobians
 
 
 class Paths(NamedTuple):
@@ -68,7 +68,7 @@ class Paths(NamedTuple):
 
 
 def paths(weight: Float[Tensor, "m e"], outputs: Float[Tensor, "m e o"]) -> Paths:
-    """The split of P3 without a matrix: take products of a path with `vjp`, `jvp` or `jacobian_norm`.
+    """The split of LIP-3 without a matrix: take products of a path with `vjp`, `jvp` or `jacobian_norm`.
 
     ``weight`` and ``outputs`` have to be on the graph of the input.
     """
@@ -110,7 +110,7 @@ def jacobian_split(
     temperature: float = 1.0,
     differentiable: bool = False,
 ) -> Split:
-    """P3 in closed form, from the experts' Jacobians and the gradients of the router's logits, at each item.
+    """LIP-3 in closed form, from the experts' Jacobians and the gradients of the router's logits, at each item.
 
     ``experts``: x -> (m, e, o), all experts' outputs; ``router``: x -> (m, e); both treat items apart. e (o + 1)
     backward passes and (m, e, o, d) numbers, so for small layers; `paths` is the same for large ones.
@@ -135,11 +135,12 @@ def router_terms(
     k: int = 1,
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, "m o d"], Float[Tensor, "m o d"]]:
-    """The router term of P3, (mixing, mass), where ``slopes`` are the logits' gradients (of a linear router its rows).
+    """The router term of LIP-3, (mixing, mass), where ``slopes`` are the logits' gradients (of a linear router its
+    rows).
 
     With q the weights divided by their sum G, and f = G f_q: mixing = G / T sum_i q_i f_i (s_i - s_q)^T and, for
     "vmoe", mass = f_q grad G^T with grad G = G (1 - G) (s_q - s_rest) / T, T the temperature, s_q and s_rest the mean
-    slopes of the chosen and of the others. "hard" has neither: inside its cells its weights are constant.
+    slopes of the chosen and of the others. "hard" has neither: inside its regions its weights are constant.
     """
     weight = gates(logits, gating, k, temperature)
     if gating == "hard":
@@ -233,7 +234,7 @@ def popoviciu_bound(
     slopes: Float[Tensor, "m e d"],
     temperature: float = 1.0,
 ) -> MixingBound:
-    """The bounds of P3, with q the weights divided by their sum G, T the temperature: pairs = G / 2T sum_ij q_i q_j
+    """The bounds of LIP-3, with q the weights divided by their sum G, T the temperature: pairs = G / 2T sum_ij q_i q_j
     |f_i - f_j| |s_i - s_j|; diameters = G / 4T (greatest |f_i - f_j|) (greatest |s_i - s_j|), over the chosen.
 
     The second is Popoviciu's inequality for the variances of u.f and v.s along any two unit vectors, and Cauchy's; two
@@ -284,7 +285,7 @@ def jump(
     k: int = 1,
     temperature: float = 1.0,
 ) -> Float[Tensor, " m"]:
-    """P5: by how much the output jumps where the k-th and the (k+1)-th expert tie: weight |f_k - f_(k+1)|, with the
+    """LIP-5: by how much the output jumps where the k-th and the (k+1)-th expert tie: weight |f_k - f_(k+1)|, with the
     weight of the k-th: 1/k ("hard"), its softmax value ("vmoe"), that over the chosen ("renormalised"). Exact at a tie;
     elsewhere that of the tie ahead, at today's weights. 0 where nothing is left out (k = e, "soft").
     """
@@ -302,8 +303,8 @@ def routing_radius(
     index: Int[Tensor, "m k"],
     norm: Norm = "l2",
 ) -> Float[Tensor, " m"]:
-    """P6: how far each item is from a change of its chosen set ``index``, in ``norm`` of the router's input: the least
-    gap of a chosen and another logit, divided by the dual norm of the difference of their slopes.
+    """LIP-6: how far each item is from a change of its chosen set ``index``, in ``norm`` of the router's input: the
+    least gap of a chosen and another logit, divided by the dual norm of the difference of their slopes.
 
     Exact for a linear router (``slopes`` its rows; a bias is in the logits): below it nothing changes the set, above
     something does. With ``slopes`` (m, e, d), the logits' gradients, a first-order estimate. Infinite where no expert
@@ -332,7 +333,7 @@ def attribution(
     weight_adv: Float[Tensor, "m e"],
     outputs_adv: Float[Tensor, "m e o"],
 ) -> Shares:
-    """P8: f(x_adv) - f(x) = sum of mean weight times change of output, plus change of weight times mean output. An
+    """LIP-8: f(x_adv) - f(x) = sum of mean weight times change of output, plus change of weight times mean output. An
     identity for any two points, near or far, same routes or not.
     """
     expert = _mix(0.5 * (weight + weight_adv), outputs_adv - outputs)
@@ -343,8 +344,9 @@ def attribution(
 
 
 def block_coherence(x: Float[Tensor, "n d"], group: Int[Tensor, " n"]) -> float:
-    """P1': how far the groups' spans are from orthogonal: ||D^-1/2 (K - D) D^-1/2|| with K = x x^T and D its blocks of
-    equal ``group`` (such as the expert an item goes to). 0: orthogonal; below 1, the bounds of P1' hold on both sides.
+    """LIP-1': how far the groups' spans are from orthogonal: ||D^-1/2 (K - D) D^-1/2|| with K = x x^T and D its blocks
+    of equal ``group`` (such as the expert an item goes to). 0: orthogonal; below 1, the bounds of LIP-1' hold on both
+    sides.
 
     Raises ValueError where a group's rows are linearly dependent (D has no inverse then).
     """

@@ -28,7 +28,7 @@ PIXEL_STEPS = 10
 """Of power iteration on a layer's logits by the pixels."""
 
 
-class Found(NamedTuple):
+class Quantities(NamedTuple):
     """``columns``; ``kinds``: of those that are not exact; ``absent``: what there is not, and
     why; ``note``: how the rest was computed.
     """
@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
 
 def _shares(of: Crossed) -> Columns:
-    """P8: norms (n,) of the experts' and the router's part of a change, over all numbers of an image."""
+    """LIP-8: norms (n,) of the experts' and the router's part of a change, over all numbers of an image."""
     experts, router = (torch.linalg.vector_norm(part.flatten(1), dim=1) for part in of.shares())
     change = torch.linalg.vector_norm((of.after - of.before).flatten(1), dim=1)
     return {
@@ -66,7 +66,7 @@ def of_model(
     splits: dict[str, PathNorms],
     steps: int | None,
     noise: Noise,
-) -> Found:
+) -> Quantities:
     """Jacobian, margin, stretch, and the fall of the margin from x to x_adv, split by experts and routes.
 
     The margin is z_y - z_j, with j the strongest other class at x_adv; both its parts are in logits and add up to the
@@ -86,7 +86,7 @@ def of_model(
     if steps is not None:
         kinds |= dict.fromkeys(("jacobian", "experts' part", "router's part"), "lower bound")
         kinds["router's share"] = "estimate"
-    return Found(values | _falls(crossed(model.run, x, x_adv), y), kinds, {})
+    return Quantities(values | _falls(crossed(model.run, x, x_adv), y), kinds, {})
 
 
 def _falls(of: Crossed, y: Tensor) -> Columns:
@@ -108,12 +108,12 @@ def _falls(of: Crossed, y: Tensor) -> Columns:
 # ------------------------------------------------------------------------------------------------ one router
 
 
-def of_layer(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
+def of_layer(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Quantities:
     """Everything of a routed layer at its input: token by token, or of all tokens together where it must be."""
     return of_whole(layer, h, h_adv, steps) if layer.whole else of_tokens(layer, h, h_adv, steps)
 
 
-def of_tokens(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
+def of_tokens(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Quantities:
     """Everything of a token layer at its input. ``steps``: of power iteration, for widths above `layers.WHOLE`."""
     n, tokens, width = h.shape
     exact = width <= layers.WHOLE
@@ -147,10 +147,10 @@ def of_tokens(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor,
         absent["jump, margin and radius"] = why
     how = f"written out ({width} wide)" if exact else f"found by {steps} steps of power iteration ({width} wide)"
     note = f"the Jacobians of each token at the layer's input are {how}"
-    return Found(values | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
+    return Quantities(values | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
 
 
-def of_whole(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Found:
+def of_whole(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, "n t d"], steps: int) -> Quantities:
     """For a layer where an output token depends on all input tokens (Soft MoE): the image's tokens as one vector."""
     total, experts, router = layers.whole_terms(layer, h, steps)
     values = {
@@ -160,12 +160,12 @@ def of_whole(layer: TokenLayer, h: Float[Tensor, "n t d"], h_adv: Float[Tensor, 
     kinds = dict.fromkeys(("layer jacobian", "expert term", "router term"), "lower bound")
     kinds["router share"] = "estimate"
     note = f"the Jacobian of all tokens by all tokens, by {steps} steps of power iteration"
-    return Found(values | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
+    return Quantities(values | _shares(crossed(as_answer(layer), h, h_adv)), kinds, absent, note)
 
 
 def of_networks(
     model: RoutedModel, x: Float[Tensor, "n ch h w"], x_adv: Float[Tensor, "n ch h w"], steps: int | None
-) -> Found:
+) -> Quantities:
     """For a router of no `TokenLayer`: everything where its experts are whole networks, in the pixels; else
     nothing, and why.
     """
@@ -173,7 +173,7 @@ def of_networks(
     if terms is None:
         why = "the model is no sum of its experts' answers: they stand inside a shared network, or there are several"
         what = "layer terms, disagreement, jump and the split of changes"
-        return Found({}, {}, {what: f"{why} routers"})
+        return Quantities({}, {}, {what: f"{why} routers"})
     values = {
         "layer jacobian": terms.total, "expert term": terms.expert, "router term": terms.router,
         "mixing term": terms.mixing, "mass term": terms.mass, "router share": _share(terms.router, terms.expert),
@@ -188,7 +188,7 @@ def of_networks(
         return output if terms.space == "logits" else Output(output.logits.softmax(1), output.trace)
 
     note = f"the experts are whole networks: the layer's numbers are of its {terms.space}, by pixels"
-    return Found(values | _shares(crossed(answer, x, x_adv)), kinds, {}, note)
+    return Quantities(values | _shares(crossed(answer, x, x_adv)), kinds, {}, note)
 
 
 def of_pixels(
@@ -196,7 +196,7 @@ def of_pixels(
     x: Float[Tensor, "n ch h w"],
     radii: dict[str, Float[Tensor, "n t"]],
     noise: Noise,
-) -> dict[str, Found]:
+) -> dict[str, Quantities]:
     """Of each router, in the pixels: how fast its p can move, and how far its boundaries are (`pixel_radius`)."""
     with norms.differentiable(model, x):
         at = x.detach().requires_grad_(True)
@@ -216,7 +216,7 @@ def of_pixels(
         else:
             absent["pixel radius"] = "no item's choice is the k best of its own logits, or all experts are chosen"
         kinds = {"pixel routing slope": "lower bound", "pixel radius": "first order", "pixel radius min": "first order"}
-        out[name] = Found(values, kinds, absent)
+        out[name] = Quantities(values, kinds, absent)
     return out
 
 

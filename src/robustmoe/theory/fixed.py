@@ -1,4 +1,4 @@
-"""X1 to X3: what an MoE gains while its routes are given and no attack can move them (P0 to P2)."""
+"""X1 to X3: what an MoE gains while its routes are given and no attack can move them (LIP-0 to LIP-2)."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def x1b(seed: int = 0, experts: Sequence[int] = (2, 8, 32), width: int = 32) -> 
 
 
 def x1c(seed: int = 0, experts: int = 8, width: int = 32, out: int = 32, draws: int = 20) -> Experiment:
-    """Vector outputs: sqrt(E) if all experts write along one direction, 1 if along orthogonal ones (P1'')."""
+    """Vector outputs: sqrt(E) if all experts write along one direction, 1 if along orthogonal ones (LIP-1'')."""
     root = math.sqrt(experts)
     x = _clusters(seed, experts, width, width)
     teachers = mirrored(torch.block_diag(*unit(normal(seed, "teachers", experts, 1, width))), seed)
@@ -177,14 +177,14 @@ def _coherent(key: int, d: int, experts: int, points: int) -> tuple[float, float
 def x2(
     seed: int = 0, widths: Sequence[int] = (64, 128, 256, 512, 1024), draws: int = 20, experts: int = 8, points: int = 4
 ) -> Experiment:
-    """Random subspaces of dimension 8: the bounds of P1' by the block coherence, and P0 (never below 1)."""
+    """Random subspaces of dimension 8: the bounds of LIP-1' by the block coherence, and LIP-0 (never below 1)."""
     rows, curves = [], []
     for d in widths:
         made = [_coherent(seed * 1000 + draw, d, experts, points) for draw in range(draws)]
         outside = sum(not (low - 1e-9 <= r <= top + 1e-9 and wrong < 1e-6) for _, r, low, top, wrong in made)
         rows += [
             Comparison(f"d={d}: outside the bounds, of {draws}", "equal", float(outside), 0.0, published=0.0),
-            Comparison(f"d={d}: least ratio (P0)", "at least", min(draw[1] for draw in made), 1.0, tolerance=1e-9),
+            Comparison(f"d={d}: least ratio (LIP-0)", "at least", min(draw[1] for draw in made), 1.0, tolerance=1e-9),
         ]
         means = [_spread([draw[at] for draw in made]) for at in (0, 1)]
         for name, at in (("coherence eta", 0), ("ratio", 1)):
@@ -194,7 +194,7 @@ def x2(
                                near=0.005 + 3 * means[at][1])
                 )  # fmt: skip
         curves.append((float(d), *(sum(draw[at] for draw in made) / draws for at in (1, 2, 3))))
-    says = "The bounds of P1' hold at every coherence, and with fixed routes the MoE is never worse."
+    says = "The bounds of LIP-1' hold at every coherence, and with fixed routes the MoE is never worse."
     title = "clusters that are not orthogonal"
     return Experiment("X2", title, tuple(rows), says, seed, charts=(_x2_chart(curves),))
 
@@ -246,7 +246,7 @@ X3_PUBLISHED = {0.5: 11.7, 1.0: 8.1, 2.0: 4.1, 4.0: 1.9, 8.0: 1.05}
 def x3(
     seed: int = 0, radii: Sequence[float] = tuple(X3_PUBLISHED), experts: int = 8, points: int = 16, width: int = 16
 ) -> Experiment:
-    """Any interpolant at all (P2): the gain is lost as clusters move apart, since what is steep is within them."""
+    """Any interpolant at all (LIP-2): the gain is lost as clusters move apart, since what is steep is within them."""
     half = 4.0
     rods, balls, forms, bounds = [], [], [], []
     inside, levels, towards = _balls(seed, experts, points, width)

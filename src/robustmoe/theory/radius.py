@@ -1,4 +1,5 @@
-"""X7 and X8: how far a route holds (P6), and what the gain of fixed routes is worth once routes are attacked (P7)."""
+"""X7 and X8: how far a route holds (LIP-6), and what the gain of fixed routes is worth once routes are attacked
+(LIP-7)."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def flips(rows: Tensor, bias: Tensor, x: Tensor, steps: Tensor, k: int) -> Tenso
 
 
 def x7(seed: int = 0, routers: int = 500, experts: int = 6, width: int = 10, tries: int = 64) -> Experiment:
-    """P6: random routers with a bias, k = 1 to 3, at 0.999 and 1.001 of the radius, along every pair and at random."""
+    """LIP-6: random routers with a bias, k = 1 to 3, at 0.999 and 1.001 of the radius, along every pair and at
+    random."""
     rows = []
     radii: dict[str, Tensor] = {}
     for norm in ("l2", "linf"):
@@ -104,8 +106,8 @@ def _kmeans(seed: int, experts: int, width: int, points: int = 50) -> list[Compa
 
 @dataclass(frozen=True)
 class Clusters:
-    """The construction of P7: E clusters, each with d coordinates of its own and a centre among the E of the router, at
-    distance ``apart`` from every other. Cluster i's label is the sign of its teacher w_i (norm 1) on its own
+    """The construction of LIP-7: E clusters, each with d coordinates of its own and a centre among the E of the router,
+    at distance ``apart`` from every other. Cluster i's label is the sign of its teacher w_i (norm 1) on its own
     coordinates. ``x`` (n, E d + E), ``y`` (n) of +-1, ``own`` (n), ``teachers`` (E, E d + E), ``centres`` likewise.
     """
 
@@ -152,7 +154,7 @@ def clusters(seed: int, apart: float, n: int, experts: int = 16, width: int = 8)
 def nearest_wrong(made: Clusters, slack: float = 1e-9, sweeps: int = 60) -> Tensor:
     """(n, d): for each point the nearest one at which the top-1 MoE is wrong, by search: for every expert j the nearest
     point of "the router prefers j to all, and j is wrong" (a quadratic program, solved by Hildreth's dual ascent), and
-    the nearest of all that is truly wrong. Knows nothing of P7: any linear router and experts would do.
+    the nearest of all that is truly wrong. Knows nothing of LIP-7: any linear router and experts would do.
     """
     best, size = made.x.clone(), torch.full((len(made.x),), math.inf, dtype=made.x.dtype)
     for j in range(len(made.teachers)):
@@ -221,7 +223,7 @@ X8_PUBLISHED = {
 
 
 def x8(seed: int = 0, separations: Sequence[float] = (0.25, 1.0, 4.0), n: int = 2000, experts: int = 16) -> Experiment:
-    """P7: attacks on the dense model and on the MoE, router included, against the closed forms."""
+    """LIP-7: attacks on the dense model and on the MoE, router included, against the closed forms."""
     rows, charts = [], []
     root = math.sqrt(experts)
     for apart in separations:

@@ -1,4 +1,4 @@
-"""X11: how far one token moves the others in a Soft MoE layer, as the learned scale sharpens its routing (P9)."""
+"""X11: how far one token moves the others in a Soft MoE layer, as the learned scale sharpens its routing (LIP-9)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def x11(
     slots: int = 2,
     width: int = 16,
 ) -> Experiment:
-    """P9: Soft MoE is smooth, but every output token depends on every input token, at any scale."""
+    """LIP-9: Soft MoE is smooth, but every output token depends on every input token, at any scale."""
     made = layer(seed, experts, slots, width, 4 * width)
     x = normal(seed, "x11 tokens", tokens, width)
     rows, measured, largest = [], [], 0.0

@@ -1,4 +1,4 @@
-"""X4, X5, X6 and X10: the Jacobian's two parts, their bound, and the jump at a routing boundary (P3 to P5)."""
+"""X4, X5, X6 and X10: the Jacobian's two parts, their bound, and the jump at a routing boundary (LIP-3 to LIP-5)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _surrogate(experts: Mlps, router: Callable[[Tensor], Tensor], x: Tensor, gat
 
 
 def x4(seed: int = 0, items: int = 16, experts: int = 5, width: int = 7, out: int = 4) -> Experiment:
-    """P3 against autograd: MLP experts and an MLP router, so that slopes depend on x."""
+    """LIP-3 against autograd: MLP experts and an MLP router, so that slopes depend on x."""
     mlps = Mlps(seed, "x4", experts, width, 12, out)
     scores = Mlps(seed, "x4 router", 1, width, 12, experts)
     x = normal(seed, "x4 x", items, width)
@@ -114,7 +114,7 @@ def _fixed_point() -> float:
 
 
 def x5(seed: int = 0, points: int = 200_001) -> Experiment:
-    """P4: two experts on a line, logits +-beta x. Constant experts c, -c: f = c tanh(beta x). Experts a x, -a x:
+    """LIP-4: two experts on a line, logits +-beta x. Constant experts c, -c: f = c tanh(beta x). Experts a x, -a x:
     f = a x tanh(beta x), whose greatest slope is a u, u tanh u = 1, whatever beta.
     """
     rows, curves = [], []
@@ -153,7 +153,7 @@ JUMPS: tuple[tuple[Gating, int], ...] = (("hard", 1), ("vmoe", 2), ("renormalise
 def x6(
     seed: int = 0, items: int = 64, experts: int = 5, width: int = 8, out: int = 4, step: float = 1e-9
 ) -> Experiment:
-    """P5: linear experts and router, from one side of a tie to the other."""
+    """LIP-5: linear experts and router, from one side of a tie to the other."""
     linear = normal(seed, "x6 experts", experts, out, width)
     slopes = normal(seed, "x6 router", experts, width)
     rows = []
@@ -189,7 +189,7 @@ def _ties(x: Tensor, slopes: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def x10(seed: int = 0, cases: int = 300) -> Experiment:
-    """The bounds of P3 on the router term of a soft MoE, random outputs, slopes, weights and temperature."""
+    """The bounds of LIP-3 on the router term of a soft MoE, random outputs, slopes, weights and temperature."""
     worst = {"pairs": 0.0, "diameters": 0.0}
     points = []
     for case in range(cases):

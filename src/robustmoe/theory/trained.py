@@ -1,4 +1,4 @@
-"""X9: a soft MoE that is trained on the data of P1 does not find the gain of P1: its router takes it back."""
+"""X9: a soft MoE that is trained on the data of LIP-1 does not find the gain of LIP-1: its router takes it back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def train(x: Tensor, y: Tensor, experts: int, decay: Tensor, steps: int, lr: flo
 
 
 class Parts:
-    """The norms (n) of P3's parts at every input of one trained MoE, with their bound, and the mean squared error."""
+    """The norms (n) of LIP-3's parts at every input of one trained MoE, with their bound, and the mean squared
+    error."""
 
     def __init__(self, x: Tensor, y: Tensor, weights: Tensor, slopes: Tensor) -> None:
         logits, outputs = x @ slopes.T, (x @ weights.T)[..., None]
@@ -64,7 +65,7 @@ X9_PUBLISHED = {"expert": (1.04, 2.58), "total": (5.15, 3.33), "sharp": (0.60, N
 def x9(
     seed: int = 0, experts: int = 16, seeds: int = 3, steps: int = 1000, points: int = 8, width: int = 4
 ) -> Experiment:
-    """The clusters of P1 with centres to route by, and a soft MoE trained on them with Adam."""
+    """The clusters of LIP-1 with centres to route by, and a soft MoE trained on them with Adam."""
     root = math.sqrt(experts)
     made = [_data(seed * 100 + number, experts, points, width, centre=2.0) for number in range(seeds)]
     x, y = (torch.stack(parts * 2) for parts in zip(*made))
@@ -104,7 +105,7 @@ def _rows(name: str, trained: list[Parts], at: int, root: float) -> list[Compari
     published = {key: values[at] for key, values in X9_PUBLISHED.items()}
     rows = [
         Comparison(f"{name}: mean squared error, worst seed", "at most", max(p.error for p in trained), 1e-3),
-        Comparison(f"{name}: slope / bound of P3, any input", "at most",
+        Comparison(f"{name}: slope / bound of LIP-3, any input", "at most",
                    max(float((p.total / p.bound).max()) for p in trained), 1.0, tolerance=1e-9),
         Comparison(f"{name}: expert term, worst input, mean of seeds", "at most", expert, root,
                    published=published["expert"], near=None),

@@ -34,13 +34,13 @@ def certified(
     """Interval bound propagation (Gowal et al. 2018), or CROWN-IBP (Zhang et al. 2020), for models with routers: kappa
     CE(clean) + (1 - kappa) CE(-lower bounds of the margins over the ball).
 
-    The bounds are those of the certifier: of a hard router, of every expert that it can choose in the ball (P2, P3),
-    the lowest class by class; of a soft one, of the worst weights (P4); of a dual, of the blend (P8). They are taken in
-    eval mode (BatchNorm by its running statistics, which the clean pass moves). ``how``: "ibp" or "crown_ibp". eps and
-    1 - kappa grow from 0 at the share ``warmup`` of the training to their values at ``full``, linearly. ``stability``:
-    weight of mean max(0, 1 - lead), lead the least difference of router logits over the ball between the choice and any
-    other expert: a router that keeps its choice. It has no effect on soft routers and k > 1. ``balance``,
-    ``balance_loss``: as in `standard`. None of the three papers has such a method.
+    The bounds are those of the certifier: of a hard router, of every expert that it can choose in the ball (CERT-2,
+    CERT-3), the lowest class by class; of a soft one, of the worst weights (CERT-4); of a dual, of the blend (CERT-8).
+    They are taken in eval mode (BatchNorm by its running statistics, which the clean pass moves). ``how``: "ibp" or
+    "crown_ibp". eps and 1 - kappa grow from 0 at the share ``warmup`` of the training to their values at ``full``,
+    linearly. ``stability``: weight of mean max(0, 1 - lead), lead the least difference of router logits over the ball
+    between the choice and any other expert: a router that keeps its choice. It has no effect on soft routers and k > 1.
+    ``balance``, ``balance_loss``: as in `standard`. None of the three papers has such a method.
     """
     if threat.norm not in ("linf", "l2"):
         raise ValueError(f"certified training is for linf and l2 balls; got {threat.norm}")

@@ -1,4 +1,5 @@
-"""P2c: bounds of an expert on its own cell, against linear programmes, samples, and the bound on the whole ball."""
+"""CERT-2c: bounds of an expert on its own region, against linear programmes, samples, and the bound on the whole
+ball."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from robustmoe.certification import Ball, worst_margins
-from robustmoe.certification.cells import cell_margins
+from robustmoe.certification.regions import region_margins
 from robustmoe.models import RoutedModel
 
 EPS = 0.02
@@ -22,8 +23,8 @@ def ball_of(x: Tensor, norm: str = "linf", eps: float = EPS) -> Ball:
 
 
 def exact(model: RoutedModel, x: Tensor, y: int, expert: int) -> list[float]:
-    """Of one image and a model of linear parts: for each class the least margin of the expert on its cell, by a linear
-    programme over the images of the ball and the box; inf where the cell is empty.
+    """Of one image and a model of linear parts: for each class the least margin of the expert on its region, by a
+    linear programme over the images of the ball and the box; inf where the region is empty.
     """
     std, mean = model.normalise.std.flatten()[0].item(), model.normalise.mean.flatten()[0].item()
 
@@ -46,14 +47,14 @@ def exact(model: RoutedModel, x: Tensor, y: int, expert: int) -> list[float]:
 def test_of_linear_parts_it_is_the_linear_programme(
     tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
-    """Never above it; with enough steps equal, by strong duality; an empty cell is proven to hold nothing wrong."""
+    """Never above it; with enough steps equal, by strong duality; an empty region is proven to hold nothing wrong."""
     model = tiny("ensemble(linear, experts=3, gate=hard, router=linear)").double()
     x = images(12).double()
     y = model(x).argmax(1)
     near = empty = 0
     for expert in range(3):
         network = model.experts[expert]
-        found = cell_margins(
+        found = region_margins(
             lambda z, network=network: network(model.normalise(z)),
             lambda z: model.router(model.normalise(z)),
             expert,
@@ -91,8 +92,8 @@ def test_it_is_below_the_samples_of_the_cell_and_above_the_bound_of_the_ball(
         network = parts.branches[expert].network
         ball = ball_of(x, norm, eps)
         with torch.no_grad():
-            found = cell_margins(network, parts.router, expert, ball, y)
-            at_no_price = cell_margins(network, parts.router, expert, ball, y, steps=0)
+            found = region_margins(network, parts.router, expert, ball, y)
+            at_no_price = region_margins(network, parts.router, expert, ball, y, steps=0)
             logits = network(points.flatten(0, 1)).view(400, 6, 4)
         assert (found >= at_no_price).all()
         margins = logits.gather(2, y.expand(400, 6)[..., None]) - logits
@@ -117,9 +118,9 @@ def test_the_certificate_says_that_it_needed_the_cells(
             expert.head.weight[0, 0], expert.head.bias[0] = 2 * sign, 0.1
     x = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)  # z = 0: on the boundary
     y = torch.zeros(1, dtype=torch.long)
-    whole, cells = (worst_margins(model.parts(), ball_of(x, eps=0.2), y, cells=steps) for steps in (0, 200))
+    whole, regions = (worst_margins(model.parts(), ball_of(x, eps=0.2), y, region_steps=steps) for steps in (0, 200))
     assert not whole.proven(y)
-    assert cells.proven(y)
-    assert cells.rule == ["P2c"]
-    assert cells.reached.all()
-    assert 0.09 < cells.lower[0, 1] <= 0.1
+    assert regions.proven(y)
+    assert regions.rule == ["each expert on its region"]
+    assert regions.reached.all()
+    assert 0.09 < regions.lower[0, 1] <= 0.1

@@ -1,9 +1,9 @@
-"""P2, corollary (c): bounds of an expert on the part of the ball where a top-1 router chooses it.
+"""CERT-2, corollary (c): bounds of an expert on the part of the ball where a top-1 router chooses it.
 
-There g_i >= g_k for every k, so that for all prices l_k >= 0 the least margin on the cell is at least the least over
+There g_i >= g_k for every k, so that for all prices l_k >= 0 the least margin on the region is at least the least over
 the ball of m + sum_k l_k (g_k - g_i) (weak duality). With linear lower bounds of m and of g_k - g_i this is a linear
-function, whose minimum is known; good prices are searched, and any are sound. An empty cell shows as a bound that grows
-with the prices.
+function, whose minimum is known; good prices are searched, and any are sound. An empty region shows as a bound that
+grows with the prices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RATE = 0.3
 """Of the search (Adam, on prices of logits)."""
 
 
-def cell_margins(
+def region_margins(
     network: Function,
     router: Function,
     expert: int,
