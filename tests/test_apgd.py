@@ -365,10 +365,10 @@ def test_in_a_larger_ball_nobody_leaves() -> None:
 @pytest.mark.parametrize("steps, expected", [(3, [1, 1, 1]), (7, [3, 3, 1]), (10, [3, 3, 4]), (100, [30, 30, 40])])
 def test_the_schedule_of_largereps(steps: int, expected: list[int]) -> None:
     """Shares .3, .3 and the rest, the first two rounded up."""
-    stages = APGD(l1(2.0), steps=steps)._stages()
+    stages = APGD(l1(2.0), steps=steps).stages()
     assert stages == list(zip([6.0, 4.0, 2.0], expected, strict=True))
     assert sum(expected) == steps
-    assert APGD(l1(2.0), steps=steps, largereps=False)._stages() == [(2.0, steps)]
+    assert APGD(l1(2.0), steps=steps, largereps=False).stages() == [(2.0, steps)]
 
 
 @pytest.mark.parametrize(

@@ -74,16 +74,16 @@ def test_the_rescaled_schedule_is_theirs(images: Callable[..., Tensor]) -> None:
     for iteration in range(150):
         share = theirs_schedule.p_selection(iteration)
         side = min(max(round((share * 100) ** 0.5), 1), 10)
-        assert Square(linf(0.03), steps=150, rescale=True)._side(iteration, 10, 10) == side
+        assert Square(linf(0.03), steps=150, rescale=True).side_at(iteration, 10, 10) == side
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 15])
 def test_the_pattern_is_theirs(norm: str, side: int) -> None:
-    from robustmoe.attacks.square import _pattern
+    from robustmoe.attacks.square import pattern
 
     theirs = peer.SquareAttack(None, norm=NAMES[norm], eps=1.0, device="cpu")
     torch.manual_seed(0)
-    pattern = _pattern(norm, side)
+    pattern = pattern(norm, side)
     found = theirs.eta(side)
     assert any(torch.allclose(found, one, rtol=0, atol=1e-7) for one in pattern)

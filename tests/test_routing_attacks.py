@@ -26,8 +26,8 @@ from robustmoe.attacks.routes import (
     router_hinge,
     router_logits,
 )
-from robustmoe.attacks.routes.cells import alike, forced_pass, lead, margin, reached, unit
 from robustmoe.attacks.routes.flip import rivals, swapped
+from robustmoe.attacks.routes.regions import alike, forced_pass, lead, margin, reached, unit
 from robustmoe.attacks.routes.transition import by_sum
 from robustmoe.attacks.views import ExpertView, Soft, Viewed
 from robustmoe.models import RoutedModel
@@ -223,7 +223,7 @@ def sides(standard: tuple[float, float], robust: tuple[float, float]) -> DualMod
 
 @pytest.mark.parametrize("attack", ROUTING, ids=names)
 def test_a_dual_model_that_only_the_second_routers_flip_breaks(attack: Attack) -> None:
-    """Margins by cell: (0, 0) 4, (1, 0) 11, (1, 1) 4, and (0, 1) -3: the standard half's flip rescues it."""
+    """Margins by region: (0, 0) 4, (1, 0) 11, (1, 1) 4, and (0, 1) -3: the standard half's flip rescues it."""
     x, y = grey()
     assert robust(sides((2, 9), (2, -5)), PGD(BALL, steps=20, objective=ExpertsOnly()), x, y) == 1.0
     assert robust(sides((2, 9), (2, -5)), PGD(BALL, steps=20, restarts=2), x, y) == 1.0
@@ -231,13 +231,13 @@ def test_a_dual_model_that_only_the_second_routers_flip_breaks(attack: Attack) -
 
 
 def test_a_dual_model_that_only_both_flips_together_break() -> None:
-    """Margins by cell: (0, 0) 8, (0, 1) 3, (1, 0) 3, (1, 1) -2. The flip attack moves one router at a time."""
+    """Margins by region: (0, 0) 8, (0, 1) 3, (1, 0) 3, (1, 1) -2. The flip attack moves one router at a time."""
     model, (x, y) = sides((4, -1), (4, -1)), grey()
     assert robust(model, PGD(BALL, steps=20), x, y) == 1.0
     assert robust(model, RouteFlip(BALL, STEPS), x, y) == 1.0
     assert robust(model, ExpertTransition(BALL, STEPS), x, y) == 0.0
-    assert robust(model, ExpertTransition(BALL, STEPS, cells=3), x, y) == 1.0  # the fourth cell is the one
-    assert robust(model, ExpertTransition(BALL, STEPS, cells=4), x, y) == 0.0
+    assert robust(model, ExpertTransition(BALL, STEPS, regions=3), x, y) == 1.0  # the fourth region is the one
+    assert robust(model, ExpertTransition(BALL, STEPS, regions=4), x, y) == 0.0
     assert robust(model, ExpertTransition(BALL, STEPS, experts=1), x, y) == 1.0
 
 
@@ -248,18 +248,18 @@ def test_cells_come_by_the_sum_of_ranks(sizes: list[int]) -> None:
 
 
 def test_the_number_of_cells_that_are_tried(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
-    """Seen in the queries of one step, of which each cell has 7 with one router and 6 more with several."""
-    attack, many = ExpertTransition(BALL, 1, cells=5), "ensemble(linear, experts=20, router=linear, gate=hard)"
+    """Seen in the queries of one step, of which each region has 7 with one router and 6 more with several."""
+    attack, many = ExpertTransition(BALL, 1, regions=5), "ensemble(linear, experts=20, router=linear, gate=hard)"
     two = f"dual({many}, ensemble(linear, experts=3, router=linear, gate=hard))"
     x = images(2)
-    for spec, other, cells, each in (
+    for spec, other, regions, each in (
         (many, attack, 20, 7),  # one router: all of its experts
         (two, attack, 5, 13),
         (two, ExpertTransition(BALL, 1), 16, 13),
         (two, ExpertTransition(BALL, 1, experts=2), 4, 13),
         ("dual", attack, 3, 7),  # the standard half's gate is soft: one router that chooses
     ):
-        assert other.queries(tiny(spec).run(x)) == 2 + cells * each, spec
+        assert other.queries(tiny(spec).run(x)) == 2 + regions * each, spec
 
 
 def test_a_router_that_uses_all_experts_stays_free(
@@ -384,8 +384,8 @@ def test_the_step_takes_the_smallest_lambda_that_lands(
         clean = model.run(x).trace["router"]
     goal = Goal.of(clean, swapped(clean, rivals(clean, 1)[..., 0]), torch.ones(24, 1, dtype=torch.bool))
     target = {"router": goal}
-    gradients, _ = steer._look(model, x, y, target)
-    new = steer._step(model, x, x, gradients, target)
+    gradients, _ = steer.gradients_at(model, x, y, target)
+    new = steer.step(model, x, x, gradients, target)
     used = []
     for i in range(24):
         one = x[i : i + 1]
@@ -644,7 +644,7 @@ def test_a_broken_model_stops_the_attack(attack: Attack) -> None:
         (lambda: RouteFlip(BALL, step_size=0.0), "step_size must be above 0"),
         (lambda: RouteBeam(BALL, grid=(1.0, 0.0)), "grid must be numbers from 0 up, in rising order"),
         (lambda: ExpertTransition(BALL, experts=0), "experts must be at least 1; got 0"),
-        (lambda: ExpertTransition(BALL, cells=0), "cells must be at least 1; got 0"),
+        (lambda: ExpertTransition(BALL, regions=0), "regions must be at least 1; got 0"),
         (lambda: RouteFlip(BALL, rivals=0), "rivals must be at least 1; got 0"),
         (lambda: RouteBeam(BALL, depth=0), "depth must be at least 1; got 0"),
         (lambda: JointNormalised(-1.0), "weight must be 0 or more"),

@@ -89,15 +89,15 @@ def test_on_a_linear_model_linf_reaches_the_closed_form_distance() -> None:
 
 def test_the_windows_shrink_on_the_papers_schedule() -> None:
     """Sides are round(sqrt(p * 32 * 32)), p = 0.8 halved after 10, 50, 200, 500, 1000, 2000 and 4000 iterations."""
-    sides = {first: side for first, _, side, _ in Square(linf(0.1))._stretches(32, 32)}
+    sides = {first: side for first, _, side, _ in Square(linf(0.1)).stretches(32, 32)}
     expected = {0: 29, 11: 20, 51: 14, 201: 10, 501: 7, 1001: 5, 2001: 4, 4001: 3}
     assert {first: sides[first] for first in expected} == expected
-    shrunk = {first: side for first, _, side, _ in Square(linf(0.1), steps=1000, rescale=True)._stretches(32, 32)}
+    shrunk = {first: side for first, _, side, _ in Square(linf(0.1), steps=1000, rescale=True).stretches(32, 32)}
     assert shrunk[2] == 20  # 2 of 1,000 is 20 of 10,000
     assert shrunk[801] == 1  # after 8,000: p = 0.8 / 512, side round(1.26)
-    odd = {first: Square(l2(0.1))._side(first, 32, 32) for first in expected}
+    odd = {first: Square(l2(0.1)).side_at(first, 32, 32) for first in expected}
     assert odd == {**expected, 11: 21, 51: 15, 201: 11, 2001: 5}
-    lengths = [length for _, length, _, _ in Square(l1(0.1), steps=777)._stretches(32, 32)]
+    lengths = [length for _, length, _, _ in Square(l1(0.1), steps=777).stretches(32, 32)]
     assert sum(lengths) == 777
 
 
@@ -108,8 +108,8 @@ def test_the_pattern_is_the_papers_pyramid() -> None:
     upper = torch.tensor([[0.25, 1.25, 0.25]])
     lower = torch.tensor([[0.25, 0.25, 0.25], [0.25, 1.25, 0.25]])
     whole = torch.cat([upper / upper.norm(), -lower / lower.norm()]) / math.sqrt(2)
-    torch.testing.assert_close(square_module._pattern("l2", 3), torch.stack([whole, whole.T]), rtol=0, atol=1e-6)
-    assert square_module._pattern("l1", 7).abs().sum((1, 2)).tolist() == pytest.approx([1.0, 1.0])
+    torch.testing.assert_close(square_module.pattern("l2", 3), torch.stack([whole, whole.T]), rtol=0, atol=1e-6)
+    assert square_module.pattern("l1", 7).abs().sum((1, 2)).tolist() == pytest.approx([1.0, 1.0])
 
 
 # ------------------------------------------------------------------------------------------------ every proposal
@@ -162,7 +162,7 @@ def by_hand(attack: Square, model: nn.Module, x: Tensor, noise: Noise) -> Tensor
         lowest, highest = (one - eps).clamp(0, 1), (one + eps).clamp(0, 1)
         best = torch.where(stream.fold(0).uniform(c, 1, w)[0] < 0.5, lowest, highest)
         loss = float(model(best[None])[0, 1])
-        for first, length, side, _ in attack._stretches(h, w):
+        for first, length, side, _ in attack.stretches(h, w):
             draws = stream.fold(1 + first).uniform(length, 5 + c)[0]
             for u in draws:
                 if loss > 0:

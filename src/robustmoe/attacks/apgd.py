@@ -78,19 +78,19 @@ class APGD(Attack):
             raise ValueError(f"rho is a share of steps, from 0 to 1; got {self.rho}")
         if self.largereps and self.threat.norm != "l1":
             raise ValueError(f"largereps is a schedule for l1; leave it out for {self.threat.norm}")
-        if len(self._stages()) > 1 and self.steps < len(SCHEDULE):
+        if len(self.stages()) > 1 and self.steps < len(SCHEDULE):
             raise ValueError(
                 f"largereps needs {len(SCHEDULE)} steps or more, got {self.steps}; write more, or largereps=False"
             )
 
     def queries(self, output: Output) -> int:
-        climb = 3 * self.eot * (self.steps + len(self._stages()))
+        climb = 3 * self.eot * (self.steps + len(self.stages()))
         return self.restarts * climb + (self.rng == "autoattack")
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return self._attack([self.objective], model, x, y, noise)
 
-    def _stages(self) -> list[tuple[float, int]]:
+    def stages(self) -> list[tuple[float, int]]:
         """(eps, steps) of each climb of a restart; the steps sum to ``steps``."""
         eps, steps = self.threat.eps, self.steps
         if not (self.threat.norm == "l1" if self.largereps is None else self.largereps):
@@ -104,7 +104,7 @@ class APGD(Attack):
     ) -> Tensor:
         """``restarts`` of each objective in turn, on the images not yet fooled."""
         generator = None
-        result = _Found.none(x)
+        result = _Collected.none(x)
         if self.rng == "autoattack":
             generator = torch.Generator().manual_seed(self.seed)
             with torch.no_grad():
@@ -125,9 +125,9 @@ class APGD(Attack):
 
     def _restart(
         self, inner: Inner, x: Tensor, rows: Tensor | None, noise: Noise, generator: torch.Generator | None
-    ) -> _Found:
+    ) -> _Collected:
         """From one random start to the end. ``rows``: which images of the objective's batch these are (None: all)."""
-        stages = self._stages()
+        stages = self.stages()
         random, original = self._draw(x, noise, generator), generator is not None
         if len(stages) == 1:
             eps = self.threat.eps
@@ -143,9 +143,9 @@ class APGD(Attack):
             if original:
                 self._draw(x, noise, generator)  # the original draws a start, and goes on from here nevertheless
             x_adv = _onto_l1(x, x_adv - x, x_adv, eps, original).clamp_(0.0, 1.0)
-            found = self._climb(inner, x, rows, x_adv, eps, steps, dense=False, last=number == len(stages) - 1)
-            x_adv = found.x_adv
-        return found
+            collected = self._climb(inner, x, rows, x_adv, eps, steps, dense=False, last=number == len(stages) - 1)
+            x_adv = collected.x_adv
+        return collected
 
     def _draw(self, x: Tensor, noise: Noise, generator: torch.Generator | None) -> Tensor:
         """Like x: uniform in [-1, 1) for linf, else standard normal."""
@@ -167,14 +167,14 @@ class APGD(Attack):
         steps: int,
         dense: bool,
         last: bool,
-    ) -> _Found:
+    ) -> _Collected:
         """``steps`` steps from x_adv in the ball of radius ``eps``: steps + 1 gradients.
 
         In the ``last`` climb of a restart fooled images leave, or are kept (see ``keep``); before it, in a larger ball,
         every image returns its iterate of highest loss. ``dense``: l1 starts by moving a fixed share of coordinates,
         else by the support of x_adv. Checkpoints come at the same steps for every image.
         """
-        found = _Found.none(x)
+        collected = _Collected.none(x)
         leave, note = last and self.keep == "first", last and self.keep == "best"
         now = _Climbing.start(self.threat, x, x_adv, eps, dense, self.rng == "autoattack")
         l1 = self.threat.norm == "l1"
@@ -188,9 +188,9 @@ class APGD(Attack):
             now.offer(score.loss, counted=step > 0)
             if leave and bool(score.fooled.any()):
                 gone, stay = torch.nonzero(score.fooled)[:, 0], torch.nonzero(~score.fooled)[:, 0]
-                found.put(now.place[gone], now.x_adv[gone], score.loss[gone], True)
+                collected.put(now.place[gone], now.x_adv[gone], score.loss[gone], True)
                 if len(stay) == 0:
-                    return found
+                    return collected
                 now.narrow(stay)
             elif note:
                 now.note(score.fooled)
@@ -201,8 +201,8 @@ class APGD(Attack):
                     now.check(self.rho * interval)
                     interval = max(interval - shrink, shortest)
                 check = step + interval
-        found.put(now.place, torch.where(_column(now.fooled, x), now.noted, now.best), now.best_loss, now.fooled)
-        return found
+        collected.put(now.place, torch.where(_column(now.fooled, x), now.noted, now.best), now.best_loss, now.fooled)
+        return collected
 
     def _gradient(self, inner: Inner, now: _Climbing, rows: Tensor | None) -> Score:
         """The score where the images are now; their gradients go into ``now``."""
@@ -279,7 +279,7 @@ class TargetedAPGD(Attack):
 
 
 @dataclass
-class _Found:
+class _Collected:
     """What a search has for each image: an image, its loss, whether it is fooled."""
 
     x_adv: Tensor
@@ -287,14 +287,14 @@ class _Found:
     fooled: Tensor
 
     @classmethod
-    def none(cls, x: Tensor) -> _Found:
+    def none(cls, x: Tensor) -> _Collected:
         """Nothing yet: the clean images."""
         return cls(x.clone(), x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.bool, device=x.device))
 
     def put(self, rows: Tensor, x_adv: Tensor, loss: Tensor, fooled: Tensor | bool) -> None:
         self.x_adv[rows], self.loss[rows], self.fooled[rows] = x_adv, loss.to(self.loss), fooled
 
-    def take(self, rows: Tensor, other: _Found) -> None:
+    def take(self, rows: Tensor, other: _Collected) -> None:
         """What another restart found for the images ``rows``, none of them fooled before."""
         better = other.fooled | (other.loss > self.loss[rows])
         self.put(rows[better], other.x_adv[better], other.loss[better], other.fooled[better])

@@ -117,8 +117,8 @@ class AutoAttackRouting(Suite):
     In order: the experts on the held route; the routers alone; both losses at equal gradient size; the model seen with
     straight-through and with soft gates at each of ``temperatures``; of a dual model, each half alone; transfer from
     every single expert; route flips; with token routers, several routers or k above 1 a beam over the cheapest
-    boundaries; where every router picks one expert an image, the transition into their cells. Each success is the exact
-    model's own error on its own route. ``steps``: of each routing attack.
+    boundaries; where every router picks one expert an image, the transition into their regions. Each success is the
+    exact model's own error on its own routing. ``steps``: of each routing attack.
 
     Without a router it is AutoAttack, also on a dual model of two dense networks, which leaves no trace to be known
     by: ``through(half(robust), apgd(...))`` is the attack on a half there.
@@ -159,7 +159,7 @@ class AutoAttackRouting(Suite):
         views += [(f"soft {temperature:g}", Soft(temperature)) for temperature in self.temperatures]
         if halves(output.trace):
             views += [("half standard", HalfView("standard")), ("half robust", HalfView("robust"))]
-        found: list[tuple[str, Attack]] = [
+        parts: list[tuple[str, Attack]] = [
             ("experts held", apgd(ExpertsOnly())),
             ("routers", apgd(RouterHinge())),
             ("joint normalised", apgd(JointNormalised())),
@@ -168,7 +168,7 @@ class AutoAttackRouting(Suite):
             ("flip", RouteFlip(self.threat, steps=self.steps, seed=self.seed)),
         ]
         if sole_router(output.trace) is None:
-            found.append(("beam", RouteBeam(self.threat, steps=self.steps, seed=self.seed)))
+            parts.append(("beam", RouteBeam(self.threat, steps=self.steps, seed=self.seed)))
         if image_routers(output.trace):
-            found.append(("transition", ExpertTransition(self.threat, steps=self.steps, seed=self.seed)))
-        return found
+            parts.append(("transition", ExpertTransition(self.threat, steps=self.steps, seed=self.seed)))
+        return parts

@@ -107,10 +107,10 @@ class Suite(Attack):
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         with torch.no_grad():
-            found = model.run(x)
-            left = torch.nonzero(~missed(model, x, found.logits, y))[:, 0]
+            output = model.run(x)
+            left = torch.nonzero(~missed(model, x, output.logits, y))[:, 0]
         x_adv = x.clone()
-        for name, part in self.parts(found):
+        for name, part in self.parts(output):
             if len(left) == 0:
                 break
             attacked = part(model, x[left], y[left], part_noise(noise[left], name))

@@ -132,7 +132,7 @@ class FAB(Attack):
             clean = x[rows]
             now = self._step(clean, now, ahead)
             last = step == self.steps - 1
-            broken, ahead, known = self._look(model, now, y[rows], _of(rival, rows), blind | last)
+            broken, ahead, known = self.gradients_and_broken(model, now, y[rows], _of(rival, rows), blind | last)
             distance = _length(self.threat.norm, now - clean)
             ever[rows] |= broken
             nearer = broken & (distance < least[rows])
@@ -166,7 +166,7 @@ class FAB(Attack):
         alpha = (here / (here + there)).clamp(0.0, self.alpha_max)
         return ((now + self.eta * move[0]) * (1 - alpha) + (clean + move[1] * self.eta) * alpha).clamp(0.0, 1.0)
 
-    def _look(
+    def gradients_and_broken(
         self, model: RoutedModel, now: Tensor, y: Tensor, rival: Tensor | None, blind: Tensor
     ) -> tuple[Tensor, _Boundary, Tensor]:
         """Which images are broken at ``now`` (n,), the boundary ahead, and of which images it is known (n,): of those
@@ -182,10 +182,10 @@ class FAB(Attack):
             with torch.set_grad_enabled(gradient):
                 logits = model.run(at).logits
             close = isinstance(model, Surrogate) and model.close
-            found = logits.detach().argmax(1) != label if close else missed(model, at.detach(), logits, label)
-            broken[part] = found
-            if gradient and not bool(found.any() if self.rng == "autoattack" else found.all()):
-                known[part] = ~found
+            wrong = logits.detach().argmax(1) != label if close else missed(model, at.detach(), logits, label)
+            broken[part] = wrong
+            if gradient and not bool(wrong.any() if self.rng == "autoattack" else wrong.all()):
+                known[part] = ~wrong
                 ahead.gap[part], ahead.slope[part] = _differentiate(
                     logits, at, label, _of(rival, part), self.threat.norm
                 )
@@ -244,8 +244,8 @@ def _gradient(values: Tensor, at: Tensor, more: bool = False) -> Tensor:
     """The gradient of the images' values, image by image; ``more``: another one of the same pass will be asked for."""
     if not values.requires_grad:
         return torch.zeros_like(at)
-    found = torch.autograd.grad(values.sum(), at, retain_graph=more, allow_unused=True)[0]
-    return torch.zeros_like(at) if found is None else found
+    slope = torch.autograd.grad(values.sum(), at, retain_graph=more, allow_unused=True)[0]
+    return torch.zeros_like(at) if slope is None else slope
 
 
 def _finite(boundary: _Boundary) -> _Boundary:

@@ -36,8 +36,8 @@ def ascend(inner: Inner, x_adv: Tensor, rows: Tensor | None = None) -> tuple[Sco
     """
     x_adv = x_adv.detach().requires_grad_(True)
     score = inner(x_adv) if rows is None else inner(x_adv, rows)
-    found = torch.autograd.grad(score.loss.sum(), x_adv, allow_unused=True)[0] if score.loss.requires_grad else None
-    gradient = torch.zeros_like(x_adv) if found is None else found
+    slope = torch.autograd.grad(score.loss.sum(), x_adv, allow_unused=True)[0] if score.loss.requires_grad else None
+    gradient = torch.zeros_like(x_adv) if slope is None else slope
     require_finite(score.loss, gradient)
     return Score(score.loss.detach(), score.fooled), gradient
 

@@ -219,23 +219,23 @@ class Square(Attack):
         best = self._start(x[rows], rows, numbers)
         score = _finite(inner(best, rows))
         search, fooled = Search(rows, x[rows], best, score.loss), score.fooled
-        for stretch in self._stretches(*x.shape[2:]):
+        for stretch in self.stretches(*x.shape[2:]):
             search = _leave(search, fooled, x_adv)
             if len(search.rows) == 0:
                 return search.rows
             fooled = self._advance(inner, search, stretch, numbers.draws(search.rows, x.shape[1:], stretch))
         return _leave(search, fooled, x_adv).rows
 
-    def _stretches(self, h: int, w: int) -> Iterator[Stretch]:
+    def stretches(self, h: int, w: int) -> Iterator[Stretch]:
         """All iterations, cut where the window's side changes and at most `BLOCK` at a time."""
         longest = 1 if self.rng == "autoattack" and self.threat.norm != "linf" else BLOCK
-        for side, same in itertools.groupby(range(self.steps), lambda i: self._side(i, h, w)):
+        for side, same in itertools.groupby(range(self.steps), lambda i: self.side_at(i, h, w)):
             iterations = list(same)
             for first in iterations[::longest]:
                 length = min(longest, iterations[-1] + 1 - first)
                 yield Stretch(first, length, side, len(iterations))
 
-    def _side(self, iteration: int, h: int, w: int) -> int:
+    def side_at(self, iteration: int, h: int, w: int) -> int:
         """The window's side in pixels; odd and at least 3 for l2 and l1, as far as the image allows."""
         at = int(iteration / self.steps * 10000) if self.rescale else iteration
         share = self.p_init / 2 ** sum(at > halving for halving in HALVINGS)
@@ -324,7 +324,7 @@ class Square(Attack):
         there = ((i >= 0) & (i < down * side))[:, None] & ((j >= 0) & (j < across * side))
         tile_i, tile_j = (i // side).clamp(0, down - 1)[:, None], (j // side).clamp(0, across - 1)
         turned = tiles.turned[:, tile_i, tile_j].long()
-        bump = _pattern(self.threat.norm, side).to(x)[turned, (i % side)[:, None], j % side]
+        bump = pattern(self.threat.norm, side).to(x)[turned, (i % side)[:, None], j % side]
         delta = (bump * there)[:, None] * tiles.sign[:, :, tile_i, tile_j].to(x.dtype)
         return self._inside(x, delta)
 
@@ -341,12 +341,12 @@ class Square(Attack):
         For l2 and l1 the perturbation of the second window moves to the first, with a new bump and what the ball has
         left: algorithm 3 of the paper, and its l1 form.
         """
-        one = _window(place[:, :2], side, x)
+        first = _window(place[:, :2], side, x)
         if self.threat.norm == "linf":
             corner = (x + self.threat.eps * sign[:, :, None, None]).clamp(0.0, 1.0)
-            return torch.where(one, corner, best)
-        two = _window(place[:, 2:], side, x)
-        bump = _pattern(self.threat.norm, side).to(x)[turned.long()] * 1.0
+            return torch.where(first, corner, best)
+        second = _window(place[:, 2:], side, x)
+        bump = pattern(self.threat.norm, side).to(x)[turned.long()] * 1.0
         i, j = (
             (torch.arange(size, device=x.device) - place[:, axis, None]).clamp(0, side - 1)
             for axis, size in enumerate(x.shape[2:])
@@ -362,11 +362,11 @@ class Square(Attack):
             return mass(values).sqrt() if l2 else mass(values)
 
         left = ((eps * eps if l2 else eps) - mass(delta).sum(1, keepdim=True)).clamp(min=0.0)
-        room = left / c + mass(delta * (one | two))
+        room = left / c + mass(delta * (first | second))
         room = room.sqrt() if l2 else room * c
-        fresh = (bump + delta / (1e-12 + length(delta * one))) * one
+        fresh = (bump + delta / (1e-12 + length(delta * first))) * first
         fresh = fresh / (1e-12 + length(fresh)) * room
-        return self._inside(x, torch.where(one, fresh, delta * ~two))
+        return self._inside(x, torch.where(first, fresh, delta * ~second))
 
 
 def _leave(search: Search, fooled: Tensor, x_adv: Tensor) -> Search:
@@ -395,7 +395,7 @@ def _window(place: Tensor, side: int, x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _pattern(norm: Norm, side: int) -> Tensor:
+def pattern(norm: Norm, side: int) -> Tensor:
     """The bump over its negative, of unit norm (side, side), and its transpose: (2, side, side), eq. 2 of the paper."""
     half = side // 2
     pattern = torch.cat([_bump(norm, half, side), -_bump(norm, side - half, side)])

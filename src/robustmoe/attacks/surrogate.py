@@ -55,14 +55,14 @@ class Surrogate(RoutedModel):
         own answer.
         """
         rows = torch.nonzero(claim)[:, 0] if self.close else torch.arange(len(x_adv), device=x_adv.device)
-        found = torch.zeros_like(claim)
+        wrong = torch.zeros_like(claim)
         if len(rows) == 0:
-            return found
+            return wrong
         held = None if forced is None else {name: routing[rows] for name, routing in forced.items()}
         if self.on_pass is not None:
             self.on_pass(len(rows), False)
-        found[rows] = _wrong(self.exact.run(x_adv.detach()[rows], forced=held).logits, y[rows])
-        return found
+        wrong[rows] = _wrong(self.exact.run(x_adv.detach()[rows], forced=held).logits, y[rows])
+        return wrong
 
 
 def exact_of(model: RoutedModel) -> RoutedModel:

@@ -203,27 +203,27 @@ class HalfView(View):
 
 def sole_router(trace: Trace) -> str | None:
     """The name of the only router, where it picks one of several experts once an image."""
-    found = image_routers(trace)
-    return next(iter(found)) if len(found) == len(trace) == 1 else None
+    routers = image_routers(trace)
+    return next(iter(routers)) if len(routers) == len(trace) == 1 else None
 
 
 def image_routers(trace: Trace) -> Trace:
     """The routers that leave experts out, where each of them picks one expert once an image; {} where one does not."""
-    found = {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
-    return found if all(tuple(routing.index.shape[1:]) == (1, 1) for routing in found.values()) else {}
+    routers = {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
+    return routers if all(tuple(routing.index.shape[1:]) == (1, 1) for routing in routers.values()) else {}
 
 
 def halves(trace: Trace) -> dict[str, Trace]:
     """The traces of a dual model's halves, "standard" and "robust", by the routers' names there; {} for another model
     (and for a dual of two dense networks, which leaves no trace).
     """
-    found: dict[str, Trace] = {"standard": {}, "robust": {}}
+    traces: dict[str, Trace] = {"standard": {}, "robust": {}}
     for full, routing in trace.items():
         half, _, name = full.partition(".")
-        if half not in found or not name:
+        if half not in traces or not name:
             return {}
-        found[half][name] = routing
-    return found if trace else {}
+        traces[half][name] = routing
+    return traces if trace else {}
 
 
 VIEWS: dict[str, Callable[..., View]] = {

@@ -45,8 +45,8 @@ def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[A
     default: list[Attack] = [PGD(threat, steps=20, objective=o) for o in objectives]
     if trace:
         routers = image_routers(trace)
-        cells = math.prod(routing.num_experts for routing in routers.values())
-        every = len(routers) == 1 or 1 < cells <= ExpertTransition.cells  # no cell is left out
+        regions = math.prod(routing.num_experts for routing in routers.values())
+        every = len(routers) == 1 or 1 < regions <= ExpertTransition.regions  # no region is left out
         default.append(ExpertTransition(threat) if every else RouteBeam(threat))
     for attack in given or default:
         if attack not in wanted:

@@ -38,7 +38,7 @@ from robustmoe.attacks import (
 )
 from robustmoe.attacks.objectives import Inner, Loss, loss_of, some, some_routes
 from robustmoe.attacks.routes import Misroute, Misrouting, countable
-from robustmoe.attacks.routes.cells import decisions, lead
+from robustmoe.attacks.routes.regions import decisions, lead
 from robustmoe.data import Batch, Data, ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.evaluation import engine

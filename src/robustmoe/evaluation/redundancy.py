@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.routes.cells import weighted_as
+from robustmoe.attacks.routes.regions import weighted_as
 from robustmoe.attacks.views import Rule, RuleTape
 from robustmoe.data import Batch, ImageSet, batches
 from robustmoe.evaluation.attacked import predictions

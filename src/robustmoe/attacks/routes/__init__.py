@@ -5,10 +5,10 @@ A break counts only where the exact model misses the label on the route that it 
 """
 
 from robustmoe.attacks.routes.beam import RouteBeam
-from robustmoe.attacks.routes.cells import Goal, Steering, Target, decisions, router_logits
 from robustmoe.attacks.routes.flip import Flip, RouteFlip
 from robustmoe.attacks.routes.misroute import Misroute, Misrouting, countable
 from robustmoe.attacks.routes.objectives import JointNormalised, RouterHinge, RoutingLoss, router_hinge
+from robustmoe.attacks.routes.regions import Goal, Steering, Target, decisions, router_logits
 from robustmoe.attacks.routes.transition import ExpertTransition
 
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.objectives import Objective
-from robustmoe.attacks.routes.cells import RouteLoss, Steering
 from robustmoe.attacks.routes.objectives import RoutingLoss
+from robustmoe.attacks.routes.regions import RouteLoss, Steering
 
 
 class RouteAttack(Attack):

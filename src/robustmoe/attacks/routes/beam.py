@@ -12,11 +12,13 @@ from torch import Tensor
 
 from robustmoe.attacks.objectives import loss_of
 from robustmoe.attacks.routes.base import RouteAttack
-from robustmoe.attacks.routes.cells import (
+from robustmoe.attacks.routes.flip import rivals, swapped
+from robustmoe.attacks.routes.reach import DUAL
+from robustmoe.attacks.routes.regions import (
     GRID,
     Goal,
     RouteLoss,
-    Standing,
+    Survivors,
     Target,
     climbable,
     decisions,
@@ -25,8 +27,6 @@ from robustmoe.attacks.routes.cells import (
     narrowed,
     spread,
 )
-from robustmoe.attacks.routes.flip import rivals, swapped
-from robustmoe.attacks.routes.reach import DUAL
 from robustmoe.attacks.threat import Norm, Threat, size
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -59,11 +59,11 @@ class Sites:
         for name, routing in self.trace.items():
             ranks = choice[:, offset : offset + routing.index.shape[1]]
             offset += routing.index.shape[1]
-            held = ranks >= 0
+            forced = ranks >= 0
             others = rivals(routing, routing.num_experts)
             index = swapped(routing, others.gather(-1, ranks.clamp(min=0)[..., None])[..., 0])
-            goals[name] = Goal.of(routing, torch.where(held[..., None], index, routing.index), held)
-        return {name: goal for name, goal in goals.items() if bool(goal.held.any())}
+            goals[name] = Goal.of(routing, torch.where(forced[..., None], index, routing.index), forced)
+        return {name: goal for name, goal in goals.items() if bool(goal.forced.any())}
 
 
 def sites(model: RoutedModel, x: Tensor, names: list[str], norm: Norm, ranks: int, candidates: int) -> Sites:
@@ -83,7 +83,7 @@ def sites(model: RoutedModel, x: Tensor, names: list[str], norm: Norm, ranks: in
         ease.append(torch.cat([gap.detach() / spread(routing.logits)[..., None], none], -1))
     gap, order = torch.cat(gaps, 1).flatten(1), torch.cat(ease, 1).flatten(1).argsort(dim=1, stable=True)
     order = order[:, : min(candidates, order.shape[1])]
-    distance = torch.stack([_distance(gap.gather(1, one[:, None])[:, 0], at, norm) for one in order.T], 1)
+    distance = torch.stack([_distance(gap.gather(1, candidate[:, None])[:, 0], at, norm) for candidate in order.T], 1)
     nearest = distance.argsort(dim=1, stable=True)
     order = order.gather(1, nearest)
     return Sites(
@@ -97,8 +97,8 @@ def _distance(gap: Float[Tensor, " n"], at: Tensor, norm: Norm) -> Float[Tensor,
     if not (gap.requires_grad and bool(there.any())):
         return torch.full_like(gap, torch.inf)
     value = torch.where(there, gap, torch.zeros_like(gap)).sum()
-    found = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)[0]
-    slope = torch.zeros_like(gap) if found is None else size(DUAL[norm], found)
+    gradient = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)[0]
+    slope = torch.zeros_like(gap) if gradient is None else size(DUAL[norm], gradient)
     return torch.where(there & (slope > 0), gap.detach().clamp(min=0) / slope, torch.inf)
 
 
@@ -151,36 +151,36 @@ class RouteBeam(RouteAttack):
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         model = climbable(model)
         names = list(narrowed(free_trace(model, x, "route_beam")))
-        standing, steer = Standing(model, x, y), self._steering()
+        survivors, steer = Survivors(model, x, y), self._steering()
         for restart in range(self.restarts):
-            rows = standing.rows
+            rows = survivors.rows
             if len(rows) == 0:
                 break
             start = x[rows] if restart == 0 else self.threat.start(x[rows], noise[rows].fold(restart))
             freely = steer(model, x[rows], y[rows], start, {})
-            standing.record(rows, *freely)
+            survivors.record(rows, *freely)
             left = ~freely[1]
             if names and bool(left.any()):
-                self._search(model, x, y, rows[left], start[left], names, standing)
-        return standing.x_adv
+                self._search(model, x, y, rows[left], start[left], names, survivors)
+        return survivors.x_adv
 
     def _search(
-        self, model: RoutedModel, x: Tensor, y: Tensor, rows: Tensor, start: Tensor, names: list[str], field: Standing
+        self, model: RoutedModel, x: Tensor, y: Tensor, rows: Tensor, start: Tensor, names: list[str], field: Survivors
     ) -> None:
         """Grow, steer, grow again, from ``start`` (the images ``rows``). ``here``: places in ``rows``."""
-        found = sites(model, start, names, self.threat.norm, self.rivals, self.candidates)
-        items = sum(routing.index.shape[1] for routing in found.trace.values())
+        nearby = sites(model, start, names, self.threat.norm, self.rivals, self.candidates)
+        items = sum(routing.index.shape[1] for routing in nearby.trace.values())
         sets = torch.full((len(rows), 1, items), -1, dtype=torch.long, device=x.device)
         far = start.new_zeros(len(rows), 1)
         steer, here = self._steering(), torch.arange(len(rows), device=x.device)
         for _ in range(self.depth):
-            sets, far, valid = self._grow(model, start[here], y[rows[here]], found[here], sets, far)
+            sets, far, valid = self._grow(model, start[here], y[rows[here]], nearby[here], sets, far)
             for place in range(sets.shape[1]):
                 now = torch.nonzero(field.unbroken[rows[here]] & valid[:, place])[:, 0]
                 if len(now) == 0:
                     continue
                 which = here[now]
-                target = found[which].target(sets[now, place])
+                target = nearby[which].target(sets[now, place])
                 at = rows[which]
                 field.record(at, *steer(model, x[at], y[at], start[which], target))
             left = torch.nonzero(field.unbroken[rows[here]])[:, 0]
@@ -195,7 +195,7 @@ class RouteBeam(RouteAttack):
         model: RoutedModel,
         x: Tensor,
         y: Tensor,
-        found: Sites,
+        nearby: Sites,
         sets: Int[Tensor, "n b N"],
         far: Float[Tensor, "n b"],
     ) -> tuple[Int[Tensor, "n b2 N"], Float[Tensor, "n b2"], Bool[Tensor, "n b2"]]:
@@ -204,14 +204,14 @@ class RouteBeam(RouteAttack):
         """
         grown, distance, loss, real = [], [], [], []
         for b in range(sets.shape[1]):
-            for c in range(found.item.shape[1]):
-                item, rival = found.item[:, c : c + 1], found.rival[:, c : c + 1]
+            for c in range(nearby.item.shape[1]):
+                item, rival = nearby.item[:, c : c + 1], nearby.rival[:, c : c + 1]
                 choice = sets[:, b].scatter(1, item, rival)
-                apart = torch.maximum(far[:, b], found.distance[:, c])
+                apart = torch.maximum(far[:, b], nearby.distance[:, c])
                 grown.append(choice)
                 distance.append(apart)
                 real.append((sets[:, b].gather(1, item)[:, 0] < 0) & torch.isfinite(apart))
-                loss.append(_where(real[-1], partial(self._loss, model, x, y, found, choice), apart))
+                loss.append(_where(real[-1], partial(self._loss, model, x, y, nearby, choice), apart))
         choices, distances, losses, valid = torch.stack(grown, 1), *(torch.stack(v, 1) for v in (distance, loss, real))
         marks = Noise.of(torch.arange(choices.shape[2], device=x.device)).state
         code = ((choices + 1) * marks).sum(-1)
@@ -226,9 +226,9 @@ class RouteBeam(RouteAttack):
         return choices.gather(1, spread_out), distances.gather(1, order), valid.gather(1, order)
 
     def _loss(
-        self, model: RoutedModel, x: Tensor, y: Tensor, found: Sites, choice: Tensor, rows: Tensor
+        self, model: RoutedModel, x: Tensor, y: Tensor, nearby: Sites, choice: Tensor, rows: Tensor
     ) -> Float[Tensor, " m"]:
-        logits, _ = forced_pass(model, x[rows], found[rows].target(choice[rows]))
+        logits, _ = forced_pass(model, x[rows], nearby[rows].target(choice[rows]))
         return loss_of(self.loss, logits, y[rows])
 
 

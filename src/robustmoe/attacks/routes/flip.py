@@ -12,19 +12,19 @@ from torch import Tensor
 
 from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.routes.base import RouteAttack
-from robustmoe.attacks.routes.cells import (
+from robustmoe.attacks.routes.regions import (
     GRID,
     Goal,
     RouteLoss,
-    Standing,
+    Survivors,
     alike,
     broken,
     climbable,
     decisions,
     free_trace,
+    gradients_of,
     margin,
     narrowed,
-    pieces,
 )
 from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel, as_routed
@@ -47,8 +47,8 @@ class RouteFlip(RouteAttack):
     chosen expert until the route flips; ascend the loss behind the boundary (see `Steering`); then ascend it freely.
 
     Each of the three takes at most ``steps`` steps of ``step_size`` (eps / 4 by default). A router of many items is
-    pushed on all of them at once, and what has flipped by the end is held. An image that does not flip goes straight to
-    the free ascent. A broken image leaves at once; one that is never broken comes back as the end of its last climb.
+    pushed on all of them at once, and what has flipped by the end is forced. An image that does not flip goes straight
+    to the free ascent. A broken image leaves at once; one that is never broken comes back as the end of its last climb.
     Restart 0 starts at the clean image, later ones at random. Where all gates always use all experts, the loss is
     ascended freely. `flips` says, for each router apart, how often the route moved and how often that broke the image.
     """
@@ -85,21 +85,21 @@ class RouteFlip(RouteAttack):
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         model = climbable(model)
         trace = free_trace(model, x, "route_flip")
-        standing, steer = Standing(model, x, y), self._steering()
+        survivors, steer = Survivors(model, x, y), self._steering()
         pairs = list(self._pairs(trace))
         for restart in range(self.restarts):
             for number, (name, rank) in enumerate(pairs or [("", 0)]):
-                rows = standing.rows
+                rows = survivors.rows
                 if len(rows) == 0:
-                    return standing.x_adv
+                    return survivors.x_adv
                 now = x[rows] if restart == 0 else self.threat.start(x[rows], noise[rows].fold(restart, number))
                 if pairs:
                     now, fooled, _ = self._behind(model, x[rows], y[rows], now, name, trace[name][rows], rank)
-                    standing.record(rows, now, fooled)
+                    survivors.record(rows, now, fooled)
                     rows, now = rows[~fooled], now[~fooled]
                 if len(rows):
-                    standing.record(rows, *steer(model, x[rows], y[rows], now, {}))
-        return standing.x_adv
+                    survivors.record(rows, *steer(model, x[rows], y[rows], now, {}))
+        return survivors.x_adv
 
     def flips(
         self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, noise: Noise | None = None
@@ -127,13 +127,13 @@ class RouteFlip(RouteAttack):
     def _behind(
         self, model: RoutedModel, x: Tensor, y: Tensor, start: Tensor, name: str, clean: Routing, rank: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Flip, then ascend in the cell behind. Last iterates, which are broken, which flipped."""
+        """Flip, then ascend in the region behind. Last iterates, which are broken, which flipped."""
         now, index, fooled = self._flip(model, x, y, start, name, clean, rank)
-        held = ~alike(index, clean.index)
-        flipped = held.any(1)
+        forced = ~alike(index, clean.index)
+        flipped = forced.any(1)
         rows = torch.nonzero(flipped & ~fooled)[:, 0]
         if len(rows):
-            goal = Goal.of(clean[rows], index[rows], held[rows])
+            goal = Goal.of(clean[rows], index[rows], forced[rows])
             now[rows], fooled[rows] = self._steering()(model, x[rows], y[rows], now[rows], {name: goal})
         return now, fooled, flipped
 
@@ -151,7 +151,7 @@ class RouteFlip(RouteAttack):
         for step in range(self.steps + 1):
             at = now.detach().requires_grad_(True)
             fresh = decisions(model, at, [name])[name]
-            gradient = pieces([margin({name: goal[rows]}, {name: fresh})], at)[0]
+            gradient = gradients_of([margin({name: goal[rows]}, {name: fresh})], at)[0]
             moved = ~alike(fresh.index, clean.index[rows]).all(1)
             ask = torch.nonzero(moved | (step == self.steps))[:, 0]
             hit = torch.zeros_like(moved)

@@ -1,4 +1,4 @@
-"""Attacks on the routers alone, the experts' answers held at the clean image: RA-R of Zhang et al. (ICML 2025).
+"""Attacks on the routers alone, the experts' answers taken at the clean image: RA-R of Zhang et al. (ICML 2025).
 
 What is attacked is not the model but G(x') = the model's answer to the clean image on the route that it takes at x'
 (sum_i a_i(x') f_i(x)). How far the paper's own attack went is not known; its released code has none.
@@ -16,7 +16,17 @@ from torch import Tensor
 
 from robustmoe.attacks.objectives import Inner, Loss, Objective, Score, loss_of, some
 from robustmoe.attacks.routes.base import RouteAttack
-from robustmoe.attacks.routes.cells import GRID, Goal, RouteLoss, Target, decisions, margin, pieces, reached, spread
+from robustmoe.attacks.routes.regions import (
+    GRID,
+    Goal,
+    RouteLoss,
+    Target,
+    decisions,
+    gradients_of,
+    margin,
+    reached,
+    spread,
+)
 from robustmoe.attacks.surrogate import exact_of
 from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel
@@ -84,7 +94,7 @@ class Misroute(RouteAttack):
 
     What a route does to the clean image is known beforehand: where no route is wrong the image cannot be broken, and
     where none is worse than its own it comes back as it was. (With gates that scale what they choose, by how much is an
-    estimate: as on the clean image.) Within a cell nothing is gained: the climb ends at its boundary.
+    estimate: as on the clean image.) Within a region nothing is gained: the climb ends at its boundary.
     Steps are of ``step_size`` (eps / 4 by default) for the first half, or as long as a way of eps takes, and then ever
     shorter, as the ascent of the lowest of several leads needs. Restart 0 starts at the clean image, later ones at
     random. ``loss``, ``grid``: not used.
@@ -121,10 +131,10 @@ class Misroute(RouteAttack):
                     continue
                 start = x[rows] if restart == 0 else self.threat.start(x[rows], noise[rows].fold(restart, rank))
                 end = self._climb(model, x[rows], start, _target(trace, routes[rows, rank]))
-                found = misrouted(model, x[rows], end, y[rows])
-                better = found.fooled | (found.loss > loss[rows])
+                score = misrouted(model, x[rows], end, y[rows])
+                better = score.fooled | (score.loss > loss[rows])
                 kept = rows[better]
-                x_adv[kept], loss[kept], fooled[kept] = end[better], found.loss[better], found.fooled[better]
+                x_adv[kept], loss[kept], fooled[kept] = end[better], score.loss[better], score.fooled[better]
         return x_adv
 
     def _climb(self, model: RoutedModel, x: Tensor, start: Tensor, target: Target) -> Tensor:
@@ -133,7 +143,7 @@ class Misroute(RouteAttack):
         step_size, names = self._steering().step_size, list(target)
         far = max(self.steps / 2, self.threat.eps / step_size) if step_size else self.steps
         for step in range(self.steps + 1):
-            goal = {name: one[rows] for name, one in target.items()}
+            goal = {name: aim[rows] for name, aim in target.items()}
             at = now.detach().requires_grad_(True)
             fresh = decisions(model, at, names)
             there = reached(goal, fresh, now)
@@ -144,7 +154,7 @@ class Misroute(RouteAttack):
             stay = torch.nonzero(~there)[:, 0]
             if step == self.steps or len(stay) == 0:
                 break
-            gradient = pieces([margin(goal, fresh)], at)[0][stay]
+            gradient = gradients_of([margin(goal, fresh)], at)[0][stay]
             rows, now = rows[stay], now[stay]
             length = step_size if step < far else step_size * (self.steps - step) / (self.steps - far)
             now = self.threat.project(now + length * self.threat.direction(gradient, now), x[rows])

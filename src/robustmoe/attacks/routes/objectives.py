@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score, kl, loss_of, some, some_routes
-from robustmoe.attacks.routes.cells import RouteLoss, lead, spread
+from robustmoe.attacks.routes.regions import RouteLoss, lead, spread
 from robustmoe.attacks.surrogate import exact_of, missed
 from robustmoe.attacks.threat import size
 from robustmoe.models.base import RoutedModel
@@ -114,10 +114,10 @@ def _ratio(loss: Tensor, away: Tensor, x_adv: Tensor) -> Tensor:
     """Norm of the loss's image gradient over the departure's; 1 where the loss has none, 0 where the departure has."""
     norms = []
     for value in (loss, away):
-        found = None
+        slope = None
         if value.requires_grad:
-            found = torch.autograd.grad(value.sum(), x_adv, retain_graph=True, allow_unused=True)[0]
-        norms.append(torch.zeros_like(value) if found is None else size("l2", found))
+            slope = torch.autograd.grad(value.sum(), x_adv, retain_graph=True, allow_unused=True)[0]
+        norms.append(torch.zeros_like(value) if slope is None else size("l2", slope))
     ratio = norms[0] / norms[1].clamp(min=torch.finfo(loss.dtype).tiny)
     ratio = torch.where(norms[0] > 0, ratio, torch.ones_like(ratio))
     return torch.where((norms[1] > 0) & torch.isfinite(ratio), ratio, torch.zeros_like(ratio)).detach()

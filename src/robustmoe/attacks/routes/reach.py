@@ -57,14 +57,14 @@ def route_radius(model: RoutedModel, x: Float[Tensor, "n ch h w"], norm: Norm) -
         at = x.detach().requires_grad_(True)
         trace = _image_routers(model.route(at))
         narrow = {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
-        found = {}
+        radii = {}
         for name, routing in narrow.items():
             chosen = routing.chosen()
             rival = routing.logits.masked_fill(chosen, -torch.inf).amax(-1)[:, 0]
             gap = routing.logits.masked_fill(~chosen, torch.inf).amin(-1)[:, 0] - rival
             slope = _slope(gap, at, norm, differentiable=True)
-            found[name] = gap / slope.clamp(min=torch.finfo(gap.dtype).eps)
-        return found
+            radii[name] = gap / slope.clamp(min=torch.finfo(gap.dtype).eps)
+        return radii
 
 
 def _slope(gap: Float[Tensor, " n"], at: Tensor, norm: Norm, differentiable: bool = False) -> Float[Tensor, " n"]:

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from robustmoe.attacks.routes.base import RouteAttack
-from robustmoe.attacks.routes.cells import GRID, Goal, RouteLoss, Standing, climbable, free_trace
 from robustmoe.attacks.routes.flip import RouteFlip
+from robustmoe.attacks.routes.regions import GRID, Goal, RouteLoss, Survivors, climbable, free_trace
 from robustmoe.attacks.threat import Threat
 from robustmoe.attacks.views import image_routers
 from robustmoe.models.base import Output, RoutedModel
@@ -22,17 +22,17 @@ from robustmoe.routing import Routing, Trace
 
 @dataclass(frozen=True)
 class ExpertTransition(RouteAttack):
-    """For models whose routers send an image to one expert each: for each cell in turn, ascend the loss of its expert
+    """For models whose routers send an image to one expert each: for each region in turn, ascend the loss of its expert
     inside it (see `Steering`).
 
-    With one router the cells are its experts, from the clean first choice to the last, or only the first ``experts``.
+    With one router the regions are its experts, from the clean first choice to the last, or only the first ``experts``.
     With several (a dual model's two) they are combinations of one expert a router, by the sum of their ranks at the
-    clean image, equal sums as `by_sum` has them: the first ``cells``. Routers that use all their experts stay free.
+    clean image, equal sums as `by_sum` has them: the first ``regions``. Routers that use all their experts stay free.
 
-    The clean cell's turn is an attack on the experts alone that knows where the cell ends. A broken image leaves at
+    The clean region's turn is an attack on the experts alone that knows where the region ends. A broken image leaves at
     once; one that is never broken comes back as the end of its last climb. Restart 0 starts at the clean image, later
     ones at random. ``step_size``: eps / 4 by default. Tokens or k above 1: `RouteFlip`, with one rival fewer than
-    ``experts``. Where every gate uses all experts there are no cells: the loss is ascended freely.
+    ``experts``. Where every gate uses all experts there are no regions: the loss is ascended freely.
     """
 
     threat: Threat
@@ -43,14 +43,14 @@ class ExpertTransition(RouteAttack):
     loss: RouteLoss = "ce"
     experts: int | None = None
     seed: int = 0
-    cells: int = 16
+    regions: int = 16
 
     def __post_init__(self) -> None:
         self._check()
         if self.experts is not None and self.experts < 1:
             raise ValueError(f"experts must be at least 1; got {self.experts}")
-        if self.cells < 1:
-            raise ValueError(f"cells must be at least 1; got {self.cells}")
+        if self.regions < 1:
+            raise ValueError(f"regions must be at least 1; got {self.regions}")
 
     def _general(self, trace: Trace) -> RouteFlip:
         most = max(routing.num_experts for routing in trace.values())
@@ -59,10 +59,10 @@ class ExpertTransition(RouteAttack):
             self.threat, self.steps, rivals, self.step_size, self.restarts, self.grid, self.loss, self.seed
         )
 
-    def _cells(self, routers: Trace) -> list[tuple[int, ...]]:
-        """The cells to try, as the rank of each router's expert."""
+    def _regions(self, routers: Trace) -> list[tuple[int, ...]]:
+        """The regions to try, as the rank of each router's expert."""
         tries = [min(self.experts or r.num_experts, r.num_experts) for r in routers.values()]
-        return list(islice(by_sum(tries), None if len(tries) == 1 else self.cells))
+        return list(islice(by_sum(tries), None if len(tries) == 1 else self.regions))
 
     def queries(self, output: Output) -> int:
         """A step: one forward pass, two gradients from it, and the judge's; with several routers, also the passes that
@@ -72,7 +72,7 @@ class ExpertTransition(RouteAttack):
         if not routers:
             return self._general(output.trace).queries(output) if output.trace else 0
         step = 6 if len(routers) == 1 else 6 + len(self.grid) - 1
-        return 2 + self.restarts * len(self._cells(routers)) * (step * self.steps + 1)
+        return 2 + self.restarts * len(self._regions(routers)) * (step * self.steps + 1)
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         model = climbable(model)
@@ -81,19 +81,19 @@ class ExpertTransition(RouteAttack):
         if not routers:
             return self._general(trace).perturb(model, x, y, noise)
         steer, ranked = self._steering(), {name: ranking(clean) for name, clean in routers.items()}
-        standing = Standing(model, x, y)
+        survivors = Survivors(model, x, y)
         for restart in range(self.restarts):
-            for number, ranks in enumerate(self._cells(routers)):
-                rows = standing.rows
+            for number, ranks in enumerate(self._regions(routers)):
+                rows = survivors.rows
                 if len(rows) == 0:
-                    return standing.x_adv
+                    return survivors.x_adv
                 start = x[rows] if restart == 0 else self.threat.start(x[rows], noise[rows].fold(restart, number))
                 target = {}
                 for (name, clean), rank in zip(routers.items(), ranks):
                     index = ranked[name][rows, :, rank : rank + 1]
                     target[name] = Goal.of(clean[rows], index, torch.ones_like(index[..., 0], dtype=torch.bool))
-                standing.record(rows, *steer(model, x[rows], y[rows], start, target))
-        return standing.x_adv
+                survivors.record(rows, *steer(model, x[rows], y[rows], start, target))
+        return survivors.x_adv
 
 
 def ranking(routing: Routing) -> Int[Tensor, "n 1 e"]:

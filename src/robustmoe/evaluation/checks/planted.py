@@ -68,17 +68,17 @@ def plant(
     logits as features, because a routed model has a head an expert, and puts the other points on the surface too,
     which is harder.
     """
-    found = [_sow(model, x[i], int(y[i]), threat, noise[i : i + 1]) for i in range(len(x))]
-    kept = [i for i, one in enumerate(found) if one is not None]
+    seeds = [_sow(model, x[i], int(y[i]), threat, noise[i : i + 1]) for i in range(len(x))]
+    kept = [i for i, seed in enumerate(seeds) if seed is not None]
     if not kept:
         return None
     rows = torch.tensor(kept, device=x.device)
-    sown = [one for one in found if one is not None]
-    rival = torch.tensor([one.rival for one in sown], device=x.device)
-    weight = torch.stack([one.weight for one in sown])
-    bias = torch.tensor([one.bias for one in sown], dtype=weight.dtype, device=x.device)
+    sown = [seed for seed in seeds if seed is not None]
+    rival = torch.tensor([seed.rival for seed in sown], device=x.device)
+    weight = torch.stack([seed.weight for seed in sown])
+    bias = torch.tensor([seed.bias for seed in sown], dtype=weight.dtype, device=x.device)
     planted = Planted(model, x[rows], y[rows], rival, weight, bias)
-    point = torch.stack([one.point for one in sown])
+    point = torch.stack([seed.point for seed in sown])
     sure = planted.missed(point) & ~planted.missed(x[rows])
     if not bool(sure.any()):
         return None
@@ -99,21 +99,21 @@ def _sow(model: RoutedModel, x: Tensor, y: int, threat: Threat, noise: Noise) ->
     many = x.expand(POINTS, *x.shape)
     push = noise.fold(13).normal(POINTS, *x.shape)[0].to(x)
     points = threat.project(many + threat.eps * threat.direction(push, many), many)
-    found = torch.cat([model.run(part).logits for part in points.split(64)]).double()
+    logits = torch.cat([model.run(part).logits for part in points.split(64)]).double()
     clean = model.run(x[None]).logits.double()[0]
-    if not bool(torch.isfinite(found).all()):
+    if not bool(torch.isfinite(logits).all()):
         return None
-    spread = torch.cov(found.T)
+    spread = torch.cov(logits.T)
     ridge = 1e-6 * spread.diagonal().mean() + torch.finfo(torch.float64).tiny
     inverse = torch.linalg.pinv(spread + ridge * torch.eye(len(clean), dtype=spread.dtype, device=x.device))
-    away = found - found.mean(0)
+    away = logits - logits.mean(0)
     best = int(((away @ inverse) * away).sum(1).argmax())
     weight = inverse @ away[best]
     weight = weight / weight.norm().clamp(min=torch.finfo(torch.float64).tiny)
-    said = found @ weight
+    said = logits @ weight
     first, second = said.topk(2).values.tolist()
     threshold, before = (first + second) / 2, float(clean @ weight)
-    if not (first - second > GAP * float(found.abs().max()) and threshold > before):
+    if not (first - second > GAP * float(logits.abs().max()) and threshold > before):
         return None
     scale = 2 / (threshold - before)
     order = clean.argsort(descending=True).tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from robustmoe.attacks import Attack, RouterOnly, Targeted, evaluating
 from robustmoe.attacks.objectives import Objective, loss_of
 from robustmoe.attacks.routes import ExpertTransition, RouteFlip
-from robustmoe.attacks.routes.cells import narrowed
+from robustmoe.attacks.routes.regions import narrowed
 from robustmoe.attacks.views import ExpertView, Soft, StraightThrough, View, Viewed, attack_view
 from robustmoe.data import Batch
 from robustmoe.evaluation.checks.gradients import flat_share

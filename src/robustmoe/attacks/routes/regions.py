@@ -1,4 +1,4 @@
-"""The cells into which routers divide the images: which one an image is in, and how to climb a loss inside a given one.
+"""The regions into which routers divide the images: which region an image is in, and how to climb a loss inside it.
 
 A `Target` names experts for some items; `Steering` ascends the loss of the model forced there while it moves the image
 to where the routers decide so themselves.
@@ -26,7 +26,7 @@ from robustmoe.routing import Routing, Trace
 RouteLoss = Literal["ce", "margin"]
 GRID = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 SLACK = 0.1
-"""How far inside a cell, in deviations of an item's logits, an item need not be pushed further (while others are not
+"""How far inside a region, in deviations of an item's logits, an item need not be pushed further (while others are not
 there yet)."""
 
 
@@ -68,7 +68,7 @@ def router_logits(
 
 @dataclass(frozen=True)
 class Goal:
-    """Where the items of one router shall go: those ``held`` (n, t) to the experts ``index`` (n, t, k).
+    """Where the items of one router shall go: those ``forced`` (n, t) to the experts ``index`` (n, t, k).
 
     ``scaled`` (n, t): the model's own weights there are softmax over all experts (V-MoE); ``renormalised``: over the
     chosen. A forced expert is weighted by the same rule, live; by the constant fresh weight where neither holds (hard
@@ -76,32 +76,32 @@ class Goal:
     """
 
     index: Int[Tensor, "n t k"]
-    held: Bool[Tensor, "n t"]
+    forced: Bool[Tensor, "n t"]
     scaled: Bool[Tensor, "n t"]
     renormalised: Bool[Tensor, "n t"]
 
     @classmethod
-    def of(cls, before: Routing, index: Int[Tensor, "n t k"], held: Bool[Tensor, "n t"]) -> Goal:
+    def of(cls, before: Routing, index: Int[Tensor, "n t k"], forced: Bool[Tensor, "n t"]) -> Goal:
         """``before``: a decision of the model's own for these images, from which its weights are known."""
         full, among, constant = weighted_as(before)
         scaled = full & ~constant
-        return cls(index, held, scaled, among & ~constant & ~scaled)
+        return cls(index, forced, scaled, among & ~constant & ~scaled)
 
     def __getitem__(self, rows: Tensor) -> Goal:
-        return Goal(self.index[rows], self.held[rows], self.scaled[rows], self.renormalised[rows])
+        return Goal(self.index[rows], self.forced[rows], self.scaled[rows], self.renormalised[rows])
 
     def force(self, fresh: Routing) -> Routing:
-        """The decision with the held items sent to the goal."""
+        """The decision with the forced items sent to the goal."""
         constant = torch.where(self.renormalised[..., None], _among(fresh.logits, self.index), fresh.weight.detach())
         weight = torch.where(self.scaled[..., None], _full(fresh.logits, self.index), constant)
-        held = self.held[..., None]
+        forced = self.forced[..., None]
         return Routing(
-            fresh.logits, torch.where(held, self.index, fresh.index), torch.where(held, weight, fresh.weight)
+            fresh.logits, torch.where(forced, self.index, fresh.index), torch.where(forced, weight, fresh.weight)
         )
 
     def reached(self, fresh: Routing) -> Bool[Tensor, " n"]:
-        """Which images' held items are all there."""
-        return (alike(self.index, fresh.index) | ~self.held).all(1)
+        """Which images' forced items are all there."""
+        return (alike(self.index, fresh.index) | ~self.forced).all(1)
 
 
 Target = Mapping[str, Goal]
@@ -151,20 +151,20 @@ def spread(logits: Float[Tensor, "n t e"]) -> Float[Tensor, "n t"]:
 
 
 def margin(target: Target, fresh: Trace) -> Float[Tensor, " n"]:
-    """How far inside the target an image is: the mean `lead` of its held items, in deviations, each at most `SLACK` or
-    the least of them, so that an item that is there leaves the gradient to those that are not.
+    """How far inside the target an image is: the mean `lead` of its forced items, in deviations, each at most `SLACK`
+    or the least of them, so that an item that is there leaves the gradient to those that are not.
     """
     parts = [lead(fresh[name].logits, goal.index) / spread(fresh[name].logits) for name, goal in target.items()]
-    held = torch.cat([goal.held for goal in target.values()], 1)
+    forced = torch.cat([goal.forced for goal in target.values()], 1)
     leads = torch.cat(parts, 1)
-    least = leads.detach().masked_fill(~held, torch.inf).amin(1, keepdim=True)
+    least = leads.detach().masked_fill(~forced, torch.inf).amin(1, keepdim=True)
     cap = least.clamp(min=SLACK).expand_as(leads)
     leads = torch.where(leads <= cap, leads, cap)
-    return torch.where(held, leads, torch.zeros_like(leads)).sum(1) / held.sum(1).clamp(min=1)
+    return torch.where(forced, leads, torch.zeros_like(leads)).sum(1) / forced.sum(1).clamp(min=1)
 
 
 def reached(target: Target, fresh: Trace, like: Tensor) -> Bool[Tensor, " n"]:
-    """Which images (of the batch ``like``) are in the target cell."""
+    """Which images (of the batch ``like``) are in the target region."""
     inside = torch.ones(len(like), dtype=torch.bool, device=like.device)
     for name, goal in target.items():
         inside = inside & goal.reached(fresh[name])
@@ -172,29 +172,29 @@ def reached(target: Target, fresh: Trace, like: Tensor) -> Bool[Tensor, " n"]:
 
 
 def forced_pass(model: RoutedModel, x: Float[Tensor, "n ch h w"], target: Target) -> tuple[Float[Tensor, "n c"], Trace]:
-    """The logits with the held items sent to the target, all else free, and what each router itself said there."""
+    """The logits with the forced items sent to the target, all else free, and what each router itself said there."""
     tape = RuleTape(lambda name, fresh: target[name].force(fresh) if name in target else fresh)
     logits = at_least_float32(model.body(x, tape))
     return logits, tape.fresh
 
 
-def pieces(values: list[Tensor], at: Tensor) -> list[Tensor]:
+def gradients_of(values: list[Tensor], at: Tensor) -> list[Tensor]:
     """The gradient of each of ``values`` (n,) at the images, 0 where no path leads there. Raises `NotFiniteError`."""
-    found = []
+    gradients = []
     for place, value in enumerate(values):
         keep = place + 1 < len(values)
-        one = (
+        gradient = (
             torch.autograd.grad(value.sum(), at, allow_unused=True, retain_graph=keep)[0]
             if value.requires_grad
             else None
         )
-        found.append(torch.zeros_like(at) if one is None else one)
-    if not bool(torch.stack([torch.isfinite(t).all() for t in [*values, *found]]).all()):
+        gradients.append(torch.zeros_like(at) if gradient is None else gradient)
+    if not bool(torch.stack([torch.isfinite(t).all() for t in [*values, *gradients]]).all()):
         raise NotFiniteError(
             "the attack's loss, margin or gradient is not finite; the model's outputs are broken (NaN or infinite "
             "logits), and no robust accuracy can be measured"
         )
-    return found
+    return gradients
 
 
 def unit(gradient: Tensor) -> Tensor:
@@ -219,11 +219,11 @@ def broken(model: RoutedModel, x_adv: Tensor, y: Tensor) -> Bool[Tensor, " n"]:
 
 @dataclass(frozen=True)
 class Steering:
-    """Ascent of a loss inside a cell: the step is along loss gradient + lambda * margin gradient, both of norm 1.
+    """Ascent of a loss inside a region: the step is along loss gradient + lambda * margin gradient, both of norm 1.
 
     Lambda is, image by image and step by step, the smallest of ``grid`` whose step, after projection, lands in the
-    target cell; the largest where none does. (The rule is that of this project's own study of expert transitions, where
-    a fixed lambda was weaker than plain PGD; there the gradients were not normalised.)
+    target region; the largest where none does. (The rule is that of this project's own study of expert transitions,
+    where a fixed lambda was weaker than plain PGD; there the gradients were not normalised.)
     """
 
     threat: Threat
@@ -242,23 +242,23 @@ class Steering:
         rows, now = torch.arange(len(x), device=x.device), start
         gradients: list[Tensor] = []
         for step in range(self.steps + 1):
-            goal = {name: one[rows] for name, one in target.items()}
+            goal = {name: aim[rows] for name, aim in target.items()}
             if step == self.steps:
                 hit = broken(model, now, y[rows])
             else:
-                gradients, hit = self._look(model, now, y[rows], goal)
+                gradients, hit = self.gradients_at(model, now, y[rows], goal)
             end[rows], fooled[rows] = now, hit
             stay = torch.nonzero(~hit)[:, 0]
             if step == self.steps or len(stay) == 0:
                 break
-            rows, now, goal = rows[stay], now[stay], {name: one[stay] for name, one in goal.items()}
-            now = self._step(model, now, x[rows], [gradient[stay] for gradient in gradients], goal)
+            rows, now, goal = rows[stay], now[stay], {name: aim[stay] for name, aim in goal.items()}
+            now = self.step(model, now, x[rows], [gradient[stay] for gradient in gradients], goal)
         return end, fooled
 
-    def _look(self, model: RoutedModel, now: Tensor, y: Tensor, target: Target) -> tuple[list[Tensor], Tensor]:
+    def gradients_at(self, model: RoutedModel, now: Tensor, y: Tensor, target: Target) -> tuple[list[Tensor], Tensor]:
         """The two gradients of the forced pass, and which images are broken.
 
-        Where every held item goes to its goal by itself, the forced pass is the free one, and only images that it
+        Where every forced item goes to its goal by itself, the forced pass is the free one, and only images that it
         misses are asked about; the others all are.
         """
         at = now.detach().requires_grad_(True)
@@ -266,7 +266,7 @@ class Steering:
         values = [loss_of(self.loss, logits, y)]
         if target:
             values.append(margin(target, fresh))
-        gradients = pieces(values, at)
+        gradients = gradients_of(values, at)
         ask = torch.nonzero(~reached(target, fresh, now) | (logits.detach().argmax(1) != y))[:, 0]
         hit = torch.zeros(len(now), dtype=torch.bool, device=now.device)
         if len(ask):
@@ -274,7 +274,7 @@ class Steering:
         return gradients, hit
 
     @torch.no_grad()
-    def _step(self, model: RoutedModel, now: Tensor, x: Tensor, gradients: list[Tensor], target: Target) -> Tensor:
+    def step(self, model: RoutedModel, now: Tensor, x: Tensor, gradients: list[Tensor], target: Target) -> Tensor:
         loss = unit(gradients[0])
         if not target:
             return self._moved(now, x, loss)
@@ -284,7 +284,7 @@ class Steering:
             new[left] = self._moved(now[left], x[left], loss[left] + weight * inward[left])
             if place + 1 == len(self.grid):
                 break
-            goal = {name: one[left] for name, one in target.items()}
+            goal = {name: aim[left] for name, aim in target.items()}
             left = left[~reached(goal, decisions(model, new[left], goal), left)]
             if len(left) == 0:
                 break
@@ -294,7 +294,7 @@ class Steering:
         return self.threat.project(now + self.step_size * self.threat.direction(gradient, now), x)
 
 
-class Standing:
+class Survivors:
     """The images of a batch that are not broken yet, and the attacked images so far."""
 
     def __init__(self, model: RoutedModel, x: Tensor, y: Tensor) -> None:
