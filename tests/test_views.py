@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustmoe.attacks import PGD, ExpertsOnly, Joint, Surrogate, exact_of, linf
 from robustmoe.attacks.base import evaluating
-from robustmoe.attacks.half import Half
+from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.views import (
     VIEWS,
     Exact,
@@ -283,13 +283,13 @@ def test_a_half_is_seen_alone_before_any_sharpening(
 
 
 def test_a_half_in_bf16_stays_in_bf16(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
-    """A fast copy's climbed part is a `Half`: the views look through it, and its numbers stay those of bf16."""
+    """A fast copy's climbed part is a `LowPrecision`: the views look through it, and its numbers stay those of bf16."""
     model, x = dual(tiny), images(5)
     with torch.no_grad():
-        seen = attack_view(Surrogate(Half(model), model, close=True), HalfView("robust"))
-        assert torch.equal(seen(x), Half(model.robust)(x))
+        seen = attack_view(Surrogate(LowPrecision(model), model, close=True), HalfView("robust"))
+        assert torch.equal(seen(x), LowPrecision(model.robust)(x))
         assert not torch.equal(seen(x), model.robust(x))
-        soft_seen = attack_view(Surrogate(Half(model), model, close=True), Soft(0.5))
+        soft_seen = attack_view(Surrogate(LowPrecision(model), model, close=True), Soft(0.5))
         torch.testing.assert_close(soft_seen(x), attack_view(model, Soft(0.5))(x), rtol=0.1, atol=0.1)
 
 
