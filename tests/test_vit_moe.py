@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from faulty_models import on
 from robustmoe import spec as specs
 from robustmoe.costs import costs
 from robustmoe.data import Batch
 from robustmoe.errors import UserError
-from robustmoe.evaluation import checks
+from robustmoe.evaluation.checks import harness
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models import RoutedModel, SlotMoE, TokenExperts, TokenMoE, ViT, ViTMoE, ViTMoEModel, build_model
 from robustmoe.models.token_layers import Rule, SlotRouter, TokenRouter
@@ -284,7 +285,7 @@ def test_claim_7_an_image_does_not_depend_on_its_batch(kind: str, images: Callab
 @pytest.mark.parametrize("given, status", [("", "pass"), (", group=4, capacity=0.7", "fail")])
 def test_evaluation_sees_who_shares_room(given: str, status: str, images: Callable[..., Tensor]) -> None:
     model, x = made(f"vit_moe({SMALL}, k=1{given})"), images(8)
-    assert checks.alone(model, Batch(x, torch.zeros(8, dtype=torch.long), torch.arange(8))).status == status
+    assert harness.alone(on(model, Batch(x, torch.zeros(8, dtype=torch.long), torch.arange(8)))).status == status
 
 
 def grouped(given: dict[str, object]) -> tuple[TokenMoE, Tensor]:
