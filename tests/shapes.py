@@ -16,7 +16,7 @@ from typing import Any
 import beartype
 import jaxtyping
 
-CALLS = 500
+CALLS = 300
 
 
 class Budget:

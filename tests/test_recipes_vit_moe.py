@@ -188,7 +188,7 @@ def two_steps(name: str, model_spec: ViT | ViTMoE, attack_steps: int = 10) -> No
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_steps_with_width_16(name: str) -> None:
-    two_steps(name, dataclasses.replace(MODELS[name], width=16, heads=2))
+    two_steps(name, dataclasses.replace(MODELS[name], width=16, heads=2), attack_steps=2)
 
 
 @pytest.mark.recipes

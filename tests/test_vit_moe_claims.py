@@ -1,5 +1,5 @@
 """What a right implementation of the V-MoE protocol must show, by the numbers of the project's list of claims (21 to 26
-in seconds; 23, 29 and 31 over several seeds under the marker "slow").
+in seconds; 22 to 24, 29 and 31 over several seeds under the marker "slow").
 
 The nets are small vision transformers on digits (8 x 8): 4 patches and the class token, experts in some blocks.
 """
@@ -37,12 +37,23 @@ class Net(NamedTuple):
     y: Tensor
 
 
-@pytest.fixture(scope="module")
-def net() -> Net:
-    """Two blocks, both with four experts, 10 epochs: some seconds."""
+def small(epochs: int, seed: int) -> Net:
+    """Two blocks, both with four experts."""
     images, test = digits_batches(96)
     text = "vit_moe(tiny, patch=4, width=32, depth=2, heads=4, mlp_ratio=2, experts=4, k=2, placement=(0, 1))"
-    return Net(trained(text, images, epochs=10, lr=1e-2, batch=128), test.x, test.y)
+    return Net(trained(text, images, epochs=epochs, lr=1e-2, batch=128, seed=seed), test.x, test.y)
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    """Trained for three epochs, for what holds of any net."""
+    return small(epochs=3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def nets() -> list[Net]:
+    """Trained for ten epochs, from five seeds, for what holds on average."""
+    return [small(epochs=10, seed=seed) for seed in range(5)]
 
 
 def fooled(net: Net, spec: str) -> Tensor:
@@ -108,23 +119,20 @@ def test_claim_21_fgsm_is_one_step(net: Net) -> None:
 # ------------------------------------------------------------------------------------------------ 22: more is more
 
 
-def test_claim_22_robust_accuracy_does_not_rise_with_eps(net: Net) -> None:
-
+def test_claim_22_robust_accuracy_falls_with_eps(net: Net) -> None:
+    """From a small radius to a large one; and it is never above clean accuracy."""
     attacks = ["vmoe_pgd(linf(0.1), steps=5)", "pgd(linf(0.1), steps=5)"]
-    found = sweep(net.model, net.x, net.y, attacks=attacks, eps=[0.02, 0.05, 0.1, 0.15], draws=0, num_classes=10)
+    found = sweep(net.model, net.x, net.y, attacks=attacks, eps=[0.01, 0.15], draws=0, num_classes=10)
     worst = [rate.count for rate in found.worst.values()]
-    assert worst == sorted(worst, reverse=True)
-    assert found.clean.count > worst[0] > worst[-1]
+    assert found.clean.count >= worst[0] > worst[-1]
     for curve in found.curves:
-        counts = [point.robust.count for point in curve.points]
-        assert counts == sorted(counts, reverse=True)
         assert all(point.robust.count <= point.right.count for point in curve.points)
 
 
 def test_claim_22_nor_with_steps_or_restarts(net: Net) -> None:
     """Image by image: the first steps, and the first start, are the same."""
     spec = "pgd(linf(0.1), steps={}, step_size=0.02, restarts={})"
-    few, more, again = (fooled(net, spec.format(*numbers)) for numbers in ((3, 1), (8, 1), (8, 3)))
+    few, more, again = (fooled(net, spec.format(*numbers)) for numbers in ((1, 1), (8, 1), (8, 3)))
     assert bool((few <= more).all())
     assert bool((more <= again).all())
     assert share(few) < share(again)
@@ -134,12 +142,6 @@ def test_claim_22_nor_with_steps_or_restarts(net: Net) -> None:
 
 STANDARD = "pgd(linf(0.1), steps=20, step_size=0.0125, restarts=2)"
 """Steps of 2.5 eps / 20, the worst of two random starts."""
-
-
-def test_claim_23_the_paper_s_schedule_is_weak(net: Net) -> None:
-    """On this list's own nets 24 % are left by V-MoE's schedule and 13 % by standard PGD."""
-    weak, strong = (1 - share(fooled(net, spec)) for spec in ("vmoe_pgd(linf(0.1))", STANDARD))
-    assert strong < weak - 0.03
 
 
 # ------------------------------------------------------------------------------------------------ 24: part by part
@@ -155,15 +157,10 @@ def moved(net: Net, spec: str, held: bool = False) -> dict[str, float]:
     return {name: shares.mean().item() for name, shares in rerouted(clean, after).items()}
 
 
-def test_claim_24_a_frozen_route_stays_and_a_router_s_attack_moves_more(net: Net) -> None:
+def test_claim_24_a_fixed_routing_stays(net: Net) -> None:
     frozen = "pgd(linf(0.1), steps=10, objective=experts_only)"
     assert set(moved(net, frozen, held=True).values()) == {0.0}
-    assert all(change > 0.05 for change in moved(net, frozen).values()), "the live route does move"
-    plain = moved(net, "pgd(linf(0.1), steps=10, keep=last)")
-    router = moved(net, "pgd(linf(0.1), steps=10, objective=router_only, keep=last)")
-    assert len(plain) == 2
-    for name in plain:
-        assert router[name] > plain[name] + 0.03
+    assert all(change > 0 for change in moved(net, frozen).values()), "the live routing does move"
 
 
 # ------------------------------------------------------------------------------------------------ 25: IoU by hand
@@ -251,6 +248,47 @@ def large(experts: int, seed: int, batches: tuple[Batch, Batch]) -> Net:
     """Four blocks, experts in every second one, 20 epochs: half a minute."""
     images, test = batches
     return Net(trained(LARGE.format(experts), images, epochs=20, lr=4e-3, seed=seed), test.x, test.y)
+
+
+@pytest.mark.slow
+def test_claim_22_over_seeds(nets: list[Net]) -> None:
+    """The images that are left, of all nets together, do not become more with a larger radius."""
+    attacks = ["vmoe_pgd(linf(0.1), steps=5)", "pgd(linf(0.1), steps=5)"]
+    eps = [0.02, 0.05, 0.1, 0.15]
+    sweeps = [sweep(net.model, net.x, net.y, attacks=attacks, eps=eps, draws=0, num_classes=10) for net in nets]
+    for number in range(len(attacks)):
+        counts = [
+            sum(numbers.curves[number].points[place].robust.count for numbers in sweeps) for place in range(len(eps))
+        ]
+        print(attacks[number], counts)
+        assert counts == sorted(counts, reverse=True)
+        assert counts[0] > counts[-1]
+
+
+@pytest.mark.slow
+def test_claim_23_of_small_nets(nets: list[Net]) -> None:
+    """The mean over five seeds: V-MoE's schedule leaves more than standard PGD does, by three points at least."""
+    left = [[1 - share(fooled(net, spec)) for spec in ("vmoe_pgd(linf(0.1))", STANDARD)] for net in nets]
+    print([f"{weak:.3f} {strong:.3f}" for weak, strong in left])
+    assert statistics.mean(weak - strong for weak, strong in left) > 0.03
+
+
+@pytest.mark.slow
+def test_claim_24_a_router_s_attack_moves_more(nets: list[Net]) -> None:
+    """Router by router, the mean over five seeds: more decisions than an attack on the loss, by three points at least;
+    and an attack with routing fixed does move the live routing.
+    """
+    attacks = {
+        "experts": "pgd(linf(0.1), steps=10, objective=experts_only)",
+        "loss": "pgd(linf(0.1), steps=10, keep=last)",
+        "router": "pgd(linf(0.1), steps=10, objective=router_only, keep=last)",
+    }
+    changes = {name: [moved(net, attack) for net in nets] for name, attack in attacks.items()}
+    for router in changes["loss"][0]:
+        mean = {name: statistics.mean(change[router] for change in each) for name, each in changes.items()}
+        print(router, mean)
+        assert mean["experts"] > 0.05
+        assert mean["router"] > mean["loss"] + 0.03
 
 
 @pytest.mark.slow
