@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from robustmoe import cli, theory
 from robustmoe.errors import UserError
 from robustmoe.lipschitz import parts
-from robustmoe.records.theory import Chart, Comparison, Curve, Experiment
+from robustmoe.records.theory import Comparison, Experiment
+from robustmoe.reporting import figures
 from robustmoe.reporting import theory as reporting
-from robustmoe.reporting.png import png
 from robustmoe.theory import draws, fixed, radius, slots, split, trained
 
 SMALL: dict[str, Callable[..., Experiment]] = {
@@ -203,10 +203,14 @@ def test_the_verb_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture
     assert titles == ["X1b", "X3", "X6"]
     assert any(line.split() == ["E=2:", "ratio", "1.41421", "±1e-06", "1.41421", "1.41421", "holds"] for line in lines)
     assert "does not hold" not in out
-    assert lines[-1] == f"figure: {tmp_path / 'figures' / 'X3.png'}"
-    with Image.open(tmp_path / "figures" / "X3.png") as image:
-        assert image.size == (1120, 860)
-        assert image.convert("L").getextrema() == (0x1C, 255), "ink and paper"
+    page = tmp_path / "figures" / "figures.html"
+    assert lines[-1] == f"figures: {page}"
+    drawn = page.read_text()
+    assert [title for title in ("X1b ", "X3 ", "X6 ") if f"<h2>{title}" in drawn] == ["X3 "], "X1b and X6 have none"
+    curves = sum(len(chart.curves) for chart in fixed.x3(seed=5).charts)
+    assert curves > 0
+    assert drawn.count('<path class="line ') == curves
+    assert "nan" not in drawn.lower().replace("nanum", "")
 
 
 def test_an_unknown_experiment_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,17 +239,25 @@ def test_the_table_says_what_does_not_hold() -> None:
     assert "X0: It says so." in text
 
 
-def test_a_chart_shows_its_line_where_it_is(tmp_path: Path) -> None:
-    """A level line at 2 of 0..4 leaves its colour in one band of rows, left to right, and not below it."""
-    chart = Chart(
-        "t", "x", "y", (Curve("level", ((0.0, 2.0), (1.0, 2.0))), Curve("ends", ((0.0, 0.0), (1.0, 4.0)), "dots"))
+def test_a_chart_is_drawn_where_its_numbers_are() -> None:
+    """A level line is level, a doubling on a logarithmic axis has one length, and what has no logarithm is left out."""
+    points = ((1.0, 1.0), (10.0, 2.0), (100.0, 4.0), (1000.0, 0.0))
+    drawn = figures.lines(
+        "t",
+        [figures.Series("level", ((1.0, 2.0), (100.0, 2.0)), 1), figures.Series("rises", points, 2)],
+        figures.Axes("x", log_x=True, log_y=True),
     )
-    path = tmp_path / "one.png"
-    path.write_bytes(png([chart]))
-    with Image.open(path) as image:
-        blue = [
-            (x, y) for x in range(200, 1000, 50) for y in range(150, 760) if image.getpixel((x, y)) == (37, 92, 196)
-        ]
-    assert {x for x, _ in blue} == set(range(200, 1000, 50))
-    heights = [y for _, y in blue]
-    assert max(heights) - min(heights) <= 5
+    paths = re.findall(r'class="line s\d" d="M([^"]*)"', drawn)
+    level, rises = ([tuple(map(float, pair.split())) for pair in path.split("L")] for path in paths)
+    assert level[0][1] == level[1][1] == rises[1][1]
+    (x0, y0), (x1, y1), (x2, y2) = rises
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+    assert y0 > y1
+
+
+def test_dots_are_not_joined() -> None:
+    series = [figures.Series("ends", ((0.0, 0.0), (1.0, 4.0)), 1, joined=False)]
+    drawn = figures.lines("t", series, figures.Axes("x"))
+    assert "<path" not in drawn
+    assert drawn.count("<circle") == 2

@@ -229,9 +229,9 @@ def theory(
     from robustmoe.reporting.theory import draw, theory_table
     from robustmoe.theory import run
 
-    experiment = run(experiments, seed)
-    figures = draw(experiment, out)
-    return "\n".join([theory_table(experiment), "", *(f"figure: {path}" for path in figures)]).rstrip()
+    done = run(experiments, seed)
+    page = draw(done, out)
+    return theory_table(done) + ("" if page is None else f"\n\nfigures: {page}")
 
 
 KINDS = {

@@ -7,7 +7,7 @@ from html import escape
 
 from robustmoe.analysis import AlphaPoint, BlendSummary, Paired, Rate, blend_summary
 from robustmoe.records import Blend
-from robustmoe.reporting.figures import LARGE, NORMAL, Bar, Cross, Series, Size, colour, crosses, lines
+from robustmoe.reporting.figures import LARGE, NORMAL, Axes, Bar, Cross, Series, Size, colour, crosses, lines
 from robustmoe.reporting.grid import Entry, Grid, rated
 from robustmoe.reporting.panel import DATA, Kind, Panel, Shown, apart
 from robustmoe.reporting.words import count, interval, percent, plural, threat
@@ -295,9 +295,8 @@ def _against_alpha(shown: Blended, size: Size) -> str:
     drawn.append(Series("clean, validation images", held, 4, dashed=True))
     at = shown.summary.shown
     note = f"Upright: alpha {at:g}, {why(shown)}."
-    return lines(
-        "Accuracy against alpha", drawn, "alpha", unit="%", y_range=(0.0, 100.0), note=note, size=size, mark=at
-    )
+    axes = Axes("alpha", unit="%", y_range=(0.0, 100.0), mark=at)
+    return lines("Accuracy against alpha", drawn, axes, note=note, size=size)
 
 
 # The dial --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from robustmoe.analysis import Against, CertificatesSummary, Rate, certificates_summary
 from robustmoe.records import Certificates
-from robustmoe.reporting.figures import Series, colour, lines
+from robustmoe.reporting.figures import Axes, Series, colour, lines
 from robustmoe.reporting.grid import Entry, Grid, rated
 from robustmoe.reporting.panel import Kind, Panel, Shown
 from robustmoe.reporting.words import NORM_NAMES, duration, eps_text, percent, plural, threat
@@ -292,7 +292,7 @@ def _figure(every: Sequence[Certified]) -> str:
     if any(line.dashed for line in series):
         note += " Dashed: right under every attack, of the same images."
     title = f"Certified accuracy against radius, {threat(header.norm, header.eps)}"
-    return lines(title, series, label, unit="%", y_range=(0.0, 100.0), note=note, mark=scale * header.eps)
+    return lines(title, series, Axes(label, unit="%", y_range=(0.0, 100.0), mark=scale * header.eps), note=note)
 
 
 def _steps(numbers: CertificatesSummary, scale: float, end: float) -> tuple[tuple[float, float], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 Size = tuple[int, int]
@@ -17,7 +17,7 @@ COLOURS = 8
 @dataclass(frozen=True)
 class Series:
     """One line: points (x, y) with x rising, an optional band (x, low, high), a colour number, dashed or not, with or
-    without ``dots`` (a mark and a tooltip at each point)."""
+    without ``dots`` (a mark and a tooltip at each point); without ``joined`` its dots alone."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -25,6 +25,22 @@ class Series:
     band: tuple[tuple[float, float, float], ...] = ()
     dashed: bool = False
     dots: bool = True
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a line chart. y goes from 0 (or its least value) to a little above its greatest, unless ``y_range``
+    says otherwise. ``whole_x``: ticks at whole numbers alone. ``log_x``, ``log_y``: logarithmic, without what is not
+    above 0. ``mark``: an upright line at this x."""
+
+    x_label: str
+    unit: str = ""
+    y_range: tuple[float, float] | None = None
+    whole_x: bool = False
+    log_x: bool = False
+    log_y: bool = False
+    mark: float | None = None
 
 
 def colour(position: int) -> int:
@@ -44,6 +60,16 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Returns at most nine round values in [low, high], both above 0, by powers of ten."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        values = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(values) <= 9:
+            break
+    return values
+
+
 def _text(value: float) -> str:
     if value != 0 and (abs(value) < 0.01 or abs(value) >= 100_000):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
@@ -59,16 +85,21 @@ def _scale(low: float, high: float, start: float, end: float) -> tuple[float, fl
 class _Frame:
     """Axes: data to drawing coordinates, and the grid as SVG."""
 
-    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], size: Size) -> None:
+    def __init__(
+        self, xs: tuple[float, float], ys: tuple[float, float], size: Size, log_x: bool = False, log_y: bool = False
+    ) -> None:
         self.width, self.height = size
-        self._x = _scale(*xs, float(LEFT), float(self.width - RIGHT))
-        self._y = _scale(*ys, float(self.height - BOTTOM), float(TOP))
+        self._along_x, self._along_y = math.log if log_x else float, math.log if log_y else float
+        left, right = map(self._along_x, xs)
+        low, high = map(self._along_y, ys)
+        self._x = _scale(left, right, float(LEFT), float(self.width - RIGHT))
+        self._y = _scale(low, high, float(self.height - BOTTOM), float(TOP))
 
     def x(self, value: float) -> float:
-        return round(self._x[0] * value + self._x[1], 1)
+        return round(self._x[0] * self._along_x(value) + self._x[1], 1)
 
     def y(self, value: float) -> float:
-        return round(self._y[0] * value + self._y[1], 1)
+        return round(self._y[0] * self._along_y(value) + self._y[1], 1)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
@@ -115,31 +146,22 @@ def figure(title: str, drawing: str, entries: Sequence[tuple[str, int, bool]] = 
     return f"<figure><figcaption>{escape(title)}</figcaption>{keys}{drawing}{below}</figure>"
 
 
-def lines(
-    title: str,
-    series: Sequence[Series],
-    x_label: str,
-    *,
-    unit: str = "",
-    y_range: tuple[float, float] | None = None,
-    whole_x: bool = False,
-    note: str = "",
-    size: Size = NORMAL,
-    mark: float | None = None,
-) -> str:
-    """Returns a line chart; y from 0 (or its least value) to a little above its greatest, unless ``y_range`` says
-    otherwise. ``mark``: an upright line at this x."""
-    series = [line for line in series if line.points]
+def lines(title: str, series: Sequence[Series], axes: Axes, *, note: str = "", size: Size = NORMAL) -> str:
+    """Returns a line chart; see `Axes`. What cannot be drawn, not finite or not above 0 on a logarithmic axis, is left
+    out."""
+    series = [line for line in (_drawable(line, axes) for line in series) if line.points]
+    unit = axes.unit
     xs = [x for line in series for x, _ in line.points]
     y_all = [y for line in series for _, y in line.points]
-    low, high = y_range or (min(0.0, *y_all), max(y_all) * 1.06 or 1.0)
-    frame = _Frame((min(xs), max(xs)), (low, high), size)
-    x_ticks = ticks(min(xs), max(xs), 6)
-    if whole_x:
+    low, high = axes.y_range or (min(y_all) if axes.log_y else min(0.0, *y_all), max(y_all) * 1.06 or 1.0)
+    left, right = min([*xs, *_mark(axes)]), max([*xs, *_mark(axes)])
+    frame = _Frame((left, right), (low, high), size, axes.log_x, axes.log_y)
+    x_ticks = log_ticks(left, right) if axes.log_x else ticks(left, right, 6)
+    if axes.whole_x:
         x_ticks = [value for value in x_ticks if value == int(value)] or [xs[0]]
-    body = frame.grid(x_label, unit, x_ticks, ticks(low, high))
-    if mark is not None:
-        body += f'<path class="mark" d="{frame.path([(mark, low), (mark, high)])}"/>'
+    body = frame.grid(axes.x_label, unit, x_ticks, log_ticks(low, high) if axes.log_y else ticks(low, high))
+    if axes.mark is not None:
+        body += f'<path class="mark" d="{frame.path([(axes.mark, low), (axes.mark, high)])}"/>'
     for line in series:
         body += _line(frame, line, unit)
     alt = f"{title}. " + "; ".join(
@@ -155,20 +177,34 @@ def lines(
     return figure(title, svg(body, alt, size), entries, note)
 
 
+def _mark(axes: Axes) -> list[float]:
+    return [] if axes.mark is None or (axes.log_x and axes.mark <= 0) else [axes.mark]
+
+
+def _drawable(line: Series, axes: Axes) -> Series:
+    """Returns the line without the points that the axes have no place for."""
+    points = tuple(
+        (x, y)
+        for x, y in line.points
+        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not axes.log_x) and (y > 0 or not axes.log_y)
+    )
+    return replace(line, points=points)
+
+
 def _line(frame: _Frame, line: Series, unit: str) -> str:
     parts = []
     if line.band:
         edge = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
         parts.append(f'<path class="band f{line.colour}" d="{frame.path(edge)}Z"/>')
     dashed = " dashed" if line.dashed else ""
-    if len(line.points) > 1:
+    if len(line.points) > 1 and line.joined:
         parts.append(f'<path class="line s{line.colour}{dashed}" d="{frame.path(line.points)}"/>')
     radius = 3.2 if len(line.points) <= 24 else 1.6
     parts += [
         f'<circle class="dot f{line.colour}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">'
         f"<title>{escape(line.name)}: {_text(round(y, 4))}{unit} at {_text(round(x, 4))}</title></circle>"
         for x, y in line.points
-        if line.dots and not line.dashed and len(line.points) <= 120
+        if not line.dashed and (not line.joined or (line.dots and len(line.points) <= 120))
     ]
     return "".join(parts)
 

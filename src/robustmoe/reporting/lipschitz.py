@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from robustmoe.analysis import LayerPart, LipschitzSummary, Middle, lipschitz_summary
 from robustmoe.records import Lipschitz
-from robustmoe.reporting.figures import Series, bars, colour, heat, lines
+from robustmoe.reporting.figures import Axes, Series, bars, colour, heat, lines
 from robustmoe.reporting.grid import Entry, Grid, rated
 from robustmoe.reporting.panel import Kind, Panel, Shown
 from robustmoe.reporting.words import NORM_NAMES, eps_text, percent, plural, threat
@@ -328,7 +328,8 @@ def _boundary_figure(shown: Measured, layers: Sequence[LayerPart]) -> str:
     ]
     label = f"{NORM_NAMES[header.norm]} radius in pixels{unit}"
     note = "Share of the items with a routing boundary that near, to first order; the upright line is the attack’s eps."
-    return lines("Boundary mass", series, label, unit="%", y_range=(0.0, 100.0), note=note, mark=scale * header.eps)
+    axes = Axes(label, unit="%", y_range=(0.0, 100.0), mark=scale * header.eps)
+    return lines("Boundary mass", series, axes, note=note)
 
 
 KIND = Kind(

@@ -33,17 +33,22 @@ def page(views: Sequence[View]) -> str:
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in there)
     title = " and ".join(view.name for view in views) if len(views) < 4 else f"{len(views)} runs"
     sections = "".join(f'<section id="{anchor}">{body}</section>' for anchor, _, body in there)
+    foot = f"Made by robustmoe from {_files(views)}. The same numbers are in the .md and .json files beside this page."
+    return document(f"{title} – robustness report", title, f"<nav>{links}</nav>", sections, foot, "Robustness report")
+
+
+def document(name: str, heading: str, navigation: str, sections: str, foot: str, eyebrow: str = "robustmoe") -> str:
+    """Returns a whole page in the report's style. ``name`` and ``heading`` are texts; the rest is HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)} – robustness report</title><style>{css()}</style></head><body>"
-        f'<header class="top"><p class="eyebrow">Robustness report</p><h1>{escape(title)}</h1>'
-        f"<nav>{links}</nav></header>"
+        f"<title>{escape(name)}</title><style>{css()}</style></head><body>"
+        f'<header class="top"><p class="eyebrow">{eyebrow}</p><h1>{escape(heading)}</h1>'
+        f"{navigation}</header>"
         f"<main>{sections}</main>"
-        f"<footer>Made by robustmoe from {_files(views)}. "
-        "The same numbers are in the .md and .json files beside this page.</footer></body></html>\n"
+        f"<footer>{foot}</footer></body></html>\n"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from robustmoe.analysis import Rate, Spare, SweepCurve, SweepPoint, SweepSummary, router_names, sweep_summary
 from robustmoe.records import Sweep
 from robustmoe.records.sweep import KEPT, OTHER_K, RANDOM, WITHOUT
-from robustmoe.reporting.figures import LARGE, NORMAL, Series, colour, lines
+from robustmoe.reporting.figures import LARGE, NORMAL, Axes, Series, colour, lines
 from robustmoe.reporting.grid import Entry, Grid, rated
 from robustmoe.reporting.panel import DATA, IMAGES, NORM, Kind, Panel, Shown, apart
 from robustmoe.reporting.words import NORM_NAMES, eps_text, percent, plural, threat
@@ -288,7 +288,7 @@ def _accuracy(shown: Swept, beside: bool) -> str:
         name = f"{attack_name(best.attack)}, routing fixed: right"
         drawn.append(_series(name, number, [(0.0, numbers.clean), *fixed], dashed=True))
     size = NORMAL if beside else LARGE
-    return lines("Robust accuracy against eps", drawn, label, unit="%", y_range=(0.0, 100.0), size=size)
+    return lines("Robust accuracy against eps", drawn, Axes(label, unit="%", y_range=(0.0, 100.0)), size=size)
 
 
 def _moves(shown: Swept) -> str:
@@ -302,7 +302,7 @@ def _moves(shown: Swept) -> str:
     ]
     more = f" {plural(len(names) - DRAWN, 'more router')} in the table." if len(names) > DRAWN else ""
     note = f"Under {attack_name(best.attack)}; 1 − IoU of the chosen experts, mean.{more}"
-    return lines("Routes moved, by layer", drawn, label, unit="%", note=note)
+    return lines("Routes moved, by layer", drawn, Axes(label, unit="%"), note=note)
 
 
 def _shares(curve: SweepCurve, router: str) -> list[tuple[float, float]]:
@@ -323,7 +323,7 @@ def _side_by_side(every: Sequence[Swept]) -> str:
         for shown in every
     ]
     title = "Robust accuracy against eps, all attacks together"
-    figure = lines(title, drawn, label, unit="%", y_range=(0.0, 100.0), size=LARGE)
+    figure = lines(title, drawn, Axes(label, unit="%", y_range=(0.0, 100.0)), size=LARGE)
     return f'<div class="plots joint">{figure}</div>'
 
 

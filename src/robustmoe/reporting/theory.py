@@ -5,26 +5,28 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from robustmoe.records import write_atomic
-from robustmoe.records.theory import Comparison, Experiment
+from robustmoe.records.theory import Chart, Comparison, Experiment
+from robustmoe.reporting.figures import Axes, Series, colour, lines
 from robustmoe.reporting.grid import WIDTH, aligned
-from robustmoe.reporting.png import png
+from robustmoe.reporting.page import document
 from robustmoe.reporting.words import plural
 
 
-def theory_table(found: Sequence[Experiment]) -> str:
+def theory_table(experiments: Sequence[Experiment]) -> str:
     """Expected beside measured, a line a row; then what each experiment says, and how many rows hold."""
     table = [["", "expected", "measured", "notes", ""]]
-    for one in found:
-        table.append([f"{one.id}  {one.title}", "", "", "", f"{one.seconds:.1f} s"])
-        table += [["  " + row.setting, *_cells(row)] for row in one.rows]
+    for experiment in experiments:
+        table.append([f"{experiment.id}  {experiment.title}", "", "", "", f"{experiment.seconds:.1f} s"])
+        table += [["  " + row.setting, *_cells(row)] for row in experiment.rows]
     lines = aligned(table, last=False)
-    for one in found:
-        start = f"{one.id}: "
-        lines += ["", *textwrap.wrap(one.says, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))]
-    return "\n".join([*lines, "", *_counts([row for one in found for row in one.rows])])
+    for experiment in experiments:
+        start = f"{experiment.id}: "
+        lines += ["", *textwrap.wrap(experiment.says, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))]
+    return "\n".join([*lines, "", *_counts([row for experiment in experiments for row in experiment.rows])])
 
 
 def _cells(row: Comparison) -> list[str]:
@@ -56,13 +58,31 @@ def _counts(rows: Sequence[Comparison]) -> list[str]:
     return [line for sentence in words for line in textwrap.wrap(sentence, WIDTH)]
 
 
-def draw(found: Sequence[Experiment], folder: str | os.PathLike[str]) -> list[Path]:
-    """One PNG file for each experiment that has a figure, ``folder``/X8.png and the like; their paths. UserError if
-    they cannot be written.
+def draw(experiments: Sequence[Experiment], folder: str | os.PathLike[str]) -> Path | None:
+    """Writes ``folder``/figures.html, one page with every experiment that has a figure; its path (None: there is no
+    figure). Raises UserError if it cannot be written.
     """
-    paths = []
-    for one in found:
-        if one.charts:
-            paths.append(Path(folder) / f"{one.id}.png")
-            write_atomic(paths[-1], png(one.charts))
-    return paths
+    drawn = [experiment for experiment in experiments if experiment.charts]
+    if not drawn:
+        return None
+    sections = "".join(
+        f"<section><h2>{escape(f'{experiment.id}  {experiment.title}')}</h2>"
+        f'<p class="lead">{escape(experiment.says)}</p>'
+        f'<div class="plots pair">{"".join(map(_chart, experiment.charts))}</div></section>'
+        for experiment in drawn
+    )
+    path = Path(folder) / "figures.html"
+    write_atomic(path, document("Theory on synthetic data", "Theory of robust mixtures", "", sections, "").encode())
+    return path
+
+
+def _chart(chart: Chart) -> str:
+    """Draws one chart; what stands upwards, and what the upright line is, are below it."""
+    series = [
+        Series(curve.name, curve.points, colour(at), dashed=curve.style == "dashed", joined=curve.style != "dots")
+        for at, curve in enumerate(chart.curves)
+    ]
+    mark, words = chart.mark or (None, "")
+    axes = Axes(chart.x_label, log_x=chart.log_x, log_y=chart.log_y, mark=mark)
+    note = f"Upwards: {chart.y_label}." + (f" Upright line: {words}." if words else "")
+    return lines(chart.title, series, axes, note=note)

@@ -9,7 +9,7 @@ from typing import Any
 
 from robustmoe.analysis import Curve
 from robustmoe.reporting.collect import View
-from robustmoe.reporting.figures import LARGE, SMALL, Series, colour, lines, shares
+from robustmoe.reporting.figures import LARGE, NORMAL, SMALL, Axes, Series, Size, colour, lines, shares
 from robustmoe.reporting.words import eps_text, interval, number, percent, plural
 
 ROUTERS_SHOWN = 12
@@ -48,9 +48,7 @@ def _eps_pair(norm: str, labels: list[str], curves: list[Curve]) -> str:
     chart = lines(
         f"Accuracy against eps ({norm})",
         series,
-        label,
-        unit="%",
-        y_range=(0.0, 100.0),
+        Axes(label, unit="%", y_range=(0.0, 100.0)),
         size=LARGE,
         note=f"Measured on {' / '.join(plural(size, 'image') for size in sizes)}.",
     )
@@ -99,9 +97,9 @@ def _inner(metrics: list[dict[str, Any]], key: str) -> list[str]:
     return list(dict.fromkeys(name for value in values if isinstance(value, dict) for name in value))
 
 
-def _drawn(title: str, series: list[Series], **options: Any) -> str:
+def _drawn(title: str, series: list[Series], note: str = "", size: Size = NORMAL, **axes: Any) -> str:
     kept = [line for line in series if line.points]
-    return lines(title, kept, "epoch", whole_x=True, **options) if kept else ""
+    return lines(title, kept, Axes("epoch", whole_x=True, **axes), note=note, size=size) if kept else ""
 
 
 def section(views: Sequence[View]) -> str:
