@@ -23,7 +23,8 @@ from robustmoe.attacks import (
     l2,
     linf,
 )
-from robustmoe.attacks.apgd import APGD, TargetedAPGD, l1_excess
+from robustmoe.attacks.apgd import APGD, TargetedAPGD
+from robustmoe.attacks.l1 import l1_excess
 from robustmoe.attacks.objectives import Inner, Objective, Score
 from robustmoe.models import RoutedModel
 from robustmoe.models.base import Output, Plain

@@ -20,7 +20,8 @@ pytest.importorskip("pyautoattack", reason=MISSING)
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted, L1_projection  # noqa: E402
 
 from robustmoe.attacks import Joint, Targeted, Threat  # noqa: E402
-from robustmoe.attacks.apgd import APGD, TargetedAPGD, l1_excess  # noqa: E402
+from robustmoe.attacks.apgd import APGD, TargetedAPGD  # noqa: E402
+from robustmoe.attacks.l1 import l1_excess  # noqa: E402
 from robustmoe.models.base import Plain  # noqa: E402
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}

@@ -51,12 +51,16 @@ def test_sizes_by_hand() -> None:
 # ------------------------------------------------------------------------------------------------ projection
 
 
-def l1_by_root_finding(v: np.ndarray, eps: float) -> np.ndarray:
-    """min ||u - v|| on ||u||_1 <= eps: soft-threshold at the root of sum(max(|v| - level, 0)) = eps."""
-    if np.abs(v).sum() <= eps:
-        return v
-    level = optimize.brentq(lambda t: np.maximum(np.abs(v) - t, 0).sum() - eps, 0.0, np.abs(v).max(), xtol=1e-14)
-    return np.sign(v) * np.maximum(np.abs(v) - level, 0)
+def l1_by_root_finding(v: np.ndarray, eps: float, room: float) -> np.ndarray:
+    """min ||u - v|| on ||u||_1 <= eps and |u| <= room: soft-threshold and clip, at the level where the norm is eps."""
+
+    def kept(level: float) -> np.ndarray:
+        return np.clip(np.abs(v) - level, 0, room)
+
+    if kept(0.0).sum() <= eps:
+        return np.sign(v) * kept(0.0)
+    level = optimize.brentq(lambda t: kept(t).sum() - eps, 0.0, np.abs(v).max(), xtol=1e-14)
+    return np.sign(v) * kept(level)
 
 
 def reference(threat: Threat, v: np.ndarray) -> np.ndarray:
@@ -64,13 +68,13 @@ def reference(threat: Threat, v: np.ndarray) -> np.ndarray:
         return np.clip(v, -threat.eps, threat.eps)
     if threat.norm == "l2":
         return v * min(1.0, threat.eps / np.linalg.norm(v))
-    return l1_by_root_finding(v, threat.eps)
+    return l1_by_root_finding(v, threat.eps, room=0.5)
 
 
 @pytest.mark.parametrize("threat", BALLS, ids=str)
 @pytest.mark.parametrize("spread", [1e-3, 0.1, 1.0])
 def test_projection_equals_a_second_implementation(threat: Threat, spread: float) -> None:
-    """The exact projection onto the ball, then the clip to the box."""
+    """Around a grey image: the exact projection onto the ball, then the clip to the box; for l1 onto both at once."""
     delta = torch.randn(6, 3, 5, 5, dtype=torch.float64) * spread
     delta[0, 0, 0, :3] = 0.3  # ties
     x = torch.full_like(delta, 0.5)
@@ -204,3 +208,12 @@ def test_starts_are_uniform_in_the_ball(norm: Callable[[float], Threat], shape: 
         assert stats.kstest(delta[:, 0].numpy(), law.cdf).pvalue > 0.01
     else:
         assert stats.kstest(delta[:, 0].abs().numpy(), stats.beta(1, d).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("eps", [0.5, 3.0, 12.0])
+def test_an_l1_projection_spends_the_whole_ball_at_the_box_too(eps: float) -> None:
+    """Ball first and box second would lose what the box cuts off; the nearest point of both does not."""
+    x = (torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(4))).round().double()
+    delta = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    spent = l1(eps).size(l1(eps).project(x + delta, x) - x)
+    torch.testing.assert_close(spent, torch.full_like(spent, eps), rtol=1e-9, atol=0)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from robustmoe.attacks.base import Attack
+from robustmoe.attacks.climbing import Climbing, Collected, as_column, length_of
+from robustmoe.attacks.l1 import onto_l1
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score, Targeted
 from robustmoe.attacks.pgd import ascend
 from robustmoe.attacks.surrogate import missed
@@ -28,13 +29,22 @@ MOMENTUM = 0.75
 FIRST_CHECK, CHECK_SHRINK, SHORTEST_CHECK = 0.22, 0.03, 0.06
 """Share of the steps before the first checkpoint, by how much each next interval is shorter, and the shortest one."""
 
-L1_CHECK, L1_SHARE, L1_SHRUNK, L1_SLOWER, L1_SLOWEST = 0.04, 0.2, 0.95, 1.5, 10.0
-"""For l1 (2021, section 3.2): share of the steps between checkpoints; share of the coordinates a step moves at first;
-support ratio below which the climb goes back to its best iterate at full speed; else the step is divided by the next,
-down to eps over the last."""
+L1_CHECK = 0.04
+"""For l1 (2021, section 3.2): share of the steps between checkpoints."""
 
 SCHEDULE = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 """(multiple of eps, share of the steps) of the climbs of ``largereps``, each from the last one's best."""
+
+
+class Climb(NamedTuple):
+    """One climb of a restart: ``steps`` in the ball of radius ``eps`` (pixels). ``dense``: l1 starts by moving a fixed
+    share of coordinates, else by the support of where it starts. ``last``: no climb of the restart follows.
+    """
+
+    eps: float
+    steps: int
+    dense: bool
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class APGD(Attack):
         return self.restarts * climb + (self.rng == "autoattack")
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return self._attack([self.objective], model, x, y, noise)
+        return self.climb_each([self.objective], model, x, y, noise)
 
     def stages(self) -> list[tuple[float, int]]:
         """(eps, steps) of each climb of a restart; the steps sum to ``steps``."""
@@ -99,12 +109,12 @@ class APGD(Attack):
         counts.append(steps - sum(counts))
         return [(factor * eps, count) for (factor, _), count in zip(SCHEDULE, counts, strict=True)]
 
-    def _attack(
+    def climb_each(
         self, objectives: Sequence[Objective], model: RoutedModel, x: Tensor, y: Tensor, noise: Noise
     ) -> Tensor:
         """``restarts`` of each objective in turn, on the images not yet fooled."""
         generator = None
-        result = _Collected.none(x)
+        result = Collected.none(x)
         if self.rng == "autoattack":
             generator = torch.Generator().manual_seed(self.seed)
             with torch.no_grad():
@@ -125,25 +135,26 @@ class APGD(Attack):
 
     def _restart(
         self, inner: Inner, x: Tensor, rows: Tensor | None, noise: Noise, generator: torch.Generator | None
-    ) -> _Collected:
+    ) -> Collected:
         """From one random start to the end. ``rows``: which images of the objective's batch these are (None: all)."""
         stages = self.stages()
         random, original = self._draw(x, noise, generator), generator is not None
         if len(stages) == 1:
             eps = self.threat.eps
             if self.threat.norm == "l1":
-                x_adv = _onto_l1(x, random, x + random, eps, original)
+                x_adv = onto_l1(x, random, x + random, eps, original)
             else:
-                length = _length(random) if self.threat.norm == "l2" else random.flatten(1).abs().amax(1)
-                x_adv = x + eps * (random / (_column(length, x) + 1e-12))
-            return self._climb(inner, x, rows, x_adv.clamp_(0.0, 1.0), eps, self.steps, dense=True, last=True)
+                length = length_of(random) if self.threat.norm == "l2" else random.flatten(1).abs().amax(1)
+                x_adv = x + eps * (random / (as_column(length, x) + 1e-12))
+            return self._climb(inner, x, rows, x_adv.clamp_(0.0, 1.0), Climb(eps, self.steps, dense=True, last=True))
         x_adv = x + random
-        x_adv = _onto_l1(x, x_adv - x, x_adv, stages[0][0], original)
+        x_adv = onto_l1(x, x_adv - x, x_adv, stages[0][0], original)
         for number, (eps, steps) in enumerate(stages):
             if original:
                 self._draw(x, noise, generator)  # the original draws a start, and goes on from here nevertheless
-            x_adv = _onto_l1(x, x_adv - x, x_adv, eps, original).clamp_(0.0, 1.0)
-            collected = self._climb(inner, x, rows, x_adv, eps, steps, dense=False, last=number == len(stages) - 1)
+            x_adv = onto_l1(x, x_adv - x, x_adv, eps, original).clamp_(0.0, 1.0)
+            climb = Climb(eps, steps, dense=False, last=number == len(stages) - 1)
+            collected = self._climb(inner, x, rows, x_adv, climb)
             x_adv = collected.x_adv
         return collected
 
@@ -157,31 +168,17 @@ class APGD(Attack):
         random = random.to(x)
         return 2 * random - 1 if uniform else random
 
-    def _climb(
-        self,
-        inner: Inner,
-        x: Tensor,
-        rows: Tensor | None,
-        x_adv: Tensor,
-        eps: float,
-        steps: int,
-        dense: bool,
-        last: bool,
-    ) -> _Collected:
-        """``steps`` steps from x_adv in the ball of radius ``eps``: steps + 1 gradients.
+    def _climb(self, inner: Inner, x: Tensor, rows: Tensor | None, x_adv: Tensor, climb: Climb) -> Collected:
+        """The steps of ``climb`` from x_adv: steps + 1 gradients.
 
-        In the ``last`` climb of a restart fooled images leave, or are kept (see ``keep``); before it, in a larger ball,
-        every image returns its iterate of highest loss. ``dense``: l1 starts by moving a fixed share of coordinates,
-        else by the support of x_adv. Checkpoints come at the same steps for every image.
+        In the last climb of a restart fooled images leave, or are kept (see ``keep``); before it, in a larger ball,
+        every image returns its iterate of highest loss.
         """
-        collected = _Collected.none(x)
-        leave, note = last and self.keep == "first", last and self.keep == "best"
-        now = _Climbing.start(self.threat, x, x_adv, eps, dense, self.rng == "autoattack")
-        l1 = self.threat.norm == "l1"
-        interval = max(int((L1_CHECK if l1 else FIRST_CHECK) * steps), 1)
-        shrink, shortest = max(int(CHECK_SHRINK * steps), 1), max(int(SHORTEST_CHECK * steps), 1)
-        check = interval
-        for step in range(steps + 1):
+        collected = Collected.none(x)
+        leave, note = climb.last and self.keep == "first", climb.last and self.keep == "best"
+        now = Climbing.start(self.threat, x, x_adv, climb.eps, climb.dense, self.rng == "autoattack")
+        checkpoints = self._checkpoints(climb.steps)
+        for step in range(climb.steps + 1):
             if step > 0:
                 now.move(MOMENTUM if step > 1 else 1.0)
             score = self._gradient(inner, now, rows)
@@ -194,17 +191,29 @@ class APGD(Attack):
                 now.narrow(stay)
             elif note:
                 now.note(score.fooled)
-            if step == check and step < steps:
-                if l1:
+            if step in checkpoints:
+                if self.threat.norm == "l1":
                     now.check_l1()
                 else:
-                    now.check(self.rho * interval)
-                    interval = max(interval - shrink, shortest)
-                check = step + interval
-        collected.put(now.place, torch.where(_column(now.fooled, x), now.noted, now.best), now.best_loss, now.fooled)
+                    now.check(checkpoints[step])
+        collected.put(now.place, torch.where(as_column(now.fooled, x), now.noted, now.best), now.best_loss, now.fooled)
         return collected
 
-    def _gradient(self, inner: Inner, now: _Climbing, rows: Tensor | None) -> Score:
+    def _checkpoints(self, steps: int) -> dict[int, float]:
+        """The steps after which a checkpoint comes, the same for every image, and how many of the steps before it have
+        to have raised the loss (unused for l1).
+        """
+        l1 = self.threat.norm == "l1"
+        interval = max(int((L1_CHECK if l1 else FIRST_CHECK) * steps), 1)
+        shrink, shortest = max(int(CHECK_SHRINK * steps), 1), max(int(SHORTEST_CHECK * steps), 1)
+        step, checkpoints = interval, {}
+        while step < steps:
+            checkpoints[step] = self.rho * interval
+            interval = interval if l1 else max(interval - shrink, shortest)
+            step += interval
+        return checkpoints
+
+    def _gradient(self, inner: Inner, now: Climbing, rows: Tensor | None) -> Score:
         """The score where the images are now; their gradients go into ``now``."""
         if now.left:
             rows = now.place if rows is None else rows[now.place]
@@ -240,7 +249,7 @@ class TargetedAPGD(Attack):
     def __post_init__(self) -> None:
         if self.targets < 1:
             raise ValueError(f"targets must be at least 1; got {self.targets}")
-        self._one()
+        _ = self.single  # checks the numbers that the two attacks share
 
     @property
     def objective(self) -> Objective:  # type: ignore[override]
@@ -249,7 +258,7 @@ class TargetedAPGD(Attack):
 
     def queries(self, output: Output) -> int:
         clean = int(self.rng == "autoattack")
-        climbs = self._one().queries(output) - clean
+        climbs = self.single.queries(output) - clean
         return (
             1 + clean + len(self._ranks(output)) * (1 + climbs)
         )  # how many classes there are, and which is the target
@@ -257,257 +266,12 @@ class TargetedAPGD(Attack):
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         with torch.no_grad():
             ranks = self._ranks(model.run(x[:1]))
-        return self._one()._attack([Targeted(rank, self.loss) for rank in ranks], model, x, y, noise)
+        return self.single.climb_each([Targeted(rank, self.loss) for rank in ranks], model, x, y, noise)
 
     def _ranks(self, output: Output) -> range:
         return range(2, min(self.targets, output.logits.shape[1] - 1) + 2)
 
-    def _one(self) -> APGD:
-        """The climb at the first target."""
-        return APGD(
-            self.threat,
-            self.steps,
-            self.restarts,
-            self.objective,
-            self.rho,
-            self.eot,
-            self.keep,
-            self.largereps,
-            self.rng,
-            self.seed,
-        )
-
-
-@dataclass
-class _Collected:
-    """What a search has for each image: an image, its loss, whether it is fooled."""
-
-    x_adv: Tensor
-    loss: Tensor
-    fooled: Tensor
-
-    @classmethod
-    def none(cls, x: Tensor) -> _Collected:
-        """Nothing yet: the clean images."""
-        return cls(x.clone(), x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.bool, device=x.device))
-
-    def put(self, rows: Tensor, x_adv: Tensor, loss: Tensor, fooled: Tensor | bool) -> None:
-        self.x_adv[rows], self.loss[rows], self.fooled[rows] = x_adv, loss.to(self.loss), fooled
-
-    def take(self, rows: Tensor, other: _Collected) -> None:
-        """What another restart found for the images ``rows``, none of them fooled before."""
-        better = other.fooled | (other.loss > self.loss[rows])
-        self.put(rows[better], other.x_adv[better], other.loss[better], other.fooled[better])
-
-
-@dataclass
-class _Climbing:
-    """The images that still climb, one row an image: all that the next step depends on."""
-
-    threat: Threat
-    eps: float
-    original: bool
-    left: bool  # whether images have left
-    count: int  # l1: the largest number of coordinates that an image's step looks at
-    place: Tensor  # (n,) which image of the climb it is
-    x: Tensor
-    x_adv: Tensor
-    old: Tensor  # before the last step
-    gradient: Tensor
-    step_size: Tensor  # (n, 1, 1, 1)
-    best: Tensor
-    best_gradient: Tensor
-    best_loss: Tensor
-    loss: Tensor
-    rises: Tensor  # (n,) steps since the last checkpoint that raised the loss
-    halved: Tensor  # at the last checkpoint
-    checked: Tensor  # best loss at the last checkpoint
-    fooled: Tensor
-    noted: Tensor  # the last fooled iterate
-    lower: Tensor  # linf: ball and box
-    upper: Tensor
-    support: Tensor  # l1: (n,) coordinates that differed from x at the last checkpoint
-    weakest: Tensor  # l1: (n,) rank, in the gradient, of the weakest coordinate that moves
-
-    @classmethod
-    def start(cls, threat: Threat, x: Tensor, x_adv: Tensor, eps: float, dense: bool, original: bool) -> _Climbing:
-        n, size = len(x), x[0].numel()
-        zeros, no = x.new_zeros(n), torch.zeros(n, dtype=torch.bool, device=x.device)
-        linf, l1 = threat.norm == "linf", threat.norm == "l1"
-        if dense:
-            support, share = zeros + size, torch.full((n,), L1_SHARE, device=x.device)
-        else:
-            support = _support(x_adv, x)
-            share = support / size / 1.5
-        weakest = _weakest(share, size) if l1 else no
-        return cls(
-            threat=threat,
-            eps=eps,
-            original=original,
-            left=False,
-            count=int(weakest.max()) + 1 if l1 else 0,
-            place=torch.arange(n, device=x.device),
-            x=x,
-            x_adv=x_adv,
-            old=x_adv,
-            gradient=x_adv,
-            step_size=x.new_full((n,) + (1,) * (x.ndim - 1), eps if l1 else 2.0 * eps),
-            best=x_adv,
-            best_gradient=x_adv,
-            best_loss=zeros - torch.inf,
-            loss=zeros,  # the original counts the first step as a rise if its loss is above 0
-            rises=torch.zeros_like(no, dtype=torch.long),
-            halved=~no,
-            checked=zeros - torch.inf,
-            fooled=no,
-            noted=x_adv,
-            lower=(x - eps).clamp_(0.0, 1.0) if linf else no,
-            upper=(x + eps).clamp_(0.0, 1.0) if linf else no,
-            support=support,
-            weakest=weakest,
-        )
-
-    def narrow(self, stay: Tensor) -> None:
-        """Go on with the images ``stay`` (m,) alone."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value[stay])
-        self.left = True
-
-    def move(self, fresh: float) -> None:
-        """One step; ``fresh`` is the weight of the gradient's move beside the last one's (linf and l2)."""
-        here, last = self.x_adv, self.old
-        self.old = here
-        if self.threat.norm == "l1":
-            self.x_adv = self._moved_l1()
-            return
-        if self.threat.norm == "linf":
-            step = torch.addcmul(here, self.gradient.sign(), self.step_size).clamp_(self.lower, self.upper)
-        else:
-            if self.original:
-                unit = self.gradient / (_column(_length(self.gradient), here) + 1e-12)
-            else:
-                unit = self.threat.direction(self.gradient, here)
-            step = self._inside_l2(unit.mul_(self.step_size).add_(here))
-        step = step.sub_(here).mul_(fresh).add_(here).add_(here - last, alpha=1.0 - fresh)
-        self.x_adv = step.clamp_(self.lower, self.upper) if self.threat.norm == "linf" else self._inside_l2(step)
-
-    def _inside_l2(self, x_adv: Tensor) -> Tensor:
-        """Into the ball, then into the box; overwrites its argument."""
-        delta = x_adv.sub_(self.x)
-        length = _column(_length(delta), delta)
-        return delta.div_(length + 1e-12).mul_(length.clamp(max=self.eps)).add_(self.x).clamp_(0.0, 1.0)
-
-    def _moved_l1(self) -> Tensor:
-        """The steepest coordinates by the same amount each, step_size together; then onto ball and box."""
-        strength = self.gradient.abs().flatten(1)
-        least = strength.topk(self.count, dim=1).values.gather(1, self.weakest[:, None])
-        sign = self.gradient.sign() * (strength >= least).view_as(self.gradient)
-        moving = _column((sign != 0).flatten(1).sum(1), sign)
-        delta = torch.addcmul(self.x_adv, sign, self.step_size / (moving + 1e-10)).sub_(self.x)
-        return _onto_l1(self.x, delta, self.x + delta, self.eps, self.original)
-
-    def offer(self, loss: Tensor, counted: bool) -> None:
-        """The loss (n,) where the images are now. ``counted``: after a step."""
-        better = loss > self.best_loss
-        column = _column(better, self.x_adv)
-        self.best = torch.where(column, self.x_adv, self.best)
-        self.best_gradient = torch.where(column, self.gradient, self.best_gradient)
-        self.best_loss = torch.where(better, loss, self.best_loss)
-        if counted:
-            self.rises += loss > self.loss
-            self.loss = loss
-        else:
-            self.checked = self.best_loss
-
-    def note(self, fooled: Tensor) -> None:
-        self.fooled = self.fooled | fooled
-        self.noted = torch.where(_column(fooled, self.x_adv), self.x_adv, self.noted)
-
-    def check(self, enough: float) -> None:
-        """Halve the step and go back to the best iterate where too few steps have raised the loss (not more than
-        ``enough``), or where the best loss has not risen since a checkpoint that did not halve (2020, section 3).
-        """
-        halve = (self.rises <= enough) | (~self.halved & (self.checked >= self.best_loss))
-        self.step_size = torch.where(_column(halve, self.x), self.step_size / 2.0, self.step_size)
-        self.halved, self.checked, self.rises = halve, self.best_loss, torch.zeros_like(self.rises)
-        self._back(halve)
-
-    def check_l1(self) -> None:
-        """Move as many coordinates as 2/3 of the best iterate's support; where that has shrunk, at full speed again
-        and from the best iterate, else more slowly (2021, algorithm 1).
-        """
-        support = _support(self.best, self.x)
-        shrunk = support / self.support < L1_SHRUNK
-        slower = torch.where(_column(shrunk, self.x), self.eps, self.step_size / L1_SLOWER)
-        self.step_size = slower.clamp_(self.eps / L1_SLOWEST, self.eps)
-        size = self.x[0].numel()
-        self.support, self.weakest = support, _weakest(support / size / 1.5, size)
-        self.count = int(self.weakest.max()) + 1
-        self._back(shrunk)
-
-    def _back(self, rows: Tensor) -> None:
-        column = _column(rows, self.x_adv)
-        self.x_adv = torch.where(column, self.best, self.x_adv)
-        self.gradient = torch.where(column, self.best_gradient, self.gradient)
-
-
-def l1_excess(
-    x: Float[Tensor, "n ch h w"], delta: Float[Tensor, "n ch h w"], eps: float, wide: bool = True
-) -> Float[Tensor, "n ch h w"]:
-    """What to take from ``delta`` so that x + delta is the nearest point of the l1 ball of radius ``eps`` around x
-    *and* of the box [0, 1] (2021, proposition 2.1). x lies in the box.
-
-    Each coordinate loses min(max(level, lo), hi): at least lo, by which it leaves the box, at most hi = |delta|. The
-    total is piecewise linear in the level, with slope + 1 from each lo and - 1 from each hi; the level is where what
-    is left has norm eps (0 if lo alone does it). Only the breaks above 0 are sorted. ``wide``: sums in float64, so the
-    norm is eps to float32's rounding; else in x's own dtype, as the original.
-    """
-    if len(x) == 0:
-        return delta
-    dtype = torch.float64 if wide else x.dtype
-    flat, hi = delta.flatten(1), delta.flatten(1).abs()
-    base = x.flatten(1)
-    lo = torch.minimum(1 - base - flat, base + flat).clamp_(max=0.0).neg_()
-    removed = lo.sum(1, keepdim=True, dtype=dtype)
-    needed = hi.sum(1, keepdim=True, dtype=dtype) - eps
-    breaks = torch.cat([lo, hi], 1)
-    count = min(int((breaks > 0).sum(1).max()) + 1, breaks.shape[1])
-    at, index = breaks.topk(count, dim=1)
-    at, index = at.flip(1), index.flip(1)
-    turn = 1.0 - 2.0 * (index >= hi.shape[1]).to(at.dtype)
-    slope = turn.cumsum(1) - turn.sum(1, keepdim=True)  # all turns sum to 0: those left out are minus those here
-    rise = ((at[:, 1:] - at[:, :-1]) * slope[:, :-1]).cumsum(1, dtype=dtype)
-    total = torch.cat([removed, removed + rise], 1)  # removed at each break
-    last = (torch.searchsorted(total, needed) - 1).clamp_(0, max(count - 2, 0))
-    level = (needed - total.gather(1, last)) / slope.gather(1, last) + at.gather(1, last)
-    level = torch.where(removed < needed, level, 0.0).to(x.dtype)
-    return (flat.sign() * torch.clamp(level.expand_as(lo), lo, hi)).view_as(x)
-
-
-def _onto_l1(x: Tensor, delta: Tensor, x_adv: Tensor, eps: float, original: bool) -> Tensor:
-    """``x_adv`` = x + ``delta``, onto the l1 ball and the box. In the ``original``'s order of sums an unmoved
-    coordinate may differ from x, and a clipped one leave the box, by a rounding; in ours neither.
-    """
-    excess = l1_excess(x, delta, eps, wide=not original)
-    return x_adv - excess if original else (delta - excess).add_(x).clamp_(0.0, 1.0)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(n,) as (n, 1, 1, 1)."""
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def _length(delta: Tensor) -> Tensor:
-    """The l2 norm (n,)."""
-    return delta.flatten(1).square().sum(1).sqrt()
-
-
-def _support(x_adv: Tensor, x: Tensor) -> Tensor:
-    """(n,) the number of coordinates where they differ."""
-    return (x_adv != x).flatten(1).sum(1)
-
-
-def _weakest(share: Tensor, size: int) -> Tensor:
-    """(n,) the rank, strongest first, of the last among a ``share`` (n,) of ``size`` coordinates."""
-    return size - 1 - ((1.0 - share) * size).clamp(0, size - 1).long()
+    @property
+    def single(self) -> APGD:
+        """The climb at the first target: the same numbers in every field that `APGD` has."""
+        return APGD(**{field.name: getattr(self, field.name) for field in fields(APGD)})

@@ -8,7 +8,7 @@ from typing import Literal
 from robustmoe.attacks.apgd import APGD, TargetedAPGD
 from robustmoe.attacks.base import Attack, Suite
 from robustmoe.attacks.fab import FAB
-from robustmoe.attacks.objectives import ExpertsOnly, Joint, Loss, Objective
+from robustmoe.attacks.objectives import ExpertsOnly, Joint, Objective
 from robustmoe.attacks.routes import (
     ExpertTransition,
     JointNormalised,
@@ -33,6 +33,11 @@ from robustmoe.attacks.views import (
 from robustmoe.models.base import Output
 
 Version = Literal["standard", "plus", "rand"]
+PARTS: dict[Version, tuple[str, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
 TARGETS, TARGETS_L1, RESTARTS, EOT = 9, 5, 5, 20
 """The released definition (fra31/auto-attack, `_set_version`): classes aimed at, restarts of "plus" and of l1, passes a
 gradient of "rand"."""
@@ -62,52 +67,37 @@ class AutoAttack(Suite):
 
     def parts(self, output: Output) -> list[tuple[str, Attack]]:
         classes = output.logits.shape[1]
-        l1 = self.threat.norm == "l1"
-        once = self.version == "rand" or (self.version == "standard" and not l1)
-        largereps = l1 and self.version == "standard"
-        keep: Literal["first", "best"] = "best" if self.rng == "autoattack" else "first"
-        dlr: Loss = "dlr" if classes >= 3 else "margin"
-        targeted: Literal["dlr", "margin"] = "dlr" if classes >= 4 else "margin"
-        targets = min(TARGETS_L1 if largereps else TARGETS, classes - 1)
+        return [(name, self._part(name, classes)) for name in PARTS[self.version]]
 
-        def apgd(loss: Loss) -> APGD:
-            return APGD(
+    def _part(self, name: str, classes: int) -> Attack:
+        """The part that the released code calls ``name``, for a model of so many classes."""
+        l1, standard = self.threat.norm == "l1", self.version == "standard"
+        keep: Literal["first", "best"] = "best" if self.rng == "autoattack" else "first"
+        if name == "square":
+            return Square(self.threat, rng=self.rng, seed=self.seed)
+        if name in ("fab", "fab-t"):
+            targets, restarts = (0, RESTARTS) if name == "fab" else (min(TARGETS, classes - 1), 1)
+            return FAB(self.threat, restarts=restarts, targets=targets, keep=keep, rng=self.rng, seed=self.seed)
+        if name == "apgd-t":
+            return TargetedAPGD(
                 self.threat,
-                restarts=1 if once else RESTARTS,
-                objective=Joint(loss),
-                eot=EOT if self.version == "rand" else 1,
+                targets=min(TARGETS_L1 if l1 and standard else TARGETS, classes - 1),
+                loss="dlr" if classes >= 4 else "margin",
                 keep=keep,
-                largereps=largereps,
+                largereps=l1 and standard,
                 rng=self.rng,
                 seed=self.seed,
             )
-
-        def fab(targets: int, restarts: int) -> FAB:
-            return FAB(self.threat, restarts=restarts, targets=targets, keep=keep, rng=self.rng, seed=self.seed)
-
-        if self.version == "rand":
-            return [("apgd-ce", apgd("ce")), ("apgd-dlr", apgd(dlr))]
-        apgd_t = TargetedAPGD(
+        return APGD(
             self.threat,
-            targets=targets,
-            loss=targeted,
+            restarts=RESTARTS if self.version == "plus" or (l1 and standard) else 1,
+            objective=Joint("ce" if name == "apgd-ce" else "dlr" if classes >= 3 else "margin"),
+            eot=EOT if self.version == "rand" else 1,
             keep=keep,
-            largereps=largereps,
+            largereps=l1 and standard,
             rng=self.rng,
             seed=self.seed,
         )
-        fab_t = fab(min(TARGETS, classes - 1), 1)
-        square = Square(self.threat, rng=self.rng, seed=self.seed)
-        if self.version == "standard":
-            return [("apgd-ce", apgd("ce")), ("apgd-t", apgd_t), ("fab-t", fab_t), ("square", square)]
-        return [
-            ("apgd-ce", apgd("ce")),
-            ("apgd-dlr", apgd(dlr)),
-            ("fab", fab(0, RESTARTS)),
-            ("square", square),
-            ("apgd-t", apgd_t),
-            ("fab-t", fab_t),
-        ]
 
 
 @dataclass(frozen=True)

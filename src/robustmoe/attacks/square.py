@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe.attacks.apgd import l1_excess
 from robustmoe.attacks.base import Attack
+from robustmoe.attacks.l1 import l1_excess
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
 from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.threat import Norm, Threat

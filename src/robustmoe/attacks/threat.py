@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from robustmoe.attacks.l1 import onto_l1
 from robustmoe.noise import Noise
 
 Norm = Literal["linf", "l2", "l1"]
@@ -40,10 +41,10 @@ class Threat:
         return size(self.norm, delta)
 
     def project(self, x_adv: Images, x: Images) -> Images:
-        """Into the ball around x, then into the box. (Clipping to the box moves a perturbed pixel towards x, so the
-        ball holds.)
+        """Into the ball around x and into the box.
 
-        For linf this is the exact projection onto the intersection; for l2 and l1 a point of it.
+        For linf and l1 this is the nearest point of both; for l2 a point of both (the ball first, then the box, which
+        moves a perturbed pixel towards x).
         """
         delta = x_adv - x
         if self.norm == "linf":
@@ -51,7 +52,7 @@ class Threat:
         elif self.norm == "l2":
             delta = delta * (self.eps / size("l2", delta).clamp(min=1e-12)).clamp(max=1.0)[:, None, None, None]
         else:
-            delta = _project_l1(delta, self.eps)
+            return onto_l1(x, delta, x_adv, self.eps)
         return (x + delta).clamp(0.0, 1.0)
 
     def direction(self, gradient: Images, x_adv: Images) -> Images:
@@ -98,17 +99,6 @@ def size(norm: Norm, delta: Images) -> Float[Tensor, " n"]:
     if norm == "linf":
         return flat.abs().amax(1)
     return torch.linalg.vector_norm(flat, 2 if norm == "l2" else 1, dim=1)
-
-
-def _project_l1(delta: Images, eps: float) -> Images:
-    """Onto the l1 ball (Duchi et al. 2008): soft-threshold at the level where the norm is eps."""
-    flat = delta.flatten(1).abs()
-    ordered = flat.sort(dim=1, descending=True).values
-    counts = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
-    levels = (ordered.cumsum(1) - eps) / counts
-    last = (ordered > levels).sum(1, keepdim=True).clamp(min=1) - 1
-    level = levels.gather(1, last).clamp(min=0.0)
-    return ((flat - level).clamp(min=0.0)).view_as(delta) * delta.sign()
 
 
 def linf(eps: float) -> Threat:
