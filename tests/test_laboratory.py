@@ -21,12 +21,12 @@ from robustmoe.cli import main
 from robustmoe.errors import UserError
 from robustmoe.evaluation import laboratory, lipschitz_run
 from robustmoe.lipschitz import attribution, expert_jacobian_norm, layers, spread
+from robustmoe.lipschitz.inputs import layer_inputs
 from robustmoe.lipschitz.layers import (
     as_answer,
     crossed,
     decide,
     disagreement,
-    layer_inputs,
     layer_terms,
     network_terms,
     route_terms,

@@ -120,15 +120,8 @@ class _Walk:
         return (lower - self.slack * (1 + lower.abs())).scatter(1, y[:, None], 0.0)
 
     def _fork(self, part: Fork, ball: Ball, y: Tensor, space: Space) -> Worst:
-        single = not part.soft and part.k == 1
-        if part.mix == "probabilities" and not single:
-            if space == "logits":
-                raise UserError("no bounds are known of the logits of a mixture of probabilities; expected mix=logits")
-            inner: Space = "probabilities"
-        else:
-            inner = space if single and (part.total or part.mix == "probabilities" or space == "sign") else "logits"
+        single, inner = not part.soft and part.k == 1, _inner_space(part, space)
         least, most = router_bounds(part.router, ball, self.how, self.slack)
-        weights = rules.soft_weights(least, most) if part.soft else None
         reached = torch.ones_like(most[:, 0], dtype=torch.bool) if part.soft else rules.reachable(most, part.k)
         branches = [self._branch(each, ball, y, inner, reached[:, i]) for i, each in enumerate(part.branches)]
         lower, upper = (
@@ -139,15 +132,8 @@ class _Walk:
         on_regions = torch.zeros_like(reached)
         if self.region_steps and single and inner != "probabilities":
             lower, on_regions = self._on_regions(part, ball, y, lower, reached)
-        if weights is None:
-            used = part.k if part.weighting == "equal" else 1
-            lower, upper = rules.averaged(lower, used), -rules.averaged(-upper, used)
-        else:
-            low, high = weights
-            lower, upper = rules.weighed(lower, low, high), -rules.weighed(-upper, low, high)
-        if not part.total and inner == "logits":  # the k largest of e weights of sum 1 have k/e of it at least
-            share = part.k / len(part.branches)
-            lower, upper = torch.where(lower > 0, share * lower, lower), torch.where(upper > 0, upper, share * upper)
+        weights = rules.soft_weights(least, most) if part.soft else None
+        lower, upper = _mixed(part, lower, upper, weights, inner)
         if space == "probabilities" and inner == "logits":
             lower, upper = rules.probability_margins(lower, upper, y), torch.ones_like(lower)
         names = tuple(f"{i}{'.' if name else ''}{name}" for i, each in enumerate(branches) for name in each.experts)
@@ -155,11 +141,7 @@ class _Walk:
         stable = torch.stack([each.stable | ~reached[:, i] for i, each in enumerate(branches)], 1).all(1)
         if not part.soft:
             stable = stable & (reached.sum(1) == part.k)
-        usual = "soft mixture" if part.soft else "all reachable experts" if part.k == 1 else "top-k mixture"
-        rule = ["each reachable expert alone" if each else usual for each in (inside & held).all(1).tolist()]
-        rule = [
-            "each expert on its region" if region else each for each, region in zip(rule, on_regions.any(1).tolist())
-        ]
+        rule = _rules(part, (inside & held).all(1), on_regions.any(1))
         return Worst(lower, upper, names, inside, held, stable, rule, _lead(least, part))
 
     def _on_regions(self, part: Fork, ball: Ball, y: Tensor, lower: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,6 +222,43 @@ class _Walk:
             rule,
             torch.minimum(standard.route, robust.route),
         )
+
+
+def _inner_space(part: Fork, space: Space) -> Space:
+    """Returns what the margins of the branches have to be of, for the fork's to be of ``space``. UserError where no
+    bounds are known.
+    """
+    single = not part.soft and part.k == 1
+    if part.mix == "probabilities" and not single:
+        if space == "logits":
+            raise UserError("no bounds are known of the logits of a mixture of probabilities; expected mix=logits")
+        return "probabilities"
+    return space if single and (part.total or part.mix == "probabilities" or space == "sign") else "logits"
+
+
+def _mixed(
+    part: Fork, lower: Tensor, upper: Tensor, weights: tuple[Tensor, Tensor] | None, inner: Space
+) -> tuple[Tensor, Tensor]:
+    """Returns the mixture's bounds (n, c) of its branches' (n, e, c); ``weights``: bounds of a soft router's."""
+    if weights is None:
+        used = part.k if part.weighting == "equal" else 1
+        lower, upper = rules.averaged(lower, used), -rules.averaged(-upper, used)
+    else:
+        low, high = weights
+        lower, upper = rules.weighed(lower, low, high), -rules.weighed(-upper, low, high)
+    if not part.total and inner == "logits":  # the k largest of e weights of sum 1 have k/e of it at least
+        share = part.k / len(part.branches)
+        lower, upper = torch.where(lower > 0, share * lower, lower), torch.where(upper > 0, upper, share * upper)
+    return lower, upper
+
+
+def _rules(part: Fork, alone: Bool[Tensor, " n"], on_regions: Bool[Tensor, " n"]) -> list[str]:
+    """Returns each image's rule, by its name in output (docs/certification.md)."""
+    usual = "soft mixture" if part.soft else "all reachable experts" if part.k == 1 else "top-k mixture"
+    return [
+        "each expert on its region" if region else "each reachable expert alone" if every else usual
+        for every, region in zip(alone.tolist(), on_regions.tolist())
+    ]
 
 
 def _lead(least: Float[Tensor, "n e e"], part: Fork) -> Float[Tensor, " n"]:

@@ -28,7 +28,7 @@ from robustmoe.evaluation.folders import about_images, about_run, taken_up
 from robustmoe.evaluation.measuring import PROBE, borrowed, first_look, header_of, images_of
 from robustmoe.evaluation.precision import frozen, in_float32
 from robustmoe.lipschitz import norms
-from robustmoe.lipschitz.layers import layer_inputs
+from robustmoe.lipschitz.inputs import layer_inputs
 from robustmoe.lipschitz.norms import PathNorms
 from robustmoe.lipschitz.parts import expert_bound
 from robustmoe.lipschitz.quantities import Quantities, of_layer, of_model, of_networks, of_pixels, within

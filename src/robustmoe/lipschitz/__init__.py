@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from robustmoe.lipschitz.inputs import layer_inputs
 from robustmoe.lipschitz.layers import (
     crossed,
     disagreement,
-    layer_inputs,
     layer_terms,
     network_terms,
     route_terms,

@@ -10,12 +10,12 @@ the output has width d too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustmoe.attacks.threat import Norm
 from robustmoe.lipschitz.norms import (
@@ -40,29 +40,7 @@ NUMBERS = 2**24
 """Numbers that the tables of one chunk of tokens may have."""
 
 
-# ------------------------------------------------------------------------------------------------ inputs and routes
-
-
-def layer_inputs(
-    model: RoutedModel, layers: Mapping[str, nn.Module], x: Float[Tensor, "n ch h w"]
-) -> dict[str, Float[Tensor, "n t d"]]:
-    """What enters each of these layers of the model (`RoutedModel.layers`), by the same names; not on a graph."""
-    inputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def look(module: Any, given: tuple[Any, ...]) -> None:
-            inputs[name] = given[0].detach()
-
-        return look
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            model.run(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
+# ------------------------------------------------------------------------------------------------ routes
 
 
 def decide(layer: TokenLayer, h: Float[Tensor, "n t d"]) -> Routing:
@@ -71,13 +49,13 @@ def decide(layer: TokenLayer, h: Float[Tensor, "n t d"]) -> Routing:
 
 
 @runtime_checkable
-class Answer(Protocol):
+class RoutedAnswer(Protocol):
     """(input, forced routes or None) -> (output, the routes used)."""
 
     def __call__(self, x: Tensor, forced: Mapping[str, Routing] | None = None) -> Output: ...
 
 
-def as_answer(layer: TokenLayer) -> Answer:
+def as_answer(layer: TokenLayer) -> RoutedAnswer:
     """A layer as a function of its input and forced routes; its router is named "router"."""
 
     def answer(x: Tensor, forced: Mapping[str, Routing] | None = None) -> Output:
@@ -107,7 +85,7 @@ class Crossed(NamedTuple):
 
 
 @torch.no_grad()
-def crossed(answer: Answer, x: Tensor, x_adv: Tensor) -> Crossed:
+def crossed(answer: RoutedAnswer, x: Tensor, x_adv: Tensor) -> Crossed:
     """The passes of a layer (`as_answer`), or of a whole model (its ``run``)."""
     clean, after = answer(x), answer(x_adv)
     frozen, swapped = answer(x_adv, forced=clean.trace), answer(x, forced=after.trace)

@@ -47,7 +47,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Curve:
+class ChartLine:
     """Points (x, y) of one line of a chart; ``style``: a measured line with dots, an expected dashed one, or dots."""
 
     name: str
@@ -62,7 +62,7 @@ class Chart:
     title: str
     x_label: str
     y_label: str
-    curves: tuple[Curve, ...]
+    curves: tuple[ChartLine, ...]
     log_x: bool = False
     log_y: bool = False
     mark: tuple[float, str] | None = None

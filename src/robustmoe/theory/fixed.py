@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustmoe.lipschitz import block_coherence
-from robustmoe.records.theory import Chart, Comparison, Curve, Experiment
+from robustmoe.records.theory import Chart, ChartLine, Comparison, Experiment
 from robustmoe.theory.draws import normal, signs, unit
 
 
@@ -100,9 +100,9 @@ def _x1_chart(curves: Sequence[tuple[float, float, float]]) -> Chart:
         "experts E",
         "dense constant / MoE constant",
         (
-            Curve("measured, labels +-1", tuple((e, mean) for e, mean, _ in curves)),
-            Curve("sqrt(sum q / max q)", tuple((e, form) for e, _, form in curves), "dashed"),
-            Curve("sqrt(E)", tuple((e, math.sqrt(e)) for e, _, _ in curves), "dashed"),
+            ChartLine("measured, labels +-1", tuple((e, mean) for e, mean, _ in curves)),
+            ChartLine("sqrt(sum q / max q)", tuple((e, form) for e, _, form in curves), "dashed"),
+            ChartLine("sqrt(E)", tuple((e, math.sqrt(e)) for e, _, _ in curves), "dashed"),
         ),
         log_x=True,
         log_y=True,
@@ -205,9 +205,9 @@ def _x2_chart(curves: Sequence[tuple[float, ...]]) -> Chart:
         "dimension d (8 subspaces of dimension 8)",
         "dense constant / MoE constant",
         (
-            Curve("measured, mean", tuple((c[0], c[1]) for c in curves)),
-            Curve("lower bound, mean", tuple((c[0], c[2]) for c in curves), "dashed"),
-            Curve("upper bound, mean", tuple((c[0], c[3]) for c in curves if math.isfinite(c[3])), "dashed"),
+            ChartLine("measured, mean", tuple((c[0], c[1]) for c in curves)),
+            ChartLine("lower bound, mean", tuple((c[0], c[2]) for c in curves), "dashed"),
+            ChartLine("upper bound, mean", tuple((c[0], c[3]) for c in curves if math.isfinite(c[3])), "dashed"),
         ),
         log_x=True,
     )
@@ -276,9 +276,9 @@ def x3(
         "norm of the clusters' centres",
         "dense constant / MoE constant",
         (
-            Curve("rods, measured", tuple(zip(radii, rods))),
-            Curve("rods, max(1, 4 sqrt(2) / norm)", tuple(zip(radii, forms)), "dashed"),
-            Curve("balls, measured", tuple(zip(radii, balls))),
+            ChartLine("rods, measured", tuple(zip(radii, rods))),
+            ChartLine("rods, max(1, 4 sqrt(2) / norm)", tuple(zip(radii, forms)), "dashed"),
+            ChartLine("balls, measured", tuple(zip(radii, balls))),
         ),
         log_x=True,
         log_y=True,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustmoe.lipschitz import gates, routing_radius
-from robustmoe.records.theory import Chart, Comparison, Curve, Experiment
+from robustmoe.records.theory import Chart, ChartLine, Comparison, Experiment
 from robustmoe.routing import top_k
 from robustmoe.theory.draws import normal, unit
 
@@ -71,7 +71,7 @@ def x7(seed: int = 0, routers: int = 500, experts: int = 6, width: int = 10, tri
     rows += _kmeans(seed, experts, width)
     ordered = {norm: values.sort().values.tolist() for norm, values in radii.items()}
     curves = tuple(
-        Curve(norm, tuple((r, (at + 1) / len(values)) for at, r in enumerate(values)), "line")
+        ChartLine(norm, tuple((r, (at + 1) / len(values)) for at, r in enumerate(values)), "line")
         for norm, values in ordered.items()
     )
     chart = Chart("Random linear routers, d=10", "routing radius", "share of inputs within", curves, log_x=True)
@@ -290,10 +290,10 @@ def _chart(apart: float, root: float, curve: list[tuple[float, float, float]]) -
         "eps (l2)",
         "robust accuracy",
         (
-            Curve("dense", tuple((eps, dense) for eps, dense, _ in curve)),
-            Curve("MoE, routes attacked", tuple((eps, moe) for eps, _, moe in curve)),
-            Curve("P(a > eps sqrt E)", tuple((eps, 2 * (1 - _cdf(root * eps))) for eps, *_ in curve), "dashed"),
-            Curve("P(min(a, D/2) > eps)",
+            ChartLine("dense", tuple((eps, dense) for eps, dense, _ in curve)),
+            ChartLine("MoE, routes attacked", tuple((eps, moe) for eps, _, moe in curve)),
+            ChartLine("P(a > eps sqrt E)", tuple((eps, 2 * (1 - _cdf(root * eps))) for eps, *_ in curve), "dashed"),
+            ChartLine("P(min(a, D/2) > eps)",
                   tuple((eps, 2 * (1 - _cdf(eps)) if eps <= apart / 2 else 0.0) for eps, *_ in curve), "dashed"),
         ),
         mark=(apart / 2, "D/2"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustmoe.models.token_layers import SlotMoE, SlotRouter
 from robustmoe.models.tokens import TokenExperts
-from robustmoe.records.theory import Chart, Comparison, Curve, Experiment
+from robustmoe.records.theory import Chart, ChartLine, Comparison, Experiment
 from robustmoe.routing import Tape
 from robustmoe.theory.draws import normal
 
@@ -99,8 +99,10 @@ def x11(
         "scale (+1)",
         "spectral norm",
         (
-            Curve("||J||, all tokens", tuple((s + 1, norm) for s, (norm, _) in zip(scales, measured))),
-            Curve("mean block between two tokens", tuple((s + 1, block) for s, (_, block) in zip(scales, measured))),
+            ChartLine("||J||, all tokens", tuple((s + 1, norm) for s, (norm, _) in zip(scales, measured))),
+            ChartLine(
+                "mean block between two tokens", tuple((s + 1, block) for s, (_, block) in zip(scales, measured))
+            ),
         ),
         log_x=True,
         log_y=True,

@@ -18,7 +18,7 @@ from robustmoe.lipschitz import (
     router_terms,
     vjp,
 )
-from robustmoe.records.theory import Chart, Comparison, Curve, Experiment
+from robustmoe.records.theory import Chart, ChartLine, Comparison, Experiment
 from robustmoe.theory.draws import Mlps, normal, unit
 
 SMOOTH: tuple[tuple[Gating, int], ...] = (("soft", 1), ("renormalised", 2), ("vmoe", 2))
@@ -85,7 +85,7 @@ def x4(seed: int = 0, items: int = 16, experts: int = 5, width: int = 7, out: in
             Comparison("vmoe, equal experts: router term", "at least", size, 1e-3),
         ]
     bars = tuple(
-        Curve(name, tuple((float(at), norms[part]) for at, (_, norms) in enumerate(shares)), "dots")
+        ChartLine(name, tuple((float(at), norms[part]) for at, (_, norms) in enumerate(shares)), "dots")
         for part, name in enumerate(("experts, A", "mixing", "gate mass", "whole layer"))
     )
     chart = Chart("Parts of the Jacobian", "0 soft, 1 renormalised, 2 vmoe", "mean spectral norm", bars)
@@ -138,7 +138,7 @@ def x5(seed: int = 0, points: int = 200_001) -> Experiment:
         )  # fmt: skip
         some = slice(None, None, points // 200)
         line = zip((beta * x[some, 0]).tolist(), (slope[some, 0] / form).tolist())
-        curves.append(Curve(name, tuple(line), "dashed" if beta == 10 else "line"))
+        curves.append(ChartLine(name, tuple(line), "dashed" if beta == 10 else "line"))
     chart = Chart("Slope of two-expert layers", "beta x", "slope / closed form of the greatest", tuple(curves[:3]))
     says = (
         "Experts that disagree at the boundary make the router the whole sensitivity, and a sharper router makes it "
@@ -218,7 +218,7 @@ def x10(seed: int = 0, cases: int = 300) -> Experiment:
                    float(simplex.pairs / simplex.diameters), 1.6, tolerance=1e-12),
     )  # fmt: skip
     chart = Chart("How much of the bound is used", "experts", "||R|| / diameter bound",
-                  (Curve("random cases", tuple(points), "dots"),))  # fmt: skip
+                  (ChartLine("random cases", tuple(points), "dots"),))  # fmt: skip
     says = (
         "The router's part is at most (spread of outputs) x (spread of slopes) / 4T, and two even experts meet that. "
         "The sum over pairs is a bound too; from three experts on it may be the larger one."

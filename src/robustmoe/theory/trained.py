@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustmoe.lipschitz import gates, popoviciu_bound, router_terms
-from robustmoe.records.theory import Chart, Comparison, Curve, Experiment
+from robustmoe.records.theory import Chart, ChartLine, Comparison, Experiment
 from robustmoe.theory.draws import normal, unit
 
 
@@ -131,10 +131,10 @@ def _chart(title: str, parts: Parts, root: float) -> Chart:
         tuple(zip(share, value[order].tolist())) for value in (parts.router, parts.expert, parts.total)
     )
     curves = (
-        Curve("router term", router, "dots"),
-        Curve("expert term", expert, "dots"),
-        Curve("whole slope", total),
-        Curve("dense, sqrt(E)", ((0.0, root), (1.0, root)), "dashed"),
-        Curve("given routes, 1", ((0.0, 1.0), (1.0, 1.0)), "dashed"),
+        ChartLine("router term", router, "dots"),
+        ChartLine("expert term", expert, "dots"),
+        ChartLine("whole slope", total),
+        ChartLine("dense, sqrt(E)", ((0.0, root), (1.0, root)), "dashed"),
+        ChartLine("given routes, 1", ((0.0, 1.0), (1.0, 1.0)), "dashed"),
     )
     return Chart(title, "inputs, in the order of their slope", "norm", curves)
