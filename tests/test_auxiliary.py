@@ -1,15 +1,9 @@
-"""Auxiliary losses of routers: closed forms, directions, huge logits, several routers, and two processes as one.
-
-This file is also the program of the two processes (`worker`).
-"""
+"""Auxiliary losses of routers: closed forms, directions, huge logits, several routers, and two processes as one."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forks import fork_pair
 from robustmoe.attacks import PGD, linf
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
@@ -374,14 +369,15 @@ def some_images() -> tuple[Tensor, Tensor, Tensor]:
     return x * torch.linspace(0.2, 1.0, 10)[:, None, None, None], torch.arange(10) % 4, torch.arange(10)
 
 
-def worker(out: Path) -> None:
+def worker(out: str) -> None:
+    """What each of two processes does."""
     from robustmoe import distributed
 
     torch.set_num_threads(1)
     with distributed.session(torch.device("cpu")):
         rank = distributed.rank()
         x, y, index = (each[rank::2] for each in some_images())
-        torch.save(steps(x, y, index) | {"prc": prc_and_gradient(slice(rank, None, 2))}, out / f"{rank}.pt")
+        torch.save(steps(x, y, index) | {"prc": prc_and_gradient(slice(rank, None, 2))}, Path(out) / f"{rank}.pt")
 
 
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
@@ -389,11 +385,8 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     noisy routers through a sparse ViT, whose training noise belongs to the image. And of the term of `consistent` that
     looks at the whole batch: of its own images each process has twice the global gradient, for their mean is taken.
     """
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    children = fork_pair("test_auxiliary:worker", str(tmp_path), output=tmp_path / "said")
+    assert [child.wait() for child in children] == [0, 0], [child.output.read_text() for child in children]
     one = steps(*some_images())
     two = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name in BALANCE_LOSSES:
@@ -407,7 +400,3 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     routers = [one[name][model_for(name)[1]] for name in BALANCE_LOSSES]
     pairs = [pair for pair in itertools.combinations(routers, 2) if pair[0].shape == pair[1].shape]
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in pairs)
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

@@ -1,7 +1,4 @@
-"""Two processes under torchrun (gloo) train what one process trains; a peer that dies ends the run in one line.
-
-This file is also the program that torchrun starts (`worker`): every scenario in one launch, because a launch is slow.
-"""
+"""Two processes (gloo) train what one process trains; under torchrun a peer that dies ends the run in one line."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from forks import fork_pair
 
 COMMON: dict[str, Any] = {
     "data": "digits",
@@ -129,10 +128,12 @@ def gloo_threads() -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
-def worker(out: Path) -> None:
+def worker(folder: str) -> None:
+    """What each of two processes does."""
     from robustmoe import distributed
 
     torch.set_num_threads(1)
+    out = Path(folder)
     rank = int(os.environ["RANK"])
     wrote: list[str] = []
 
@@ -163,9 +164,8 @@ def torchrun(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of the two-process runs, and what each process had to say."""
     out = tmp_path_factory.mktemp("two")
-    process = torchrun(__file__, str(out))
-    text, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, text
+    children = fork_pair("test_distributed:worker", str(out), output=out / "said")
+    assert [child.wait() for child in children] == [0, 0], [child.output.read_text() for child in children]
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -274,7 +274,3 @@ def test_a_dead_peer_ends_the_run_in_one_line_and_resume_goes_on(tmp_path: Path)
         train(Recipe(**{**settings, "max_steps": done + 5}), tmp_path / "one")
         one, two = (read_state(folder / "state.pt")["model"] for folder in (tmp_path / "one", run))
         assert max(float((value - two[key]).abs().max()) for key, value in one.items()) < 1e-3
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

@@ -1,7 +1,4 @@
-"""The evaluation engine: parts of a suite worked by hand, kills at any point, two processes, certificates, counts.
-
-This file is also the program that torchrun starts (`worker`).
-"""
+"""The evaluation engine: parts of a suite worked by hand, kills at any point, two processes, certificates, counts."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from forks import fork, fork_pair
 from robustmoe import analysis, records
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Threat, linf
 from robustmoe.attacks.base import Suite, part_noise
@@ -199,10 +195,10 @@ def test_names_of_parts_that_cannot_be(names: tuple[str, ...], tmp_path: Path) -
 # ------------------------------------------------------------------------------------------------ stopping, resuming
 
 
-def killed(folder: Path, batches: int) -> None:
+def killed(folder: str, batches: int) -> None:
     """The evaluation, killed by SIGKILL as it is about to attack one batch more than these."""
-    torch.set_num_threads(1)
-    real, done = engine.attack_batch, []
+    real = engine.attack_batch
+    done: list[int] = []
 
     def stop(*arguments: Any) -> Any:
         if len(done) == batches:
@@ -214,23 +210,11 @@ def killed(folder: Path, batches: int) -> None:
     go(folder, HERD)
 
 
-def killed_at(folder: Path, points: list[int]) -> None:
-    """One process for each point; forked, since an import of torch is slow."""
-    for point in points:
-        child = os.fork()
-        if child == 0:
-            killed(folder / str(point), point)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
-
-
 def test_sigkill_at_three_points_and_resume(tmp_path: Path) -> None:
     points = sorted(random.Random(0).sample(range(7), 3))  # the suite attacks 3 + 2 + 2 batches
-    code = (
-        f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"import test_engine as t; t.killed_at(Path({str(tmp_path)!r}), {points})"
-    )
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=100)
+    for point in points:
+        child = fork("test_engine:killed", str(tmp_path / str(point)), point, output=tmp_path / "said")
+        assert child.wait() == -signal.SIGKILL, child.output.read_text()
     go(tmp_path / "whole", HERD)
     whole, shown = rows(tmp_path / "whole"), [(name, levels) for name, levels, _ in SEEN]
     for point in points:
@@ -518,17 +502,18 @@ def mortal(dies: bool) -> Some:
     return Some(tuple((name, kind(labels, name, True)) for name, labels in THREE))
 
 
-def worker(out: Path, run: Path) -> None:
+def worker(folder: str, run: str) -> int:
+    """What each of two processes does; the second dies in the end."""
     from robustmoe import cli, distributed
     from test_distributed import gloo_threads
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when a peer is dead: what we say of it is the test
+    out = Path(folder)
     rank = os.environ["RANK"]
     arguments = ["--attack", "pgd(linf(0.1), steps=2)", "--limit", "20", "--batch-size", "6", "--curve", "0.05"]
     try:
         with distributed.session(torch.device("cpu")):
-            found: dict[str, Any] = {"cli": cli.main(["evaluate", str(run), *arguments, "--out", str(out / "cli")])}
+            found: dict[str, Any] = {"cli": cli.main(["evaluate", run, *arguments, "--out", str(out / "cli")])}
             found |= scenarios(out)
             try:
                 go(out / "fails", Fails())
@@ -544,22 +529,19 @@ def worker(out: Path, run: Path) -> None:
     except UserError as error:
         (out / "dies.txt").write_text(str(error))
         (out / "threads.json").write_text(json.dumps(gloo_threads()))
-        sys.exit(2)
+        return 2
+    return 0
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes did."""
-    from test_distributed import torchrun
     from test_evaluation import make_run
 
     out = tmp_path_factory.mktemp("two")
     make_run(out / "run")
-    process = torchrun(__file__, str(out), str(out / "run"))
-    text, _ = process.communicate(timeout=180)
-    assert (out / "rank1.json").exists(), text
-    assert (out / "dies.txt").exists(), text
-    (out / "said.txt").write_text(text)
+    first, second = fork_pair("test_engine:worker", str(out), str(out / "run"), output=out / "said")
+    assert (first.wait(), second.wait()) == (2, -signal.SIGKILL), first.output.read_text() + second.output.read_text()
     return out
 
 
@@ -576,7 +558,7 @@ def test_two_processes_write_what_one_writes(launched: Path, tmp_path: Path) -> 
         assert (two.checks, two.queries) == (one.checks, one.queries)
         examples = [next((folder / name).glob("*.examples.jsonl")).read_bytes() for folder in (launched, tmp_path)]
         assert examples[0] == examples[1]
-    said = (launched / "said.txt").read_text()
+    said = (launched / "said.0").read_text()
     assert said.count("pgd(linf(0.1), steps=2)") >= 1
     assert ranks[0]["cli"] == 0
 
@@ -607,7 +589,7 @@ def test_a_dead_peer_is_one_line_and_one_process_goes_on(launched: Path, tmp_pat
     assert said.startswith("process 0 of 2 stopped: another process of this run died")
     assert "\n" not in said
     assert json.loads((launched / "threads.json").read_text()) == []  # nothing is left that could abort it at its end
-    assert "terminate called" not in (launched / "said.txt").read_text()
+    assert "terminate called" not in (launched / "said.0").read_text()
     file = file_of(launched / "dies")
     left = records.read(file)
     assert 0 < len(left.rows) < N
@@ -618,7 +600,3 @@ def test_a_dead_peer_is_one_line_and_one_process_goes_on(launched: Path, tmp_pat
     go(tmp_path / "a", mortal(False))
     go(tmp_path / "b", mortal(False))
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]), Path(sys.argv[2]))
