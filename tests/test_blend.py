@@ -19,7 +19,7 @@ from robustmoe.attacks import PGD, ExpertTransition, RouteBeam, joint, linf, par
 from robustmoe.data import Data, from_arrays
 from robustmoe.errors import UserError
 from robustmoe.evaluation import blend
-from robustmoe.evaluation.alphas import Work, attacks_at, threshold
+from robustmoe.evaluation.alphas import attacks_at, threshold
 from robustmoe.evaluation.precision import frozen
 from robustmoe.models import DualModel, RoutedModel, Scaled, build_model
 from robustmoe.models.dual import Mix
@@ -270,14 +270,13 @@ class Tokens(RoutedModel):
 
 
 def test_which_attacks_an_alpha_gets(halves: Halves, images: Callable[..., Tensor]) -> None:
-    standard, robust, x, y = halves
+    standard, robust, x, _ = halves
     base = PGD(linf(0.05), steps=7, step_size=0.02, restarts=2, seed=4)
-    where = torch.device("cpu")
 
     def of(model: RoutedModel, alpha: float) -> dict[str, Any]:
         dual = DualModel(model, model)
-        work = Work(dual, from_arrays(x, y), base, (0.0, 0.5, 1.0), where, 8)
-        return attacks_at(work, alpha, dual.at(alpha).run(x).trace if 0 < alpha < 1 else {})
+        trace = dual.at(alpha).run(x).trace if 0 < alpha < 1 else {}
+        return attacks_at(base, alpha, trace, warm=alpha < 1)
 
     common: dict[str, Any] = {"steps": 7, "step_size": 0.02, "restarts": 2, "seed": 4}
     inside = of(robust, 0.5)

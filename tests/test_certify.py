@@ -174,10 +174,10 @@ def test_a_stopped_run_goes_on_and_a_longer_one_extends_it(
     (whole,) = certify_run(run, certifiers=[SPEC], limit=5, batch_size=2)
     assert (asked, whole.done, Certificates.read_all(run)) == ([2, 1], True, [whole])
     asked.clear()
-    assert certify_run(run, certifiers=[SPEC], limit=5, batch_size=4) == [whole], (
+    assert certify_run(run, certifiers=[SPEC], limit=5, batch_size=4) == (whole,), (
         "the batch size is not part of the work"
     )
-    assert certify_run(run, certifiers=[SPEC], limit=3) == [whole], "fewer images do not throw the others away"
+    assert certify_run(run, certifiers=[SPEC], limit=3) == (whole,), "fewer images do not throw the others away"
     assert asked == []
     (longer,) = certify_run(run, certifiers=[SPEC], limit=7)
     assert (asked, len(longer.rows), longer.header.n, longer.done) == ([2], 7, 7, True)

@@ -39,7 +39,7 @@ CORNER = "pgd(linf(0.1), steps=2, step_size=0.1)"
 
 def summaries_of(*given: Any, **options: Any) -> list[analysis.EvaluationSummary]:
     """Numbers of what `evaluate` gives."""
-    return [analysis.evaluation_summary(*result) for result in evaluate(*given, **options)]
+    return [record.summary() for record in evaluate(*given, **options)]
 
 
 class Corners(RoutedModel):
@@ -67,7 +67,7 @@ steps of 0.1 reach the corner of the ball from any start."""
 
 @pytest.fixture(scope="module")
 def corners() -> analysis.DissectionSummary:
-    return dissect(Corners(), X, Y, attack=CORNER)
+    return dissect(Corners(), X, Y, attack=CORNER).summary()
 
 
 # ------------------------------------------------------------------------------------------------ by hand
@@ -189,7 +189,7 @@ def static(model: RoutedModel, k: int) -> Dense:
 
 def test_the_same_attacks_as_an_evaluation_and_as_on_the_slim_networks(case: Case) -> None:
     model, x, y = case
-    found = dissect(model, x, y, attack=ATTACK, num_classes=4)
+    found = dissect(model, x, y, attack=ATTACK, num_classes=4).summary()
     steering = "expert_transition(linf(0.05), steps=2, seed=2)"
     specs = [ATTACK, ATTACK.replace("seed=2", "objective=experts_only, seed=2"), steering]
     whole, held, steered = summaries_of(model, x, y, attacks=specs, num_classes=4)
@@ -215,7 +215,7 @@ def test_equal_experts_make_the_route_matter_nothing(case: Case) -> None:
             for expert in module.experts:
                 expert.load_state_dict(module.experts[0].state_dict())
     y = model(x).argmax(1)
-    found = dissect(model, x, y, attack=ATTACK, num_classes=4)
+    found = dissect(model, x, y, attack=ATTACK, num_classes=4).summary()
     assert set(found.disagreement.values()) == {Rate(0, 12)}
     assert {expert.robust for expert in found.experts} == {found.routing_fixed}
     assert found.misrouted == found.clean == Rate(12, 12)
@@ -224,7 +224,7 @@ def test_equal_experts_make_the_route_matter_nothing(case: Case) -> None:
 
 
 def test_the_batch_size_decides_nothing(corners: analysis.DissectionSummary) -> None:
-    again = dissect(Corners(), X, Y, attack=CORNER, batch_size=3)
+    again = dissect(Corners(), X, Y, attack=CORNER, batch_size=3).summary()
     assert again.robust == corners.robust
     assert again.experts == corners.experts
 
@@ -233,7 +233,9 @@ def test_the_margin_attack_keeps_what_moves_the_route() -> None:
     """Image 0 is broken by a step of q, and moved by p: an attack that kept what breaks would leave the route."""
     x, y = torch.tensor([[0.45, 0.45]]).view(1, 1, 1, 2), torch.tensor([0])
     for seed in (0, 1):
-        found = dissect(Corners(), x, y, attack=f"pgd(linf(0.1), steps=2, step_size=0.1, seed={seed})", num_classes=2)
+        found = dissect(
+            Corners(), x, y, attack=f"pgd(linf(0.1), steps=2, step_size=0.1, seed={seed})", num_classes=2
+        ).summary()
         assert found.routers[0].consistency["margin"] == Rate(0, 1)
 
 
@@ -241,7 +243,7 @@ def test_the_margin_attack_keeps_what_moves_the_route() -> None:
 def test_routers_of_other_kinds(
     name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor], labels: Callable[[int], Tensor]
 ) -> None:
-    found = dissect(tiny(name), images(2), labels(2), attack="pgd(linf(0.03), steps=1)", num_classes=4)
+    found = dissect(tiny(name), images(2), labels(2), attack="pgd(linf(0.03), steps=1)", num_classes=4).summary()
     assert [router.name for router in found.routers] == (
         [f"routers.{i}" for i in range(3)] if name == STAGED else ["router"]
     )
@@ -271,7 +273,7 @@ def test_two_routers_each_by_itself() -> None:
     """Within 0.1: a can be moved on images 0 and 1; b on 1 (one item of two), 2 (both) and 3 (one)."""
     points = [(0.45, 0.2, 0.8), (0.55, 0.45, 0.9), (0.1, 0.55, 0.45), (0.9, 0.9, 0.55)]
     x, y = torch.tensor(points).view(4, 1, 1, 3), torch.tensor([0, 1, 0, 1])
-    found = dissect(Twice(), x, y, attack=CORNER)
+    found = dissect(Twice(), x, y, attack=CORNER).summary()
     a, b = found.routers
     assert (a.name, a.info, b.name, b.info) == ("a", RouterInfo(2, 1, 1), "b", RouterInfo(2, 1, 2))
     for attack in ("margin", "flip"):
@@ -432,7 +434,7 @@ def make_trained(folder: Path, model: str = SMALL) -> Path:
 def test_a_stopped_dissection_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, attack, stop = make_trained(tmp_path / "run"), "pgd(linf(0.05), steps=2)", True
     asked: list[str] = []
-    real = dissection._asked
+    real = dissection.run_attack
 
     def counted(*args: Any) -> Any:
         asked.append(args[3])
@@ -440,7 +442,7 @@ def test_a_stopped_dissection_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(dissection, "_asked", counted)
+    monkeypatch.setattr(dissection, "run_attack", counted)
     with pytest.raises(KeyboardInterrupt):
         dissect_run(run, attack=attack, limit=8)
     left = records.Dissection.read(run)

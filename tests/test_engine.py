@@ -36,7 +36,7 @@ SEEN: list[tuple[str, list[int], list[int]]] = []
 
 def summaries_of(*given: Any, **options: Any) -> list[analysis.EvaluationSummary]:
     """Numbers of what `evaluate` gives."""
-    return [analysis.evaluation_summary(*result) for result in evaluate(*given, **options)]
+    return [record.summary() for record in evaluate(*given, **options)]
 
 
 @pytest.fixture(autouse=True)
@@ -593,9 +593,9 @@ def test_a_dead_peer_is_one_line_and_one_process_goes_on(launched: Path, tmp_pat
     file = file_of(launched / "dies")
     left = records.read(file)
     assert 0 < len(left.rows) < N
-    header = {**left.header.to_dict(), "attack": measuring.written(mortal(False))}  # the same, but it lives
+    header = {**left.header.to_dict(), "attack": measuring.spec_or_repr(mortal(False))}  # the same, but it lives
     (tmp_path / "a").mkdir()
-    again = tmp_path / "a" / f"{measuring.slug(mortal(False))}.jsonl"
+    again = tmp_path / "a" / f"{records.file_stem(measuring.spec_or_repr(mortal(False)))}.jsonl"
     again.write_bytes(json.dumps(header).encode() + b"\n" + file.read_bytes().partition(b"\n")[2])
     go(tmp_path / "a", mortal(False))
     go(tmp_path / "b", mortal(False))

@@ -26,8 +26,8 @@ from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
 from robustmoe import analysis, records
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Threat, build_attack, exact_of, linf
 from robustmoe.errors import UserError
-from robustmoe.evaluation import evaluate, evaluate_run, slug
-from robustmoe.evaluation.choosing import threat_of
+from robustmoe.evaluation import evaluate, evaluate_run
+from robustmoe.evaluation.choosing import spec_or_repr, threat_of
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.reporting import summary_table
@@ -41,7 +41,7 @@ EPS = 8 / 255
 
 def summaries_of(*given: Any, **options: Any) -> list[analysis.EvaluationSummary]:
     """Numbers of what `evaluate` gives."""
-    return [analysis.evaluation_summary(*result) for result in evaluate(*given, **options)]
+    return [record.summary() for record in evaluate(*given, **options)]
 
 
 class Toy(RoutedModel):
@@ -272,7 +272,7 @@ def many(folder: Path | str) -> Path:
     """The evaluation that is stopped and taken up again."""
     torch.set_num_threads(1)
     evaluate(Toy("straight"), MANY, MANY_LABELS, attacks=[PGD5], batch_size=4, out=folder)
-    return Path(folder) / f"{slug(build_attack(PGD5))}.jsonl"
+    return Path(folder) / f"{records.file_stem(spec_or_repr(build_attack(PGD5)))}.jsonl"
 
 
 def test_a_killed_evaluation_goes_on_and_ends_as_if_undisturbed(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_modes_are_left_as_found(fail: str) -> None:
         (Mixed("raise"), r"the model fails on these images \(RuntimeError: mat1 and mat2\); expected a function from "),
         (
             Told((LABELS, None)),
-            r"the model gives a tuple; expected .*\(2, 1, 1, 2\) .* one tensor of logits \(2, classes",
+            r"the model gives a tuple; expected .*\(4, 1, 1, 2\) .* one tensor of logits \(4, classes",
         ),
         (Told({"logits": LABELS}), r"the model gives a dict; expected"),
         (Told(torch.zeros(())), r"the model gives a tensor of shape \(\); expected"),
@@ -561,10 +561,10 @@ def test_the_same_attack_twice_is_one_attack() -> None:
 
 def test_long_names_are_short_files() -> None:
     attack = PGD(linf(0.1), steps=3)
-    assert slug(attack) == "pgd-linf-0.1-steps-3"
+    assert records.file_stem(spec_or_repr(attack)) == "pgd-linf-0.1-steps-3"
     long = Cheat("x" * 300)
-    assert len(slug(long)) < 160
-    assert slug(long) != slug(Cheat("x" * 301))
+    assert len(records.file_stem(spec_or_repr(long))) < 160
+    assert records.file_stem(spec_or_repr(long)) != records.file_stem(spec_or_repr(Cheat("x" * 301)))
 
 
 # ------------------------------------------------------------------------------------------------ run folders

@@ -19,7 +19,8 @@ from robustmoe.analysis import lipschitz_summary
 from robustmoe.analysis.lipschitz import RIGHT, middle
 from robustmoe.cli import main
 from robustmoe.errors import UserError
-from robustmoe.evaluation import laboratory, lipschitz_run
+from robustmoe.evaluation import lipschitz_run
+from robustmoe.evaluation.lipschitz import Bench
 from robustmoe.lipschitz import attribution, expert_jacobian_norm, layers, spread
 from robustmoe.lipschitz.inputs import layer_inputs
 from robustmoe.lipschitz.layers import (
@@ -439,7 +440,7 @@ def test_layers_of_somebodys_own_model_are_measured_as_they_say(images: Callable
 
 def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_trained(tmp_path / "run", RUN.format("gating=vmoe"))
-    real, stop, asked = laboratory.Bench.measure, True, []
+    real, stop, asked = Bench.measure, True, []
 
     def counted(self: Any, found: Any, batch: Any, climbed: Any) -> Any:
         asked.append(batch.index.tolist())
@@ -447,7 +448,7 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         return real(self, found, batch, climbed)
 
-    monkeypatch.setattr(laboratory.Bench, "measure", counted)
+    monkeypatch.setattr(Bench, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         lipschitz_run(run, attack=ATTACK, limit=5, batch_size=2)
     left = records.Lipschitz.read(run)
@@ -502,8 +503,8 @@ def test_other_work_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_model_in_hand(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
     """Half-precision weights are measured in a float32 copy; the model comes back as it was."""
     model, x, y = tiny("ensemble_soft").train(), images(2), torch.tensor([0, 1])
-    found = rm.measure_lipschitz(model, x, y, attack=ATTACK, num_classes=4)
-    half = rm.measure_lipschitz(model.to(torch.bfloat16), x, y, attack=ATTACK, num_classes=4)
+    found = rm.measure_lipschitz(model, x, y, attack=ATTACK, num_classes=4).summary()
+    half = rm.measure_lipschitz(model.to(torch.bfloat16), x, y, attack=ATTACK, num_classes=4).summary()
     assert all(module.training for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert half.model["jacobian"].median == pytest.approx(found.model["jacobian"].median, rel=0.05)

@@ -75,7 +75,7 @@ def test_constant_experts_stand_and_the_router_falls(gate: Gate) -> None:
     and RA-R is the live model's own accuracy. A hard gate gives the whole-model attack no gradient.
     """
     model = Planes(P, [[1.0, 0.0], [0.0, 1.0]], gate)
-    found = dissect(model, X, Y, attack=CORNER, num_classes=2)
+    found = dissect(model, X, Y, attack=CORNER, num_classes=2).summary()
     assert found.routing_transplanted == found.robust["router"] == found.worst == Rate(2, 6)
     assert found.routing_fixed == found.clean == Rate(6, 6)
     assert found.weaker == "router", "4 images to none: see test_which_part_gives_way"
@@ -87,7 +87,7 @@ def test_constant_experts_stand_and_the_router_falls(gate: Gate) -> None:
 
 def test_fragile_experts_behind_a_router_that_stands() -> None:
     """Both experts say class 0 while the last pixel is below 1/2; their routes never move, and would not matter."""
-    found = dissect(Planes(STILL, [[0.0, 0.0], [0.0, 0.0]], fragile=1), X, Y, attack=CORNER, num_classes=2)
+    found = dissect(Planes(STILL, [[0.0, 0.0], [0.0, 0.0]], fragile=1), X, Y, attack=CORNER, num_classes=2).summary()
     assert found.clean == found.routing_transplanted == found.robust["router"] == Rate(6, 6)
     assert found.robust["prediction"] == found.routing_fixed == found.robust["experts"] == found.worst == Rate(3, 6)
     assert found.undercut == ()
@@ -97,7 +97,7 @@ def test_both_parts_apart() -> None:
     """Expert 1 says class 1 always, expert 0 class 0 while the last pixel is below 1/2. By experts alone 1, 3 and 5
     fall; by the router alone 2, 3, 4, 5. Image 0 stands.
     """
-    found = dissect(Planes(P, [[0.0, 0.0], [-9.0, 0.0]], fragile=1), X, Y, attack=CORNER, num_classes=2)
+    found = dissect(Planes(P, [[0.0, 0.0], [-9.0, 0.0]], fragile=1), X, Y, attack=CORNER, num_classes=2).summary()
     assert (found.routing_fixed, found.routing_transplanted, found.worst) == (Rate(3, 6), Rate(2, 6), Rate(1, 6))
     assert found.worst.count <= min(rate.count for rate in found.robust.values())
     assert found.weaker == "unclear", "1 against 2 and 4"
@@ -107,7 +107,7 @@ def test_both_parts_apart() -> None:
 def test_equal_experts_make_ra_r_the_clean_accuracy(gate: Gate) -> None:
     """The route can be moved on 4 images. Image 0 is wrong from the start."""
     model, y = Planes(P, [[1.0, 0.0], [1.0, 0.0]], gate, fragile=1), torch.tensor([1, 0, 0, 0, 0, 0])
-    found = dissect(model, X, y, attack=CORNER, num_classes=2)
+    found = dissect(model, X, y, attack=CORNER, num_classes=2).summary()
     assert found.routing_transplanted == found.clean == Rate(5, 6)
     if gate != "soft":
         assert found.consistency("margin") == Rate(2, 6)
@@ -123,7 +123,7 @@ def test_a_soft_gate(scale: float) -> None:
     router = [[scale * weight for weight in row] for row in P]
     model = Planes(router, [[3.0, 0.0], [0.0, 1.0]], "soft")
     x = points(*((p, 0.2) for p in (0.2, 0.35, 0.41, 0.43, 0.47, 0.6)))
-    found = dissect(model, x, Y, attack=CORNER, num_classes=2)
+    found = dissect(model, x, Y, attack=CORNER, num_classes=2).summary()
     border = 0.5 + math.log(3) / (2 * scale)
     stand = [p for p in (0.2, 0.35, 0.41, 0.43, 0.47, 0.6) if p + EPS < border]
     assert found.routing_transplanted.count == len(stand)
@@ -154,7 +154,7 @@ def dual(alpha: float = 0.5) -> DualModel:
 
 def test_a_dual_model_falls_where_both_routes_move() -> None:
     """Both pixels are within 0.1 of 1/2 on images 3 and 5 alone, where each half's router crosses."""
-    found = dissect(dual(), X, Y, attack=CORNER, num_classes=2)
+    found = dissect(dual(), X, Y, attack=CORNER, num_classes=2).summary()
     assert [router.name for router in found.routers] == ["standard.router", "robust.router"]
     assert found.routing_transplanted == found.robust["router"] == Rate(4, 6)
     assert found.worst == Rate(4, 6)
@@ -172,7 +172,7 @@ def test_a_hard_half_beside_a_soft_one() -> None:
     soft = Planes([[-20.0, 0.0], [20.0, 0.0]], answers, "soft")
     model = DualModel(soft, Planes([[0.0, -1.0], [0.0, 1.0]], answers), 0.5, mix="logits")
     assert not countable(model.run(X).trace)
-    found = dissect(model, X, Y, attack=CORNER, num_classes=2)
+    found = dissect(model, X, Y, attack=CORNER, num_classes=2).summary()
     assert found.routing_transplanted.count == 6 - sum(
         p + EPS > 0.5 - math.log(2) / 40 and q + EPS > 0.5 for p, q in X[:, 0, 0]
     )
@@ -191,7 +191,7 @@ class Vote(RoutedModel):
 def test_a_router_of_several_items() -> None:
     """By hand: 0 falls by its first item, 1 by either of two, 2 by its third; 3 loses one vote of three."""
     x = points((0.45, 0.2, 0.8), (0.55, 0.45, 0.9), (0.1, 0.7, 0.45), (0.9, 0.9, 0.55))
-    found = dissect(Vote(), x, torch.tensor([0, 1, 0, 1]), attack=CORNER)
+    found = dissect(Vote(), x, torch.tensor([0, 1, 0, 1]), attack=CORNER).summary()
     assert found.routing_transplanted == found.robust["router"] == Rate(1, 4)
 
 

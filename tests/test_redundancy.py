@@ -20,8 +20,10 @@ from robustmoe.evaluation.redundancy import (
     with_k,
     without,
 )
+from robustmoe.evaluation.session import in_hand
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
+from robustmoe.options import SweepOptions
 from robustmoe.routing import Routing, soft, top_k
 
 SHAPE = "tiny, patch=4, width=12, depth=2, heads=2, mlp_ratio=2, placement=every_2"
@@ -294,7 +296,9 @@ def test_a_model_that_takes_no_other_k_says_so(tiny: Callable[..., RoutedModel],
     from robustmoe.data import from_arrays
 
     data = from_arrays(images(12), torch.arange(12) % 4)
-    found, said = redundancy(tiny("pathway").eval(), data, 2, 0, torch.device("cpu"), 5)
+    options = SweepOptions(draws=2, batch_size=5, device="cpu")
+    with in_hand(tiny("pathway"), data, None, options) as session:
+        found, said = redundancy(session)
     assert [one.number for one in found if one.rule == "k"] == [1]
     assert said == ["k is not changed: a pathway model takes one expert an image."]
     assert [one.rule for one in found] == ["random"] * 2 + ["without"] * 3 + ["k"]

@@ -36,7 +36,7 @@ sweeping = importlib.import_module("robustmoe.evaluation.sweeping")
 
 def summaries_of(*given: Any, **options: Any) -> list[analysis.EvaluationSummary]:
     """Numbers of what `evaluate` gives."""
-    return [analysis.evaluation_summary(*result) for result in evaluate(*given, **options)]
+    return [record.summary() for record in evaluate(*given, **options)]
 
 
 class Tokens(RoutedModel):
@@ -70,7 +70,7 @@ WEAK, STRONG = "vmoe_pgd(linf(0.1), steps=2)", "pgd(linf(0.1), steps=2, step_siz
 
 @pytest.fixture(scope="module")
 def tokens() -> analysis.SweepSummary:
-    return sweep(Tokens(), X, Y, attacks=[WEAK, STRONG], eps=[0.1, 0.2], draws=2)
+    return sweep(Tokens(), X, Y, attacks=[WEAK, STRONG], eps=[0.1, 0.2], draws=2).summary()
 
 
 # ------------------------------------------------------------------------------------------------ by hand
@@ -142,7 +142,9 @@ def test_a_point_is_an_evaluation(tiny: Callable[..., RoutedModel], images: Call
     model, x = tiny("ensemble_straight"), images(12)
     y = model(x).argmax(1)
     attack = "pgd(linf(0.05), steps=3, seed=2)"
-    found = sweep(model, x, y, attacks=["pgd(linf(0.02), steps=3, seed=2)"], eps=[0.05], draws=0, num_classes=4)
+    found = sweep(
+        model, x, y, attacks=["pgd(linf(0.02), steps=3, seed=2)"], eps=[0.05], draws=0, num_classes=4
+    ).summary()
     (whole,) = summaries_of(model, x, y, attacks=[attack], num_classes=4)
     (point,) = found.curves[0].points
     assert (found.clean, point.robust) == (whole.clean, whole.robust)
@@ -152,14 +154,16 @@ def test_a_point_is_an_evaluation(tiny: Callable[..., RoutedModel], images: Call
 
 
 def test_the_batch_size_decides_nothing(tokens: analysis.SweepSummary) -> None:
-    again = sweep(Tokens(), X, Y, attacks=[WEAK, STRONG], eps=[0.1, 0.2], draws=2, batch_size=3)
+    again = sweep(Tokens(), X, Y, attacks=[WEAK, STRONG], eps=[0.1, 0.2], draws=2, batch_size=3).summary()
     assert again.spare == tokens.spare
     assert again.worst == tokens.worst
     assert again.curves[1].points[0].moved == tokens.curves[1].points[0].moved
 
 
 def test_a_dense_model_has_no_routes(images: Callable[..., Tensor], labels: Callable[[int], Tensor]) -> None:
-    found = rm.sweep(lambda x: x.flatten(1)[:, :4], images(6), labels(6), attacks=[WEAK], eps="0.05", num_classes=4)
+    found = rm.sweep(
+        lambda x: x.flatten(1)[:, :4], images(6), labels(6), attacks=[WEAK], eps="0.05", num_classes=4
+    ).summary()
     (point,) = found.curves[0].points
     assert (point.routing_fixed, point.routing_transplanted, point.moved, point.moved_paper) == (None, None, {}, {})
     assert found.spare == ()
@@ -169,11 +173,11 @@ def test_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paper's attack and PGD-50 at six radii; "paper" is the list of its code, there in pixels of [-1, 1]."""
     asked: list[tuple[str, float]] = []
 
-    def stop(work: Any, model: Any, climbed: Any, name: str, eps: float, images: Any) -> SweepAnswers:
+    def stop(session: Any, climbed: Any, base: Any, name: str, eps: float) -> SweepAnswers:
         asked.append((name, eps))
         return SweepAnswers(name, eps, [0] * 8, [0.0] * 8, [0] * 8, [0] * 8, [0.0] * 8, *[{"router": [0.0] * 8}] * 3)
 
-    monkeypatch.setattr(sweeping, "_asked", stop)
+    monkeypatch.setattr(sweeping, "run_attack", stop)
     sweep(Tokens(), X, Y, draws=0)
     names = ["vmoe_pgd(linf(8/255))", "pgd(linf(8/255), steps=50, restarts=2)"]
     assert asked == [(name, k / 255) for name in names for k in (1, 2, 4, 8, 12, 16)]
@@ -323,7 +327,7 @@ def test_a_stopped_sweep_goes_on_and_takes_more(
 ) -> None:
     run, stop = make_trained(tmp_path / "run"), True
     asked: list[tuple[str, float]] = []
-    real = sweeping._asked
+    real = sweeping.run_attack
 
     def counted(*args: Any) -> Any:
         asked.append((args[3], args[4]))
@@ -331,7 +335,7 @@ def test_a_stopped_sweep_goes_on_and_takes_more(
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(sweeping, "_asked", counted)
+    monkeypatch.setattr(sweeping, "run_attack", counted)
     with pytest.raises(KeyboardInterrupt):
         sweep_run(run, attacks=[ONE, TWO], eps=[0.05, 0.1], limit=8, draws=1)
     left = records.Sweep.read(run)

@@ -122,7 +122,7 @@ def test_claim_21_fgsm_is_one_step(net: Net) -> None:
 def test_claim_22_robust_accuracy_falls_with_eps(net: Net) -> None:
     """From a small radius to a large one; and it is never above clean accuracy."""
     attacks = ["vmoe_pgd(linf(0.1), steps=5)", "pgd(linf(0.1), steps=5)"]
-    found = sweep(net.model, net.x, net.y, attacks=attacks, eps=[0.01, 0.15], draws=0, num_classes=10)
+    found = sweep(net.model, net.x, net.y, attacks=attacks, eps=[0.01, 0.15], draws=0, num_classes=10).summary()
     worst = [rate.count for rate in found.worst.values()]
     assert found.clean.count >= worst[0] > worst[-1]
     for curve in found.curves:
@@ -310,7 +310,7 @@ def test_claim_29_experts_are_redundant(batches: tuple[Batch, Batch]) -> None:
     for seed in range(3):
         net = large(8, seed, batches)
         attack = "vmoe_pgd(linf(0.1), steps=1)"
-        found = sweep(net.model, net.x, net.y, attacks=[attack], eps=[0.1], num_classes=10)
+        found = sweep(net.model, net.x, net.y, attacks=[attack], eps=[0.1], num_classes=10).summary()
         span = found.clean.value - 0.1
         for rule, losses in lost.items():
             losses.append((found.clean.value - lowest(found, rule)) / span)

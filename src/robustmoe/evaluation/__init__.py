@@ -5,8 +5,8 @@ from __future__ import annotations
 from robustmoe.evaluation.blending import blend, blend_run
 from robustmoe.evaluation.certifying import certify, certify_run
 from robustmoe.evaluation.dissection import dissect, dissect_run
-from robustmoe.evaluation.laboratory import lipschitz_run, measure_lipschitz
-from robustmoe.evaluation.measuring import evaluate, evaluate_run, measure, slug
+from robustmoe.evaluation.lipschitz import lipschitz_run, measure_lipschitz
+from robustmoe.evaluation.measuring import evaluate, evaluate_run
 from robustmoe.evaluation.sweeping import sweep, sweep_run
 
 __all__ = [
@@ -19,9 +19,7 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "lipschitz_run",
-    "measure",
     "measure_lipschitz",
-    "slug",
     "sweep",
     "sweep_run",
 ]

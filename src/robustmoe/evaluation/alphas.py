@@ -23,21 +23,24 @@ from robustmoe.attacks import (
 )
 from robustmoe.attacks.objectives import loss_of
 from robustmoe.certification import Certifier
-from robustmoe.data import Batch, ImageSet, batches
+from robustmoe.data import ImageSet, batches
 from robustmoe.errors import UserError
-from robustmoe.evaluation import engine
 from robustmoe.evaluation.attacked import attacked_images, check_inside, predictions
-from robustmoe.evaluation.measuring import PROBE
+from robustmoe.evaluation.meters import Meter
 from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.session import (
+    Session,
+)
 from robustmoe.models import DualModel
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.dual import SHIFT
 from robustmoe.noise import Noise
+from robustmoe.options import BlendOptions
 from robustmoe.progress import progress
 from robustmoe.records import Blend
 from robustmoe.routing import Trace
 
-STANDING, WRONG = -1, -2
+NOT_BROKEN, WRONG = -1, -2
 """In the place of an attack that broke an image: none did; none was needed."""
 
 WARM = "warm start"
@@ -51,17 +54,34 @@ Margins = Mapping[int, float] | Sequence[float] | Tensor
 
 
 @dataclass(frozen=True)
-class Work:
-    """A dual model (its own alpha does not matter), the images, the attack that the others are made from, and the
-    alphas, rising.
-    """
+class BlendWork:
+    """A session on a dual model (its own alpha does not matter), and the attack that the others are made from."""
 
-    dual: DualModel
-    images: ImageSet
+    session: Session
     base: PGD
-    alphas: tuple[float, ...]
-    device: torch.device
-    batch_size: int
+
+    @property
+    def dual(self) -> DualModel:
+        assert isinstance(self.session.model, DualModel)
+        return self.session.model
+
+    @property
+    def options(self) -> BlendOptions:
+        options: BlendOptions = self.session.options
+        return options
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """The robust half's shares, rising."""
+        return self.options.alphas
+
+    @property
+    def images(self) -> ImageSet:
+        return self.session.images
+
+    @property
+    def device(self) -> torch.device:
+        return self.session.device
 
 
 @dataclass(frozen=True)
@@ -82,30 +102,29 @@ def at(dual: DualModel, alpha: float) -> RoutedModel:
     return dual.at(alpha)
 
 
-def attacks_at(work: Work, alpha: float, trace: Trace) -> dict[str, Attack]:
-    """The attacks at one alpha by name, in order, all with the threat and the steps of ``work.base``; ``trace``: of the
+def attacks_at(base: PGD, alpha: float, trace: Trace, warm: bool) -> dict[str, Attack]:
+    """The attacks at one alpha by name, in order, all with the threat and the steps of ``base``; ``trace``: of the
     blend there.
 
-    That attack itself; the same from where the alpha above left off (not at the last alpha); with the margin loss; on
-    the routes, where there are routers; and, between 0 and 1, through each half alone.
+    That attack itself; the same from where the alpha above left off, if ``warm`` (not at the last alpha); with the
+    margin loss; on the routes, where there are routers; and, between 0 and 1, through each half alone.
     """
-    base = work.base
-    found: dict[str, Attack] = {"pgd": base}
-    if alpha < work.alphas[-1]:
-        found[WARM] = base
-    found["margin"] = replace(base, objective=joint("margin"))
+    attacks: dict[str, Attack] = {"pgd": base}
+    if warm:
+        attacks[WARM] = base
+    attacks["margin"] = replace(base, objective=joint("margin"))
     if trace:
         common: dict[str, Any] = {
             "threat": base.threat, "steps": base.steps, "step_size": base.step_size, "restarts": base.restarts,
             "seed": base.seed,
         }  # fmt: skip
-        found["routes"] = ExpertTransition(**common) if image_routers(trace) else RouteBeam(**common)
+        attacks["routes"] = ExpertTransition(**common) if image_routers(trace) else RouteBeam(**common)
     if 0 < alpha < 1:
-        found |= dict.fromkeys(HALVES, base)
-    return found
+        attacks |= dict.fromkeys(HALVES, base)
+    return attacks
 
 
-def seen_by(name: str, work: Work, climbed: DualModel, alpha: float, meter: engine.Meter) -> Surrogate:
+def seen_by(name: str, work: BlendWork, climbed: DualModel, alpha: float, meter: Meter) -> Surrogate:
     """What the attack of that name climbs, the blend at ``alpha`` being the judge. ``climbed``: stands in for the dual
     model.
     """
@@ -123,13 +142,13 @@ def judged(dual: DualModel, alphas: Sequence[float], x: Tensor) -> list[Tensor]:
 
 
 def classes_of(logits: Tensor) -> list[int]:
-    """See `predictions`."""
+    """Returns the class of each image (see `predictions`)."""
     return predictions(Output(logits, {}))
 
 
-def climbed_halves(work: Work) -> DualModel:
+def climbed_halves(work: BlendWork) -> DualModel:
     """Frozen copies of both halves, blended alike."""
-    dual, probe = work.dual, work.images.batch(list(range(min(PROBE, len(work.images))))).to(work.device).x
+    dual, probe = work.dual, work.session.probe.x
     standard, robust = (frozen(half, probe).climbed for half in (dual.standard, dual.robust))
     return DualModel(standard, robust, mix=dual.mix, sharpen=dual.sharpen, mixer=dual.mixer).eval()
 
@@ -138,68 +157,66 @@ def climbed_halves(work: Work) -> DualModel:
 
 
 @dataclass
-class State:
-    """What a pass has found, and goes on from. ``near`` (n, ch, h, w), on the CPU: where the next alpha's warm starts
+class BlendState:
+    """What a pass has record, and goes on from. ``near`` (n, ch, h, w), on the CPU: where the next alpha's warm starts
     begin; None before the first and after the last.
     """
 
-    found: Blend
+    record: Blend
     near: Tensor | None = None
 
 
-def attack_alpha(work: Work, climbed: DualModel, state: State, attacks: dict[str, Attack], meter: engine.Meter) -> None:
-    """The next alpha: every attack on the images that stand there, each until it is broken, every attacked image put to
+def attack_alpha(
+    work: BlendWork, climbed: DualModel, state: BlendState, attacks: dict[str, Attack], meter: Meter
+) -> None:
+    """The next alpha: every attack on the images that are not broken there, every attacked image put to
     all alphas. ``attacks``: by name, in order.
 
     The next warm start of an image is, of what attacked it here, the one nearest to breaking the next alpha; that of
     an image which was not attacked stays as it was, at first the clean image.
     """
-    k = len(work.alphas) - state.found.attacked - 1
-    broken = torch.tensor(state.found.broken)
+    k = len(work.alphas) - state.record.attacked - 1
+    broken = torch.tensor(state.record.broken)
     near = state.near
     if near is None:
-        near = torch.cat([batch.x.cpu() for batch in batches(work.images, work.batch_size)])
-    after = near.clone()
+        near = torch.cat([batch.x.cpu() for batch in batches(work.images, work.options.batch_size)])
+    next_near = near.clone()
     models = {name: seen_by(name, work, climbed, work.alphas[k], meter) for name in attacks}
-    standing = torch.nonzero(broken[k] == STANDING)[:, 0]
-    parts = standing.split(work.batch_size)
-    for part, batch in zip(parts, batches(work.images, work.batch_size, standing, work.device)):
+    left = torch.nonzero(broken[k] == NOT_BROKEN)[:, 0]
+    parts = left.split(work.options.batch_size)
+    for part, batch in zip(parts, work.session.batches(left)):
         nearest = torch.full((len(part),), -math.inf, dtype=batch.x.dtype)
         for name, attack in attacks.items():
-            rows = torch.nonzero(broken[k, part] == STANDING)[:, 0]
+            rows = torch.nonzero(broken[k, part] == NOT_BROKEN)[:, 0]
             if len(rows) == 0:
                 break
-            some, which = _only(batch, rows), part[rows]
+            chosen, which = batch[rows.to(batch.x.device)], part[rows]
             if name == WARM and isinstance(attack, PGD):
                 attack = From(attack, near[which].to(work.device))
-            noise = part_noise(Noise.of(some.index, work.base.seed), f"{name} {work.alphas[k]}")
-            x_adv = attacked_images(models[name], attack, some, noise)
-            check_inside(attack.threat, some.x, x_adv, name)
+            noise = part_noise(Noise.of(chosen.index, work.base.seed), f"{name} {work.alphas[k]}")
+            x_adv = attacked_images(models[name], attack, chosen, noise)
+            check_inside(attack.threat, chosen.x, x_adv, name)
             logits = judged(work.dual, work.alphas, x_adv)
-            _mark(broken, which, logits, some.y, state.found.attacks.index(name))
+            _mark(broken, which, logits, chosen.y, state.record.attacks.index(name))
             if k:
-                value = loss_of("margin", logits[k - 1], some.y).to(nearest)
+                value = loss_of("margin", logits[k - 1], chosen.y).to(nearest)
                 better = value > nearest[rows]
-                after[which[better]], nearest[rows[better]] = x_adv.cpu()[better], value[better]
-    state.found = replace(state.found, broken=broken.tolist(), attacked=state.found.attacked + 1)
-    state.near = after if k else None
-
-
-def _only(batch: Batch, rows: Tensor) -> Batch:
-    return batch[rows.to(batch.x.device)]
+                next_near[which[better]], nearest[rows[better]] = x_adv.cpu()[better], value[better]
+    state.record = replace(state.record, broken=broken.tolist(), attacked=state.record.attacked + 1)
+    state.near = next_near if k else None
 
 
 def _mark(broken: Tensor, which: Tensor, logits: Sequence[Tensor], y: Tensor, number: int) -> None:
-    """Attack ``number`` broke, at every alpha, those of the images ``which`` that stood there and are missed."""
+    """Notes that attack ``number`` broke, at every alpha, those of the images ``which`` that no attack broke before."""
     for row, each in zip(broken, logits):
-        hit = (torch.tensor(classes_of(each)) != y.cpu()) & (row[which] == STANDING)
+        hit = (torch.tensor(classes_of(each)) != y.cpu()) & (row[which] == NOT_BROKEN)
         row[which[hit]] = number
 
 
 # ------------------------------------------------------------------------------------------------ certificates
 
 
-def bounds_of(work: Work, margins: Margins) -> list[float]:
+def bounds_of(work: BlendWork, margins: Margins) -> list[float]:
     """The margin of each image, -inf where none is known."""
     if work.dual.mix != "probabilities":
         raise UserError("a certificate of the robust half proves nothing of a blend of logits; expected probabilities")
@@ -210,15 +227,15 @@ def bounds_of(work: Work, margins: Margins) -> list[float]:
     return [float(margin) for margin in margins]
 
 
-def certified_by(work: Work, found: Blend, bounds: Sequence[float]) -> list[list[bool]]:
+def certified_by(work: BlendWork, record: Blend, bounds: Sequence[float]) -> list[list[bool]]:
     """For every alpha, which images are proven right: those right when clean whose margin is above the threshold."""
     return [
-        [margin > threshold(work.dual, alpha) and a == b for margin, a, b in zip(bounds, each, found.labels)]
-        for alpha, each in zip(found.alphas, found.predicted)
+        [margin > threshold(work.dual, alpha) and a == b for margin, a, b in zip(bounds, each, record.labels)]
+        for alpha, each in zip(record.alphas, record.predicted)
     ]
 
 
-def proven_by(work: Work, found: Blend, certifier: Certifier) -> list[list[bool]]:
+def proven_by(work: BlendWork, record: Blend, certifier: Certifier) -> list[list[bool]]:
     """For every alpha, which images ``certifier`` proves right of the blend itself, both halves bounded (CERT-8).
     Raises UserError for a certifier of something else than the attacked ball.
     """
@@ -229,13 +246,14 @@ def proven_by(work: Work, found: Blend, certifier: Certifier) -> list[list[bool]
             f"as bounds({threat.norm}({threat.eps:g}), search=0); got {certifier}"
         )
     proven = []
-    with progress(len(found.alphas) * len(work.images), "certify", unit="images") as bar:
-        for alpha in found.alphas:
+    with progress(len(record.alphas) * len(work.images), "certify", unit="images") as bar:
+        for alpha in record.alphas:
             row: list[bool] = []
             for batch in batches(work.images, CERTIFIED_AT_A_TIME, device=work.device):
                 given = certifier(at(work.dual, alpha), batch.x, Noise.of(batch.index, work.base.seed))
                 row += [
-                    one.prediction == label and one.radius >= threat.eps for one, label in zip(given, batch.y.tolist())
+                    certificate.prediction == label and certificate.radius >= threat.eps
+                    for certificate, label in zip(given, batch.y.tolist())
                 ]
                 bar.advance(len(batch))
             proven.append(row)
@@ -254,12 +272,12 @@ def threshold(dual: DualModel, alpha: float) -> float:
     return (1 - alpha) / alpha * (1.0 if dual.mixer is None else math.exp(SHIFT))
 
 
-def believe(found: Blend) -> None:
+def assert_consistent_with_attacks(record: Blend) -> None:
     """UserError where an attack broke what is certified."""
-    for alpha, proven, broken in zip(found.alphas, found.certified, found.broken):
-        for index, sure, attack in zip(found.index, proven, broken):
+    for alpha, proven, broken in zip(record.alphas, record.certified, record.broken):
+        for index, sure, attack in zip(record.index, proven, broken):
             if sure and attack >= 0:
                 raise UserError(
-                    f"image {index} is certified at alpha {alpha:g}, but the attack {found.attacks[attack]!r} breaks "
+                    f"image {index} is certified at alpha {alpha:g}, but the attack {record.attacks[attack]!r} breaks "
                     "it there: the certificate is wrong, or is not of this robust half and ball"
                 )

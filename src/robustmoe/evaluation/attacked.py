@@ -30,29 +30,29 @@ class Attacked(NamedTuple):
     batch: Batch
     x_adv: Tensor
     clean: Output
-    after: Output
+    attacked: Output
 
     @property
     def broken(self) -> Tensor:
         """(n,) bool: the exact model is wrong on the attacked image."""
-        return torch.tensor(predictions(self.after), device=self.batch.y.device) != self.batch.y
+        return torch.tensor(predictions(self.attacked), device=self.batch.y.device) != self.batch.y
 
-    def only(self, rows: Tensor) -> Attacked:
-        """The images where ``rows`` (n,) is true."""
-        return Attacked(self.batch[rows], self.x_adv[rows], _some(self.clean, rows), _some(self.after, rows))
+    def select(self, rows: Tensor) -> Attacked:
+        """Returns the images where ``rows`` (n,) is true."""
+        return Attacked(self.batch[rows], self.x_adv[rows], _select(self.clean, rows), _select(self.attacked, rows))
 
-    def as_they_were(self) -> Attacked:
-        """The same images, not attacked."""
+    def unattacked(self) -> Attacked:
+        """Returns the same images, not attacked."""
         return Attacked(self.batch, self.batch.x, self.clean, self.clean)
 
 
-def _some(output: Output, rows: Tensor) -> Output:
+def _select(output: Output, rows: Tensor) -> Output:
     return Output(output.logits[rows], some_routes(output.trace, rows))
 
 
 @torch.no_grad()
-def look(model: RoutedModel, batch: Batch) -> Attacked:
-    """The exact model's pass on clean images, nothing attacked."""
+def clean_forward(model: RoutedModel, batch: Batch) -> Attacked:
+    """Returns the exact model's answers to clean images, nothing attacked."""
     clean = model.run(batch.x)
     return Attacked(batch, batch.x, clean, clean)
 
@@ -90,7 +90,7 @@ def attacked_images(model: RoutedModel, attack: Attack, batch: Batch, noise: Noi
 def check_inside(threat: Threat, x: Tensor, x_adv: Tensor, name: str) -> None:
     """UserError where an attacked image left the ball around its clean one, or the pixel box."""
     box = float(torch.maximum(-x_adv, x_adv - 1).amax())
-    if box > 0 or not all(inside(one, threat.eps) for one in threat.size(x_adv.float() - x.float()).tolist()):
+    if box > 0 or not all(inside(length, threat.eps) for length in threat.size(x_adv.float() - x.float()).tolist()):
         raise UserError(
             f"the attack {name!r} left the {threat.norm} ball of {threat.eps:g} or the pixel box; please report it"
         )
@@ -104,7 +104,7 @@ def rows_of(model: RoutedModel, done: Attacked, part: str = "") -> list[Row]:
     passes, for routed models: the clean image on the attacked route (the router's part) and the attacked image on the
     clean route (the experts' part).
     """
-    batch, clean, after = done.batch, done.clean, done.after
+    batch, clean, attacked = done.batch, done.clean, done.attacked
     if len(batch) == 0:
         return []
     x, x_adv = batch.x.float(), done.x_adv.float()
@@ -113,17 +113,17 @@ def rows_of(model: RoutedModel, done: Attacked, part: str = "") -> list[Row]:
     router_exposed: list[int | None] = [None] * len(batch)
     experts_exposed: list[int | None] = [None] * len(batch)
     if clean.trace:
-        router_exposed = list(predictions(model.run(batch.x, forced=after.trace)))
+        router_exposed = list(predictions(model.run(batch.x, forced=attacked.trace)))
         experts_exposed = list(predictions(model.run(done.x_adv, forced=clean.trace)))
-    moved = {name: share.tolist() for name, share in rerouted(clean.trace, after.trace).items()}
-    routes_clean, routes_after = routes(clean.trace), routes(after.trace)
-    columns = zip(batch.index.tolist(), batch.y.tolist(), predictions(clean), predictions(after))
+    moved = {name: share.tolist() for name, share in rerouted(clean.trace, attacked.trace).items()}
+    routes_clean, routes_after = routes(clean.trace), routes(attacked.trace)
+    columns = zip(batch.index.tolist(), batch.y.tolist(), predictions(clean), predictions(attacked))
     return [
         Row(
             index=index,
             label=label,
             clean=before,
-            adversarial=attacked,
+            adversarial=after,
             size={norm: values[i] for norm, values in sizes.items()},
             rerouted={name: shares[i] for name, shares in moved.items()},
             router_exposed=router_exposed[i],
@@ -132,15 +132,15 @@ def rows_of(model: RoutedModel, done: Attacked, part: str = "") -> list[Row]:
             route_adversarial={name: counts[i] for name, counts in routes_after.items()},
             part=part,
         )
-        for i, (index, label, before, attacked) in enumerate(columns)
+        for i, (index, label, before, after) in enumerate(columns)
     ]
 
 
 def predictions(output: Output) -> list[int]:
     """The class of each image; -1, which is no class and so always wrong, where a logit is not finite."""
     finite = torch.isfinite(output.logits).all(1)
-    found: list[int] = torch.where(finite, output.logits.argmax(1), -1).tolist()
-    return found
+    classes: list[int] = torch.where(finite, output.logits.argmax(1), -1).tolist()
+    return classes
 
 
 def routes(trace: Trace) -> dict[str, list[list[int]]]:

@@ -7,32 +7,29 @@ attacked image, whichever alpha it was made for, is put to all of them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from robustmoe import distributed, provenance, records
+from robustmoe import records
 from robustmoe import spec as specs
-from robustmoe.attacks import PGD, Attack, linf
+from robustmoe.attacks import PGD, Attack, Threat, linf
 from robustmoe.certification import build_certifier
 from robustmoe.data import Data, ImageSet, batches
 from robustmoe.errors import UserError
-from robustmoe.evaluation import engine
 from robustmoe.evaluation.alphas import (
-    STANDING,
+    NOT_BROKEN,
     WRONG,
-    State,
-    Work,
+    BlendState,
+    BlendWork,
+    assert_consistent_with_attacks,
     at,
     attack_alpha,
     attacks_at,
-    believe,
     bounds_of,
     certified_by,
     classes_of,
@@ -42,7 +39,14 @@ from robustmoe.evaluation.alphas import (
 )
 from robustmoe.evaluation.choosing import pgd_on_the_whole, seeded, threat_of
 from robustmoe.evaluation.halves import Halves, halves_of, out_of, write_run
-from robustmoe.evaluation.measuring import borrowed, first_look, header_of, images_of
+from robustmoe.evaluation.meters import Meter
+from robustmoe.evaluation.session import (
+    Session,
+    about_run,
+    device_of,
+    in_hand,
+    validate_model,
+)
 from robustmoe.models import DualModel, Sharpening
 from robustmoe.models.base import Output, as_routed
 from robustmoe.options import BlendOptions, takes
@@ -80,18 +84,14 @@ def blend(
     image's margin exceeds (1 - alpha) / alpha, whatever the standard half is (Bai et al., arXiv 2301.12554). UserError
     if an attack breaks a proven image: one of the two is wrong. Both models keep their modes and devices.
     """
-    base = seeded(pgd_on_the_whole(options.attack, PGD(linf(8 / 255), steps=STEPS), "a blend"), options.seed)
-    where = distributed.local_device(provenance.pick_device(options.device))
-    mix, sharpening = options.mix or "probabilities", _sharpening(options)
-    dual = DualModel(as_routed(standard), as_routed(robust), mix=mix, sharpen=sharpening)
+    base = _base(options, linf(8 / 255))
+    dual = DualModel(
+        as_routed(standard), as_routed(robust), mix=options.mix or "probabilities", sharpen=_sharpening(options)
+    )
     names = [type(model).__name__ for model in (standard, robust)]
-    about = {"run": "", "model": f"dual({', '.join(names)})", "split": "test"}
-    about["data"] = x.name if isinstance(x, Data) else "arrays"
     val = x.val if isinstance(x, Data) and val is None else val
-    images = images_of(x, y, num_classes).head(options.limit)
-    with borrowed(dual, where):
-        work = Work(dual, images, base, options.alphas, where, options.batch_size)
-        return _curve(work, names, about, val, options)
+    with in_hand(dual, x, y, options, num_classes, f"dual({', '.join(names)})") as session:
+        return _curve(BlendWork(session, base), names, val)
 
 
 @takes(BlendOptions)
@@ -108,24 +108,20 @@ def blend_run(
     spec gives one.
     """
     runs = [Path(run) for run in (standard, robust) if run is not None]
-    shares = options.alphas
     halves = halves_of(runs, options.mix, _sharpening(options))
     folder = out_of(runs, out)
-    default = PGD(threat_of(halves.config), steps=STEPS)
-    base = seeded(pgd_on_the_whole(options.attack, default, "a blend"), options.seed)
-    where = distributed.local_device(provenance.pick_device(options.device))
+    base = _base(options, threat_of(halves.config))
+    device = device_of(options)
     data: Data = specs.build(halves.config["data"], "data")
-    about = {
-        "run": str(folder),
-        "model": halves.model,
-        "data": halves.config["data"],
-        "split": "test",
-        "method": halves.config.get("method"),
-        "classes": list(data.classes),
-    }
-    work = Work(halves.build(where), data.test.head(options.limit), base, shares, where, options.batch_size)
-    place = _Place(folder, halves, data.classes)
-    return _curve(work, [halves.standard, halves.robust], about, data.val, options, place)
+    about = about_run(folder, {**halves.config, "model": halves.model}, data)
+    images = data.test.head(options.limit)
+    session = Session(halves.build(device), images, device, options, about, folder, data.test)
+    place = BlendFolder(folder, halves, data.classes)
+    return _curve(BlendWork(session, base), [halves.standard, halves.robust], data.val, place)
+
+
+def _base(options: BlendOptions, threat: Threat) -> PGD:
+    return seeded(pgd_on_the_whole(options.attack, PGD(threat, steps=STEPS), "a blend"), options.seed)
 
 
 def _sharpening(options: BlendOptions) -> Sharpening | None:
@@ -136,7 +132,7 @@ def _sharpening(options: BlendOptions) -> Sharpening | None:
 # ------------------------------------------------------------------------------------------------ the file
 
 
-class _Place(NamedTuple):
+class BlendFolder(NamedTuple):
     """The run folder of a blend, and what is in it."""
 
     folder: Path
@@ -147,17 +143,17 @@ class _Place(NamedTuple):
         """Where the warm starts are kept of the alpha that comes after ``done`` others."""
         return self.folder / f"blend-start-{done}.safetensors"
 
-    def save(self, state: State) -> None:
+    def save(self, state: BlendState) -> None:
         """The warm starts first: without them a blend.json could not be gone on from as if it had never stopped."""
-        keep = None if state.near is None else self.start(state.found.attacked)
+        keep = None if state.near is None else self.start(state.record.attacked)
         if keep is not None and state.near is not None:
             save_weights(keep, {"near": state.near}, self.halves.model)
-        state.found.write(self.folder)
+        state.record.write(self.folder)
         for old in self.folder.glob("blend-start-*.safetensors"):
             if old != keep:
                 old.unlink()
 
-    def taken_up(self, fresh: Blend) -> State | None:
+    def resume(self, fresh: Blend) -> BlendState | None:
         """What stands in the folder, if it is of the same work as ``fresh``."""
         old, path = records.Blend.read(self.folder), records.Blend.path(self.folder)
         if old is None:
@@ -171,78 +167,75 @@ class _Place(NamedTuple):
         if other is not None:
             note(f"{path} is of another {other.replace('_', ' ')}; it is made anew")
             return None
-        return State(old, read_weights(self.start(old.attacked))["near"] if left else None)
+        return BlendState(old, read_weights(self.start(old.attacked))["near"] if left else None)
 
 
 # ------------------------------------------------------------------------------------------------ the work
 
 
-def _curve(
-    work: Work,
-    names: Sequence[str],
-    about: dict[str, Any],
-    val: ImageSet | None,
-    options: BlendOptions,
-    place: _Place | None = None,
-) -> Blend:
-    """All alphas; what stands in the folder's file is not done again. The model is on the device."""
-    clock = time.monotonic()
+def _curve(work: BlendWork, names: Sequence[str], val: ImageSet | None, place: BlendFolder | None = None) -> Blend:
+    """Attacks at all alphas; what is in the folder's file is not done again."""
+    options = work.options
     if options.clean is not None and val is None:
         raise UserError("alpha is chosen on validation images, and there are none; expected val beside clean")
-    outputs = _first_looks(work)
-    attacks = [attacks_at(work, alpha, output.trace) for alpha, output in zip(work.alphas, outputs)]
-    fresh = _nothing_yet(work, names, about, attacks)
-    certifier = None if options.certifier is None else build_certifier(options.certifier)
-    bounds = None if options.margins is None else bounds_of(work, options.margins)
-    state = None if place is None else place.taken_up(fresh)
-    state = state or State(_untouched(work, fresh, val))
-    state.found = _chosen(replace(state.found, wanted=options.clean))
-    if bounds is not None:
-        state.found = replace(state.found, certified=certified_by(work, state.found, bounds))
-    if certifier is not None:
-        state.found = replace(state.found, certified=proven_by(work, state.found, certifier))
-    believe(state.found)
+    outputs = _validate(work)
+    attacks = [
+        attacks_at(work.base, alpha, output.trace, warm=alpha < work.alphas[-1])
+        for alpha, output in zip(work.alphas, outputs)
+    ]
+    state = _start(work, _empty(work, names, attacks), val, place)
     if place is not None:
-        write_run(place.folder, place.halves, state.found.chosen, work.base, place.classes)
+        write_run(place.folder, place.halves, state.record.chosen, work.base, place.classes)
         place.save(state)
-    if state.found.attacked == len(work.alphas):
-        return state.found
+    if state.record.attacked == len(work.alphas):
+        return state.record
     costs = [sum(a.queries(output) for a in each.values()) for each, output in zip(attacks, outputs)]
-    meter, climbed = engine.Meter(), climbed_halves(work)
-    with progress(_ahead(state.found, costs), "blend", unit="passes") as bar:
+    meter, climbed = Meter(), climbed_halves(work)
+    with progress(_ahead(state.record, costs), "blend", unit="passes") as bar:
         meter.bar = bar
-        while state.found.attacked < len(work.alphas):
-            k = len(work.alphas) - state.found.attacked - 1
+        while state.record.attacked < len(work.alphas):
+            k = len(work.alphas) - state.record.attacked - 1
             bar.say(f"alpha {work.alphas[k]:g}")
             attack_alpha(work, climbed, state, attacks[k], meter)
-            seconds, clock = state.found.seconds + time.monotonic() - clock, time.monotonic()
-            state.found = replace(state.found, seconds=seconds)
-            believe(state.found)
+            state.record = replace(state.record, seconds=state.record.seconds + work.session.clock.lap())
+            assert_consistent_with_attacks(state.record)
             if place is not None:
                 place.save(state)
-            bar.expect(meter.queries + _ahead(state.found, costs))
-    return state.found
+            bar.expect(meter.queries + _ahead(state.record, costs))
+    return state.record
 
 
-def _first_looks(work: Work) -> list[Output]:
-    """Of the blend at every alpha on a few images. UserError where a half does not take them, or the halves do not
-    have the same classes.
+def _start(work: BlendWork, empty: Blend, val: ImageSet | None, place: BlendFolder | None) -> BlendState:
+    """What is in the folder's file or was asked of clean images, with the alpha that is chosen and what is proven."""
+    options = work.options
+    certifier = None if options.certifier is None else build_certifier(options.certifier)
+    bounds = None if options.margins is None else bounds_of(work, options.margins)
+    state = None if place is None else place.resume(empty)
+    state = state or BlendState(measure_clean(work, empty, val))
+    state.record = _chosen(replace(state.record, wanted=options.clean))
+    if bounds is not None:
+        state.record = replace(state.record, certified=certified_by(work, state.record, bounds))
+    if certifier is not None:
+        state.record = replace(state.record, certified=proven_by(work, state.record, certifier))
+    assert_consistent_with_attacks(state.record)
+    return state
+
+
+def _validate(work: BlendWork) -> list[Output]:
+    """What the blend answers at every alpha to the first images. UserError where a half does not take them, or the
+    halves do not have the same classes.
     """
-    dual, images, device = work.dual.eval(), work.images, work.device
-    counts = [first_look(half, images, device).logits.shape[1] for half in (dual.standard, dual.robust)]
+    dual, probe, images = work.dual, work.session.probe, work.images
+    counts = [validate_model(half, probe, images).logits.shape[1] for half in (dual.standard, dual.robust)]
     if counts[0] != counts[1]:
         raise UserError(f"the halves have {counts[0]} and {counts[1]} classes; expected two models of the same classes")
-    return [first_look(at(dual, alpha), images, device) for alpha in work.alphas]
+    return [validate_model(at(dual, alpha), probe, images) for alpha in work.alphas]
 
 
-def _nothing_yet(
-    work: Work, names: Sequence[str], about: dict[str, Any], attacks: Sequence[dict[str, Attack]]
-) -> Blend:
+def _empty(work: BlendWork, names: Sequence[str], attacks: Sequence[dict[str, Attack]]) -> Blend:
     """The record before anything was asked."""
-    plan = engine.plan(work.base, first_look(work.dual, work.images, work.device), work.images)
-    header = header_of(work.dual, work.images, work.base, plan, work.device, work.batch_size, about, "main", "strict")
     return Blend(
-        header=header,
+        header=work.session.attack_header(work.base),
         standard=names[0],
         robust=names[1],
         mix=work.dual.mix,
@@ -262,42 +255,42 @@ def _nothing_yet(
     )
 
 
-def _untouched(work: Work, fresh: Blend, val: ImageSet | None) -> Blend:
-    """With what is asked of clean images."""
+def measure_clean(work: BlendWork, empty: Blend, val: ImageSet | None) -> Blend:
+    """The record with what is asked of clean images."""
     predicted = _predicted(work, work.images)
-    broken = [[STANDING if a == b else WRONG for a, b in zip(each, fresh.labels)] for each in predicted]
+    broken = [[NOT_BROKEN if a == b else WRONG for a, b in zip(each, empty.labels)] for each in predicted]
     validation: list[float] = []
     if val is not None:
         labels = val.labels.tolist()
         hits = [sum(a == b for a, b in zip(each, labels)) for each in _predicted(work, val)]
         validation = [hit / len(labels) for hit in hits]
-    return replace(fresh, predicted=predicted, broken=broken, validation=validation)
+    return replace(empty, predicted=predicted, broken=broken, validation=validation)
 
 
-def _predicted(work: Work, images: ImageSet) -> list[list[int]]:
+def _predicted(work: BlendWork, images: ImageSet) -> list[list[int]]:
     """The class of each image at every alpha."""
-    found: list[list[int]] = [[] for _ in work.alphas]
-    for batch in batches(images, work.batch_size, torch.arange(len(images)), work.device):
-        for each, logits in zip(found, judged(work.dual, work.alphas, batch.x)):
+    predicted: list[list[int]] = [[] for _ in work.alphas]
+    for batch in batches(images, work.options.batch_size, device=work.device):
+        for each, logits in zip(predicted, judged(work.dual, work.alphas, batch.x)):
             each += classes_of(logits)
-    return found
+    return predicted
 
 
-def _chosen(found: Blend) -> Blend:
+def _chosen(record: Blend) -> Blend:
     """With the largest alpha whose clean accuracy on validation is at least the one wanted."""
-    if found.wanted is None:
-        return replace(found, chosen=None)
-    enough = [alpha for alpha, value in zip(found.alphas, found.validation) if value >= found.wanted]
+    if record.wanted is None:
+        return replace(record, chosen=None)
+    enough = [alpha for alpha, value in zip(record.alphas, record.validation) if value >= record.wanted]
     if not enough:
-        best = max(found.validation)
+        best = max(record.validation)
         note(
-            f"no alpha has a clean accuracy of {100 * found.wanted:.4g} % on the validation images (the best has "
+            f"no alpha has a clean accuracy of {100 * record.wanted:.4g} % on the validation images (the best has "
             f"{100 * best:.4g} %); none is chosen"
         )
-    return replace(found, chosen=max(enough, default=None))
+    return replace(record, chosen=max(enough, default=None))
 
 
-def _ahead(found: Blend, costs: Sequence[int]) -> int:
+def _ahead(record: Blend, costs: Sequence[int]) -> int:
     """Forward passes to come if no other image breaks."""
-    left = list(zip(costs, found.broken))[: len(costs) - found.attacked]
-    return sum(cost * row.count(STANDING) for cost, row in left)
+    left = list(zip(costs, record.broken))[: len(costs) - record.attacked]
+    return sum(cost * row.count(NOT_BROKEN) for cost, row in left)

@@ -27,7 +27,6 @@ from robustmoe.attacks import (
 from robustmoe.certification import Certifier
 from robustmoe.errors import UserError
 from robustmoe.progress import note
-from robustmoe.records import file_stem
 from robustmoe.routing import Trace
 
 Kind = TypeVar("Kind", bound=Attack)
@@ -79,7 +78,7 @@ def pgd_on_the_whole(attack: str | Attack | None, default: PGD, what: str) -> PG
     built = default if attack is None else build_attack(attack)
     if not isinstance(built, PGD) or not isinstance(built.objective, Joint):
         raise UserError(
-            f"{what} makes its attacks from one pgd on the whole model; got {written(built)}, expected such as "
+            f"{what} makes its attacks from one pgd on the whole model; got {spec_or_repr(built)}, expected such as "
             "pgd(linf(8/255), steps=20)"
         )
     return built
@@ -114,7 +113,7 @@ def radii_of(threat: Threat, radii: Sequence[float] | None) -> list[float]:
     return [radius for radius in dict.fromkeys(radii) if radius > 0 and abs(radius - threat.eps) > 1e-12]
 
 
-def written(attack: Attack | Certifier) -> str:
+def spec_or_repr(attack: Attack | Certifier) -> str:
     """The spec of an attack or certifier; for a user's own class, which has none, its representation (its name where
     that would hold an address).
     """
@@ -122,8 +121,3 @@ def written(attack: Attack | Certifier) -> str:
         return specs.text(attack)
     except UserError:
         return repr(attack) if dataclasses.is_dataclass(attack) else type(attack).__name__
-
-
-def slug(attack: Attack | Certifier) -> str:
-    """A file name from the spec."""
-    return file_stem(written(attack))

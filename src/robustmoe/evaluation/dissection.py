@@ -7,19 +7,15 @@ metrics here are ours, but for the router's accuracy on y mod E, which is AdvMoE
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe import analysis, distributed, provenance
-from robustmoe import spec as specs
 from robustmoe.attacks import (
     PGD,
     Attack,
@@ -39,22 +35,26 @@ from robustmoe.attacks import (
 from robustmoe.attacks.objectives import Inner, Loss, loss_of, some, some_routes
 from robustmoe.attacks.routes import Misroute, Misrouting, countable
 from robustmoe.attacks.routes.regions import decisions, lead
-from robustmoe.data import Batch, Data, ImageSet, batches
+from robustmoe.data import Batch
 from robustmoe.errors import UserError
-from robustmoe.evaluation import engine
-from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, look, predictions, routes
+from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, clean_forward, predictions, routes
 from robustmoe.evaluation.choosing import pgd_on_the_whole, seeded, threat_of
-from robustmoe.evaluation.folders import about_images, about_run, taken_up
-from robustmoe.evaluation.measuring import PROBE, borrowed, first_look, header_of, images_of
-from robustmoe.evaluation.precision import frozen
-from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.evaluation.meters import Meter
+from robustmoe.evaluation.session import (
+    Images,
+    Labels,
+    Session,
+    in_hand,
+    on_run,
+)
+from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.options import DissectOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Answers, Dissection, Header
 from robustmoe.records.dissection import CLEAN
 from robustmoe.routing import Routing, Trace, detach, rerouted, to_expert
-from robustmoe.training.checkpoint import load_model, read_config
+from robustmoe.training.checkpoint import read_config
 
 STEPS = 20
 """Steps of each attack, unless told."""
@@ -184,113 +184,81 @@ def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
 @takes(DissectOptions, limit=None)
 def dissect(
     model: Callable[[Tensor], Tensor],
-    x: Tensor | np.ndarray | ImageSet | Data,
-    y: Tensor | np.ndarray | list[int] | None = None,
+    x: Images,
+    y: Labels = None,
     *,
     options: DissectOptions,
     num_classes: int | None = None,
-) -> analysis.DissectionSummary:
-    """Take a routed model apart: how well its router keeps the route, and its experts the label, each attacked alone.
+) -> Dissection:
+    """Takes a routed model apart: how well its router keeps the route, and its experts the label, each attacked alone.
 
     ``x``, ``y``: images (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split).
-    ``attack``: a `PGD` on the whole model, or its spec, from which the others are made (`parts_of`); default PGD-20 at
-    linf 8/255. The model is judged by itself, in its own precision; a frozen copy is climbed. It keeps its modes and
-    device. Raises UserError for a model without a router, and where `evaluate` does.
+    The attack, from which the others are made (`parts_of`), is by default PGD-20 at linf 8/255. The model is judged by
+    itself, in its own precision; a frozen copy is climbed. It keeps its modes and device. Raises UserError for a model
+    without a router, and where `evaluate` does.
     """
-    base = seeded(pgd_on_the_whole(options.attack, PGD(linf(8 / 255), steps=STEPS), "a dissection"), options.seed)
-    routed, where = as_routed(model), distributed.local_device(provenance.pick_device(options.device))
-    images = images_of(x, y, num_classes).head(options.limit)
-    about = about_images(model, x)
-    with borrowed(routed, where):
-        return analysis.dissection_summary(_dissected(routed, images, base, about, where, options.batch_size))
+    base = _base(options, linf(8 / 255))
+    with in_hand(model, x, y, options, num_classes) as session:
+        return _dissected(session, base)
 
 
 @takes(DissectOptions)
 def dissect_run(run: str | Path, *, options: DissectOptions) -> Dissection:
-    """Take the model of a run folder apart on its first ``limit`` test images; writes ``RUN/dissection.json`` after
-    each attack, and a rerun goes on with the attacks that are missing.
+    """Takes the model of a run folder apart on its first test images; writes ``RUN/dissection.json`` after each attack,
+    and a rerun goes on with the attacks that are missing.
 
-    ``attack``: the spec of a pgd on the whole model; default PGD-20 at the threat the run was trained for. ``seed``: of
-    the attacks, unless the spec gives one. `analysis.dissection_summary` makes numbers of the result.
+    The attack is by default PGD-20 at the threat the run was trained for. Raises UserError where `dissect` does.
     """
-    run = Path(run)
-    config = read_config(run)
-    default = PGD(threat_of(config), steps=STEPS)
-    base = seeded(pgd_on_the_whole(options.attack, default, "a dissection"), options.seed)
-    where = distributed.local_device(provenance.pick_device(options.device))
-    model = load_model(run, where)
-    data: Data = specs.build(config["data"], "data")
-    about = about_run(run, config, data)
-    return _dissected(model, data.test.head(options.limit), base, about, where, options.batch_size, run)
+    base = _base(options, threat_of(read_config(Path(run))))
+    return _dissected(on_run(run, options), base)
+
+
+def _base(options: DissectOptions, threat: Threat) -> PGD:
+    return seeded(pgd_on_the_whole(options.attack, PGD(threat, steps=STEPS), "a dissection"), options.seed)
 
 
 # ------------------------------------------------------------------------------------------------ the work
 
 
-def _dissected(
-    model: RoutedModel,
-    images: ImageSet,
-    base: PGD,
-    about: dict[str, Any],
-    device: torch.device,
-    batch_size: int,
-    folder: Path | None = None,
-) -> Dissection:
-    """All questions; those that stand in the folder's file are not asked again. The model is on the device."""
-    output = _routed(first_look(model.eval(), images, device))
-    plan = engine.plan(base, output, images)
-    header = header_of(model, images, base, plan, device, batch_size, about, "main", "strict")
+def _dissected(session: Session, base: PGD) -> Dissection:
+    """Asks all questions; those that are answered in the folder's file are not asked again."""
+    output = session.output
+    if not output.trace:
+        raise UserError("the model has no router, so there is nothing to take apart; robustmoe evaluate attacks it")
+    header = session.attack_header(base)
     attacks = parts_of(base, output.trace)
-    clock = time.monotonic()
-
-    def timed(found: Dissection) -> Dissection:
-        nonlocal clock
-        seconds, clock = found.seconds + time.monotonic() - clock, time.monotonic()
-        found = replace(found, seconds=seconds, done=len(found.under) == len(attacks) + 1)
-        if folder is not None:
-            found.write(folder)
-        return found
-
-    old = taken_up(folder, header, Dissection)
-    found = old or timed(_untouched(model, images, header, base.threat, device, batch_size))
-    todo = {name: attack for name, attack in attacks.items() if name not in found.under}
+    record = session.resume(Dissection, header) or session.keep(measure_clean(session, header, base.threat))
+    todo = {name: attack for name, attack in attacks.items() if name not in record.under}
     if not todo:
-        return found
-    meter = engine.Meter()
-    climbed = frozen(model, images.batch(list(range(min(PROBE, len(images))))).to(device).x, on_pass=meter.on_pass)
-    costs = {name: attack.queries(output) * len(images) for name, attack in todo.items()}
+        return record
+    meter = Meter()
+    climbed = session.surrogate(meter)
+    costs = {name: attack.queries(output) * len(session.images) for name, attack in todo.items()}
     with progress(sum(costs.values()), "dissect", unit="passes") as bar:
         meter.bar = bar
         for name, attack in todo.items():
             bar.say(name)
             costs.pop(name)
-            answers = _asked(model, climbed, attack, name, images, device, batch_size)
+            answers = run_attack(session, climbed, attack, name)
             bar.expect(meter.queries + sum(costs.values()))
-            under = {**found.under, name: answers}
-            found = timed(replace(found, under={name: under[name] for name in (CLEAN, *attacks) if name in under}))
-    return found
-
-
-def _routed(output: Output) -> Output:
-    """UserError for a dense model's."""
-    if not output.trace:
-        raise UserError("the model has no router, so there is nothing to take apart; robustmoe evaluate attacks it")
-    return output
+            under = {**record.under, name: answers}
+            under = {name: under[name] for name in (CLEAN, *attacks) if name in under}
+            record = session.keep(replace(record, under=under, done=len(under) == len(attacks) + 1))
+    return record
 
 
 @torch.no_grad()
-def _untouched(
-    model: RoutedModel, images: ImageSet, header: Header, threat: Threat, device: torch.device, batch_size: int
-) -> Dissection:
+def measure_clean(session: Session, header: Header, threat: Threat) -> Dissection:
     """What is asked of the clean images."""
+    model = session.model
     experts = min(info.experts for info in header.routers.values())
     parts: list[Answers] = []
     forced: list[list[int]] = [[] for _ in range(experts)]
     narrow: dict[str, list[float]] = {}
     wide: dict[str, list[float]] = {}
     entropy: dict[str, list[float]] = {}
-    for batch in batches(images, batch_size, torch.arange(len(images)), device):
-        done = look(model, batch)
+    for batch in session.batches():
+        done = clean_forward(model, batch)
         parts.append(_answers(model, done, done.clean.trace, threat))
         for k, column in enumerate(forced):
             column += predictions(model.run(batch.x, forced=to_expert(done.clean.trace, k)))
@@ -302,27 +270,19 @@ def _untouched(
                 narrow.setdefault(name, []).extend(gap.amin(-1).tolist())
                 wide.setdefault(name, []).extend(gap.amax(-1).tolist())
     under = {CLEAN: _joined(parts)}
-    index, labels = images.index.tolist(), images.labels.tolist()
+    index, labels = session.images.index.tolist(), session.images.labels.tolist()
     return Dissection(header, index, labels, forced, narrow, wide, entropy, under, 0.0)
 
 
-def _asked(
-    model: RoutedModel,
-    climbed: Surrogate,
-    attack: Attack,
-    name: str,
-    images: ImageSet,
-    device: torch.device,
-    batch_size: int,
-) -> Answers:
+def run_attack(session: Session, climbed: Surrogate, attack: Attack, name: str) -> Answers:
     """The answers under one attack on all images. UserError where it stops, or leaves the ball or the box."""
     parts = []
-    for batch in batches(images, batch_size, torch.arange(len(images)), device):
+    for batch in session.batches():
         noise = Noise.of(batch.index, attack.seed)
-        done = attack_batch(model, attack, batch, noise, climbed)
+        done = attack_batch(session.model, attack, batch, noise, climbed)
         k = attack.objective.k if isinstance(attack, PGD) and isinstance(attack.objective, OneExpert) else None
-        held = done.clean.trace if k is None else to_expert(done.clean.trace, k)
-        answers = _answers(model, done, held, attack.threat)
+        fixed = done.clean.trace if k is None else to_expert(done.clean.trace, k)
+        answers = _answers(session.model, done, fixed, attack.threat)
         check_inside(attack.threat, done.batch.x, done.x_adv, name)
         if isinstance(attack, RouteFlip):
             answers = replace(answers, moved=_flipped(attack, climbed, batch, noise, done.clean, answers.moved))
@@ -349,12 +309,12 @@ def _answers(model: RoutedModel, done: Attacked, held: Trace, threat: Threat) ->
     """See `Answers`: three passes of the exact model, the first made already. ``held``: the route of that name."""
     x, x_adv = done.batch.x.float(), done.x_adv.float()
     return Answers(
-        predicted=list(predictions(done.after)),
+        predicted=list(predictions(done.attacked)),
         routing_fixed=list(predictions(model.run(done.x_adv, forced=held))),
-        routing_transplanted=list(predictions(model.run(done.batch.x, forced=done.after.trace))),
+        routing_transplanted=list(predictions(model.run(done.batch.x, forced=done.attacked.trace))),
         size=threat.size(x_adv - x).tolist(),
-        routes=routes(done.after.trace),
-        moved={name: shares.tolist() for name, shares in rerouted(done.clean.trace, done.after.trace).items()},
+        routes=routes(done.attacked.trace),
+        moved={name: shares.tolist() for name, shares in rerouted(done.clean.trace, done.attacked.trace).items()},
     )
 
 

@@ -15,7 +15,7 @@ from robustmoe import provenance
 from robustmoe import spec as specs
 from robustmoe.attacks import PGD
 from robustmoe.errors import UserError
-from robustmoe.evaluation.choosing import written
+from robustmoe.evaluation.choosing import spec_or_repr
 from robustmoe.models import Dual, DualModel, Sharpening, build_model
 from robustmoe.models.dual import Mix
 from robustmoe.records import write_atomic
@@ -116,7 +116,7 @@ def write_run(folder: Path, halves: Halves, alpha: float | None, base: PGD, clas
         **{name: halves.config[name] for name in shared if name in halves.config},
         "classes": list(classes),
         "attacks": halves.config.get("attacks") or [],
-        "val_attack": written(base),
+        "val_attack": spec_or_repr(base),
         "halves": {"standard": halves.standard, "robust": halves.robust},
         "versions": provenance.versions(),
         "commit": provenance.commit(),

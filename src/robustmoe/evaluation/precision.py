@@ -66,6 +66,7 @@ def frozen(
     x: Float[Tensor, "n ch h w"],
     precision: Precision = "strict",
     on_pass: Callable[[int, bool], None] | None = None,
+    output: Output | None = None,
 ) -> Frozen:
     """A frozen eval-mode copy of the model, to be climbed; the model judges. Later changes of the model do not reach
     the copy.
@@ -74,7 +75,7 @@ def frozen(
     precision, parameters without gradient, BatchNorms folded where a convolution feeds nothing else. "fast": besides,
     the network in bf16 under autocast; images, their gradient, logits and the attack's steps stay float32. What
     cannot be copied, folded or halved is used as it is, and ``note`` says why. ``on_pass``: see `Surrogate`. Of a
-    `Surrogate`, what it climbs is copied.
+    `Surrogate`, what it climbs is copied. ``output``: what the model answered to ``x``, where it was asked already.
     """
     if precision not in ("strict", "fast"):
         raise ValueError(f"precision must be 'strict' or 'fast'; got {precision!r}")
@@ -82,7 +83,8 @@ def frozen(
         raise ValueError("the copy is compared with the model on a probe batch; give at least one image, got none")
     source = model.climbed if isinstance(model, Surrogate) else model
     with evaluating(source), torch.no_grad():
-        answers, limit = _answers(source, x[:PROBE].detach())
+        known = output if source is model and len(x) <= PROBE else None
+        answers, limit = _answers(source, x[:PROBE].detach(), known)
         made = _strict(source, answers)
         if precision == "fast":
             made = _fast(made, made.model is not source, answers)
@@ -104,11 +106,11 @@ class _Answer(NamedTuple):
     output: Output
 
 
-def _answers(source: RoutedModel, probe: Tensor) -> tuple[list[_Answer], str]:
+def _answers(source: RoutedModel, probe: Tensor, known: Output | None) -> tuple[list[_Answer], str]:
     """The model's own pass on the probe, and of a few of its images one forced to each expert in turn (at the routers
     that have it), so that none is left out; and a note where a model does not take these.
     """
-    free = source.run(probe)
+    free = source.run(probe) if known is None else known
     answers = [_Answer(probe, {}, free)]
     few: Trace = {name: routing.detach()[:FEW] for name, routing in free.trace.items()}
     for expert in range(max((routing.num_experts for routing in few.values()), default=0)):
@@ -134,6 +136,9 @@ def _strict(source: RoutedModel, answers: list[_Answer]) -> _Made:
         return _Made(source, 0, f"used as it is: it cannot be copied ({_reason(error)})")
     if not off <= STRICT_DEVIATION:
         return _Made(source, 0, f"used as it is: a copy differs from it by {off:.1g}")
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    if not norms:
+        return _Made(plain, 0, "a frozen copy, 0 of 0 BatchNorms folded")
     try:
         folded = copy.deepcopy(plain)
         count = _fold(folded, answers)
@@ -142,7 +147,6 @@ def _strict(source: RoutedModel, answers: list[_Answer]) -> _Made:
         return _Made(plain, 0, f"a frozen copy, not folded ({_reason(error)})")
     if not off <= STRICT_DEVIATION:
         return _Made(plain, 0, f"a frozen copy, not folded (folding would change it by {off:.1g})")
-    norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
     return _Made(folded, count, f"a frozen copy, {count} of {norms} BatchNorms folded")
 
 

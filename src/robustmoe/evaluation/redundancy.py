@@ -17,9 +17,11 @@ from torch import Tensor
 
 from robustmoe.attacks.routes.regions import weighted_as
 from robustmoe.attacks.views import Rule, RuleTape
-from robustmoe.data import Batch, ImageSet, batches
+from robustmoe.data import Batch
 from robustmoe.evaluation.attacked import predictions
-from robustmoe.evaluation.measuring import PROBE
+from robustmoe.evaluation.session import (
+    Session,
+)
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.norm import at_least_float32
 from robustmoe.noise import Noise
@@ -187,17 +189,15 @@ def left_out(trace: Trace) -> list[str]:
 
 
 @torch.no_grad()
-def redundancy(
-    model: RoutedModel, images: ImageSet, draws: int, seed: int, device: torch.device, batch_size: int
-) -> tuple[list[Override], list[str]]:
-    """The classes of all images under every setting, and what was left out. ``draws``: of random experts; ``seed``: of
-    these. The model is in eval mode; its gates are read off its decisions on the first images.
+def redundancy(session: Session) -> tuple[list[Override], list[str]]:
+    """The classes of all images under every setting, and what was left out. The options say how often random experts
+    are drawn, and from which seed; the model's gates are read off its decisions on the first images.
     """
-    probe = images.batch(list(range(min(PROBE, len(images))))).to(device)
-    trace = model.run(probe.x).trace
+    model, images, probe, options = session.model, session.images, session.probe, session.options
+    trace = session.output.trace
     gates, said = {name: gate_of(routing) for name, routing in trace.items()}, left_out(trace)
     asked = []
-    for setting in settings(trace, draws):
+    for setting in settings(trace, options.draws):
         refusal = _refused(model, probe, setting, gates) if setting.rule == OTHER_K else None
         if refusal is None:
             asked.append(setting)
@@ -208,25 +208,17 @@ def redundancy(
         for setting in asked:
             bar.say(f"{setting.rule} {setting.number}")
             classes: list[int] = []
-            for answers in _answers(model, images, setting, gates, seed, device, batch_size):
+            for answers in _answers(session, setting, gates):
                 classes += answers
                 bar.advance(len(answers))
             found.append(Override(*setting, classes))
     return found, said
 
 
-def _answers(
-    model: RoutedModel,
-    images: ImageSet,
-    setting: Setting,
-    gates: Gates,
-    seed: int,
-    device: torch.device,
-    batch_size: int,
-) -> Iterator[list[int]]:
-    for batch in batches(images, batch_size, torch.arange(len(images)), device):
-        noise = Noise.of(batch.index, seed)
-        yield predictions(overridden(model, batch.x, setting.made(gates, noise)))
+def _answers(session: Session, setting: Setting, gates: Gates) -> Iterator[list[int]]:
+    for batch in session.batches():
+        noise = Noise.of(batch.index, session.options.seed)
+        yield predictions(overridden(session.model, batch.x, setting.made(gates, noise)))
 
 
 def _refused(model: RoutedModel, probe: Batch, setting: Setting, gates: Gates) -> str | None:

@@ -8,36 +8,33 @@ model again, and so are its images on the clean route and the clean images on it
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe import analysis, distributed, provenance
-from robustmoe import spec as specs
 from robustmoe.attacks import PGD, Attack, Surrogate, at_radius, build_attack, linf, vmoe_pgd
-from robustmoe.data import Data, ImageSet, batches
 from robustmoe.errors import UserError
-from robustmoe.evaluation import engine
-from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, look, predictions
-from robustmoe.evaluation.choosing import seeded, written
-from robustmoe.evaluation.folders import about_images, about_run, taken_up
-from robustmoe.evaluation.measuring import PROBE, borrowed, first_look, header_of, images_of
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, clean_forward, predictions
+from robustmoe.evaluation.choosing import seeded, spec_or_repr
+from robustmoe.evaluation.meters import Meter
 from robustmoe.evaluation.redundancy import redundancy
-from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.evaluation.session import (
+    Images,
+    Labels,
+    Session,
+    in_hand,
+    on_run,
+)
+from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.options import PAPER_EPS, SweepOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Header, Sweep, SweepAnswers
 from robustmoe.routing import Trace, rerouted
-from robustmoe.training.checkpoint import load_model, read_config
 
 ATTACKS: tuple[Attack, ...] = (vmoe_pgd(linf(8 / 255)), PGD(linf(8 / 255), steps=50, restarts=2))
 """The paper's and a strong one, unless told."""
@@ -49,77 +46,64 @@ ATTACKS: tuple[Attack, ...] = (vmoe_pgd(linf(8 / 255)), PGD(linf(8 / 255), steps
 @takes(SweepOptions, limit=None)
 def sweep(
     model: Callable[[Tensor], Tensor],
-    x: Tensor | np.ndarray | ImageSet | Data,
-    y: Tensor | np.ndarray | list[int] | None = None,
+    x: Images,
+    y: Labels = None,
     *,
     options: SweepOptions,
     num_classes: int | None = None,
-) -> analysis.SweepSummary:
-    """Attack ``model`` at every ``eps`` and say what is left, and how far its routes move.
+) -> Sweep:
+    """Attacks ``model`` at every eps, and says what is left and how far its routes move.
 
-    ``x``, ``y``: images (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split).
-    ``attacks`` are of one norm, each made again at every radius; by default `vmoe_pgd` and PGD-50 with 2 restarts. A
-    dense model has no routes, and the rest of the numbers. ``seed``: of the draws, and of the attacks whose spec gives
-    none. The model keeps its modes and device. Raises UserError where `evaluate` does.
+    ``x``, ``y``: images (n, ch, h, w) in [0, 1] with labels (n), or a data set of the project (its test split). The
+    attacks are of one norm, each made again at every radius; by default `vmoe_pgd` and PGD-50 with 2 restarts. A dense
+    model has no routes, and the rest of the numbers. ``seed``: of the draws, and of the attacks whose spec gives none.
+    The model keeps its modes and device. Raises UserError where `evaluate` does.
     """
-    work = _work_of(options)
-    images = images_of(x, y, num_classes).head(options.limit)
-    about = about_images(model, x)
-    routed = as_routed(model)
-    with borrowed(routed, work.device):
-        return analysis.sweep_summary(_swept(work, routed, images, about))
+    grid = grid_of(options)
+    with in_hand(model, x, y, options, num_classes) as session:
+        return _swept(session, grid)
 
 
 @takes(SweepOptions)
 def sweep_run(run: str | Path, *, options: SweepOptions) -> Sweep:
-    """Sweep the model of a run folder on its first ``limit`` test images; writes ``RUN/sweep.json`` after each attack
-    and eps. A rerun goes on with what is missing, and other attacks or radii are added to what is there.
+    """Sweeps the model of a run folder on its first test images; writes ``RUN/sweep.json`` after each attack and eps. A
+    rerun goes on with what is missing, and other attacks or radii are added to what is there.
 
-    The rest: see `sweep`. `analysis.sweep_summary` makes numbers of the result.
+    The rest: see `sweep`.
     """
-    run, work = Path(run), _work_of(options)
-    config = read_config(run)
-    model = load_model(run, work.device)
-    data: Data = specs.build(config["data"], "data")
-    about = about_run(run, config, data)
-    return _swept(work, model, data.test.head(options.limit), about, run)
+    grid = grid_of(options)
+    return _swept(on_run(run, options), grid)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
 
 
 @dataclass(frozen=True)
-class _Work:
-    """``attacks`` by their specs, at the radii that they were given with; see `sweep`."""
+class Grid:
+    """What a sweep asks: ``attacks`` by their specs, at the radii that they were given with, each at every ``eps``."""
 
     attacks: dict[str, Attack]
     eps: tuple[float, ...]
-    draws: int
-    batch_size: int
-    seed: int
-    device: torch.device
 
     @property
     def first(self) -> Attack:
         return next(iter(self.attacks.values()))
 
-    def left(self, found: Sweep) -> list[tuple[str, float]]:
+    def left(self, record: Sweep) -> list[tuple[str, float]]:
         """The attacks and radii that are not there yet, attack by attack."""
-        there = {(point.attack, point.eps) for point in found.points}
+        there = {(point.attack, point.eps) for point in record.points}
         return [(name, eps) for name in self.attacks for eps in self.eps if (name, eps) not in there]
 
 
-def _work_of(options: SweepOptions) -> _Work:
-    """UserError for what cannot be asked."""
+def grid_of(options: SweepOptions) -> Grid:
+    """What the options ask. UserError for what cannot be asked."""
     chosen = [seeded(build_attack(attack), options.seed) for attack in options.attacks or ATTACKS]
     norms = {attack.threat.norm for attack in chosen}
     if len(norms) > 1:
         raise UserError(f"the attacks are of {' and '.join(sorted(norms))}; expected one norm, sweep one at a time")
     if not all(attack.threat.eps > 0 for attack in chosen):
         raise UserError("an attack of eps 0 cannot be made again at another; expected one such as pgd(linf(8/255))")
-    where = distributed.local_device(provenance.pick_device(options.device))
-    by_spec, radii = {written(attack): attack for attack in chosen}, _radii(options.eps, norms.pop())
-    return _Work(by_spec, radii, options.draws, options.batch_size, options.seed, where)
+    return Grid({spec_or_repr(attack): attack for attack in chosen}, _radii(options.eps, norms.pop()))
 
 
 def _radii(given: Sequence[float], norm: str) -> tuple[float, ...]:
@@ -141,49 +125,33 @@ def _radii(given: Sequence[float], norm: str) -> tuple[float, ...]:
 # ------------------------------------------------------------------------------------------------ the work
 
 
-def _swept(
-    work: _Work, model: RoutedModel, images: ImageSet, about: dict[str, Any], folder: Path | None = None
-) -> Sweep:
-    """All questions; those that stand in the folder's file are not asked again. The model is on the device."""
-    output = first_look(model.eval(), images, work.device)
-    header = _header(work, model, images, about, output)
-    clock = time.monotonic()
+def _swept(session: Session, grid: Grid) -> Sweep:
+    """Asks all questions; those that are answered in the folder's file are not asked again."""
+    options: SweepOptions = session.options
+    header = session.attack_header(grid.first)  # the attacks and radii are with the answers
+    header = replace(header, attack=None, objective=None, eps=0.0, parts=[], seed=options.seed)
 
-    def timed(found: Sweep) -> Sweep:
-        nonlocal clock
-        seconds, clock = found.seconds + time.monotonic() - clock, time.monotonic()
-        found = replace(found, seconds=seconds, done=not work.left(found))
-        if folder is not None:
-            found.write(folder)
-        return found
+    def keep(record: Sweep) -> Sweep:
+        return session.keep(replace(record, done=not grid.left(record)))
 
-    old = taken_up(folder, header, Sweep)
-    found = old or timed(_untouched(work, model, images, header))
-    if work.draws not in (0, found.draws):
-        overrides, said = redundancy(model, images, work.draws, work.seed, work.device, work.batch_size)
-        found = timed(replace(found, draws=work.draws, overrides=overrides, left_out=said))
-    todo = work.left(found)
+    record = session.resume(Sweep, header) or keep(measure_clean(session, header))
+    if options.draws not in (0, record.draws):
+        overrides, sentences = redundancy(session)
+        record = keep(replace(record, draws=options.draws, overrides=overrides, left_out=sentences))
+    todo = grid.left(record)
     if not todo:
-        return found if found.done else timed(found)
-    meter = engine.Meter()
-    probe = images.batch(list(range(min(PROBE, len(images))))).to(work.device)
-    climbed = frozen(model, probe.x, on_pass=meter.on_pass)
-    costs = [work.attacks[name].queries(output) * len(images) for name, _ in todo]
+        return record if record.done else keep(record)
+    meter = Meter()
+    climbed = session.surrogate(meter)
+    costs = [grid.attacks[name].queries(session.output) * len(session.images) for name, _ in todo]
     with progress(sum(costs), "sweep", unit="passes") as bar:
         meter.bar = bar
         for at, (name, eps) in enumerate(todo):
             bar.say(f"{name} at {eps:.4g}, {at + 1} of {len(todo)}")
-            point = _asked(work, model, climbed, name, eps, images)
-            found = timed(replace(found, points=_in_order([*found.points, point])))
+            point = run_attack(session, climbed, grid.attacks[name], name, eps)
+            record = keep(replace(record, points=_in_order([*record.points, point])))
             bar.expect(meter.queries + sum(costs[at + 1 :]))
-    return found
-
-
-def _header(work: _Work, model: RoutedModel, images: ImageSet, about: dict[str, Any], output: Output) -> Header:
-    """Of the model and the images; the attacks and radii stand with the answers."""
-    plan = engine.plan(work.first, output, images)
-    found = header_of(model, images, work.first, plan, work.device, work.batch_size, about, "main", "strict")
-    return replace(found, attack=None, objective=None, eps=0.0, parts=[], seed=work.seed)
+    return record
 
 
 def _in_order(points: list[SweepAnswers]) -> list[SweepAnswers]:
@@ -193,46 +161,44 @@ def _in_order(points: list[SweepAnswers]) -> list[SweepAnswers]:
 
 
 @torch.no_grad()
-def _untouched(work: _Work, model: RoutedModel, images: ImageSet, header: Header) -> Sweep:
+def measure_clean(session: Session, header: Header) -> Sweep:
     """What is asked of the clean images."""
     predicted: list[int] = []
     losses: list[float] = []
-    for batch in batches(images, work.batch_size, torch.arange(len(images)), work.device):
-        done = look(model, batch)
+    for batch in session.batches():
+        done = clean_forward(session.model, batch)
         predicted += predictions(done.clean)
         losses += _losses(done.clean, batch.y)
-    index, labels = images.index.tolist(), images.labels.tolist()
+    index, labels = session.images.index.tolist(), session.images.labels.tolist()
     return Sweep(header, index, labels, predicted, losses, 0, [], [], [], 0.0)
 
 
-def _asked(
-    work: _Work, model: RoutedModel, climbed: Surrogate, name: str, eps: float, images: ImageSet
-) -> SweepAnswers:
+def run_attack(session: Session, climbed: Surrogate, base: Attack, name: str, eps: float) -> SweepAnswers:
     """The answers under one attack at one eps. UserError where it stops, or leaves the ball or the box."""
-    attack = at_radius(work.attacks[name], eps)
-    found = SweepAnswers(name, eps, [], [], [], [], [], {}, {}, {})
-    for batch in batches(images, work.batch_size, torch.arange(len(images)), work.device):
-        done = attack_batch(model, attack, batch, Noise.of(batch.index, attack.seed), climbed)
+    attack = at_radius(base, eps)
+    answers = SweepAnswers(name, eps, [], [], [], [], [], {}, {}, {})
+    for batch in session.batches():
+        done = attack_batch(session.model, attack, batch, Noise.of(batch.index, attack.seed), climbed)
         check_inside(attack.threat, batch.x, done.x_adv, name)
-        _note_down(found, model, done, attack)
-    return found
+        append_batch(answers, session.model, done, attack)
+    return answers
 
 
 @torch.no_grad()
-def _note_down(found: SweepAnswers, model: RoutedModel, done: Attacked, attack: Attack) -> None:
-    """The answers to one batch more, at the end of ``found``'s lists."""
-    batch, clean, after = done.batch, done.clean, done.after
-    found.predicted.extend(predictions(after))
-    found.loss.extend(_losses(after, batch.y))
-    found.size.extend(attack.threat.size(done.x_adv.float() - batch.x.float()).tolist())
+def append_batch(answers: SweepAnswers, model: RoutedModel, done: Attacked, attack: Attack) -> None:
+    """Puts what was answered to one batch more at the end of the lists of ``answers``."""
+    batch, clean, attacked = done.batch, done.clean, done.attacked
+    answers.predicted.extend(predictions(attacked))
+    answers.loss.extend(_losses(attacked, batch.y))
+    answers.size.extend(attack.threat.size(done.x_adv.float() - batch.x.float()).tolist())
     if not clean.trace:
         return
-    found.routing_fixed.extend(predictions(model.run(done.x_adv, forced=clean.trace)))
-    found.routing_transplanted.extend(predictions(model.run(batch.x, forced=after.trace)))
+    answers.routing_fixed.extend(predictions(model.run(done.x_adv, forced=clean.trace)))
+    answers.routing_transplanted.extend(predictions(model.run(batch.x, forced=attacked.trace)))
     for columns, shares in (
-        (found.moved, rerouted(clean.trace, after.trace)),
-        (found.moved_paper, rerouted(clean.trace, after.trace, empty="changed")),
-        (found.idle, _idle(clean.trace, after.trace)),
+        (answers.moved, rerouted(clean.trace, attacked.trace)),
+        (answers.moved_paper, rerouted(clean.trace, attacked.trace, empty="changed")),
+        (answers.idle, _idle(clean.trace, attacked.trace)),
     ):
         for name, share in shares.items():
             columns.setdefault(name, []).extend(share.tolist())
@@ -247,5 +213,5 @@ def _idle(before: Trace, after: Trace) -> dict[str, Tensor]:
 
 def _losses(output: Output, y: Tensor) -> list[float]:
     """Each image's cross-entropy, in nats."""
-    found: list[float] = F.cross_entropy(output.logits, y, reduction="none").tolist()
-    return found
+    losses: list[float] = F.cross_entropy(output.logits, y, reduction="none").tolist()
+    return losses

@@ -91,7 +91,7 @@ def alone(case: Subject) -> Answer:
     train-mode BatchNorm do): alone, in another order, among random images.
     """
     model, batch = case.model, case.whole
-    n, together = len(batch), model.run(batch.x).logits
+    n, together = len(batch), case.output.logits
     order = permutation(n, 4).to(batch.x.device)
     strangers = Noise.of(batch.index, 4).uniform(*batch.x.shape[1:]).to(batch.x)
     try:
@@ -157,7 +157,7 @@ def outputs(case: Subject) -> Answer:
 def determinism(case: Subject, passes: int = PASSES) -> Answer:
     """The model gives the same logits in several passes."""
     model, batch = case.model, case.whole
-    first = model.run(batch.x).logits
+    first = case.output.logits
     apart = max(float((model.run(batch.x).logits - first).abs().max()) for _ in range(passes - 1))
     fine = apart <= 1e-4 * float(first.abs().max())  # False for NaN too
     text = f"{passes} passes differ by at most {apart:.2g} in the logits"

@@ -17,8 +17,8 @@ from robustmoe.evaluation.checks import gradients, harness, published, routers, 
 from robustmoe.evaluation.checks.fingerprints import fingerprint, weights_hash
 from robustmoe.evaluation.checks.registry import CHECKS, Answer, Registered, ids, not_run
 from robustmoe.evaluation.checks.subject import Finished, Subject
-from robustmoe.evaluation.choosing import attacks_for, seeded, threat_of, written
-from robustmoe.models.base import RoutedModel
+from robustmoe.evaluation.choosing import attacks_for, seeded, spec_or_repr, threat_of
+from robustmoe.models.base import Output, RoutedModel
 from robustmoe.options import CheckOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Audit, Check
@@ -30,9 +30,11 @@ FIRST, LAST = "H6", "H3"
 """Where the logits are not finite (H6) no attack is run; whether the model is as it was (H3) is asked after all."""
 
 
-def before(model: RoutedModel, attack: Attack, batch: Batch) -> list[Check]:
-    """The cheap checks: they ask the model on one small batch (n, ch, h, w), and do not run the attack."""
-    case = Subject(model, (attack,), batch, batch)
+def before(model: RoutedModel, attack: Attack, batch: Batch, output: Output | None = None) -> list[Check]:
+    """The cheap checks: they ask the model on one small batch (n, ch, h, w), and do not run the attack. ``output``:
+    what the model answered to the batch, where it was asked already.
+    """
+    case = Subject(model, (attack,), batch, batch, answered=output)
     with torch.no_grad():
         return [CHECKS[id].asked["cheap"](case) for id in ids("cheap")]
 
@@ -119,4 +121,4 @@ def check_run(run: str | Path, *, options: CheckOptions) -> Audit:
     best = [line for line in metrics if line.get("best")]
     more = {"metrics": metrics, "val": data.val.head(config.get("val_limit")), "logged": best[-1] if best else None}
     checks = deep(model, batch, chosen, options.seed, options.only, more)
-    return Audit(weights_hash(model), [written(attack) for attack in chosen], len(images), options.seed, checks)
+    return Audit(weights_hash(model), [spec_or_repr(attack) for attack in chosen], len(images), options.seed, checks)

@@ -64,7 +64,7 @@ class Subject:
     ``attacks``: those of the evaluation, the ``main`` one among them. ``whole``: the images; ``batch``: those of them
     that the model gets right, which are all that an attack can break. ``run``: what is known of the training (see
     `run.check_run`): {} for a model from elsewhere. ``fingerprint``: the model's before the checks began; "" where
-    nobody took it.
+    nobody took it. ``answered``: the model's answer on ``whole``, where it was asked already.
     """
 
     model: RoutedModel
@@ -74,6 +74,7 @@ class Subject:
     seed: int = 0
     run: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    answered: Output | None = None
     _outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -104,6 +105,8 @@ class Subject:
     @functools.cached_property
     def output(self) -> Output:
         """The exact model's answer on all images."""
+        if self.answered is not None:
+            return self.answered
         with torch.no_grad():
             return self.model.run(self.whole.x)
 

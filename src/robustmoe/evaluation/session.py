@@ -1,0 +1,332 @@
+"""What every measurement of a model shares: the model on its device, the images, one look at the first of them, the
+header, the run folder and the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustmoe import distributed, provenance, records
+from robustmoe import spec as specs
+from robustmoe.attacks import Attack, Surrogate
+from robustmoe.data import Batch, Data, ImageSet, batches, from_arrays
+from robustmoe.errors import UserError
+from robustmoe.evaluation import checks
+from robustmoe.evaluation.choosing import spec_or_repr
+from robustmoe.evaluation.engine import Plan, plan_of
+from robustmoe.evaluation.meters import Clock, Meter
+from robustmoe.evaluation.precision import Precision, frozen, in_float32
+from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.models.norm import at_least_float32
+from robustmoe.options import Options
+from robustmoe.progress import note
+from robustmoe.records import Blend, Dissection, Header, Lipschitz, ObjectiveInfo, RouterInfo, Sweep
+from robustmoe.routing import Tape
+from robustmoe.training.checkpoint import load_model, read_config
+
+Timed = TypeVar("Timed", Blend, Dissection, Lipschitz, Sweep)
+
+Images = Tensor | np.ndarray | ImageSet | Data | str
+Labels = Tensor | np.ndarray | list[int] | None
+
+PROBE = 32
+"""How many of the first images are looked at: by the header, by the checks of the model, by what copies it."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a header says of model and images. ``run``: the folder, "" for a model in hand; ``classes``: their names,
+    by default their numbers.
+    """
+
+    model: str
+    data: str
+    run: str = ""
+    split: str = "test"
+    method: str | None = None
+    classes: tuple[str, ...] = ()
+
+
+def about_run(run: Path, config: dict[str, Any], data: Data, split: str = "test", spec: str | None = None) -> About:
+    """What a header says of the model of a run folder on images of ``data``; ``spec``: of another data set than its
+    own.
+    """
+    return About(
+        model=config["model"],
+        data=spec or config["data"],
+        run=str(run),
+        split=split,
+        method=config.get("method"),
+        classes=tuple(data.classes),
+    )
+
+
+class Session:
+    """One measurement of a model on a set of images.
+
+    ``model``: in eval mode, on ``device``. ``options``: of the verb; ``batch_size`` and ``seed`` go into the header.
+    ``folder``: the run folder that records are written into, if there is one. ``source``: what ``images`` are the first
+    of. Made by `on_run` and `in_hand`.
+    """
+
+    def __init__(
+        self,
+        model: RoutedModel,
+        images: ImageSet,
+        device: torch.device,
+        options: Any,
+        about: About,
+        folder: Path | None = None,
+        source: ImageSet | None = None,
+    ) -> None:
+        self.model, self.images, self.device = model.eval(), images, device
+        self.options, self.about, self.folder = options, about, folder
+        self.source = images if source is None else source
+        self.clock = Clock()
+        self._copy: tuple[tuple[str, str], Surrogate] | None = None
+
+    # -------------------------------------------------------------------------------------------- the first images
+
+    @cached_property
+    def probe(self) -> Batch:
+        """The first images, on the device."""
+        return first_images(self.images, self.device)
+
+    @cached_property
+    def output(self) -> Output:
+        """The model's answer to the probe, asked once. UserError where it cannot be measured (see `validate_model`)."""
+        return validate_model(self.model, self.probe, self.images)
+
+    def surrogate(self, meter: Meter | None = None, precision: str = "strict") -> Surrogate:
+        """What an attack climbs in the model's place: "strict" a frozen copy in float32, "fast" one in half precision
+        (see `robustmoe.evaluation.precision`), "fp32" the model itself. A copy is kept for the next attack, as long as
+        the model does not change.
+        """
+        on_pass = None if meter is None else meter.on_pass
+        if precision == "fp32":
+            return Surrogate(self.model, self.model, close=True, on_pass=on_pass)
+        state = (precision, checks.fingerprint(self.model))
+        if self._copy is None or self._copy[0] != state:
+            kind: Precision = "fast" if precision == "fast" else "strict"
+            self._copy = state, frozen(self.model, self.probe.x, kind, output=self.output)
+        copy = self._copy[1]
+        return Surrogate(copy.climbed, self.model, copy.close, on_pass)
+
+    def batches(self, positions: Tensor | None = None) -> Iterator[Batch]:
+        """The images, or those at ``positions``, batch by batch on the device."""
+        return batches(self.images, self.options.batch_size, positions, self.device)
+
+    def on(self, images: ImageSet) -> Session:
+        """The same on the first ``images`` of the set; what is known of the model is kept."""
+        other = Session(self.model, images, self.device, self.options, self.about, self.folder, self.source)
+        other._copy = self._copy
+        if min(PROBE, len(images)) == len(self.probe):
+            other.probe, other.output = self.probe, self.output
+        return other
+
+    # -------------------------------------------------------------------------------------------- header and folder
+
+    def header(self, images: ImageSet | None = None, **work: Any) -> Header:
+        """The header of any ``work`` (the fields of `Header` that say what was done), on other ``images`` of the same
+        set if asked.
+        """
+        images = self.images if images is None else images
+        output = self.output
+        if min(PROBE, len(images)) != len(self.probe):
+            with torch.no_grad():
+                output = self.model.run(first_images(images, self.device).x)
+        fields: dict[str, Any] = {"role": "main", "precision": "strict", "seed": self.options.seed, **work}
+        header = Header(
+            **{**dataclasses.asdict(self.about), "classes": class_names(self.about, output)},
+            n=len(images),
+            data_hash=images.fingerprint,
+            index_hash=hashlib.sha256(images.index.numpy().tobytes()).hexdigest(),
+            model_hash=checks.identity(self.model, output.logits),
+            versions=provenance.versions(),
+            commit=provenance.commit(),
+            device=str(self.device),
+            threads=torch.get_num_threads(),
+            command=provenance.command(),
+            routers=routers_of(output),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            batch_size=self.options.batch_size,
+            **fields,
+        )
+        return Header.from_dict(json.loads(json.dumps(header.to_dict())))  # as it will be read: no work for a bad one
+
+    def attack_header(
+        self, attack: Attack, images: ImageSet | None = None, plan: Plan | None = None, **work: Any
+    ) -> Header:
+        """The header of one attack. ``plan``: of the attack, where it is known already."""
+        plan = plan or plan_of(attack, self.output, self.images if images is None else images)
+        return self.header(
+            images,
+            attack=spec_or_repr(attack),
+            objective=ObjectiveInfo.of(attack.objective),
+            norm=attack.threat.norm,
+            eps=attack.threat.eps,
+            seed=attack.seed,
+            parts=plan.parts,
+            certified_hash=plan.certified_hash,
+            **work,
+        )
+
+    def resume(self, kind: type[Timed], header: Header) -> Timed | None:
+        """The record that stands in the run folder, if it is of the same work; else a note says of which other."""
+        old = None if self.folder is None else kind.read(self.folder)
+        if self.folder is None or old is None:
+            return None
+        other = records.difference(old.header, header)
+        if other is not None:
+            note(f"{kind.path(self.folder)} is of another {other.replace('_', ' ')}; it is made anew")
+            return None
+        return old
+
+    def keep(self, record: Timed) -> Timed:
+        """The record with the time since the last call added to it, written into the run folder if there is one."""
+        record = replace(record, seconds=record.seconds + self.clock.lap())
+        if self.folder is not None:
+            record.write(self.folder)
+        return record
+
+
+# ------------------------------------------------------------------------------------------------ where one comes from
+
+
+def on_run(run: str | Path, options: Any, float32: bool = False) -> Session:
+    """A session on the model of a run folder and its first test images. ``float32``: weights in half precision are
+    replaced by a float32 copy. UserError for what is no run folder.
+    """
+    folder = Path(run)
+    config = read_config(folder)
+    device = device_of(options)
+    model = load_model(folder, device)
+    data: Data = specs.build(config["data"], "data")
+    model = in_float32(model) if float32 else model
+    about, images = about_run(folder, config, data), data.test.head(options.limit)
+    return Session(model, images, device, options, about, folder, data.test)
+
+
+@contextlib.contextmanager
+def in_hand(
+    model: Callable[[Tensor], Tensor],
+    x: Images,
+    y: Labels,
+    options: Any,
+    num_classes: int | None = None,
+    name: str | None = None,
+    float32: bool = False,
+) -> Iterator[Session]:
+    """A session on a model in memory and the images that the caller gave; afterwards the model is on its former device
+    and in its former modes. ``name``: what the header calls it.
+    """
+    source: Any = specs.build(x, "data") if isinstance(x, str) else x
+    split = getattr(options, "split", "test")
+    images = images_of(source, y, num_classes, split).head(options.limit)
+    about = About(
+        model=name or type(model).__name__,
+        data=x if isinstance(x, str) else source.name if isinstance(source, Data) else "arrays",
+        split=split,
+        classes=tuple(source.classes) if isinstance(source, Data) else (),
+    )
+    routed, device = as_routed(model), device_of(options)
+    routed = in_float32(routed) if float32 else routed
+    with eval_mode_on(device, routed):
+        yield Session(routed, images, device, options, about)
+
+
+def device_of(options: Options) -> torch.device:
+    """The device that the options name; under torchrun this process's own."""
+    return distributed.local_device(provenance.pick_device(options.device))
+
+
+def images_of(x: Any, y: Labels, num_classes: int | None, split: str = "test") -> ImageSet:
+    """What the caller gave as an `ImageSet`. UserError for labels beside a data set, or images without labels."""
+    if isinstance(x, Data | ImageSet):
+        if y is not None:
+            raise UserError("labels were given beside a data set, which has its own; expected one of them")
+        return getattr(x, split) if isinstance(x, Data) else x
+    if y is None:
+        raise UserError("images were given without labels; expected y, one integer an image")
+    return from_arrays(x, y, num_classes)
+
+
+@contextlib.contextmanager
+def eval_mode_on(device: torch.device, model: nn.Module) -> Iterator[None]:
+    """The user's model on ``device`` and in eval mode inside; after, each submodule in its own former mode, and on the
+    former device. A model spread over several devices is not moved.
+    """
+    training = {module for module in model.modules() if module.training}
+    places = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    try:
+        if len(places) == 1:
+            model.to(device)
+        model.eval()
+        yield
+    finally:
+        for module in model.modules():
+            module.training = module in training
+        if len(places) == 1:
+            model.to(places.pop())
+
+
+# ------------------------------------------------------------------------------------------------ the first images
+
+
+def first_images(images: ImageSet, device: torch.device) -> Batch:
+    """The first `PROBE` images, or all where there are fewer."""
+    return images.batch(list(range(min(PROBE, len(images))))).to(device)
+
+
+def validate_model(model: RoutedModel, probe: Batch, images: ImageSet) -> Output:
+    """The model's answer to ``probe``, the first of the images. UserError unless it takes them, gives logits (n, c),
+    and has an output for each label.
+    """
+    x, tape = probe.x, Tape()
+    expected = (
+        f"expected a function from images {tuple(x.shape)} in float32 to one tensor of logits ({len(x)}, classes)"
+    )
+    try:
+        with torch.no_grad():
+            logits: Any = model.eval().body(x, tape)
+    except Exception as error:  # whatever it is, it comes from the user's own model, whose traceback stays chained
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        raise UserError(f"the model fails on these images ({said}); {expected}") from error
+    if not isinstance(logits, Tensor):
+        raise UserError(f"the model gives a {type(logits).__name__}; {expected}")
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise UserError(f"the model gives a tensor of shape {tuple(logits.shape)}; {expected}")
+    highest, classes = int(images.labels.max()), logits.shape[1]
+    if highest >= classes:
+        raise UserError(
+            f"label {highest} is out of range: the model has {classes} classes; expected labels 0 to {classes - 1}"
+        )
+    return Output(at_least_float32(logits), tape.trace)
+
+
+def class_names(about: About, output: Output) -> list[str]:
+    """The names of the classes; their numbers where none are known."""
+    return list(about.classes) or [str(number) for number in range(output.logits.shape[1])]
+
+
+def routers_of(output: Output) -> dict[str, RouterInfo]:
+    """What a header says of each router that the model told of."""
+    return {
+        name: RouterInfo(experts=routing.num_experts, k=routing.k, items=routing.index.shape[1])
+        for name, routing in output.trace.items()
+    }
