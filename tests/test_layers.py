@@ -94,12 +94,12 @@ def test_imports_point_down() -> None:
     """`spec` and `records` are the exceptions: `spec` names modules in a table, as text, and imports none of them
     before a name is asked for; a record that is printed asks for `robustmoe.reporting.kinds` by its name.
     """
-    upward = {}
+    upward = []
     for name in INNER:
         place = next(i for i, layer in enumerate(LAYERS) if part(name) in layer)
         if above := parts(name) - set().union(*LAYERS[:place]):
-            upward[name] = above
-    assert not upward, "these modules import from their own layer or from above"
+            upward.append(f"{name} imports from {', '.join(sorted(above))}, which is not below it")
+    assert not upward, "\n" + "\n".join(upward)
 
 
 def of(*names: str) -> list[str]:
@@ -153,5 +153,5 @@ def test_torch_is_not_reached_by_importing() -> None:
     names = of(*WITHOUT_TORCH)
     assert names
     ways = [" -> ".join(way) for name in names if (way := reaches_torch(name))]
-    assert not ways, "these modules import torch"
+    assert not ways, "\n" + "\n".join(ways)
     assert reaches_torch("robustmoe.attacks.pgd")[-1].startswith("torch"), "what does import torch is seen"
