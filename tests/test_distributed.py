@@ -218,7 +218,7 @@ def test_no_thread_of_a_session_outlives_it(launched: tuple[Path, list[dict[str,
     assert [rank["threads"] for rank in ranks] == [[], []]
 
 
-def children(pid: int) -> dict[int, int]:
+def workers_of(pid: int) -> dict[int, int]:
     """rank -> pid of torchrun's workers."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
@@ -248,7 +248,7 @@ def test_a_dead_peer_ends_the_run_in_one_line_and_resume_goes_on(tmp_path: Path)
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    workers = children(process.pid)
+    workers = workers_of(process.pid)
     assert set(workers) == {0, 1}
     os.kill(workers[1], signal.SIGKILL)
     text, _ = process.communicate(timeout=60)
@@ -264,9 +264,9 @@ def test_a_dead_peer_ends_the_run_in_one_line_and_resume_goes_on(tmp_path: Path)
     state = read_state(run / "state.pt")["progress"]
     done = state["epoch"] * 53 + state["step"]  # 1295 training images are 53 batches of 24
     print(f"killed after step {done}")
-    process = torchrun(*arguments, "--resume", "--max-steps", str(done + 5), "--threads", "1")
-    text, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, text
+    command = ["train", str(recipe), "--out", str(run), "--resume", "--max-steps", str(done + 5), "--threads", "1"]
+    children = fork_pair("robustmoe.cli:main", command, output=tmp_path / "said")
+    assert [child.wait() for child in children] == [0, 0], [child.output.read_text() for child in children]
     lines = read_jsonl(run / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
     assert lines[-1]["step"] == done + 5

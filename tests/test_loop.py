@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from forks import fork
 from robustmoe.cli import main
 from robustmoe.data import DATASETS, Data, ImageSet
 from robustmoe.data.sets import digits
@@ -29,11 +30,14 @@ from robustmoe.training import TrainingStopped, load_model, train
 from robustmoe.training.checkpoint import read_state, read_weights
 
 STEPS = 20
-"""Batches of 64 in an epoch of digits: 1295 training images."""
+"""Batches of 64 in an epoch of `PLAIN`: 1295 training images."""
+
+SHORT = 10
+"""Batches of 64 in an epoch of `FIELDS`."""
 
 FIELDS: dict[str, Any] = {
     "model": "pathway(resnet8(width=4), experts=2, router=small_cnn(width=4), standardise=True)",
-    "data": "digits",
+    "data": "digits(val=0.55)",
     "method": "at(pgd(linf(0.1), steps=1, keep=last), balance=0.1)",
     "optimizer": "sgd(lr=0.05)",
     "schedule": "one_cycle",
@@ -93,36 +97,22 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(Recipe(**FIELDS), tmp_path_factory.mktemp("straight") / "run")
 
 
-def start(*arguments: str, program: str = "") -> subprocess.Popen[str]:
-    command = ["-c", program] if program else ["-m", "robustmoe"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 # ------------------------------------------------------------------------------------------------ killed
 
 
-SLOW_STEPS = """
-import sys, time
-from robustmoe.cli import main
-from robustmoe.training import loop
-original = loop._step
-def step(parts, state, *rest):
-    if state.epoch == 1:
-        if state.step == 7:
-            print("in the middle of epoch 2", flush=True)
-        time.sleep(0.05 if state.step >= 7 else 0)
-    return original(parts, state, *rest)
-loop._step = step
-sys.exit(main(sys.argv[1:]))
-"""
-"""The command line, with time to be killed in: 13 steps of 50 ms."""
+def killed_in_epoch_2(*arguments: str) -> int:
+    """The command line, in a process that is killed before step 8 of epoch 2."""
+    from robustmoe.training import loop
+
+    original = loop._step
+
+    def step(parts: Any, state: Any, *rest: Any) -> Any:
+        if (state.epoch, state.step) == (1, 7):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(parts, state, *rest)
+
+    loop._step = step
+    return main(list(arguments))
 
 
 @pytest.mark.parametrize("every", [3, 0], ids=["checkpoint_every_3_steps", "checkpoint_every_epoch"])
@@ -131,12 +121,8 @@ def test_kill_9_in_the_middle_of_an_epoch_then_resume_is_bit_for_bit_the_straigh
 ) -> None:
     recipe = toml(tmp_path / "r.toml", {**FIELDS, "checkpoint_every": every})
     run = tmp_path / "run"
-    process = start("train", recipe, "--out", str(run), program=SLOW_STEPS)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "in the middle of epoch 2\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    child = fork("test_loop:killed_in_epoch_2", "train", recipe, "--out", str(run), output=tmp_path / "said")
+    assert child.wait() == -signal.SIGKILL, child.output.read_text()
     state = read_state(run / "state.pt")["progress"]
     assert (state["epoch"], state["step"]) == (1, 6 if every else 0)
     assert len(read_jsonl(run / "metrics.jsonl")) == 1
@@ -144,11 +130,15 @@ def test_kill_9_in_the_middle_of_an_epoch_then_resume_is_bit_for_bit_the_straigh
     assert_same_run(straight, run)
 
 
-def test_kill_9_of_the_plain_command_then_the_plain_command_with_resume(tmp_path: Path) -> None:
+def test_kill_9_of_the_plain_command_then_the_plain_command_with_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No help from inside: the command as users type it, killed when the first epoch's line is there."""
     fields = {**PLAIN, "epochs": 60, "checkpoint_every": 7, "val_limit": 8}
     recipe, run = toml(tmp_path / "r.toml", fields), tmp_path / "run"
-    process = start("train", recipe, "--out", str(run))
+    command = [sys.executable, "-m", "robustmoe", "train", recipe, "--out", str(run)]
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
     while not (run / "metrics.jsonl").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -157,42 +147,44 @@ def test_kill_9_of_the_plain_command_then_the_plain_command_with_resume(tmp_path
     state = read_state(run / "state.pt")["progress"]
     assert state["epoch"] < 60
     stop = str((state["epoch"] + 2) * STEPS)  # to the end of the next epoch but one
-    again = start("train", recipe, "--out", str(run), "--resume", "--max-steps", stop)
-    out, error = again.communicate(timeout=120)
-    assert again.returncode == 0, error
+    capsys.readouterr()
+    assert main(["train", recipe, "--out", str(run), "--resume", "--max-steps", stop]) == 0
+    out, error = capsys.readouterr()
     assert out.startswith(f"run folder: {run}")
     assert f"going on from epoch {state['epoch'] + 1}, step {state['step']}" in error
     train(Recipe(**{**fields, "max_steps": int(stop)}), tmp_path / "straight")
     assert_same_run(tmp_path / "straight", run)
 
 
-CRASH = """
-import os, sys
-from robustmoe.cli import main
-original, calls = os.{call}, []
-def crash(*arguments):
-    target = arguments[0]
-    name = os.readlink(f"/proc/self/fd/{{target}}") if isinstance(target, int) else str(target)
-    if ".state.pt." in name:
-        calls.append(name)
-        if len(calls) == 4:
-            if "{call}" == "fsync":
-                os.truncate(name, os.path.getsize(name) // 2)
-            os._exit(9)
-    return original(*arguments)
-os.{call} = crash
-sys.exit(main(sys.argv[1:]))
-"""
+def crashed(call: str, *arguments: str) -> int:
+    """The command line, in a process that ends as ``os.call`` is to write its fourth checkpoint: with half of it on the
+    disk, or all of it under its temporary name.
+    """
+    original = getattr(os, call)
+    calls: list[str] = []
+
+    def crash(*given: Any) -> Any:
+        target = given[0]
+        name = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+        if ".state.pt." in name:
+            calls.append(name)
+            if len(calls) == 4:
+                if call == "fsync":
+                    os.truncate(name, os.path.getsize(name) // 2)
+                os._exit(9)
+        return original(*given)
+
+    setattr(os, call, crash)
+    return main(list(arguments))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(call: str, straight: Path, tmp_path: Path) -> None:
-    """Of a run with one every 10 steps: epoch 1 at 10 and 20 steps, after epoch 1, and epoch 2 at 10, which is lost."""
-    recipe = toml(tmp_path / "r.toml", {**FIELDS, "checkpoint_every": 10})
+    """Of a run with one every 5 steps: epoch 1 at 5 and 10 steps, after epoch 1, and epoch 2 at 5, which is lost."""
+    recipe = toml(tmp_path / "r.toml", {**FIELDS, "checkpoint_every": 5})
     run = tmp_path / "run"
-    process = start("train", recipe, "--out", str(run), program=CRASH.format(call=call))
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 9, error
+    child = fork("test_loop:crashed", call, "train", recipe, "--out", str(run), output=tmp_path / "said")
+    assert child.wait() == 9, child.output.read_text()
     left = list(run.glob(".state.pt.*.tmp"))
     assert len(left) == 1
     state = read_state(run / "state.pt")["progress"]
@@ -217,7 +209,7 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(tmp_path: Path)
 def test_a_run_killed_between_last_step_and_validation_does_not_blame_its_router(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint every 20 steps, of epochs of 20 steps: nothing is left to do but to validate."""
+    """A checkpoint every 10 steps, of epochs of 10 steps: nothing is left to do but to validate."""
     from robustmoe.training import health
 
     class Killed(BaseException):
@@ -226,13 +218,13 @@ def test_a_run_killed_between_last_step_and_validation_does_not_blame_its_router
     def killed(*arguments: Any) -> None:
         raise Killed
 
-    recipe = Recipe(**{**FIELDS, "checkpoint_every": STEPS})
+    recipe = Recipe(**{**FIELDS, "checkpoint_every": SHORT})
     with monkeypatch.context() as patch:
         patch.setattr(health, "validate", killed)
         with pytest.raises(Killed):
             train(recipe, tmp_path / "run")
     state = read_state(tmp_path / "run" / "state.pt")["progress"]
-    assert (state["epoch"], state["step"]) == (0, STEPS)
+    assert (state["epoch"], state["step"]) == (0, SHORT)
     train(recipe, tmp_path / "run", resume=True)
     assert_same_run(straight, tmp_path / "run")
     assert "got no gradient" not in capsys.readouterr().err
@@ -253,7 +245,7 @@ def test_no_space_for_a_checkpoint_is_one_line_and_the_run_can_go_on(
     file_size: Callable[[int], None], straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run = toml(tmp_path / "r.toml", FIELDS), tmp_path / "run"
-    assert main(["train", recipe, "--out", str(run), "--max-steps", str(STEPS)]) == 0
+    assert main(["train", recipe, "--out", str(run), "--max-steps", str(SHORT)]) == 0
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     capsys.readouterr()
     file_size(len(before["model.safetensors"]) + 1000)  # the weights fit, the checkpoint does not
@@ -364,11 +356,11 @@ def copy(run: Path, to: Path) -> Path:
 
 def test_max_steps_then_without_it_is_the_straight_run(straight: Path, tmp_path: Path) -> None:
     """In the middle of an epoch, at an epoch's end, and past it."""
-    for stop in (STEPS + 7, 2 * STEPS, 2 * STEPS + 1):
+    for stop in (SHORT + 7, 2 * SHORT, 2 * SHORT + 1):
         recipe = Recipe(**{**FIELDS, "max_steps": stop})
-        train(recipe, tmp_path / "run", resume=stop != STEPS + 7)
+        train(recipe, tmp_path / "run", resume=stop != SHORT + 7)
         state = read_state(tmp_path / "run" / "state.pt")["progress"]
-        assert state["epoch"] * STEPS + state["step"] == stop
+        assert state["epoch"] * SHORT + state["step"] == stop
         before = (tmp_path / "run" / "state.pt").read_bytes()
         train(recipe, tmp_path / "run", resume=True)  # there is nothing to do, and nothing is done
         assert (tmp_path / "run" / "state.pt").read_bytes() == before
