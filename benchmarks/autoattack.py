@@ -35,7 +35,7 @@ from robustmoe.attacks.autoattack import AutoAttack
 from robustmoe.attacks.base import part_noise
 from robustmoe.data import Batch, Data, batches, digits, fashion_mnist
 from robustmoe.errors import UserError
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import Dense, RoutedModel, as_routed
 from robustmoe.noise import Noise
 from robustmoe.recipe import Recipe
@@ -108,7 +108,7 @@ class Ours:
     def __call__(self, batch: Batch) -> Found:
         begin = time.perf_counter()
         if self.climbed is None:
-            self.climbed = frozen(self.model, batch.x, "fast" if self.mode == "fast" else "strict")
+            self.climbed = frozen_copy(self.model, batch.x, "fast" if self.mode == "fast" else "strict")
         with torch.no_grad():
             output = self.model.run(batch.x)
         found = Found(output.logits.argmax(1) == batch.y)

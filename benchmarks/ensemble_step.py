@@ -36,7 +36,7 @@ from pathway_inference import CLASSES, CLOCKS, SHAPE, Jobs, cpu_name, images, me
 from robustmoe.attacks import PGD, Attack, Bf16, Joint, kl, linf
 from robustmoe.attacks.half import Half
 from robustmoe.attacks.pgd import ascend
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import EnsembleModel, RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.training import MiniBatch, train_step
@@ -203,10 +203,10 @@ def passes(args: argparse.Namespace, x: Tensor) -> None:
     models = {
         "fp32, as pgd makes it": plain,
         "fp32, parameters without gradient": off,
-        "fp32, frozen copy (BatchNorm folded)": frozen(plain, x[:4]).climbed,
+        "fp32, frozen copy (BatchNorm folded)": frozen_copy(plain, x[:4]).climbed,
         "bf16, as bf16(pgd) makes it": Half(plain),
         "bf16, parameters without gradient": Half(off),
-        "bf16, frozen copy (BatchNorm folded)": frozen(plain, x[:4], "fast").climbed,
+        "bf16, frozen copy (BatchNorm folded)": frozen_copy(plain, x[:4], "fast").climbed,
     }
 
     def all_images(model: RoutedModel, batch: int) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from robustmoe.attacks import PGD, Bf16, kl, linf
 from robustmoe.attacks.base import evaluating
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import PathwayModel, RoutedModel, build_model
 from robustmoe.models.convolution import RoutedConv, Segments
 from robustmoe.models.pathway import decide
@@ -216,7 +216,7 @@ def inference(args: argparse.Namespace, batch: int) -> None:
         print(f"N = {experts}: images an expert {load(model, x[:batch]).tolist()}")
     x = x[:batch]
     _inference(models, x, f"plain models in eval mode, batch {batch}", args)
-    folded = {name: frozen(model, x[:8]).climbed for name, model in models.items() if "all" not in name}
+    folded = {name: frozen_copy(model, x[:8]).climbed for name, model in models.items() if "all" not in name}
     _inference(folded, x, f"frozen copies (BatchNorm folded), batch {batch}", args)
 
 

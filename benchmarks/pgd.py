@@ -25,7 +25,7 @@ from torch import Tensor
 from robustmoe.attacks import PGD, linf
 from robustmoe.data import Data, batches, digits
 from robustmoe.errors import UserError
-from robustmoe.evaluation.precision import Precision, frozen
+from robustmoe.evaluation.precision import Precision, frozen_copy
 from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.recipe import Recipe
@@ -44,7 +44,7 @@ def ours(model: RoutedModel, precision: Precision, steps: int) -> Tool:
 
     def attack(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         if not copies:
-            copies.append(frozen(model, x, precision))
+            copies.append(frozen_copy(model, x, precision))
         return PGD(linf(EPS), steps=steps, step_size=STEP, keep="first")(copies[0], x, y, Noise.of(index))
 
     return attack

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustmoe import spec as specs
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import Backbone, BatchNorm2d, RoutedModel, build_model
 from robustmoe.models.convolution import Conv, Layers, RoutedConv, routed_layers
 from robustmoe.models.densenet import Transition
@@ -373,7 +373,7 @@ def test_frozen_copies_fold_what_follows_a_convolution(
     model, x = tiny(form.format(text)), images(12)
     randomise(model)
     assert sum(isinstance(module, BatchNorm2d) for module in model.modules()) == norms
-    copy = frozen(model, x)
+    copy = frozen_copy(model, x)
     assert (copy.folded, copy.note) == (folded, f"a frozen copy, {folded} of {norms} BatchNorms folded")
     exact = model.run(x)
     found = copy.climbed.run(x, forced=exact.trace).logits

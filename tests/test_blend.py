@@ -20,7 +20,7 @@ from robustmoe.data import Data, from_arrays
 from robustmoe.errors import UserError
 from robustmoe.evaluation import blend
 from robustmoe.evaluation.alphas import attacks_at, threshold
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import DualModel, RoutedModel, Scaled, build_model
 from robustmoe.models.dual import Mix
 from robustmoe.models.parts import Leaf, Part
@@ -194,7 +194,7 @@ def test_at_1_it_is_the_robust_half_under_the_same_attacks(halves: Halves) -> No
         "routes": ExpertTransition(linf(0.03), steps=2, seed=2),
     }
     assert found.attacks == list(attacks)
-    climbed, expected = frozen(robust, x), torch.full((12,), -1)
+    climbed, expected = frozen_copy(robust, x), torch.full((12,), -1)
     for number, (name, attack) in enumerate(attacks.items()):
         x_adv = attack(climbed, x, y, part_noise(Noise.of(torch.arange(12), 2), f"{name} 1.0"))
         with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustmoe import evaluate, moefy
 from robustmoe.errors import UserError
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import BatchNorm2d, Dense, RoutedLayer, RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, detach, to_expert
@@ -317,7 +317,7 @@ def test_frozen_copies_are_the_model(
         model = moefy(net, ["body", "down"], SHAPE, experts=3, jitter=0.2)
     else:
         model = lived_in(build_model(SPECS[kind], 4, SHAPE), images(32))
-    copied = frozen(model, x, precision)
+    copied = frozen_copy(model, x, precision)
     assert copied.folded > 0
     assert ("bf16 weights" in copied.note) == (precision == "fast"), copied.note
     forced = detach(spread(model.run(x).trace))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustmoe.attacks.half import LowPrecision
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import PathwayModel, RoutedModel, StagedPathwayModel, build_model, resnet8
 from robustmoe.models.convolution import Layers, RoutedConv, RoutedNorm, Segments
 from robustmoe.routing import to_expert
@@ -349,13 +349,13 @@ def test_a_broken_router_is_never_an_answer_of_a_copy(
 ) -> None:
     """C7: broken after the copy was made, folded, or before."""
     x, model = images(12), built(VARIANTS[name]).float()
-    made = frozen(model, x, precision)
+    made = frozen_copy(model, x, precision)
     assert made.folded > 0
     assert torch.isfinite(made(x)).all()
     broken(made.climbed.model if isinstance(made.climbed, LowPrecision) else made.climbed, 2, torch.nan)
     assert made(x).isnan().all()
     assert torch.isfinite(model(x)).all()
-    assert frozen(broken(model, 2, torch.nan), x, precision)(x).isnan().all()
+    assert frozen_copy(broken(model, 2, torch.nan), x, precision)(x).isnan().all()
 
 
 @torch.no_grad()

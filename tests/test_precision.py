@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustmoe.attacks import PGD, linf
 from robustmoe.attacks.surrogate import Surrogate, missed
-from robustmoe.evaluation.precision import Frozen, frozen
+from robustmoe.evaluation.precision import Frozen, frozen_copy
 from robustmoe.models import BatchNorm2d, Plain, RoutedModel
 from robustmoe.models.convolution import Conv, RoutedConv, Segments
 from robustmoe.routing import Tape, to_expert
@@ -61,7 +61,7 @@ def test_a_strict_copy_is_the_model(
 ) -> None:
     lived_in(model)
     x, y = images(40), labels(40)
-    made = frozen(model, x)
+    made = frozen_copy(model, x)
     expected, found = model.run(x), made.run(x)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
     assert found.trace.keys() == expected.trace.keys()
@@ -78,7 +78,7 @@ def test_one_image_and_one_expert(tiny: Callable[..., RoutedModel], images: Call
     """A pathway copy runs an expert without splitting where it has all images."""
     model, x = tiny("pathway"), images(12)
     lived_in(model)
-    made, trace = frozen(model, x), model.run(x).trace
+    made, trace = frozen_copy(model, x), model.run(x).trace
     for expert in range(3):
         forced = to_expert(trace, expert)
         torch.testing.assert_close(
@@ -94,7 +94,7 @@ def test_the_straight_through_gradient_survives_folding(
     """Of the router's logits, which only straight-through weights reach: <dL/dh, h> over the routed convolutions."""
     model, x, y = tiny("pathway").double(), images(12).double(), labels(12)
     lived_in(model)
-    made = frozen(model, x)
+    made = frozen_copy(model, x)
     assert made.folded == 10
     found = []
     for each in (model, made):
@@ -125,7 +125,7 @@ def test_the_straight_through_gradient_by_hand() -> None:
         model.norm.weight.fill_(2.0), model.norm.bias.fill_(7.0)
         model.norm.running_var.fill_(4.0), model.norm.running_mean.fill_(5.0)
     x = torch.tensor([0.5, 0.25])[:, None, None, None]
-    made = frozen(model, x)
+    made = frozen_copy(model, x)
     assert made.folded == 1
     weight = torch.ones(2, requires_grad=True)
     made.climbed.weight = weight
@@ -141,13 +141,15 @@ def test_the_model_is_left_as_it_was(model: RoutedModel, images: Callable[..., T
     state = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(module._forward_hooks) for module in model.modules()]
     for precision in ("strict", "fast"):
-        made = frozen(model, images(4), precision)
+        made = frozen_copy(model, images(4), precision)
         assert [module.training for module in model.modules()] == modes
         assert [len(module._forward_hooks) for module in model.modules()] == hooks
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
         assert not storages(model) & storages(made.climbed)
-        assert not any(module.training for module in made.climbed.modules() if module.__module__ != frozen.__module__)
+        assert not any(
+            module.training for module in made.climbed.modules() if module.__module__ != frozen_copy.__module__
+        )
         assert not any(parameter.requires_grad for parameter in made.climbed.parameters())
 
 
@@ -189,7 +191,7 @@ def test_plain_user_networks_fold(images: Callable[..., Tensor], labels: Callabl
         nn.Conv2d(8, 5, 1),
     )
     x, y, model = images(6), labels(6), Plain(made_of)
-    made = frozen(model, x)
+    made = frozen_copy(model, x)
     assert (made.folded, made.note) == (2, "a frozen copy, 2 of 3 BatchNorms folded")
     torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
     assert relative(gradient(made, x, y), gradient(model, x, y)) < 1e-4
@@ -198,7 +200,7 @@ def test_plain_user_networks_fold(images: Callable[..., Tensor], labels: Callabl
 
 def test_what_would_change_the_model_is_not_folded(images: Callable[..., Tensor]) -> None:
     x, model = images(6), Plain(network(Twice()))
-    made = frozen(model, x)
+    made = frozen_copy(model, x)
     assert made.folded == 0
     assert made.note.startswith("a frozen copy, not folded (folding would change it by")
     assert not storages(model) & storages(made.climbed)
@@ -238,7 +240,7 @@ class Mean(BatchNorm2d):
 def test_other_pairs_are_left_alone(layers: Callable[[], nn.Module], images: Callable[..., Tensor]) -> None:
     x, model = images(6), Plain(network(layers()))
     for precision in ("strict", "fast"):
-        made = frozen(model, x, precision)
+        made = frozen_copy(model, x, precision)
         assert made.folded == 0
         assert made.note.startswith("a frozen copy, 0 of 1 BatchNorms folded")
         torch.testing.assert_close(made(x), model(x), rtol=0, atol=1e-6 if precision == "strict" else 0.05)
@@ -247,12 +249,12 @@ def test_other_pairs_are_left_alone(layers: Callable[[], nn.Module], images: Cal
 def test_what_cannot_be_copied_is_used_as_it_is(images: Callable[..., Tensor]) -> None:
     x, net = images(6), network(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
     for precision in ("strict", "fast"):
-        made = frozen(Plain(lambda x: net(x)), x, precision)
+        made = frozen_copy(Plain(lambda x: net(x)), x, precision)
         assert made.note.startswith("used as it is: a plain function cannot be copied")
         torch.testing.assert_close(made(x), net(x), rtol=0, atol=1e-6 if precision == "strict" else 0.05)
         assert made(x).dtype == torch.float32
     net.cache = net(x)  # not a leaf: torch refuses to copy it
-    made = frozen(Plain(net), x)
+    made = frozen_copy(Plain(net), x)
     assert made.note.startswith("used as it is: it cannot be copied (RuntimeError: Only Tensors created explicitly")
     assert torch.equal(made(x), net(x))
 
@@ -266,7 +268,7 @@ def test_a_fast_copy_is_nearly_the_model(
     """bf16 keeps 8 bits: a few per cent of the largest logit, on the model's own routes."""
     lived_in(model)
     x, y = images(40), labels(40)
-    made = frozen(model, x, "fast")
+    made = frozen_copy(model, x, "fast")
     assert made.note.endswith("; bf16 weights")
     assert {p.dtype for p in made.climbed.parameters() if p.ndim == 4} == {torch.bfloat16}
     with torch.no_grad():
@@ -285,8 +287,8 @@ def test_a_fast_copy_is_nearly_the_model(
 
 def test_float64_models(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
     model, x = tiny("dense").double(), images(4).double()
-    assert frozen(model, x)(x).dtype == torch.float64
-    made = frozen(model, x, "fast")
+    assert frozen_copy(model, x)(x).dtype == torch.float64
+    made = frozen_copy(model, x, "fast")
     assert made.note.endswith("bf16 weights")
     assert made(x).dtype == torch.float32
     assert gradient(made, x, torch.zeros(4, dtype=torch.long)).dtype == torch.float64
@@ -305,7 +307,7 @@ def test_weights_used_outside_a_layer_fall_back_to_autocast(images: Callable[...
             return self.conv(x) + pull[:, None, None]
 
     x, model = images(6), Plain(network(Own()))
-    made = frozen(model, x, "fast")
+    made = frozen_copy(model, x, "fast")
     assert "; autocast to bf16; not bf16 weights (RuntimeError: " in made.note
     torch.testing.assert_close(made(x), model(x), rtol=0, atol=0.05)
 
@@ -323,7 +325,7 @@ def test_a_model_that_bf16_breaks_stays_strict(images: Callable[..., Tensor]) ->
             return self.conv(x).mean((2, 3)).float() - 64.0
 
     x, model = images(6), Plain(Fine())
-    made = frozen(model, x, "fast")
+    made = frozen_copy(model, x, "fast")
     assert made.note.count("the logits would be off by") == 2
     torch.testing.assert_close(made(x), model(x), rtol=0, atol=1e-4)
 
@@ -334,7 +336,7 @@ def test_a_model_that_bf16_breaks_stays_strict(images: Callable[..., Tensor]) ->
 def test_a_claim_of_the_copy_is_not_believed(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
     """The model changes after the copy was made: its answers differ, and only the model's count."""
     model, x = tiny("dense"), images(6)
-    made = frozen(model, x)
+    made = frozen_copy(model, x)
     y = model(x).argmax(1)
     with torch.no_grad():
         made.climbed.network.head.bias[(y + 1) % 4] += 100.0
@@ -358,7 +360,7 @@ def test_attacked_through_a_copy_an_image_is_broken_as_the_model_says(
         y = model(x).argmax(1)
     attack = PGD(linf(0.01), steps=5, keep="first")
     wrong = {}
-    for name, target in (("exact", model), ("strict", frozen(model, x)), ("fast", frozen(model, x, "fast"))):
+    for name, target in (("exact", model), ("strict", frozen_copy(model, x)), ("fast", frozen_copy(model, x, "fast"))):
         with torch.no_grad():
             wrong[name] = model(attack(target, x, y)).argmax(1) != y
     assert 8 <= int(wrong["exact"].sum()) <= 24
@@ -370,7 +372,7 @@ def test_passes_are_counted(tiny: Callable[..., RoutedModel], images: Callable[.
     """Those of an attack, not those that compare the copy."""
     passes: list[tuple[int, bool]] = []
     model, x = tiny("dense"), images(5)
-    made = frozen(model, x, on_pass=lambda n, gradient: passes.append((n, gradient)))
+    made = frozen_copy(model, x, on_pass=lambda n, gradient: passes.append((n, gradient)))
     assert passes == []
     with torch.no_grad():
         y = model(x).argmax(1)
@@ -387,7 +389,7 @@ def test_of_an_attack_view_what_it_climbs_is_copied(
     tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
     view, exact, x = tiny("dense", seed=1), tiny("dense"), images(5)
-    made = frozen(Surrogate(view, exact), x)
+    made = frozen_copy(Surrogate(view, exact), x)
     assert made.exact is exact
     assert not made.close
     torch.testing.assert_close(made(x), view(x), rtol=1e-4, atol=1e-5)
@@ -395,5 +397,5 @@ def test_of_an_attack_view_what_it_climbs_is_copied(
 
 def test_a_probe_is_needed(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match="give at least one image, got none"):
-        frozen(tiny("dense"), images(0))
-    assert isinstance(frozen(tiny("dense"), images(1)), Frozen)
+        frozen_copy(tiny("dense"), images(0))
+    assert isinstance(frozen_copy(tiny("dense"), images(1)), Frozen)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustmoe.costs import costs
 from robustmoe.errors import UserError
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import RoutedModel, build_model, resnet8
 from robustmoe.models.convolution import Layers
 from robustmoe.models.pruned import PrunedConv
@@ -188,7 +188,7 @@ def test_a_frozen_copy_is_the_model(precision: Any, tolerance: float, images: Ca
     with torch.no_grad():
         for conv in pruned_convs(model):
             conv.score.copy_((1 + torch.arange(len(conv.score)) / 1000).view(-1, 1, 1, 1).expand_as(conv.score))
-    made = frozen(model, x, precision)
+    made = frozen_copy(model, x, precision)
     assert made.folded == 3
     kept = [conv.kept().tolist() for conv in pruned_convs(model)]
     assert kept == [list(range(conv.out_channels // 2, conv.out_channels)) for conv in pruned_convs(model)]

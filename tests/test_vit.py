@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import RoutedModel, ViT, build_model, vit_small, vit_tiny
 from robustmoe.models.small import Linear, Resized
 from robustmoe.models.vit import ViTNetwork, resample_positions
@@ -194,7 +194,7 @@ def test_copies_to_attack(text: str, precision: Any, tolerance: float, images: C
     """ "fast" is the bf16 copy under autocast: its attention is in bf16, its logits and the gradient in float32."""
     model, x = build_model(text, 4, (3, 8, 8)), images(12)
     shaken(model)
-    made = frozen(model, x, precision)
+    made = frozen_copy(model, x, precision)
     assert ("bf16 weights" in made.note) == (precision == "fast")
     trace = {name: routing.detach() for name, routing in model.run(x).trace.items()}
     found = []

@@ -17,7 +17,7 @@ from robustmoe.costs import costs
 from robustmoe.data import Batch
 from robustmoe.errors import UserError
 from robustmoe.evaluation.checks import harness
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import RoutedModel, SlotMoE, TokenExperts, TokenMoE, ViT, ViTMoE, ViTMoEModel, build_model
 from robustmoe.models.token_layers import Rule, SlotRouter, TokenRouter
 from robustmoe.noise import Noise
@@ -586,7 +586,7 @@ def test_images_from_8_to_384_pixels(image: int, patch: int, kind: str, images: 
 def test_copies_to_attack(kind: str, precision: str, tolerance: float, images: Callable[..., Tensor]) -> None:
     """ "fast" is bf16 under autocast; the routers, the logits and the image's gradient stay in float32."""
     model, x = made(KINDS[kind]), images(12)
-    copied = frozen(model, x, precision)
+    copied = frozen_copy(model, x, precision)
     assert ("bf16" in copied.note) == (precision == "fast")
     trace = {name: routing.detach() for name, routing in model.run(x).trace.items()}
     found = []

@@ -255,7 +255,9 @@ def test_claim_22_over_seeds(nets: list[Net]) -> None:
     """The images that are left, of all nets together, do not become more with a larger radius."""
     attacks = ["vmoe_pgd(linf(0.1), steps=5)", "pgd(linf(0.1), steps=5)"]
     eps = [0.02, 0.05, 0.1, 0.15]
-    sweeps = [sweep(net.model, net.x, net.y, attacks=attacks, eps=eps, draws=0, num_classes=10) for net in nets]
+    sweeps = [
+        sweep(net.model, net.x, net.y, attacks=attacks, eps=eps, draws=0, num_classes=10).summary() for net in nets
+    ]
     for number in range(len(attacks)):
         counts = [
             sum(numbers.curves[number].points[place].robust.count for numbers in sweeps) for place in range(len(eps))

@@ -32,7 +32,7 @@ ROUTED = Recipe(
     ),
 )
 """A MoE-CNN of two pathways, adversarially trained; attacked as a whole, by its experts alone, by its router alone, and
-by steering into each expert's cell.
+by steering into each expert's region.
 """
 
 DENSE = dataclasses.replace(ROUTED, model="resnet8(width=16)", method=f"at(pgd({EPS}, steps=3, keep=last))")
@@ -86,8 +86,8 @@ def demo(out: str | Path = "runs/demo", seed: int = 1) -> Path:
         results = evaluate_run(folder)
         note(summary_table(results))
         note(f"certifying {folder}")
-        for found in certify_run(folder, certifiers=certifiers, limit=CERTIFIED):
-            note(f"{found.certifier}:\n{story(found, results)}")
+        for record in certify_run(folder, certifiers=certifiers, limit=CERTIFIED):
+            note(f"{record.certifier}:\n{story(record, results)}")
     return report(folders, out / "report.html")
 
 

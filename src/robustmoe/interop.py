@@ -132,12 +132,7 @@ def benchmark(
         raise UserError("benchmark takes no preprocessing; it is part of the data set or of the model here")
     if corruptions_data_dir is not None:
         raise UserError("benchmark evaluates no corruptions; leave corruptions_data_dir out")
-    if to_disk and model_name is None:
-        raise UserError("to_disk needs the model_name under which the JSON is written")
-    if to_disk and dataset == "imagenet":
-        raise UserError("to_disk is refused for imagenet: these are not the 5,000 images of RobustBench's list")
-    if aa_state_path is not None and Path(aa_state_path).is_file():
-        raise UserError(f"aa_state_path is a folder of rows here; {str(aa_state_path)!r} is a file, so give another")
+    _check_places(to_disk, model_name, dataset, aa_state_path)
     from robustmoe.evaluation import evaluate
 
     data, attack = _data(dataset, data_dir), AutoAttack(threat)
@@ -152,62 +147,81 @@ def benchmark(
         _log(Path(log_path), result)
     if to_disk:
         _to_disk(Path("model_info") / dataset / threat_model / f"{model_name}.json", robustbench_json([result]))
-    found = analysis.evaluation_summary(*result)
-    assert found.robust is not None
-    return found.clean.value, found.robust.value
+    numbers = result.summary()
+    return numbers.clean.value, numbers.robust.value
 
 
-def robustbench_json(
-    results: Sequence[Evaluation],
-    *,
-    link: str | None = None,
-    name: str | None = None,
-    authors: str | None = None,
-    additional_data: bool | None = None,
-    number_forward_passes: int = 1,
-    venue: str | None = None,
-    architecture: str | None = None,
-    reported: str | None = None,
-    footnote: str | None = None,
-) -> dict[str, Any]:
+def _check_places(to_disk: bool, model_name: str | None, dataset: str, aa_state_path: str | Path | None) -> None:
+    """Raises UserError where the entry or the rows cannot be written as asked."""
+    if to_disk and model_name is None:
+        raise UserError("to_disk needs the model_name under which the JSON is written")
+    if to_disk and dataset == "imagenet":
+        raise UserError("to_disk is refused for imagenet: these are not the 5,000 images of RobustBench's list")
+    if aa_state_path is not None and Path(aa_state_path).is_file():
+        raise UserError(f"aa_state_path is a folder of rows here; {str(aa_state_path)!r} is a file, so give another")
+
+
+BY_HAND: dict[str, Any] = {
+    "link": None,
+    "name": None,
+    "authors": None,
+    "additional_data": None,
+    "number_forward_passes": 1,
+    "venue": None,
+    "architecture": None,
+    "reported": None,
+    "footnote": None,
+}
+"""The fields of a leaderboard entry that nobody can measure."""
+
+FIELDS = (
+    "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps",
+    "clean_acc", "reported", "autoattack_acc", "external", "unreliable", "footnote",
+)  # fmt: skip
+"""Every field of a leaderboard entry, in RobustBench's order."""
+
+
+def robustbench_json(results: Sequence[Evaluation], **by_hand: Any) -> dict[str, Any]:
     """An entry of RobustBench's leaderboard from the rows files of one model (`robustmoe.records.read`).
 
     ``clean_acc`` and ``autoattack_acc`` are per cent, as text, of the file whose attack is AutoAttack standard; where
     there is none, or it is not finished, UserError. ``external``: the worst case over all files of the same threat and
-    images, where it is lower. ``unreliable``: a check failed, or the router was not attacked. The rest is as given;
-    what is None is to be filled in by hand.
+    images, where it is lower. ``unreliable``: a check failed, or the router was not attacked. ``by_hand``: the fields
+    of `BY_HAND`; what is None is to be filled in later.
     """
+    for name in by_hand:
+        if name not in BY_HAND:
+            raise UserError(f"a leaderboard entry has no field {name!r} to be filled in; {nearest(name, BY_HAND)}")
     mains = [result for result in results if result.header.role == "main"]
+    standard = _standard(mains)
+    numbers = standard.summary()
+    alike = [result for result in mains if all(_same(result, standard, key) for key in analysis.SAME_THREAT)]
+    worst = analysis.worst_case([(result.header, result.rows) for result in alike])
+    measured = {
+        "dataset": standard.header.data.partition("(")[0],
+        "eps": _fraction(standard.header.eps),
+        "clean_acc": _per_cent(numbers.clean.value),
+        "autoattack_acc": _per_cent(numbers.robust.value),
+        "external": _per_cent(worst.robust.value) if worst.robust.value < numbers.robust.value else None,
+        "unreliable": bool(_doubts(alike)),
+    }
+    entry = {**BY_HAND, **by_hand, **measured}
+    return {name: entry[name] for name in FIELDS}
+
+
+def _standard(mains: Sequence[Evaluation]) -> Evaluation:
+    """Returns the file of AutoAttack standard. UserError without one, or where it is not finished."""
     standard = next((result for result in mains if _label(result) == STANDARD), None)
     if standard is None:
         seen = ", ".join(str(result.header.attack) for result in mains) or "no rows file at all"
         raise UserError(
             f"a leaderboard entry needs a finished {STANDARD}, such as --attack 'autoattack(linf(8/255))'; got {seen}"
         )
-    header = standard.header
-    if len(standard.rows) < header.n:
-        raise UserError(f"{header.attack} has {len(standard.rows)} of {header.n} images; let it finish first")
-    found = analysis.evaluation_summary(*standard)
-    assert found.robust is not None
-    alike = [result for result in mains if all(_same(result, standard, key) for key in analysis.SAME_THREAT)]
-    worst = analysis.worst_case([(result.header, result.rows) for result in alike])
-    return {
-        "link": link,
-        "name": name,
-        "authors": authors,
-        "additional_data": additional_data,
-        "number_forward_passes": number_forward_passes,
-        "dataset": header.data.partition("(")[0],
-        "venue": venue,
-        "architecture": architecture,
-        "eps": _fraction(header.eps),
-        "clean_acc": _per_cent(found.clean.value),
-        "reported": reported,
-        "autoattack_acc": _per_cent(found.robust.value),
-        "external": _per_cent(worst.robust.value) if worst.robust.value < found.robust.value else None,
-        "unreliable": bool(_doubts(alike)),
-        "footnote": footnote,
-    }
+    if len(standard.rows) < standard.header.n:
+        raise UserError(
+            f"{standard.header.attack} has {len(standard.rows)} of {standard.header.n} images; let it finish first"
+        )
+    return standard
 
 
 def _threat(dataset: str, threat_model: str, eps: float | None) -> Threat:

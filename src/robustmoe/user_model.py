@@ -24,7 +24,7 @@ def load(text: str) -> Callable[[Tensor], Tensor]:
     an nn.Module. In eval mode, if it has modes.
 
     The file is run as a module of its own (relative to the working folder), with its folder on the import path
-    meanwhile; running it runs whatever stands in it. What the model gives is checked when it is evaluated.
+    meanwhile; running it runs whatever is in it. What the model gives is checked when it is evaluated.
     """
     file, name = _halves(text)
     with _importable(file.parent):
@@ -50,7 +50,7 @@ def _halves(text: str) -> tuple[Path, str]:
     if file.is_dir():
         raise UserError(f"{path!r} is a folder; expected a Python file, such as {FORM}")
     if not file.is_file():
-        near = [str(found) for found in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        near = [str(path) for path in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise UserError(f"there is no file {path!r}" + (f"; {nearest(str(file), near)}" if near else ""))
     if file.suffix != ".py":
         raise UserError(f"{path!r} is not a Python file; expected one, such as {FORM}")
@@ -70,7 +70,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _module(file: Path) -> ModuleType:
-    """The file, run anew. It stands in `sys.modules` (dataclasses and pickle look there), unless it fails."""
+    """The file, run anew. It is in `sys.modules` (dataclasses and pickle look there), unless it fails."""
     name = f"robustmoe_user_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None  # the name ends in .py
@@ -108,13 +108,13 @@ def _said(error: BaseException) -> str:
 
 def _line(error: BaseException, file: Path) -> str:
     """The last line of ``file`` that the error passed through, as " (file.py, line 7)"; "" where it did not."""
-    found = ""
+    place = ""
     trace = error.__traceback__
     while trace is not None:
         if Path(trace.tb_frame.f_code.co_filename).resolve() == file.resolve():
-            found = f" ({file.name}, line {trace.tb_lineno})"
+            place = f" ({file.name}, line {trace.tb_lineno})"
         trace = trace.tb_next
-    return found
+    return place
 
 
 def _called(thing: Any) -> str:

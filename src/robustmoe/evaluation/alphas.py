@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +25,9 @@ from robustmoe.certification import Certifier
 from robustmoe.data import ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.evaluation.attacked import attacked_images, check_inside, predictions
+from robustmoe.evaluation.choosing import climb_of
 from robustmoe.evaluation.meters import Meter
-from robustmoe.evaluation.precision import frozen
+from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.evaluation.session import (
     Session,
 )
@@ -114,10 +114,7 @@ def attacks_at(base: PGD, alpha: float, trace: Trace, warm: bool) -> dict[str, A
         attacks[WARM] = base
     attacks["margin"] = replace(base, objective=joint("margin"))
     if trace:
-        common: dict[str, Any] = {
-            "threat": base.threat, "steps": base.steps, "step_size": base.step_size, "restarts": base.restarts,
-            "seed": base.seed,
-        }  # fmt: skip
+        common = climb_of(base)
         attacks["routes"] = ExpertTransition(**common) if image_routers(trace) else RouteBeam(**common)
     if 0 < alpha < 1:
         attacks |= dict.fromkeys(HALVES, base)
@@ -149,7 +146,7 @@ def classes_of(logits: Tensor) -> list[int]:
 def climbed_halves(work: BlendWork) -> DualModel:
     """Frozen copies of both halves, blended alike."""
     dual, probe = work.dual, work.session.probe.x
-    standard, robust = (frozen(half, probe).climbed for half in (dual.standard, dual.robust))
+    standard, robust = (frozen_copy(half, probe).climbed for half in (dual.standard, dual.robust))
     return DualModel(standard, robust, mix=dual.mix, sharpen=dual.sharpen, mixer=dual.mixer).eval()
 
 
@@ -228,7 +225,7 @@ def bounds_of(work: BlendWork, margins: Margins) -> list[float]:
 
 
 def certified_by(work: BlendWork, record: Blend, bounds: Sequence[float]) -> list[list[bool]]:
-    """For every alpha, which images are proven right: those right when clean whose margin is above the threshold."""
+    """Returns, for every alpha, which images are proven right: right when clean, with a margin above the threshold."""
     return [
         [margin > threshold(work.dual, alpha) and a == b for margin, a, b in zip(bounds, each, record.labels)]
         for alpha, each in zip(record.alphas, record.predicted)
@@ -236,8 +233,8 @@ def certified_by(work: BlendWork, record: Blend, bounds: Sequence[float]) -> lis
 
 
 def proven_by(work: BlendWork, record: Blend, certifier: Certifier) -> list[list[bool]]:
-    """For every alpha, which images ``certifier`` proves right of the blend itself, both halves bounded (CERT-8).
-    Raises UserError for a certifier of something else than the attacked ball.
+    """Returns, for every alpha, which images ``certifier`` proves right of the blend itself, both halves bounded
+    (CERT-8). Raises UserError for a certifier of something else than the attacked ball.
     """
     threat = work.base.threat
     if certifier.subject != "model" or certifier.norm != threat.norm or certifier.eps < threat.eps:

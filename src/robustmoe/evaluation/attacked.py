@@ -144,7 +144,7 @@ def predictions(output: Output) -> list[int]:
 
 
 def routes(trace: Trace) -> dict[str, list[list[int]]]:
-    """For each router, per image, how many items went to each expert."""
+    """Returns, for each router, per image, how many items went to each expert."""
     return {name: _counts(routing) for name, routing in trace.items()}
 
 

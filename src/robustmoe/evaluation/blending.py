@@ -154,7 +154,7 @@ class BlendFolder(NamedTuple):
                 old.unlink()
 
     def resume(self, fresh: Blend) -> BlendState | None:
-        """What stands in the folder, if it is of the same work as ``fresh``."""
+        """Returns what is in the folder, if it is of the same work as ``fresh``."""
         old, path = records.Blend.read(self.folder), records.Blend.path(self.folder)
         if old is None:
             return None
@@ -277,7 +277,7 @@ def _predicted(work: BlendWork, images: ImageSet) -> list[list[int]]:
 
 
 def _chosen(record: Blend) -> Blend:
-    """With the largest alpha whose clean accuracy on validation is at least the one wanted."""
+    """Returns the record with the largest alpha whose clean accuracy on validation is at least the one wanted."""
     if record.wanted is None:
         return replace(record, chosen=None)
     enough = [alpha for alpha, value in zip(record.alphas, record.validation) if value >= record.wanted]

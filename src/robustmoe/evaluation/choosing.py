@@ -84,6 +84,11 @@ def pgd_on_the_whole(attack: str | Attack | None, default: PGD, what: str) -> PG
     return built
 
 
+def climb_of(attack: PGD) -> dict[str, Any]:
+    """Returns how ``attack`` climbs, as the arguments that attacks of the same cost and ball take."""
+    return {name: getattr(attack, name) for name in ("threat", "steps", "step_size", "restarts", "seed")}
+
+
 def seeded(attack: Kind, seed: int) -> Kind:
     """Returns the attack with ``seed``, unless its spec gives one of its own."""
     return attack if attack.seed else changed(attack, seed=seed)  # type: ignore[return-value]

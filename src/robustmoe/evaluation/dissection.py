@@ -38,7 +38,7 @@ from robustmoe.attacks.routes.regions import decisions, lead
 from robustmoe.data import Batch
 from robustmoe.errors import UserError
 from robustmoe.evaluation.attacked import Attacked, attack_batch, check_inside, clean_forward, predictions, routes
-from robustmoe.evaluation.choosing import pgd_on_the_whole, seeded, threat_of
+from robustmoe.evaluation.choosing import climb_of, pgd_on_the_whole, seeded, threat_of
 from robustmoe.evaluation.meters import Meter
 from robustmoe.evaluation.session import (
     Images,
@@ -81,17 +81,17 @@ class Rerouting(Objective):
             trace = decisions(exact, x)
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
-            held, after = some_routes(trace, rows), decisions(model, x_adv, trace)
-            parts = [_departure(routing, after[name].logits) for name, routing in held.items()]
+            clean, attacked = some_routes(trace, rows), decisions(model, x_adv, trace)
+            parts = [_departure(routing, attacked[name].logits) for name, routing in clean.items()]
             with torch.no_grad():
-                moved = rerouted(held, decisions(exact, x_adv.detach(), trace))
+                moved = rerouted(clean, decisions(exact, x_adv.detach(), trace))
             return Score(torch.stack(parts).mean(0), torch.stack(list(moved.values())).amax(0) > 0)
 
         return inner
 
 
 def _departure(clean: Routing, logits: Tensor) -> Tensor:
-    """(n,): how far one router has left its clean decision, mean over items."""
+    """Returns how far one router has left its clean decision, mean over items (n,)."""
     apart = kl(clean.logits, logits) if clean.k == clean.num_experts else -lead(logits, clean.index)
     return apart.mean(-1)
 
@@ -117,8 +117,8 @@ class Residue(Objective):
             label = some(y, rows)
             parts = [_residue_loss(routing, label) for routing in decisions(model, x_adv, names).values()]
             with torch.no_grad():
-                found = decisions(exact, x_adv.detach(), names).values()
-                off = [routing.index[:, 0, 0] != label % routing.num_experts for routing in found]
+                routings = decisions(exact, x_adv.detach(), names).values()
+                off = [routing.index[:, 0, 0] != label % routing.num_experts for routing in routings]
             return Score(torch.stack(parts).mean(0), torch.stack(off).any(0))
 
         return inner
@@ -145,10 +145,10 @@ class OneExpert(Objective):
             before = exact_of(model).run(x, forced=trace).logits
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
-            held, label = some_routes(trace, rows), some(y, rows)
-            logits = model.run(x_adv, forced=held).logits
+            fixed, label = some_routes(trace, rows), some(y, rows)
+            logits = model.run(x_adv, forced=fixed).logits
             return Score(
-                loss_of(self.loss, logits, label, some(before, rows)), missed(model, x_adv, logits, label, held)
+                loss_of(self.loss, logits, label, some(before, rows)), missed(model, x_adv, logits, label, fixed)
             )
 
         return inner
@@ -160,11 +160,8 @@ def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
     "router" is exact about the routes where these can be counted, else a gradient attack (see `Misrouting`).
     """
     loss: Loss = attack.objective.loss if isinstance(attack.objective, Joint) else "ce"
-    common: dict[str, Any] = {
-        "threat": attack.threat, "steps": attack.steps, "step_size": attack.step_size, "restarts": attack.restarts,
-        "seed": attack.seed,
-    }  # fmt: skip
-    found: dict[str, Attack] = {
+    common = climb_of(attack)
+    attacks: dict[str, Attack] = {
         "prediction": attack,
         "experts": replace(attack, objective=experts_only(loss)),
         "router": Misroute(**common) if countable(trace) else replace(attack, objective=Misrouting(loss)),
@@ -173,9 +170,9 @@ def parts_of(attack: PGD, trace: Trace) -> dict[str, Attack]:
         "flip": RouteFlip(**common),
     }
     if all(tuple(routing.index.shape[1:]) == (1, 1) for routing in trace.values()):
-        found["residue"] = replace(attack, objective=Residue())
+        attacks["residue"] = replace(attack, objective=Residue())
     experts = min(routing.num_experts for routing in trace.values())
-    return found | {f"expert {k}": replace(attack, objective=OneExpert(k, loss)) for k in range(experts)}
+    return attacks | {f"expert {k}": replace(attack, objective=OneExpert(k, loss)) for k in range(experts)}
 
 
 # ------------------------------------------------------------------------------------------------ the public functions
@@ -293,8 +290,8 @@ def run_attack(session: Session, climbed: Surrogate, attack: Attack, name: str) 
 def _flipped(
     attack: RouteFlip, climbed: Surrogate, batch: Batch, noise: Noise, clean: Output, moved: dict[str, list[float]]
 ) -> dict[str, list[float]]:
-    """``moved``, with 1 where that router can be moved by an attack on it alone. The model's own class stands for the
-    label, so that images which it gets wrong are attacked too.
+    """Returns ``moved``, with 1 where that router can be moved by an attack on it alone. The model's own class stands
+    for the label, so that images which it gets wrong are attacked too.
     """
     flips = attack.flips(climbed, batch.x, clean.logits.argmax(1), noise)
     alone = {name: flip.flipped.tolist() for name, flip in flips.items()}
@@ -305,12 +302,12 @@ def _flipped(
 
 
 @torch.no_grad()
-def _answers(model: RoutedModel, done: Attacked, held: Trace, threat: Threat) -> Answers:
-    """See `Answers`: three passes of the exact model, the first made already. ``held``: the route of that name."""
+def _answers(model: RoutedModel, done: Attacked, fixed: Trace, threat: Threat) -> Answers:
+    """Asks the exact model, in two passes more. ``fixed``: the routing that ``routing_fixed`` is asked on."""
     x, x_adv = done.batch.x.float(), done.x_adv.float()
     return Answers(
         predicted=list(predictions(done.attacked)),
-        routing_fixed=list(predictions(model.run(done.x_adv, forced=held))),
+        routing_fixed=list(predictions(model.run(done.x_adv, forced=fixed))),
         routing_transplanted=list(predictions(model.run(done.batch.x, forced=done.attacked.trace))),
         size=threat.size(x_adv - x).tolist(),
         routes=routes(done.attacked.trace),
@@ -319,7 +316,7 @@ def _answers(model: RoutedModel, done: Attacked, held: Trace, threat: Threat) ->
 
 
 def _joined(parts: Sequence[Answers]) -> Answers:
-    """The batches' answers, one after the other."""
+    """Returns the batches' answers, one after the other."""
 
     def column(field: str) -> list[Any]:
         return [value for part in parts for value in getattr(part, field)]

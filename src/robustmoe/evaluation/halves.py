@@ -56,11 +56,12 @@ def halves_of(runs: Sequence[Path], mix: Mix | None, sharpen: Sharpening | None)
     """The halves of one run of a dual model, or of two runs, the standard one first. ``mix``, ``sharpen``: None for
     those of the dual run, else the defaults of `models.Dual`. UserError for runs that do not fit together.
     """
-    found = _one(runs[0]) if len(runs) == 1 else _two(*runs)
-    return replace(found, spec=replace(found.spec, mix=mix or found.spec.mix, sharpen=sharpen or found.spec.sharpen))
+    halves = _of_dual_run(runs[0]) if len(runs) == 1 else _of_two_runs(*runs)
+    spec = replace(halves.spec, mix=mix or halves.spec.mix, sharpen=sharpen or halves.spec.sharpen)
+    return replace(halves, spec=spec)
 
 
-def _one(run: Path) -> Halves:
+def _of_dual_run(run: Path) -> Halves:
     config = read_config(run)
     spec = specs.build(config["model"], "model")
     if not isinstance(spec, Dual):
@@ -71,13 +72,13 @@ def _one(run: Path) -> Halves:
     return Halves(f"{run}, standard", f"{run}, robust", spec, config, read_weights(run / "model.safetensors"))
 
 
-def _two(standard: Path, robust: Path) -> Halves:
+def _of_two_runs(standard: Path, robust: Path) -> Halves:
     first, second = read_config(standard), read_config(robust)
     for field, words in (("data", "data"), ("num_classes", "classes"), ("image_shape", "images")):
-        one, other = (_plain(config.get(field)) for config in (first, second))
-        if one != other:
+        mine, other = (_plain(config.get(field)) for config in (first, second))
+        if mine != other:
             raise UserError(
-                f"{standard} and {robust} are of different {words}, {one} and {other}; expected two runs of the same "
+                f"{standard} and {robust} are of different {words}, {mine} and {other}; expected two runs of the same "
                 "data, classes and image shape"
             )
     parts = [specs.build(config["model"], "model") for config in (first, second)]

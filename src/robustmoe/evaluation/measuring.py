@@ -45,10 +45,10 @@ def evaluate(
     ``model``: a `RoutedModel`, or any callable from images to logits (n, c). ``x``, ``y``: images (n, ch, h, w) in
     [0, 1] with labels (n), or one of the project's data sets or its spec. By default the attacks are PGD-20 at linf
     8/255 on the whole model; for a routed model also on its experts alone and on its routers alone, and
-    `ExpertTransition` into every expert's cell (with token routers `RouteBeam`). ``name``: what tables call the model.
-    ``out``: a folder for the rows (resumable; by default temporary). Under torchrun the processes share the work.
-    Raises UserError for images outside [0, 1], labels out of range, a model that fails or whose output is not (n, c).
-    The model keeps its modes and device.
+    `ExpertTransition` into every expert's region (with token routers `RouteBeam`). ``name``: what tables call the
+    model. ``out``: a folder for the rows (resumable; by default temporary). Under torchrun the processes share the
+    work. Raises UserError for images outside [0, 1], labels out of range, a model that fails or whose output is not
+    (n, c). The model keeps its modes and device.
 
     A ``curve`` runs the simple attack that the fewest images survived again at its radii, on at most 256 images.
     """

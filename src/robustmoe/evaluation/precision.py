@@ -37,8 +37,8 @@ PROBE, FEW = 32, 4
 
 
 class Frozen(Surrogate):
-    """The `Surrogate` that `frozen` makes. ``folded``: BatchNorms that are now part of the convolution before them;
-    ``note``: what was done and what was not possible, one line.
+    """The `Surrogate` that `frozen_copy` makes. ``folded``: BatchNorms that are now part of the convolution before
+    them; ``note``: what was done and what was not possible, one line.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ def in_float32(model: RoutedModel) -> RoutedModel:
     return copy.deepcopy(model).float() if half else model
 
 
-def frozen(
+def frozen_copy(
     model: RoutedModel,
     x: Float[Tensor, "n ch h w"],
     precision: Precision = "strict",
@@ -173,16 +173,16 @@ class _Compact(RoutedModel):
 
 
 def _deviation(made: RoutedModel, answers: list[_Answer]) -> Float[Tensor, " m"]:
-    """For every image of every answer, how far the logits and the routers' are from the model's, relative to the
-    largest of these in the batch. The model's routes are held, so that a tie between two experts is no difference.
+    """Returns, for every image of every answer, how far the logits and the routers' are from the model's, relative to
+    the largest of these in the batch. The model's routing is fixed, so that a tie between two experts is no difference.
     """
     off = []
     for x, forced, expected in answers:
-        found = made.run(x, forced=forced or detach(expected.trace))
-        if found.trace.keys() != expected.trace.keys():
-            raise ValueError(f"the copy's routers are {sorted(found.trace)}, the model's {sorted(expected.trace)}")
-        pairs = [(found.logits, expected.logits)]
-        pairs += [(found.trace[name].logits, routing.logits) for name, routing in expected.trace.items()]
+        copied = made.run(x, forced=forced or detach(expected.trace))
+        if copied.trace.keys() != expected.trace.keys():
+            raise ValueError(f"the copy's routers are {sorted(copied.trace)}, the model's {sorted(expected.trace)}")
+        pairs = [(copied.logits, expected.logits)]
+        pairs += [(copied.trace[name].logits, routing.logits) for name, routing in expected.trace.items()]
         largest = [b.abs().max().clamp(min=torch.finfo(b.dtype).tiny) for _, b in pairs]
         off.append(torch.stack([(a - b).abs().flatten(1).amax(1) / c for (a, b), c in zip(pairs, largest)]).amax(0))
     return torch.cat(off)
@@ -197,7 +197,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Folded(nn.Module):
-    """In the place of a BatchNorm that is part of the convolution before it."""
+    """What stands in the place of a BatchNorm that is part of the convolution before it."""
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         return x
@@ -232,40 +232,53 @@ def _pairs(model: RoutedModel, answers: list[_Answer]) -> list[tuple[nn.Module, 
     convolution (a pathway model calls a shared BatchNorm once for each expert in use). A convolution whose output is
     read elsewhere besides cannot be seen from here; the caller compares logits.
     """
-    made: dict[int, nn.Module] = {}
-    kept: list[Tensor] = []  # an id is taken anew once its object is gone
-    calls: Counter[nn.Module] = Counter()
-    source: dict[nn.Module, nn.Module] = {}
-    refused: set[nn.Module] = set()
-
-    def watch(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        calls[module] += 1
-        if not isinstance(module, nn.BatchNorm2d):
-            made[id(out)] = module
-            kept.append(out)
-            return
-        conv = made.pop(id(args[0]), None) if args else None
-        if conv is None or source.setdefault(module, conv) is not conv:
-            refused.add(module)
-
+    watcher = _Watcher()
     watched = [module for module in model.modules() if _foldable(module)]
-    handles = [module.register_forward_hook(watch) for module in watched]
+    handles = [module.register_forward_hook(watcher.called) for module in watched]
     try:
         for x, forced, expected in answers:
             model.run(x[:FEW], forced=forced or {name: r.detach()[:FEW] for name, r in expected.trace.items()})
-            refused |= {norm for norm, conv in source.items() if calls[norm] != calls[conv]}
-            made.clear()
-            kept.clear()
-            calls.clear()
+            watcher.pass_is_over()
     finally:
         for handle in handles:
             handle.remove()
-    readers = Counter(source.values())
+    readers = Counter(watcher.source.values())
     return [
         (conv, norm)
-        for norm, conv in source.items()
-        if isinstance(norm, nn.BatchNorm2d) and not {norm, conv} & refused and readers[conv] == 1
+        for norm, conv in watcher.source.items()
+        if isinstance(norm, nn.BatchNorm2d) and not {norm, conv} & watcher.refused and readers[conv] == 1
     ]
+
+
+class _Watcher:
+    """Notes which convolution's output each BatchNorm reads (``source``), and where that is not always so
+    (``refused``).
+    """
+
+    def __init__(self) -> None:
+        self.source: dict[nn.Module, nn.Module] = {}
+        self.refused: set[nn.Module] = set()
+        self._made: dict[int, nn.Module] = {}
+        self._kept: list[Tensor] = []  # an id is taken anew once its object is gone
+        self._calls: Counter[nn.Module] = Counter()
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        """Is the forward hook of every module that is watched."""
+        self._calls[module] += 1
+        if not isinstance(module, nn.BatchNorm2d):
+            self._made[id(out)] = module
+            self._kept.append(out)
+            return
+        conv = self._made.pop(id(args[0]), None) if args else None
+        if conv is None or self.source.setdefault(module, conv) is not conv:
+            self.refused.add(module)
+
+    def pass_is_over(self) -> None:
+        """Refuses BatchNorms that were called more or less often than their convolution."""
+        self.refused |= {norm for norm, conv in self.source.items() if self._calls[norm] != self._calls[conv]}
+        self._made.clear()
+        self._kept.clear()
+        self._calls.clear()
 
 
 def _foldable(module: nn.Module) -> bool:

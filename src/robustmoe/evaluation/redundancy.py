@@ -119,7 +119,7 @@ def with_k(gates: Gates, k: int) -> Rule:
 
 
 def _weights(gating: Gating, logits: Float[Tensor, "n t e"], index: Int[Tensor, "n t k"]) -> Float[Tensor, "n t k"]:
-    """Of the experts ``index``, by the rule of that name."""
+    """Returns the weights of the experts ``index``, by the rule of that name."""
     if gating == "vmoe":
         return torch.softmax(logits, -1).gather(-1, index)
     chosen = logits.gather(-1, index)
@@ -157,14 +157,14 @@ def settings(trace: Trace, draws: int) -> list[Setting]:
     gates = {name: gate_of(routing) for name, routing in trace.items()}
     free = [name for name in trace if gates[name] in TOP_K]
     removable = {name: r.num_experts for name, r in trace.items() if gates[name] != "unknown" and r.num_experts > 1}
-    found = [Setting(RANDOM, router, draw) for router in _places(free) for draw in range(draws)]
+    every = [Setting(RANDOM, router, draw) for router in _places(free) for draw in range(draws)]
     if any(gates[name] in ("vmoe", "renormalised") for name in free):
-        found += [Setting(KEPT, "", draw) for draw in range(draws)]
+        every += [Setting(KEPT, "", draw) for draw in range(draws)]
     for router in _places(list(removable)):
         experts = removable[router] if router else min(removable.values())
-        found += [Setting(WITHOUT, router, expert) for expert in range(experts)]
+        every += [Setting(WITHOUT, router, expert) for expert in range(experts)]
     most = max((trace[name].num_experts for name in free), default=0)
-    return found + [Setting(OTHER_K, "", k) for k in range(1, most + 1)]
+    return every + [Setting(OTHER_K, "", k) for k in range(1, most + 1)]
 
 
 def _places(names: Sequence[str]) -> list[str]:
@@ -203,7 +203,7 @@ def redundancy(session: Session) -> tuple[list[Override], list[str]]:
             asked.append(setting)
         elif refusal not in said:
             said.append(refusal)
-    found = []
+    overrides = []
     with progress(len(asked) * len(images), "redundancy", unit="passes") as bar:
         for setting in asked:
             bar.say(f"{setting.rule} {setting.number}")
@@ -211,8 +211,8 @@ def redundancy(session: Session) -> tuple[list[Override], list[str]]:
             for answers in _answers(session, setting, gates):
                 classes += answers
                 bar.advance(len(answers))
-            found.append(Override(*setting, classes))
-    return found, said
+            overrides.append(Override(*setting, classes))
+    return overrides, said
 
 
 def _answers(session: Session, setting: Setting, gates: Gates) -> Iterator[list[int]]:

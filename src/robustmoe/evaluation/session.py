@@ -29,7 +29,7 @@ from robustmoe.evaluation import checks
 from robustmoe.evaluation.choosing import spec_or_repr
 from robustmoe.evaluation.engine import Plan, plan_of
 from robustmoe.evaluation.meters import Clock, Meter
-from robustmoe.evaluation.precision import Precision, frozen, in_float32
+from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
 from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.models.norm import at_least_float32
 from robustmoe.options import Options
@@ -122,7 +122,7 @@ class Session:
         state = (precision, checks.fingerprint(self.model))
         if self._copy is None or self._copy[0] != state:
             kind: Precision = "fast" if precision == "fast" else "strict"
-            self._copy = state, frozen(self.model, self.probe.x, kind, output=self.output)
+            self._copy = state, frozen_copy(self.model, self.probe.x, kind, output=self.output)
         copy = self._copy[1]
         return Surrogate(copy.climbed, self.model, copy.close, on_pass)
 
@@ -187,7 +187,7 @@ class Session:
         )
 
     def resume(self, kind: type[Timed], header: Header) -> Timed | None:
-        """The record that stands in the run folder, if it is of the same work; else a note says of which other."""
+        """Returns the record that is in the run folder, if it is of the same work; else a note says of which other."""
         old = None if self.folder is None else kind.read(self.folder)
         if self.folder is None or old is None:
             return None

@@ -205,7 +205,7 @@ def append_batch(answers: SweepAnswers, model: RoutedModel, done: Attacked, atta
 
 
 def _idle(before: Trace, after: Trace) -> dict[str, Tensor]:
-    """For each router, per image (n,), the share of items that go to no expert, before and after."""
+    """Returns, for each router, per image (n,), the share of items that go to no expert, before and after."""
     return {
         name: (~(routing.chosen() | after[name].chosen()).any(-1)).float().mean(-1) for name, routing in before.items()
     }
