@@ -18,7 +18,8 @@ MODULES = {
 LAYERS = [
     {"compat", "errors", "noise"},
     {"distributed", "progress", "provenance", "records", "routing", "spec", "user_model"},
-    {"analysis", "data", "models", "options", "recipe"},
+    {"options"},
+    {"analysis", "data", "models", "recipe"},
     {"attacks", "reporting"},
     {"certification", "lipschitz"},
     {"training", "costs", "theory"},

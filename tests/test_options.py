@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import robustmoe as rm
-from robustmoe import options, verbs
+from robustmoe import options, theory, verbs
 from robustmoe.attacks import PGD, linf
 from robustmoe.errors import UserError
 from robustmoe.evaluation.checks.run import check_run
@@ -88,6 +89,13 @@ def test_a_single_thing_where_a_list_is_wanted_is_a_list_of_one(verb: str, name:
     text = {"certifiers": "bounds(linf(0.1))", "only": "G2"}.get(name, "pgd(linf(0.1), steps=3)")
     assert getattr(read(KINDS[verb], {name: text}), name) == (text,)
     assert getattr(read(KINDS[verb], {name: [text, text]}), name) == (text, text)
+
+
+def test_one_run_and_one_experiment_need_no_list(tmp_path: Path) -> None:
+    for run in ("runs/a", Path("runs/a")):
+        with pytest.raises(UserError, match=r"runs/a.* is not a run folder"):
+            rm.report(run, tmp_path / "page.html")
+    assert [experiment.id for experiment in theory.run("X3")] == ["X3"]
 
 
 def test_an_attack_itself_is_a_list_of_one() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from robustmoe.errors import UserError
-from robustmoe.recipe import Recipe, field_types, load, resolve
+from robustmoe.options import hints_of
+from robustmoe.recipe import Recipe, load, resolve
 
 BASE = """# A recipe.
 # Cost: seconds.
@@ -98,7 +99,7 @@ def test_not_a_text_file(tmp_path: Path) -> None:
 
 
 def test_every_field_has_a_help_text() -> None:
-    hints: dict[str, Any] = field_types()
+    hints: dict[str, Any] = hints_of(Recipe)
     assert list(hints) == [f.name for f in dataclasses.fields(Recipe)]
     assert all(len(hint.__metadata__) == 1 and hint.__metadata__[0] for hint in hints.values())
 

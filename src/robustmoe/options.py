@@ -96,11 +96,14 @@ def _meant(kind: type[Options], name: str, value: Any, annotated: Any) -> Any:
         return kind.WORDS[name][value]
     lists = [arm for arm in arms_of(annotated) if typing.get_origin(arm) is tuple]
     if lists and value is not None:
-        numbers = float in typing.get_args(lists[0])
-        if isinstance(value, str):
-            value = spec.numbers(value) if numbers else (value,)
-        value = tuple(value) if hasattr(value, "__iter__") else (value,)
+        numbers = isinstance(value, str) and float in typing.get_args(lists[0])
+        value = spec.numbers(value) if numbers else several(value)
     return _conform(name, value, annotated)
+
+
+def several(given: Any) -> tuple[Any, ...]:
+    """Returns what was given where several things are wanted: a text, a path or an attack alone is a list of one."""
+    return (given,) if isinstance(given, str) or not hasattr(given, "__iter__") else tuple(given)
 
 
 def _conform(name: str, value: Any, annotated: Any) -> Any:

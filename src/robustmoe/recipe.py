@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
+from robustmoe.options import hints_of
 
 _SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack", "val_certifier")
 
@@ -58,6 +59,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in _SPECS:
             _check_spec(name, getattr(self, name))
+        if isinstance(self.attacks, str):  # not its letters
+            raise UserError(f"attacks must be a list of specs; got {self.attacks!r}")
         for attack in self.attacks:
             _check_spec("attacks", attack)
         for name in ("epochs", "batch_size", "val_limit", "threads", "max_steps"):
@@ -81,11 +84,6 @@ def _check_spec(name: str, text: str | None) -> None:
             raise UserError(f"{name}: {e}") from None
 
 
-def field_types() -> dict[str, Any]:
-    """Returns the type of each field of `Recipe`, annotated with its help text."""
-    return typing.get_type_hints(Recipe, include_extras=True)
-
-
 def load(path: str | Path, **overrides: Any) -> Recipe:
     """Returns the recipe in the TOML file ``path`` (or the bare name of one in ``recipes/``).
 
@@ -103,7 +101,7 @@ def load(path: str | Path, **overrides: Any) -> Recipe:
 
 
 def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    hints = field_types()
+    hints = hints_of(Recipe)
     out = {}
     for name, value in fields.items():
         if name not in hints:

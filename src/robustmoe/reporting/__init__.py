@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from robustmoe.options import several
 from robustmoe.records import write_atomic
 from robustmoe.reporting.collect import collect
 from robustmoe.reporting.kinds import story, text
@@ -20,9 +21,10 @@ from robustmoe.reporting.terminal import summary_table
 __all__ = ["report", "story", "summary_table", "text"]
 
 
-def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+def report(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Write ``out`` (``.html`` is added if it is missing; a folder gets ``report.html``) and beside it the same name
-    with ``.md`` and ``.json``; return the page's path. Several runs stand side by side.
+    with ``.md`` and ``.json``; return the page's path. One run may be given alone, several are set
+    side by side.
 
     UserError if a folder is not a run, nothing was measured in it, or the files cannot be written."""
     path = Path(out)
@@ -30,7 +32,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         path = path / "report.html"
     elif path.suffix.lower() not in (".html", ".htm"):
         path = path.with_name(path.name + ".html")
-    views = collect(runs)
+    views = collect(several(runs))
     write_atomic(path, page(views))
     write_atomic(path.with_suffix(".md"), markdown(views))
     write_atomic(path.with_suffix(".json"), json.dumps(numbers(views), indent=1, allow_nan=False) + "\n")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from robustmoe.errors import UserError, nearest
+from robustmoe.options import several
 from robustmoe.progress import progress
 from robustmoe.records.theory import Experiment
 from robustmoe.theory.fixed import x1, x1b, x1c, x2, x3
@@ -37,12 +38,12 @@ EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
 __all__ = ["EXPERIMENTS", "run"]
 
 
-def run(names: Sequence[str] = (), seed: int = 0) -> list[Experiment]:
+def run(names: str | Sequence[str] = (), seed: int = 0) -> list[Experiment]:
     """The named experiments (default: all), in the order of `EXPERIMENTS`. Names may be in either case.
 
     Raises UserError for a name that is none.
     """
-    known = {name.lower(): name for name in EXPERIMENTS}
+    known, names = {name.lower(): name for name in EXPERIMENTS}, several(names)
     for name in names:
         if name.lower() not in known:
             raise UserError(f"unknown experiment {name!r}; {nearest(name, EXPERIMENTS)}")
