@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     given = parser.parse_args()
     used = {name: instructions(extra) for name, extra in SETS.items()}
+    about = described("python benchmarks/demo_numbers.py", instruction_sets=used)
     runs: list[dict[str, Any]] = []
     for seed in given.seeds:
         for name, extra in SETS.items():
@@ -101,7 +102,7 @@ def main() -> None:
                 for part, values in measure(folder).items()
             }
             numbers["runs"] = {"count": len(runs), "seeds": len({run["seed"] for run in runs})}
-            about = described("python benchmarks/demo_numbers.py", seeds=given.seeds, instruction_sets=used)
+            about["seeds"] = sorted({run["seed"] for run in runs})
             write(RESULTS / "demo.json", about, numbers, runs=runs)
 
 

@@ -28,13 +28,17 @@ def described(command: str, **more: Any) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The last commit that changed the package's sources (rebasing what measures them leaves it), with "+" where they
+    """The last commit that changed the package's sources (rebasing what measures them leaves it). SystemExit where they
     differ from it.
     """
     source = Path(provenance.__file__).parent
     last = ["git", "log", "-1", "--format=%H", "--", str(source)]
     found = subprocess.run(last, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
-    return found + ("+" if (provenance.commit() or "").endswith("+") else "")
+    if (provenance.commit() or "").endswith("+"):
+        raise SystemExit(
+            "the sources differ from their last commit: commit first, a results file names what it measured"
+        )
+    return found
 
 
 def spread_of(values: Sequence[float]) -> dict[str, float]:
