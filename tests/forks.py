@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import gc
 import importlib
 import json
 import os
@@ -105,6 +106,7 @@ def _serve() -> Any:
     for name in PRELOADED:
         importlib.import_module(name)
     torch.set_num_threads(1)
+    gc.freeze()  # a child's collector would copy every page it looks at
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "poll" in request:

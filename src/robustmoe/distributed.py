@@ -99,7 +99,7 @@ def _end(error: BaseException | None) -> None:
     threads when its last reference goes. So no reference may stay: not in an error's frames, whose locals are cleared.
     """
     if error is not None and dist.get_backend() == "nccl":
-        return  # nccl's shutdown could wait for the dead; its threads hold no Python objects
+        return  # a shutdown could wait for a dead peer; that abort was seen with gloo, and nccl was not tried
     cause = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
