@@ -34,11 +34,11 @@ from robustmoe.models.base import Output, RoutedModel, as_routed
 from robustmoe.models.norm import at_least_float32
 from robustmoe.options import Options
 from robustmoe.progress import note
-from robustmoe.records import Blend, Dissection, Header, Lipschitz, ObjectiveInfo, RouterInfo, Sweep
+from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo
 from robustmoe.routing import Tape
 from robustmoe.training.checkpoint import load_model, read_config
 
-Timed = TypeVar("Timed", Blend, Dissection, Lipschitz, Sweep)
+Timed = TypeVar("Timed", bound=Record)
 
 Images = Tensor | np.ndarray | ImageSet | Data | str
 Labels = Tensor | np.ndarray | list[int] | None
@@ -188,21 +188,25 @@ class Session:
 
     def resume(self, kind: type[Timed], header: Header) -> Timed | None:
         """Returns the record that is in the run folder, if it is of the same work; else a note says of which other."""
-        old = None if self.folder is None else kind.read(self.folder)
-        if self.folder is None or old is None:
+        if self.folder is None:
+            return None
+        old: Any = kind.read(self.folder)
+        if old is None:
             return None
         other = records.difference(old.header, header)
         if other is not None:
             note(f"{kind.path(self.folder)} is of another {other.replace('_', ' ')}; it is made anew")
             return None
-        return old
+        same: Timed = old
+        return same
 
     def keep(self, record: Timed) -> Timed:
         """The record with the time since the last call added to it, written into the run folder if there is one."""
-        record = replace(record, seconds=record.seconds + self.clock.lap())
+        old: Any = record  # every record has its seconds; a sixth kind is not listed here
+        timed: Timed = replace(old, seconds=old.seconds + self.clock.lap())
         if self.folder is not None:
-            record.write(self.folder)
-        return record
+            timed.write(self.folder)
+        return timed
 
 
 # ------------------------------------------------------------------------------------------------ where one comes from
