@@ -13,7 +13,6 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 MANY_ARGUMENTS = {
     "interop.py:benchmark": "RobustBench's own arguments",
-    "interop.py:robustbench_json": "the fields of RobustBench's JSON",
     "models/conversion.py:moefy": "users write them by name",
     "training/advmoe.py:advmoe": "users write them by name, in recipes",
 }
@@ -21,7 +20,7 @@ LONG = {
     "models/conversion.py:moefy": "half of it is its docstring, with an example",
     "training/advmoe.py:advmoe": "half of it is its docstring",
     "interop.py:benchmark": "half of it is its docstring",
-    "interop.py:robustbench_json": "one dictionary",
+    "attacks/fab.py:_run": "its passes share what they know of each point",
     "theory/slots.py:x11": "one table of rows",
     "theory/fixed.py:x3": "one table of rows",
     "theory/split.py:x4": "one table of rows",
@@ -71,7 +70,5 @@ def test_no_name_is_found_or_one() -> None:
 
 
 def test_no_two_classes_have_one_name() -> None:
-    classes = Counter(
-        node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-    )
+    classes = Counter(node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     assert [name for name, count in classes.items() if count > 1] == []

@@ -17,8 +17,8 @@ from robustmoe.errors import UserError
 
 def versions() -> dict[str, str]:
     """Versions of robustmoe, torch, numpy and python."""
-    found = {name: metadata.version(name) for name in ("robustmoe", "numpy")}
-    return {**found, "torch": torch.__version__, "python": platform.python_version()}
+    versions_here = {name: metadata.version(name) for name in ("robustmoe", "numpy")}
+    return {**versions_here, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def commit() -> str | None:

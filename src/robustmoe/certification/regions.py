@@ -46,13 +46,13 @@ def region_margins(
 
     price = torch.zeros(e - 1, c, len(y), dtype=ball.x.dtype, device=ball.x.device)
     best = bound(price)
-    first, second = torch.zeros_like(price), torch.zeros_like(price)
-    for step in range(1, steps + 1):
+    search = torch.optim.Adam([price], betas=(0.9, 0.99), eps=1e-12, maximize=True)
+    for step in range(steps):
         with torch.enable_grad():
             at = price.clone().requires_grad_(True)
-            gradient = torch.autograd.grad(bound(at).sum(), at)[0]
-        first, second = first.lerp(gradient, 0.1), second.lerp(gradient.square(), 0.01)
-        move = (first / (1 - 0.9**step)) / ((second / (1 - 0.99**step)).sqrt() + 1e-12)
-        price = (price + RATE * (1 - (step - 1) / steps) * move).clamp(min=0.0)
-        best = torch.maximum(best, bound(price))
+            price.grad = torch.autograd.grad(bound(at).sum(), at)[0]
+        search.param_groups[0]["lr"] = RATE * (1 - step / steps)
+        search.step()
+        price.clamp_(min=0.0)
+        best = torch.maximum(best, bound(price.clone()))
     return best.T

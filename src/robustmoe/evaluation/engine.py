@@ -41,7 +41,7 @@ EXAMPLES = 10
 # ------------------------------------------------------------------------------------------------ what is to be done
 
 
-class Stage(NamedTuple):
+class WorkStage(NamedTuple):
     """One walk over the images left: an attack, or (None) one pass on the clean images. ``cost``: forward passes an
     image; ``final``: every image that comes here gets its row.
     """
@@ -59,7 +59,7 @@ class Plan:
     ``certified``: images that are not attacked if they are right. ``seed``: of the noise.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[WorkStage, ...]
     suite: bool
     certified: frozenset[int]
     seed: int
@@ -89,9 +89,9 @@ def plan_of(attack: Attack, output: Output, images: ImageSet, certified: Mapping
         )
     known = certified or {}
     safe = frozenset(i for i in images.index.tolist() if known.get(i, -1.0) >= attack.threat.eps)
-    stages = [Stage(name, part, part.queries(output), i == len(parts)) for i, (name, part) in enumerate(parts, 1)]
+    stages = [WorkStage(name, part, part.queries(output), i == len(parts)) for i, (name, part) in enumerate(parts, 1)]
     if suite or safe:
-        stages.insert(0, Stage(CLEAN, None, 0, False))
+        stages.insert(0, WorkStage(CLEAN, None, 0, False))
     return Plan(tuple(stages), suite, safe, attack.seed)
 
 
@@ -147,7 +147,7 @@ class EvaluationWork:
     device: torch.device
     meter: Meter
 
-    def left(self, stage: Stage, ledger: Ledger) -> list[int]:
+    def left(self, stage: WorkStage, ledger: Ledger) -> list[int]:
         """The positions of the images that ``stage`` has still to do, in the order of the set (once all stages before
         it are done).
         """
@@ -159,12 +159,12 @@ class EvaluationWork:
             if index not in ledger.survived and index not in passed and (chosen is None or index in chosen)
         ]
 
-    def ahead(self, ledger: Ledger, now: Stage) -> int:
+    def ahead(self, ledger: Ledger, now: WorkStage) -> int:
         """Forward passes to come if no other image breaks, ``now`` being done."""
         later = self.plan.stages[self.plan.stages.index(now) :]
         return sum(stage.cost * len(self.left(stage, ledger)) for stage in later)
 
-    def batch(self, stage: Stage, batch: Batch | None, show: bool) -> BatchResult | None:
+    def batch(self, stage: WorkStage, batch: Batch | None, show: bool) -> BatchResult | None:
         """One batch of one stage; None for None (this process has none in this round). ``show``: with images to look
         at, where the stage attacks.
         """
@@ -188,7 +188,7 @@ class EvaluationWork:
         lost = done.broken & self.plan.suite
         return [(done.select(safe), CERTIFIED), (done.select(lost), CLEAN)], done.select(~safe & ~lost)
 
-    def _attack(self, stage: Stage, attack: Attack, batch: Batch) -> tuple[list[tuple[Attacked, str]], Attacked]:
+    def _attack(self, stage: WorkStage, attack: Attack, batch: Batch) -> tuple[list[tuple[Attacked, str]], Attacked]:
         noise = part_noise(Noise.of(batch.index, self.plan.seed), stage.name)
         done = attack_batch(self.model, attack, batch, noise, self.climbed)
         none = torch.zeros_like(done.broken)
@@ -221,7 +221,7 @@ def run(work: EvaluationWork, ledger: Ledger, writer: Writer | None, peers: Peer
 
 
 def _rounds(
-    work: EvaluationWork, stage: Stage, ledger: Ledger, peers: Peers
+    work: EvaluationWork, stage: WorkStage, ledger: Ledger, peers: Peers
 ) -> Iterator[tuple[list[BatchResult], int]]:
     """The batches of a stage, one a process at a time: all their results, and the passes of this process's own."""
     chunks = torch.tensor(work.left(stage, ledger), dtype=torch.long).split(work.batch_size)
@@ -246,7 +246,7 @@ def _write(writer: Writer | None, results: Sequence[BatchResult], show: bool, se
         seconds = 0.0
 
 
-def _progress_text(plan: Plan, ledger: Ledger, n: int, stage: Stage) -> str:
+def _progress_text(plan: Plan, ledger: Ledger, n: int, stage: WorkStage) -> str:
     """Where the work is: the part, and the robust accuracy so far (of a suite: of all images, only falling)."""
     lost = sum(not survives for survives in ledger.survived.values())
     seen = n if plan.suite else max(len(ledger.survived), 1)

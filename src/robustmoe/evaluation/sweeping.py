@@ -79,7 +79,7 @@ def sweep_run(run: str | Path, *, options: SweepOptions) -> Sweep:
 
 
 @dataclass(frozen=True)
-class Grid:
+class EpsGrid:
     """What a sweep asks: ``attacks`` by their specs, at the radii that they were given with, each at every ``eps``."""
 
     attacks: dict[str, Attack]
@@ -95,7 +95,7 @@ class Grid:
         return [(name, eps) for name in self.attacks for eps in self.eps if (name, eps) not in there]
 
 
-def grid_of(options: SweepOptions) -> Grid:
+def grid_of(options: SweepOptions) -> EpsGrid:
     """What the options ask. UserError for what cannot be asked."""
     chosen = [seeded(build_attack(attack), options.seed) for attack in options.attacks or ATTACKS]
     norms = {attack.threat.norm for attack in chosen}
@@ -103,7 +103,7 @@ def grid_of(options: SweepOptions) -> Grid:
         raise UserError(f"the attacks are of {' and '.join(sorted(norms))}; expected one norm, sweep one at a time")
     if not all(attack.threat.eps > 0 for attack in chosen):
         raise UserError("an attack of eps 0 cannot be made again at another; expected one such as pgd(linf(8/255))")
-    return Grid({spec_or_repr(attack): attack for attack in chosen}, _radii(options.eps, norms.pop()))
+    return EpsGrid({spec_or_repr(attack): attack for attack in chosen}, _radii(options.eps, norms.pop()))
 
 
 def _radii(given: Sequence[float], norm: str) -> tuple[float, ...]:
@@ -125,7 +125,7 @@ def _radii(given: Sequence[float], norm: str) -> tuple[float, ...]:
 # ------------------------------------------------------------------------------------------------ the work
 
 
-def _swept(session: Session, grid: Grid) -> Sweep:
+def _swept(session: Session, grid: EpsGrid) -> Sweep:
     """Asks all questions; those that are answered in the folder's file are not asked again."""
     options: SweepOptions = session.options
     header = session.attack_header(grid.first)  # the attacks and radii are with the answers

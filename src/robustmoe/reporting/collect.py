@@ -40,7 +40,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class View:
+class RunView:
     """One run, read. ``groups[0]``, if there is an attack, is the headline. ``clean_only``: files without an attack.
     ``checks``: (attack, check) pairs, worst first. ``shown``: kind -> its records of this model; a run without
     ``results`` has at least one. ``notes``: what does not fit together or is missing."""
@@ -89,7 +89,7 @@ class View:
         return sum(times) if times else None
 
 
-def collect(runs: Sequence[str | os.PathLike[str]]) -> list[View]:
+def collect(runs: Sequence[str | os.PathLike[str]]) -> list[RunView]:
     """Read every run; UserError if there is none, or one is not a run folder or nothing was measured in it."""
     if not runs:
         raise UserError("nothing to report: name at least one run folder")
@@ -101,7 +101,7 @@ def collect(runs: Sequence[str | os.PathLike[str]]) -> list[View]:
     ]
 
 
-def _view(folder: Path, name: str, at: int, runs: int) -> View:
+def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
     config_path, rows_path = folder / "config.json", folder / "rows"
     if not config_path.is_file() and not rows_path.is_dir():
         raise UserError(
@@ -118,7 +118,7 @@ def _view(folder: Path, name: str, at: int, runs: int) -> View:
     shown = _shown(folder, None if head is None else head.header, results, notes)
     if head is None and not any(shown.values()):
         raise UserError(f"{folder} has no rows yet; `robustmoe evaluate {folder}` makes them")
-    return View(
+    return RunView(
         name=name,
         folder=folder,
         config=_config(config_path),
@@ -230,7 +230,7 @@ def _checks(results: list[Evaluation], audit: Audit | None) -> list[tuple[str, C
     return sorted(pairs, key=lambda pair: order.index(pair[1].status))
 
 
-def comparable(views: Sequence[View]) -> list[str]:
+def comparable(views: Sequence[RunView]) -> list[str]:
     """Returns why the evaluations cannot be compared number by number, in sentences; empty if they can."""
     views = [view for view in views if view.results]
     reasons = []
@@ -249,6 +249,6 @@ def comparable(views: Sequence[View]) -> list[str]:
     return reasons
 
 
-def of_kind(views: Sequence[View], kind: str) -> list[Shown[Any, Any]]:
+def of_kind(views: Sequence[RunView], kind: str) -> list[Shown[Any, Any]]:
     """Returns the records of one kind of all runs, in their order."""
     return [shown for view in views for shown in view.shown[kind]]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from robustmoe.analysis import Load
 from robustmoe.records import Example
-from robustmoe.reporting.collect import View
+from robustmoe.reporting.collect import RunView
 from robustmoe.reporting.figures import heat
 from robustmoe.reporting.words import plural, route_text
 
@@ -22,7 +22,7 @@ EXAMPLES_SHOWN = 12
 SIDE = 96  # pixels: larger images are shown smaller, so that the page stays small
 
 
-def load_section(views: Sequence[View]) -> str:
+def load_section(views: Sequence[RunView]) -> str:
     """Returns heat maps of class by expert, under the strongest attack; "" for dense models."""
     body = ""
     for view in views:
@@ -56,7 +56,7 @@ def _pair(load: Load) -> str:
 # Images ----------------------------------------------------------------------------------------------------------
 
 
-def image_section(views: Sequence[View]) -> str:
+def image_section(views: Sequence[RunView]) -> str:
     """Shows before, after and the difference made visible; "" without examples."""
     body = ""
     for view in views:
@@ -92,7 +92,7 @@ def _png(array: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _strip(view: View) -> tuple[str, int]:
+def _strip(view: RunView) -> tuple[str, int]:
     shots: list[tuple[Example, np.ndarray, np.ndarray]] = []
     for example in view.examples[:EXAMPLES_SHOWN]:
         before, after = decode(example.before), decode(example.after)
@@ -103,7 +103,7 @@ def _strip(view: View) -> tuple[str, int]:
     return "".join(_shot(view, *shot, factor) for shot in shots), factor
 
 
-def _shot(view: View, example: Example, before: np.ndarray, after: np.ndarray, factor: int) -> str:
+def _shot(view: RunView, example: Example, before: np.ndarray, after: np.ndarray, factor: int) -> str:
     classes = view.header.classes
 
     def name(label: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from robustmoe import analysis
 from robustmoe.records import Check, Evaluation
-from robustmoe.reporting.collect import Group, View, comparable, of_kind
+from robustmoe.reporting.collect import Group, RunView, comparable, of_kind
 from robustmoe.reporting.grid import grid_markdown, safe, table_markdown
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.panel import as_markdown
@@ -15,7 +15,7 @@ from robustmoe.reporting.verdict import story
 from robustmoe.reporting.words import GLOSSARY, eps_text, gap_text, interval, percent, plural, short, threat
 
 
-def markdown(views: Sequence[View]) -> str:
+def markdown(views: Sequence[RunView]) -> str:
     """Returns the whole report as text."""
     parts = ["# Robustness report: " + " and ".join(safe(view.name) for view in views)]
     if len(views) > 1:
@@ -33,7 +33,7 @@ def markdown(views: Sequence[View]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _run(view: View) -> list[str]:
+def _run(view: RunView) -> list[str]:
     parts = [f"## {safe(view.name)}", safe(story(view))]
     for group in view.groups:
         parts.append(f"### Attacks, {safe(threat(group.worst.norm, group.worst.eps))}")
@@ -74,7 +74,7 @@ def _suite(name: str, result: Evaluation) -> list[str]:
     return [f"#### {safe(name)}, part by part", *said, table_markdown(["part", "broke", "left (95 %)"], rows)]
 
 
-def _checks(view: View) -> list[str]:
+def _checks(view: RunView) -> list[str]:
     """Returns failures and warnings open; what passed and what was not run folded, as on the page."""
 
     def table(checks: list[tuple[Check, list[str]]]) -> str:

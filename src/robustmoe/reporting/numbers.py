@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from robustmoe import analysis
-from robustmoe.reporting.collect import Group, View, comparable
+from robustmoe.reporting.collect import Group, RunView, comparable
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.panel import Kind, Shown
 
 
-def numbers(views: Sequence[View]) -> dict[str, Any]:
+def numbers(views: Sequence[RunView]) -> dict[str, Any]:
     """Returns the whole report as JSON values; numbers that are not finite become null."""
     return finite(
         {
@@ -26,24 +26,8 @@ def numbers(views: Sequence[View]) -> dict[str, Any]:
     )
 
 
-def _run(view: View) -> dict[str, Any]:
+def _run(view: RunView) -> dict[str, Any]:
     header = view.header
-    headline = None
-    if view.groups:
-        group = view.groups[0]
-        headline = {
-            "clean": _rate(group.worst.clean),
-            "robust": _rate(group.worst.robust),
-            "norm": header.norm,
-            "eps": header.eps,
-            "n": group.worst.robust.n,
-            "attacks": group.names,
-            "router_attacked": group.verdict.router_attacked,
-            "trusted": group.verdict.trusted,
-            "reason": group.verdict.reason,
-            "failed": list(group.verdict.failed),
-            "incomplete": list(group.verdict.incomplete),
-        }
     return {
         "run": view.name,
         "model": header.model,
@@ -53,7 +37,7 @@ def _run(view: View) -> dict[str, Any]:
         "routers": {name: dict(vars(info)) for name, info in header.routers.items()},
         "parameters": header.parameters,
         "clean": _rate(view.clean) if view.results else None,
-        "headline": headline,
+        "headline": _headline(view),
         "threats": [_group(group) for group in view.groups],
         "curves": [
             {
@@ -73,6 +57,26 @@ def _run(view: View) -> dict[str, Any]:
         "config": view.config,
         "header": header.to_dict(),
         "evaluation_seconds": view.seconds,
+    }
+
+
+def _headline(view: RunView) -> dict[str, Any] | None:
+    """Returns the worst case of the first threat, and whether it can be believed; None without an attack."""
+    if not view.groups:
+        return None
+    group = view.groups[0]
+    return {
+        "clean": _rate(group.worst.clean),
+        "robust": _rate(group.worst.robust),
+        "norm": view.header.norm,
+        "eps": view.header.eps,
+        "n": group.worst.robust.n,
+        "attacks": group.names,
+        "router_attacked": group.verdict.router_attacked,
+        "trusted": group.verdict.trusted,
+        "reason": group.verdict.reason,
+        "failed": list(group.verdict.failed),
+        "incomplete": list(group.verdict.incomplete),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from robustmoe.reporting import experts, provenance, tables, training, verdict
-from robustmoe.reporting.collect import View, of_kind
+from robustmoe.reporting.collect import RunView, of_kind
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.panel import section
 from robustmoe.reporting.style import css
@@ -15,7 +15,7 @@ from robustmoe.reporting.words import plural
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(views: Sequence[View]) -> str:
+def page(views: Sequence[RunView]) -> str:
     """Returns the whole page as text."""
     parts = [
         ("verdict", "Verdict", verdict.section(views)),
@@ -52,7 +52,7 @@ def document(name: str, heading: str, navigation: str, sections: str, foot: str,
     )
 
 
-def _files(views: Sequence[View]) -> str:
+def _files(views: Sequence[RunView]) -> str:
     files = sum(len(view.results) for view in views)
     rows = sum(len(result.rows) for view in views for result in view.results)
     others = [(len(of_kind(views, kind.name)), kind.title) for kind in KINDS]

@@ -7,7 +7,7 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Check
-from robustmoe.reporting.collect import View
+from robustmoe.reporting.collect import RunView
 from robustmoe.reporting.figures import colour
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.words import count, duration, number, plain, plural, short, threat
@@ -29,7 +29,7 @@ FOLDED = {"pass": "passed", "not run": "not run"}
 """The answers that are shown at once, and those that are folded away."""
 
 
-def merged(view: View) -> list[tuple[Check, list[str]]]:
+def merged(view: RunView) -> list[tuple[Check, list[str]]]:
     """Returns the run's checks, worst first and then by id, with the attacks they were found under; equal answers are
     told once."""
     checks: dict[tuple[str, str, str], tuple[Check, list[str]]] = {}
@@ -45,7 +45,7 @@ def _by_number(id: str) -> tuple[str, int]:
     return letters, int(id[len(letters) :] or 0)
 
 
-def check_section(views: Sequence[View]) -> str:
+def check_section(views: Sequence[RunView]) -> str:
     """Returns the table of checks, one a run; "" if none was run."""
     body = ""
     for view in views:
@@ -66,7 +66,7 @@ def check_section(views: Sequence[View]) -> str:
     )
 
 
-def _checks(view: View, checks: Sequence[tuple[Check, list[str]]]) -> str:
+def _checks(view: RunView, checks: Sequence[tuple[Check, list[str]]]) -> str:
     head = '<th scope="col">Check</th><th class="left" scope="col">Answer</th>'
     head += '<th class="left" scope="col">What it found</th><th scope="col">Value</th>'
     rows = "".join(_check(view, check, names) for check, names in checks)
@@ -76,7 +76,7 @@ def _checks(view: View, checks: Sequence[tuple[Check, list[str]]]) -> str:
     )
 
 
-def tally(view: View) -> dict[str, list[str]]:
+def tally(view: RunView) -> dict[str, list[str]]:
     """Returns the ids of the checks by answer, each once, by its worst (one that ran anywhere is not "not run")."""
     order = ("not run", "pass", "warn", "fail")
     verdict = view.groups[0].verdict if view.groups else None
@@ -84,7 +84,7 @@ def tally(view: View) -> dict[str, list[str]]:
     return {status: sorted((id for id in worst if worst[id] == status), key=_by_number) for status in order}
 
 
-def where_found(view: View, names: Sequence[str]) -> str:
+def where_found(view: RunView, names: Sequence[str]) -> str:
     """Returns under which attacks a check gave its answer, if not under all; and whether `robustmoe check` gave it."""
     attacks = analysis.names([result.header for result in view.results])
     deep = [name for name in names if name not in attacks]
@@ -94,7 +94,7 @@ def where_found(view: View, names: Sequence[str]) -> str:
     return "; ".join([*(["under " + "; ".join(under)] if under else []), *deep])
 
 
-def _check(view: View, check: Check, names: list[str]) -> str:
+def _check(view: RunView, check: Check, names: list[str]) -> str:
     where = where_found(view, names)
     small = f"<small>{escape(where)}</small>" if where else ""
     status = check.status.replace(" ", "")
@@ -106,7 +106,7 @@ def _check(view: View, check: Check, names: list[str]) -> str:
     )
 
 
-def made_section(views: Sequence[View]) -> str:
+def made_section(views: Sequence[RunView]) -> str:
     """Shows commands, recipe, versions, hashes: one card a run."""
     cards = "".join(
         f'<div class="card">{_title(view, at, len(views) > 1)}{_commands(view)}<dl class="made">'
@@ -117,17 +117,17 @@ def made_section(views: Sequence[View]) -> str:
     return f'<h2>How it was made</h2><div class="cards">{cards}</div>'
 
 
-def _title(view: View, position: int, several: bool) -> str:
+def _title(view: RunView, position: int, several: bool) -> str:
     return f'<h2><i class="dotkey b{colour(position)}"></i>{escape(view.name)}</h2>' if several else ""
 
 
-def commands(view: View) -> list[str]:
+def commands(view: RunView) -> list[str]:
     """Returns the commands that made the run, without repeats: training, evaluations, then the records of each kind."""
     first = [view.config["command"]] if isinstance(view.config.get("command"), str) else []
     return list(dict.fromkeys([*first, *(header.command for header in view.headers)]))
 
 
-def _commands(view: View) -> str:
+def _commands(view: RunView) -> str:
     return "".join(f"<pre>{escape(command)}</pre>" for command in commands(view) if command)
 
 
@@ -135,19 +135,19 @@ def _ordered(words: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _evaluation_time(view: View) -> str:
+def _evaluation_time(view: RunView) -> str:
     if view.seconds is not None:
         return duration(view.seconds)
     return "unfinished" if view.results else ""
 
 
-def _times(view: View) -> list[tuple[str, str]]:
+def _times(view: RunView) -> list[tuple[str, str]]:
     """Returns how long the records of each kind took."""
     took = [(kind, sum(shown.record.seconds for shown in view.shown[kind.name])) for kind in KINDS]
     return [(f"time, {kind.title}", duration(seconds)) for kind, seconds in took if seconds]
 
 
-def facts(view: View) -> list[tuple[str, str]]:
+def facts(view: RunView) -> list[tuple[str, str]]:
     """Returns names and values, as text; what is not known is left out."""
     header, config = view.header, view.config
     headers = [result.header for result in view.results] or view.headers

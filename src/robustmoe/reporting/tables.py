@@ -7,13 +7,13 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Evaluation
-from robustmoe.reporting.collect import Group, View, strongest
+from robustmoe.reporting.collect import Group, RunView, strongest
 from robustmoe.reporting.figures import colour
 from robustmoe.reporting.grid import Entry, cell, rated
 from robustmoe.reporting.words import GLOSSARY, aim, count, duration, gap_text, interval, percent, plural, threat
 
 
-def section(views: Sequence[View]) -> str:
+def section(views: Sequence[RunView]) -> str:
     """Shows the comparison first (several runs), then one table a threat and a run, then the words explained; ""
     without rows."""
     if not any(view.results for view in views):
@@ -144,8 +144,8 @@ def _left(rate: analysis.Rate) -> str:
 # Several runs ----------------------------------------------------------------------------------------------------
 
 
-def _comparison(views: Sequence[View]) -> str:
-    rows: list[tuple[str, Callable[[View], Entry], bool]] = [
+def _comparison(views: Sequence[RunView]) -> str:
+    rows: list[tuple[str, Callable[[RunView], Entry], bool]] = [
         ("Clean accuracy", lambda view: rated(view.clean) if view.results else ("not measured", ""), False),
         ("Robust accuracy, worst case", _worst_entry, True),
     ]
@@ -179,7 +179,7 @@ def _comparison(views: Sequence[View]) -> str:
     )
 
 
-def _worst_entry(view: View) -> Entry:
+def _worst_entry(view: RunView) -> Entry:
     if not view.groups:
         return "not measured", ""
     group = view.groups[0]
@@ -187,8 +187,8 @@ def _worst_entry(view: View) -> Entry:
     return percent(group.worst.robust) + ("" if group.verdict.trusted else "†"), note
 
 
-def _under(name: str) -> Callable[[View], Entry]:
-    def entry(view: View) -> Entry:
+def _under(name: str) -> Callable[[RunView], Entry]:
+    def entry(view: RunView) -> Entry:
         if not view.groups or name not in view.groups[0].names:
             return "–", ""
         group = view.groups[0]
@@ -198,7 +198,7 @@ def _under(name: str) -> Callable[[View], Entry]:
     return entry
 
 
-def _part(view: View, field: str) -> Entry:
+def _part(view: RunView, field: str) -> Entry:
     if not view.routed:
         return "no router", ""
     if not view.groups:
@@ -207,7 +207,7 @@ def _part(view: View, field: str) -> Entry:
     return percent(rate), interval(rate)
 
 
-def _moved(view: View) -> Entry:
+def _moved(view: RunView) -> Entry:
     if not view.routed:
         return "no router", ""
     return (
@@ -215,7 +215,7 @@ def _moved(view: View) -> Entry:
     )
 
 
-def _attacked(view: View) -> Entry:
+def _attacked(view: RunView) -> Entry:
     if not view.routed:
         return "no router", ""
     return ("yes" if view.groups and view.groups[0].verdict.router_attacked else "no", "")

@@ -50,19 +50,7 @@ def _block(group: list[Evaluation], audit: Audit | None) -> list[str]:
     cells = [f"worst of {len(group)}", percent(worst.clean), percent(worst.robust) + mark, interval(worst.robust)]
     table.append([*cells, *([""] * 3 if routed else []), "", str(worst.robust.n)])
     lines = [f"threat {threat(worst.norm, worst.eps)}", *aligned(table)]
-    for name, result in zip(analysis.names([r.header for r in group]), group, strict=True):
-        if parts := analysis.by_part(result):
-            lines += [
-                *wrapped(f"{name}, part by part:"),
-                f"  clean {percent(analysis.evaluation_summary(*result).clean)}",
-            ]
-            width = max(len(part.name) for part in parts)
-            lines += [
-                f"  {part.name.ljust(width)}  broke {part.broken:>5}, left {percent(part.left)} ({interval(part.left)})"
-                for part in parts
-            ]
-            if gap := analysis.routing_gap(result):
-                lines += wrapped(gap_text(gap), "  ")
+    lines += _by_part(group)
     lines.append(f"verdict: {'no check speaks against this number' if verdict.trusted else 'do NOT quote this number'}")
     if verdict.router_attacked is None:
         lines.append("no router declared: the model is dense, or hides its routing")
@@ -80,4 +68,23 @@ def _block(group: list[Evaluation], audit: Audit | None) -> list[str]:
         f"{plural(len(answers), 'check')}: {counts['fail']} failed, {counts['warn']} warned, "
         f"{counts['pass']} passed, {counts['not run']} not run" + (f" ({skipped})" if skipped else "")
     )
+    return lines
+
+
+def _by_part(group: list[Evaluation]) -> list[str]:
+    """Returns what each part of a suite broke."""
+    lines: list[str] = []
+    for name, result in zip(analysis.names([r.header for r in group]), group, strict=True):
+        if parts := analysis.by_part(result):
+            lines += [
+                *wrapped(f"{name}, part by part:"),
+                f"  clean {percent(analysis.evaluation_summary(*result).clean)}",
+            ]
+            width = max(len(part.name) for part in parts)
+            lines += [
+                f"  {part.name.ljust(width)}  broke {part.broken:>5}, left {percent(part.left)} ({interval(part.left)})"
+                for part in parts
+            ]
+            if gap := analysis.routing_gap(result):
+                lines += wrapped(gap_text(gap), "  ")
     return lines

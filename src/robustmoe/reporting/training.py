@@ -8,14 +8,14 @@ from html import escape
 from typing import Any
 
 from robustmoe.analysis import Curve
-from robustmoe.reporting.collect import View
+from robustmoe.reporting.collect import RunView
 from robustmoe.reporting.figures import LARGE, NORMAL, SMALL, Axes, Series, Size, colour, lines, shares
 from robustmoe.reporting.words import eps_text, interval, number, percent, plural
 
 ROUTERS_SHOWN = 12
 
 
-def eps_section(views: Sequence[View]) -> str:
+def eps_section(views: Sequence[RunView]) -> str:
     """Returns accuracy against eps, one chart a norm, with its table beside it; "" without a curve."""
     curves = [(view, curve) for view in views for curve in view.curves]
     if not curves:
@@ -102,7 +102,7 @@ def _drawn(title: str, series: list[Series], note: str = "", size: Size = NORMAL
     return lines(title, kept, Axes("epoch", whole_x=True, **axes), note=note, size=size) if kept else ""
 
 
-def section(views: Sequence[View]) -> str:
+def section(views: Sequence[RunView]) -> str:
     """Shows loss, accuracy and learning rate over the epochs, one row of charts a run; "" without metrics."""
     body = ""
     for view in views:
@@ -140,7 +140,7 @@ def _charts(metrics: list[dict[str, Any]]) -> str:
 # Routers ---------------------------------------------------------------------------------------------------------
 
 
-def health_section(views: Sequence[View]) -> str:
+def health_section(views: Sequence[RunView]) -> str:
     """Returns load and entropy of each router over the epochs; "" without a router in the metrics."""
     body = "".join(_health(view, len(views) > 1) for view in views)
     if not body:
@@ -153,7 +153,7 @@ def health_section(views: Sequence[View]) -> str:
     )
 
 
-def _health(view: View, several: bool) -> str:
+def _health(view: RunView, several: bool) -> str:
     routers = _inner(view.metrics, "routers")
     if not routers:
         return ""

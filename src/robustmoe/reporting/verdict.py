@@ -7,7 +7,7 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.reporting.boxes import alarm, figure_list, unbroken
-from robustmoe.reporting.collect import View, comparable
+from robustmoe.reporting.collect import RunView, comparable
 from robustmoe.reporting.figures import colour
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.provenance import tally
@@ -16,7 +16,7 @@ from robustmoe.reporting.words import interval, percent, plural, threat
 _STATUSES = (("pass", "passed"), ("warn", "to look at"), ("fail", "failed"), ("not run", "not run"))
 
 
-def section(views: Sequence[View]) -> str:
+def section(views: Sequence[RunView]) -> str:
     """Returns the cards, and above them why the runs cannot be compared, if they cannot."""
     reasons = comparable(views) if len(views) > 1 else []
     warning = alarm("Compare with care", reasons, mild=True) if reasons else ""
@@ -24,7 +24,7 @@ def section(views: Sequence[View]) -> str:
     return f'<h2 hidden>Verdict</h2>{warning}<div class="cards">{cards}</div>'
 
 
-def story(view: View) -> str:
+def story(view: RunView) -> str:
     """Returns the verdict as plain text: what was trained how, on what, and what survives."""
     header = view.header
     if not view.results:
@@ -52,7 +52,7 @@ def story(view: View) -> str:
     return text
 
 
-def _card(view: View, number: int, several: bool) -> str:
+def _card(view: RunView, number: int, several: bool) -> str:
     trusted = bool(view.groups) and view.groups[0].verdict.trusted
     name = f'<h2><i class="dotkey b{number}"></i><span>{escape(view.name)}</span></h2>' if several else ""
     said = f'{name}<p class="story">{unbroken(story(view))}</p>'
@@ -64,7 +64,7 @@ def _card(view: View, number: int, several: bool) -> str:
     )
 
 
-def _figures(view: View, trusted: bool) -> str:
+def _figures(view: RunView, trusted: bool) -> str:
     clean = view.clean
     cells = [("Clean accuracy", "big", percent(clean), f"95 %: {interval(clean)}")]
     if view.groups:
@@ -83,7 +83,7 @@ def _figures(view: View, trusted: bool) -> str:
     return figure_list(cells)
 
 
-def _bar(view: View, number: int, trusted: bool) -> str:
+def _bar(view: RunView, number: int, trusted: bool) -> str:
     clean = view.clean
     parts = [f'<div class="fill lost b{number}" style="width:{100 * clean.value:.2f}%"></div>']
     alt = f"clean accuracy {percent(clean)}"
@@ -102,7 +102,7 @@ def _bar(view: View, number: int, trusted: bool) -> str:
     )
 
 
-def _chips(view: View) -> str:
+def _chips(view: RunView) -> str:
     answers = tally(view)
     chips = []
     for status, words in _STATUSES:
@@ -120,7 +120,7 @@ def _chips(view: View) -> str:
     return f'<ul class="chips">{items}</ul>'
 
 
-def _alarms(view: View) -> str:
+def _alarms(view: RunView) -> str:
     if not view.groups:
         return ""
     judged = view.groups[0].verdict
@@ -135,5 +135,5 @@ def _alarms(view: View) -> str:
     return boxes + _notes(view)
 
 
-def _notes(view: View) -> str:
+def _notes(view: RunView) -> str:
     return alarm("Worth a look", view.notes, mild=True) if view.notes else ""

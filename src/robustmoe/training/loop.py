@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from robustmoe.recipe import Recipe
 from robustmoe.records import append_json, read_jsonl, write_atomic
 from robustmoe.training import checkpoint, health, starting
 from robustmoe.training.health import RouterLine
+from robustmoe.training.lines import EpochLine, said
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Method, MiniBatch, StepResult, TrainingStopped, train_step
 
@@ -358,24 +359,6 @@ def _note_moved(parts: RunParts, state: TrainingState, before: dict[str, Tensor]
         state.router_moved[name] = state.router_moved.get(name, False) or moved
 
 
-class EpochLine(TypedDict):
-    """What ``metrics.jsonl`` says of an epoch."""
-
-    epoch: int
-    step: int
-    seconds: float
-    lr: dict[str, float]
-    loss: dict[str, float]
-    grad_norm: dict[str, float]
-    train_accuracy: float
-    val_clean: float
-    val_robust: float | None
-    val_certified: float | None
-    val_n: int
-    routers: dict[str, RouterLine]
-    best: bool
-
-
 def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dict[str, bool]) -> None:
     """Validates, keeps the weights if they are the best so far, and writes the epoch's line.
 
@@ -396,7 +379,7 @@ def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dic
         if best:
             checkpoint.save_weights(out / "model.safetensors", judged.state_dict(), parts.recipe.model)
         append_json(out / "metrics.jsonl", line)
-    note(_said(line, parts.recipe.epochs))
+    note(said(line, parts.recipe.epochs))
     for complaint in health.complaints(line["routers"]):
         note(complaint)
 
@@ -438,17 +421,6 @@ def _line(
         "routers": routers,
         "best": best,
     }
-
-
-def _said(line: EpochLine, epochs: int) -> str:
-    """Returns the epoch's line for a person."""
-    accuracies = {"clean": line["val_clean"], "robust": line["val_robust"], "certified": line["val_certified"]}
-    shown = [f"val {kind} {100 * rate:5.1f} %" for kind, rate in accuracies.items() if rate is not None]
-    return (
-        f"epoch {line['epoch']}/{epochs}  loss {' '.join(f'{loss:.3f}' for loss in line['loss'].values())}  "
-        f"train {100 * line['train_accuracy']:5.1f} %  {'  '.join(shown)}  {line['seconds']:.0f} s"
-        f"{'  best' if line['best'] else ''}"
-    )
 
 
 def _judged(parts: RunParts) -> RoutedModel:

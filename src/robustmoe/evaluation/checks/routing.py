@@ -258,7 +258,7 @@ def _reference(model: RoutedModel, objective: Objective, x: Tensor, at: Tensor, 
     return loss_of(loss, model.run(at, forced=forced).logits, y)
 
 
-class Scaled(RoutedModel):
+class ScaledRouter(RoutedModel):
     """``inner`` with its logits times ``scale``."""
 
     def __init__(self, inner: RoutedModel, scale: float) -> None:
@@ -278,7 +278,7 @@ def logit_scale(case: Subject) -> Answer:
     n, attack = len(case.batch), with_loss(case.quick, "ce")
     by_scale = {}
     for scale in (0.1, 1.0, 10.0, 100.0):
-        by_scale[f"{scale:g}"] = case.outcome(attack, Scaled(case.model, scale) if scale != 1 else None).broken
+        by_scale[f"{scale:g}"] = case.outcome(attack, ScaledRouter(case.model, scale) if scale != 1 else None).broken
     extra = case.gained(torch.stack(list(by_scale.values())).any(0))
     counts = {scale: int(broken.sum()) for scale, broken in by_scale.items()}
     said = ", ".join(f"{count} at x {scale}" for scale, count in counts.items())

@@ -1,0 +1,36 @@
+"""What is said of an epoch: the line of ``metrics.jsonl``, and the one for a person."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from robustmoe.training.health import RouterLine
+
+
+class EpochLine(TypedDict):
+    """What ``metrics.jsonl`` says of an epoch."""
+
+    epoch: int
+    step: int
+    seconds: float
+    lr: dict[str, float]
+    loss: dict[str, float]
+    grad_norm: dict[str, float]
+    train_accuracy: float
+    val_clean: float
+    val_robust: float | None
+    val_certified: float | None
+    val_n: int
+    routers: dict[str, RouterLine]
+    best: bool
+
+
+def said(line: EpochLine, epochs: int) -> str:
+    """Returns the epoch's line for a person."""
+    accuracies = {"clean": line["val_clean"], "robust": line["val_robust"], "certified": line["val_certified"]}
+    shown = [f"val {kind} {100 * rate:5.1f} %" for kind, rate in accuracies.items() if rate is not None]
+    return (
+        f"epoch {line['epoch']}/{epochs}  loss {' '.join(f'{loss:.3f}' for loss in line['loss'].values())}  "
+        f"train {100 * line['train_accuracy']:5.1f} %  {'  '.join(shown)}  {line['seconds']:.0f} s"
+        f"{'  best' if line['best'] else ''}"
+    )
