@@ -339,7 +339,7 @@ def test_evaluate_attacks_its_routers(net: Net, images: Callable[..., Tensor]) -
     with torch.no_grad():
         y = model(x).argmax(1)
     attacks = ["pgd(linf(0.1), steps=3, objective=router_only)", "route_beam(linf(0.1), steps=2)"]
-    routers, beam = evaluate(model, x, y, num_classes=4, device="cpu", attacks=attacks)
+    routers, beam = evaluate(model, x, y, num_classes=4, device="cpu", attacks=attacks).summary()
     for summary in (routers, beam):
         assert (summary.clean.count, summary.n) == (6, 6)
         assert set(summary.rerouted) == {"network.body.router", "network.down.router"}

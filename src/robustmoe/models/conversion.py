@@ -64,8 +64,9 @@ def moefy(
         net, x = Net().eval(), torch.rand(16, 3, 8, 8)
         model = rm.moefy(net, "conv", image_shape=(3, 8, 8), experts=4, jitter=0.1)
         print(model.run(x).trace["network.conv.router"].index.flatten().bincount(minlength=4))
-        (result,) = rm.evaluate(model, x, model(x).argmax(1), attacks=["pgd(linf(0.03), steps=5)"])
-        print(f"clean {result.clean.count} of {result.n}, robust {result.robust.count}, rerouted {result.rerouted}")
+        (record,) = rm.evaluate(model, x, model(x).argmax(1), attacks="pgd(linf(0.03), steps=5)")
+        numbers = record.summary()
+        print(f"clean {numbers.clean.count}, robust {numbers.robust.count} of {numbers.n}, moved {numbers.rerouted}")
 
     ``layers``: names as `nn.Module.named_modules` gives them; ``*``, ``?`` and ``[...]`` stand for parts of a name
     between two dots: "layer4.*.conv2". ``image_shape`` (ch, h, w): two random images of it go through the network, to
