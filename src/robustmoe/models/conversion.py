@@ -66,7 +66,7 @@ def moefy(
         print(model.run(x).trace["network.conv.router"].index.flatten().bincount(minlength=4))
         (record,) = rm.evaluate(model, x, model(x).argmax(1), attacks="pgd(linf(0.03), steps=5)")
         numbers = record.summary()
-        print(f"clean {numbers.clean.count}, robust {numbers.robust.count} of {numbers.n}, moved {numbers.rerouted}")
+        print(f"clean {numbers.clean.count} of {numbers.n}, robust {numbers.robust.count}, moved {numbers.rerouted}")
 
     ``layers``: names as `nn.Module.named_modules` gives them; ``*``, ``?`` and ``[...]`` stand for parts of a name
     between two dots: "layer4.*.conv2". ``image_shape`` (ch, h, w): two random images of it go through the network, to
