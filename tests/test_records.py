@@ -307,6 +307,13 @@ def test_a_clean_evaluation_has_no_objective() -> None:
     assert Header.from_dict(json.loads(json.dumps(header.to_dict()))) == header
 
 
+def test_a_header_that_was_told_no_batch_size_names_none() -> None:
+    """Zero: the report's JSON and its provenance then leave it out."""
+    told = make_header().to_dict()
+    del told["batch_size"]
+    assert Header.from_dict(told).batch_size == 0
+
+
 def test_two_rows_of_one_image(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     lines = [make_header().to_dict(), make_row(0).to_dict(), make_row(0).to_dict()]
