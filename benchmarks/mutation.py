@@ -757,7 +757,7 @@ def ends(files: str) -> dict[int, dict[str, Any]]:
     return last
 
 
-def table(sample: Path, ported: Path, before: str, after: str, out: str, commits: list[str]) -> None:
+def table(sample: Path, ported: Path, before: str, after: str, out: str, commits: list[str], how: str) -> None:
     """Prints the counts by package; writes them, and each fault with how it ended, where ``out`` says."""
     drawn, moved = (json.loads(path.read_text()) for path in (sample, ported))
     old, new = ends(before), ends(after)
@@ -785,7 +785,9 @@ def table(sample: Path, ported: Path, before: str, after: str, out: str, commits
     if out:
         import results
 
-        about = results.described("python benchmarks/mutation.py table", seeds=[drawn["seed"]], commits=commits)
+        about = results.described(
+            "python benchmarks/mutation.py table", seeds=[drawn["seed"]], commits=commits, how=how
+        )
         results.write(Path(out), about, counts, mutants=drawn["mutants"])
 
 
@@ -819,6 +821,7 @@ def main() -> int:
     parts["table"].add_argument("before")
     parts["table"].add_argument("after")
     parts["table"].add_argument("--out", default="", help="a results file to write")
+    parts["table"].add_argument("--how", default="", help="for the results file: which tests were run")
     parts["table"].add_argument("--commits", nargs=2, default=[], help="for the results file: of before and after")
     given = vars(parser.parse_args())
     verb = given.pop("verb")
