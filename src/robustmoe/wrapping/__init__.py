@@ -4,6 +4,6 @@ changed.
 
 from __future__ import annotations
 
-from robustmoe.wrapping.watching import Cut, Decision, Draw, Watched, watch
+from robustmoe.wrapping.watching import Cut, Decision, Draw, Seen, watch
 
-__all__ = ["Cut", "Decision", "Draw", "Watched", "watch"]
+__all__ = ["Cut", "Decision", "Draw", "Seen", "watch"]

@@ -121,7 +121,7 @@ class Entered:
     output: Any = None
 
 
-class Watched(NamedTuple):
+class Seen(NamedTuple):
     """What `watch` saw: the model's ``output``, and its ``decisions``, ``cuts`` and ``draws`` in the order in which
     they came. ``heard`` and ``entered`` hold the tensors too, for those who look closer.
     """
@@ -134,7 +134,7 @@ class Watched(NamedTuple):
     entered: tuple[Entered, ...]
 
 
-def watch(model: Callable[[Tensor], Any], x: Tensor, tensors: bool = False) -> Watched:
+def watch(model: Callable[[Tensor], Any], x: Tensor, tensors: bool = False) -> Seen:
     """Runs one pass of any model on the images x (n, ch, h, w), with gradients on, and tells what happened inside.
 
     The model may be any callable; where it is no nn.Module, every path is "". It runs in the modes that it is in (call
@@ -155,7 +155,7 @@ def watch(model: Callable[[Tensor], Any], x: Tensor, tensors: bool = False) -> W
             output = model(at)
     decisions = tuple(heard.decision for heard in watcher.heard)
     kept = (tuple(watcher.heard), tuple(watcher.entered)) if tensors else ((), ())
-    return Watched(output, decisions, watcher.cuts(output), tuple(watcher.draws), *kept)
+    return Seen(output, decisions, watcher.cuts(output), tuple(watcher.draws), *kept)
 
 
 class Watcher(TorchFunctionMode):
@@ -166,7 +166,7 @@ class Watcher(TorchFunctionMode):
         self.heard: list[Heard] = []
         self.entered: list[Entered] = []
         self.draws: list[Draw] = []
-        self._stack: list[_Frame] = [_Frame(-1, "", "")]
+        self._stack: list[_Running] = [_Running(-1, "", "")]
         self._marks: dict[int, _Mark] = {}
         self._cuts: Counter[tuple[str, str, str]] = Counter()
         self._first: dict[tuple[str, str, str], str] = {}
@@ -178,7 +178,7 @@ class Watcher(TorchFunctionMode):
         parent = self._stack[-1].entry
         entry = Entered(len(self.entered), parent, path, module, args, kwargs)
         self.entered.append(entry)
-        self._stack.append(_Frame(entry.number, path, type(module).__name__))
+        self._stack.append(_Running(entry.number, path, type(module).__name__))
 
     def leave(self, output: Any) -> None:
         """Is told that the innermost module ends. Of a result that no call here has made (a scripted module's, a
@@ -290,7 +290,7 @@ class Watcher(TorchFunctionMode):
 
 
 @dataclass(eq=False)
-class _Frame:
+class _Running:
     """A module that runs: the number of its call, its path and class, and how often it made which call of `CHOICES`."""
 
     entry: int
