@@ -37,6 +37,7 @@ from robustmoe.data import Batch
 from robustmoe.evaluation.checks import CHECKS, Subject, ids
 from robustmoe.models import RoutedModel
 from robustmoe.models.base import Output
+from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
 from robustmoe.records import Check
 from robustmoe.routing import Routing, Tape, straight_through, top_k
@@ -412,6 +413,11 @@ PLANTED = (
     Planted("dead router", Dead, images, 1.0, None, (), ("R9",)),
     Planted("NaN router", NotANumber, images, 1.0, None, (), ("H6",)),
 )
+
+
+def as_function(model: RoutedModel) -> Plain:
+    """The same model as a plain function x -> logits, which tells no route."""
+    return Plain(lambda x: model.body(x, Tape()))
 
 
 # ------------------------------------------------------------------------------------------------ what is said of them

@@ -27,7 +27,8 @@ from robustmoe.attacks.apgd import APGD, TargetedAPGD
 from robustmoe.attacks.l1 import l1_excess
 from robustmoe.attacks.objectives import Inner, Objective, Score
 from robustmoe.models import RoutedModel
-from robustmoe.models.base import Output, Plain
+from robustmoe.models.base import Output
+from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
 
 SHAPE, SIZE = (3, 4, 4), 48

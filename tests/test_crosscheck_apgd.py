@@ -22,7 +22,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted, L1_projec
 from robustmoe.attacks import Joint, Targeted, Threat  # noqa: E402
 from robustmoe.attacks.apgd import APGD, TargetedAPGD  # noqa: E402
 from robustmoe.attacks.l1 import l1_excess  # noqa: E402
-from robustmoe.models.base import Plain  # noqa: E402
+from robustmoe.models.plain import Plain  # noqa: E402
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 EPS = {"linf": 0.012, "l2": 0.12, "l1": 1.0}

@@ -14,7 +14,7 @@ from robustmoe.attacks import NotFiniteError, Surrogate, Threat, size
 from robustmoe.attacks.boundary import dual_size, projection
 from robustmoe.attacks.fab import FAB
 from robustmoe.models import RoutedModel
-from robustmoe.models.base import Plain
+from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
 
 NORMS = ("linf", "l2", "l1")

@@ -14,7 +14,7 @@ from robustmoe.attacks import Joint, NotFiniteError, RouterOnly, Surrogate, Thre
 from robustmoe.attacks.boundary import dual_size, into_ball
 from robustmoe.attacks.fmn import FMN, accuracy_curve
 from robustmoe.models import RoutedModel
-from robustmoe.models.base import Plain
+from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
 
 NORMS = ("linf", "l2", "l1")

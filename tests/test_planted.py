@@ -8,13 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from planted import EPS, FILE, HEAD, PAGE, PLANTED, Case, N, Planted, RoutingHalf, fired, oracle, right, wrong
+from planted import (
+    EPS,
+    FILE,
+    HEAD,
+    PAGE,
+    PLANTED,
+    Case,
+    N,
+    Planted,
+    RoutingHalf,
+    as_function,
+    fired,
+    oracle,
+    right,
+    wrong,
+)
 from robustmoe.attacks import PGD, Attack, linf, router_only
 from robustmoe.attacks.autoattack import AutoAttackRouting
 from robustmoe.attacks.routes import ExpertTransition, RouteBeam, RouteFlip
 from robustmoe.data import Batch
 from robustmoe.evaluation.checks import before
-from robustmoe.models.base import Plain
 
 ATTACKS: dict[str, Attack] = {
     "joint": PGD(linf(EPS), steps=10),
@@ -143,13 +157,13 @@ def test_the_control_fails_none_of_the_checks_that_every_evaluation_makes() -> N
 def test_some_checks_need_no_router(planted: Planted) -> None:
     """The same model as a plain function x -> logits."""
     case = planted.make()
-    assert [check.id for check in fired(Plain(case.model), case, planted.plain)] == list(planted.plain)
+    assert [check.id for check in fired(as_function(case.model), case, planted.plain)] == list(planted.plain)
 
 
 def test_a_hidden_router_is_not_said_to_be_attacked() -> None:
     """As a plain function the hard router cannot be seen; R1 says that it was not run, and not that it passed."""
     case = PLANTED[0].make()
-    found = before(Plain(case.model), ATTACKS["joint"], Batch(case.x, case.y, torch.arange(N)))
+    found = before(as_function(case.model), ATTACKS["joint"], Batch(case.x, case.y, torch.arange(N)))
     assert next(check for check in found if check.id == "R1").status == "not run"
     assert [check.id for check in found if check.status in ("warn", "fail")] == []
 

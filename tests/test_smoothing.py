@@ -19,8 +19,8 @@ from robustmoe.certification import ABSTAIN, Smoothing, build_certifier, predict
 from robustmoe.certification.smoothing import COUNT, SELECT, lower_bound, radius
 from robustmoe.errors import UserError
 from robustmoe.models import DualModel, RoutedModel
-from robustmoe.models.base import Plain
 from robustmoe.models.dual import Scaled
+from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape, top_k
 from robustmoe.training import build_method

@@ -13,7 +13,8 @@ from robustmoe.attacks import Attack, NotFiniteError, Surrogate, Threat, l1, l2,
 from robustmoe.attacks import square as square_module
 from robustmoe.attacks.square import Square
 from robustmoe.models import RoutedModel
-from robustmoe.models.base import Output, Plain
+from robustmoe.models.base import Output
+from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
 from tiny_models import TINY
 

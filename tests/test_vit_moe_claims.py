@@ -22,7 +22,7 @@ from robustmoe.attacks.routes.reach import route_radius
 from robustmoe.data import Batch
 from robustmoe.evaluation import sweep
 from robustmoe.models import RoutedModel, build_model
-from robustmoe.models.base import Plain
+from robustmoe.models.plain import Plain
 from robustmoe.routing import Routing, rerouted
 
 EPS = 0.1

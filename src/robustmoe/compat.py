@@ -19,6 +19,12 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
 
+def compiled(model: object) -> nn.Module | None:
+    """Returns the module that torch.compile was given, where ``model`` is what it made of it; else None."""
+    inner = vars(model).get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None
+    return inner if isinstance(inner, nn.Module) else None
+
+
 def computes_as_conv2d(kind: type[nn.Conv2d]) -> bool:
     """Returns whether a class of convolutions computes as torch's own does, with its forward in no part replaced."""
     return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward

@@ -20,7 +20,7 @@ from robustmoe import analysis, records
 from robustmoe.attacks import AutoAttack, Threat, l2, linf
 from robustmoe.data import DATASETS, Data
 from robustmoe.errors import UserError, nearest
-from robustmoe.models.base import as_routed
+from robustmoe.models.plain import as_routed
 from robustmoe.options import EvaluateOptions
 from robustmoe.progress import note
 from robustmoe.records import Evaluation

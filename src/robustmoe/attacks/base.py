@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,23 +16,36 @@ from torch import Tensor, nn
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.surrogate import missed
 from robustmoe.attacks.threat import Threat
-from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.errors import UserError
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every submodule is in eval mode inside and in its own former mode afterwards; gradients are enabled. Buffers
-    cannot move meanwhile.
+    """Every submodule is in eval mode inside and in its own former mode afterwards; gradients are enabled, also within
+    `torch.no_grad` and `torch.inference_mode`. Buffers cannot move meanwhile. Raises UserError for weights that were
+    made in inference mode, which no gradient passes.
     """
+    if any(weight.is_inference() for weight in itertools.chain(model.parameters(), model.buffers())):
+        raise UserError(
+            "the model's weights were made inside torch.inference_mode(), so that no gradient passes them; make (or "
+            "load, or move) the model outside of it"
+        )
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def ordinary(value: Tensor) -> Tensor:
+    """The tensor, cut from its graph; a copy where it was made in inference mode, and could take no gradient."""
+    return value.clone() if value.is_inference() else value.detach()
 
 
 class Attack(ABC):
@@ -83,9 +97,8 @@ class Attack(ABC):
         if len(x) == 0:
             return x.clone()
         routed = as_routed(model)
-        x = x.detach()
         with evaluating(routed):
-            return self.perturb(routed, x, y, noise).detach()
+            return self.perturb(routed, ordinary(x), ordinary(y), noise).detach()
 
     @abstractmethod
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.base import Attack, evaluating
+from robustmoe.attacks.base import Attack, evaluating, ordinary
 from robustmoe.attacks.boundary import dual_size, into_ball
 from robustmoe.attacks.objectives import Joint, Objective
 from robustmoe.attacks.pgd import ascend
 from robustmoe.attacks.threat import Images, Threat, size
-from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 
 
@@ -86,7 +87,7 @@ class FMN(Attack):
             return x.new_zeros(0)
         routed = as_routed(model)
         with evaluating(routed):
-            return self._search(routed, x.detach(), y, noise)[1]
+            return self._search(routed, ordinary(x), ordinary(y), noise)[1]
 
     def _search(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """The nearest broken image found (n, ch, h, w) and its distance (n,). Misclassified images leave at once.

@@ -48,7 +48,8 @@ from robustmoe.evaluation.session import (
     validate_model,
 )
 from robustmoe.models import DualModel, Sharpening
-from robustmoe.models.base import Output, as_routed
+from robustmoe.models.base import Output
+from robustmoe.models.plain import as_routed
 from robustmoe.options import BlendOptions, takes
 from robustmoe.progress import note, progress
 from robustmoe.records import Blend

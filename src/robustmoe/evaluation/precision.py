@@ -17,10 +17,11 @@ from robustmoe import compat
 from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.surrogate import Surrogate
-from robustmoe.models.base import Output, Plain, RoutedModel, to_channels_last
+from robustmoe.models.base import Output, RoutedModel, to_channels_last
 from robustmoe.models.block import replace
 from robustmoe.models.convolution import Segments, folded
 from robustmoe.models.norm import Foldable
+from robustmoe.models.plain import Plain
 from robustmoe.models.pruned import PrunedConv
 from robustmoe.routing import Tape, Trace, detach, to_expert
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from robustmoe import distributed, provenance, records
 from robustmoe import spec as specs
 from robustmoe.attacks import Attack, Surrogate
+from robustmoe.attacks.base import ordinary
 from robustmoe.data import Batch, Data, ImageSet, batches, from_arrays
 from robustmoe.errors import UserError
 from robustmoe.evaluation import checks
@@ -30,8 +31,9 @@ from robustmoe.evaluation.choosing import spec_or_repr
 from robustmoe.evaluation.engine import Plan, plan_of
 from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
-from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.norm import at_least_float32
+from robustmoe.models.plain import Plain, as_routed
 from robustmoe.options import Options
 from robustmoe.progress import note
 from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo
@@ -237,21 +239,23 @@ def in_hand(
     float32: bool = False,
 ) -> Iterator[Session]:
     """A session on a model in memory and the images that the caller gave; afterwards the model is on its former device
-    and in its former modes. ``name``: what the header calls it.
+    and in its former modes. ``name``: what the header calls it. Inside, gradients can be taken, also where the caller
+    is within `torch.inference_mode`.
     """
-    source: Any = specs.build(x, "data") if isinstance(x, str) else x
-    split = getattr(options, "split", "test")
-    images = images_of(source, y, num_classes, split).head(options.limit)
-    about = About(
-        model=name or type(model).__name__,
-        data=x if isinstance(x, str) else source.name if isinstance(source, Data) else "arrays",
-        split=split,
-        classes=tuple(source.classes) if isinstance(source, Data) else (),
-    )
-    routed, device = as_routed(model), device_of(options)
-    routed = in_float32(routed) if float32 else routed
-    with eval_mode_on(device, routed):
-        yield Session(routed, images, device, options, about)
+    with torch.inference_mode(False):
+        source: Any = specs.build(x, "data") if isinstance(x, str) else x
+        split = getattr(options, "split", "test")
+        images = images_of(source, y, num_classes, split).head(options.limit)
+        routed, device = as_routed(model), device_of(options)
+        about = About(
+            model=name or type(routed if not isinstance(routed, Plain) else model).__name__,
+            data=x if isinstance(x, str) else source.name if isinstance(source, Data) else "arrays",
+            split=split,
+            classes=tuple(source.classes) if isinstance(source, Data) else (),
+        )
+        routed = in_float32(routed) if float32 else routed
+        with eval_mode_on(device, routed):
+            yield Session(routed, images, device, options, about)
 
 
 def device_of(options: Options) -> torch.device:
@@ -267,7 +271,8 @@ def images_of(x: Any, y: Labels, num_classes: int | None, split: str = "test") -
         return getattr(x, split) if isinstance(x, Data) else x
     if y is None:
         raise UserError("images were given without labels; expected y, one integer an image")
-    return from_arrays(x, y, num_classes)
+    x, labels = (ordinary(value) if isinstance(value, Tensor) else value for value in (x, y))
+    return from_arrays(x, labels, num_classes)
 
 
 @contextlib.contextmanager

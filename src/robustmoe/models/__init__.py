@@ -11,7 +11,7 @@ import torch
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, Slim, StagedNetwork
-from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, Plain, RoutedModel, as_routed
+from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, RoutedModel
 from robustmoe.models.block import BlockMoE, ConvMoE, LayeredModel, RoutedLayer
 from robustmoe.models.conversion import MoefiedModel, moefy
 from robustmoe.models.densenet import DenseNet, densenet40, densenet121
@@ -20,6 +20,7 @@ from robustmoe.models.ensemble import Ensemble, EnsembleModel
 from robustmoe.models.mixing import mix_reference, mix_sparse, run_sparse
 from robustmoe.models.norm import BatchNorm2d, Normalise
 from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
+from robustmoe.models.plain import Plain, as_routed
 from robustmoe.models.pruned import Pruned
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
 from robustmoe.models.small import ConvSmall, Downsampled, Linear, Resized, SmallCNN

@@ -4,8 +4,10 @@ anywhere.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,37 @@ class Output(NamedTuple):
 
     logits: Tensor
     trace: Trace
+
+
+class Carried:
+    """The tape that a function's pass over ``images`` images hands to each `RoutedModel` inside. ``calls``: how many
+    have run; the routers of the second are named "call2.router", and so on.
+    """
+
+    def __init__(self, tape: Tape, images: int) -> None:
+        self.tape, self.images, self.calls = tape, images, 0
+
+    def next(self, images: int) -> Tape:
+        """The tape of the next model that runs, on so many images. It is one of its own where these are not the
+        function's images one by one: such decisions cannot be told, nor replayed.
+        """
+        if images != self.images:
+            return Tape()
+        self.calls += 1
+        return self.tape if self.calls == 1 else self.tape.under(f"call{self.calls}")
+
+
+_CARRIED: ContextVar[Carried | None] = ContextVar("carried", default=None)
+
+
+@contextlib.contextmanager
+def carrying(tape: Tape, images: int) -> Iterator[Carried]:
+    """Inside, every `RoutedModel` that runs on its own routes hands its decisions to ``tape``."""
+    token = _CARRIED.set(carried := Carried(tape, images))
+    try:
+        yield carried
+    finally:
+        _CARRIED.reset(token)
 
 
 class RoutedModel(nn.Module, ABC):
@@ -52,6 +85,10 @@ class RoutedModel(nn.Module, ABC):
         Raises ValueError where ``forced`` names a router that this model does not have, or is of another batch or
         number of experts.
         """
+        outer = None if torch.compiler.is_compiling() else _CARRIED.get()
+        if outer is not None and forced is None and noise is None:
+            tape = outer.next(len(x))
+            return Output(at_least_float32(self.body(x, tape)), tape.trace)
         tape = Tape(forced, noise)
         logits = at_least_float32(self.body(x, tape))
         unknown = set(tape.forced) - set(tape.trace)
@@ -108,27 +145,6 @@ class Dense(NetworkModel):
 
     def parts(self) -> Part:
         return Leaf(through(self.normalise, self.network))
-
-
-class Plain(RoutedModel):
-    """Any callable x -> logits as a `RoutedModel` with an empty trace (a user's own dense model)."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        return self.function(x)
-
-    def parts(self) -> Part:
-        return Leaf(self.function)
-
-
-def as_routed(model: Callable[[Tensor], Tensor]) -> RoutedModel:
-    """Returns the model itself where it is a `RoutedModel`; any other callable x -> logits becomes one with an empty
-    trace.
-    """
-    return model if isinstance(model, RoutedModel) else Plain(model)
 
 
 def to_channels_last(x: Tensor) -> Tensor:

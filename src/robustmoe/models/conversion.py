@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.errors import UserError, nearest
-from robustmoe.models.base import Dense, ImageShape, Plain, RoutedModel
+from robustmoe.models.base import Dense, ImageShape, RoutedModel
 from robustmoe.models.block import LayeredModel, LayerRouter, RoutedLayer, check_experts, layer_router, replace
 from robustmoe.models.norm import BatchNorm2d
+from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
 from robustmoe.routing import Gate, Tape
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.base import evaluating, ordinary
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.regions import (
     GRID,
@@ -27,7 +27,8 @@ from robustmoe.attacks.routes.regions import (
     narrowed,
 )
 from robustmoe.attacks.threat import Threat
-from robustmoe.models.base import Output, RoutedModel, as_routed
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Trace
 
@@ -110,6 +111,7 @@ class RouteFlip(RouteAttack):
         routed = climbable(as_routed(model))
         out: dict[str, Flip] = {}
         with evaluating(routed):
+            x, y = ordinary(x), ordinary(y)
             trace = free_trace(routed, x, "route_flip")
             right = torch.nonzero(~broken(routed, x, y))[:, 0]
             for name in narrowed(trace):

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.base import evaluating, ordinary
 from robustmoe.attacks.threat import Norm, Threat, size
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Trace
@@ -29,7 +29,7 @@ def reachable(model: RoutedModel, x: Float[Tensor, "n ch h w"], threat: Threat) 
     image.
     """
     with evaluating(model):
-        at = x.detach().requires_grad_(True)
+        at = ordinary(x).requires_grad_(True)
         trace = _image_routers(model.route(at))
         return {name: _reach(routing, at, threat) for name, routing in trace.items()}
 
@@ -54,7 +54,7 @@ def route_radius(model: RoutedModel, x: Float[Tensor, "n ch h w"], norm: Norm) -
     `reachable` does.
     """
     with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative on CPU
-        at = x.detach().requires_grad_(True)
+        at = ordinary(x).requires_grad_(True)
         trace = _image_routers(model.route(at))
         narrow = {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
         radii = {}
