@@ -20,6 +20,7 @@ from tiny_models import CLASSES, IMAGE_SHAPE, TINY
 if TYPE_CHECKING:
     from robustmoe.models import RoutedModel
 
+shapes.install()
 torch.set_num_threads(1)
 with contextlib.suppress(
     RuntimeError

@@ -22,7 +22,7 @@ COMMON: dict[str, Any] = {
     "schedule": "constant",
     "epochs": 1,
     "batch_size": 24,
-    "max_steps": 20,
+    "max_steps": 10,
     "seed": 0,  # with it no image is within 1e-4 of a tie between two experts, where rounding would decide
     "val_limit": 33,  # odd: the two processes validate 17 and 16 images
     "threads": 1,
