@@ -242,6 +242,7 @@ KINDS = {
     "threat": "norms and radii that an attack stays in",
     "objective": "losses that an attack climbs",
     "view": "the path that an attack's gradient takes through a router",
+    "codec": "what the routers of a foreign model return, for rm.wrap",
     "certifier": "proofs that no attack changes what a model says",
     "method": "training methods",
     "optimizer": "optimisers",

@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "threat": _table("robustmoe.attacks", "THREATS"),
     "objective": _table("robustmoe.attacks", "OBJECTIVES"),
     "view": _table("robustmoe.attacks", "VIEWS"),
+    "codec": _table("robustmoe.wrapping", "CODECS"),
     "certifier": _table("robustmoe.certification", "CERTIFIERS"),
     "method": _table("robustmoe.training", "METHODS"),
     "optimizer": _table("robustmoe.training", "OPTIMIZERS"),

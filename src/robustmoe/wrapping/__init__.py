@@ -4,6 +4,11 @@ changed.
 
 from __future__ import annotations
 
+from robustmoe.wrapping import gate
+from robustmoe.wrapping.codecs import CODECS
+from robustmoe.wrapping.making import wrap
+from robustmoe.wrapping.model import WrappedModel
+from robustmoe.wrapping.said import Codec, Said
 from robustmoe.wrapping.watching import Cut, Decision, Draw, Seen, watch
 
-__all__ = ["Cut", "Decision", "Draw", "Seen", "watch"]
+__all__ = ["CODECS", "Codec", "Cut", "Decision", "Draw", "Said", "Seen", "WrappedModel", "gate", "watch", "wrap"]

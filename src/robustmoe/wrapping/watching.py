@@ -239,7 +239,7 @@ class Watcher(TorchFunctionMode):
         return cut
 
     def _drawn(self, name: str, args: Any, kwargs: Any) -> None:
-        if name in DRAWS or (name in DROPS and _drops(args, kwargs)) or (name in _ATTENDS and _attends(kwargs)):
+        if drawing(name, args, kwargs):
             self.draws.append(Draw(self._stack[-1].path, self._stack[-1].module, name))
 
     def _hear(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
@@ -309,7 +309,15 @@ class _Mark(NamedTuple):
     gradient: bool
 
 
-_ATTENDS = _words("scaled_dot_product_attention multi_head_attention_forward")
+_ATTENDS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
+"""Attention's functions, and the place of the dropout probability among their arguments."""
+
+
+def drawing(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether the call of that name draws random numbers."""
+    return (
+        name in DRAWS or (name in DROPS and _drops(args, kwargs)) or (name in _ATTENDS and _attends(name, args, kwargs))
+    )
 
 
 def _drops(args: Any, kwargs: Any) -> bool:
@@ -319,8 +327,11 @@ def _drops(args: Any, kwargs: Any) -> bool:
     return bool(training) and isinstance(p, int | float) and p > 0
 
 
-def _attends(kwargs: Any) -> bool:
-    return bool(kwargs.get("training", True)) and kwargs.get("dropout_p", 0.0) > 0
+def _attends(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether an attention drops some of its weights."""
+    place = _ATTENDS[name]
+    p = kwargs.get("dropout_p", args[place] if len(args) > place else 0.0)
+    return bool(kwargs.get("training", True)) and p > 0
 
 
 def dimension(name: str, args: Any, kwargs: Any) -> int | None:
