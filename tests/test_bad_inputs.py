@@ -307,10 +307,10 @@ def no_file_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("place", ["tiny.toml/rows", "/proc/rows", "/dev/null/rows"])
+@pytest.mark.parametrize("place", ["tiny.toml/other", "/proc/other", "/dev/null/other"])
 def test_no_folder_can_be_made(place: str, refused: Refused) -> None:
     assert "cannot write" in refused("evaluate", "run", *EVALUATE, "--out", place)
-    if place != "tiny.toml/rows":
+    if place != "tiny.toml/other":
         refused("train", "tiny.toml", "--out", place)
 
 
@@ -318,7 +318,7 @@ def test_a_folder_without_permission(here: Path, refused: Refused, monkeypatch: 
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     (here / "closed").mkdir(mode=0o500)
-    assert "choose an --out you may write to" in refused("evaluate", "run", *EVALUATE, "--out", "closed/rows")
+    assert "choose an --out you may write to" in refused("evaluate", "run", *EVALUATE, "--out", "closed/other")
 
 
 def test_no_space_keeps_the_rows_that_are_there_and_goes_on_when_there_is_room(here: Path, refused: Refused) -> None:
@@ -326,11 +326,11 @@ def test_no_space_keeps_the_rows_that_are_there_and_goes_on_when_there_is_room(h
 
     attack = ["--attack", "pgd(linf(0.1), steps=2)", "--limit", "40", "--curve", "none", "--batch-size", "4"]
     assert main(["evaluate", "run", *attack, "--out", "whole"]) == 0
-    (whole,) = (file for file in (here / "whole").glob("*.jsonl") if "examples" not in file.name)
+    (whole,) = (file for file in (here / "whole" / "rows").glob("*.jsonl") if "examples" not in file.name)
     with no_file_larger_than(whole.stat().st_size // 2):
         refused_out = ["evaluate", "run", *attack, "--out", "part"]
         assert main(refused_out) == 2
-    part = here / "part" / whole.name
+    part = here / "part" / "rows" / whole.name
     kept = records.read(part).rows
     assert 0 < len(kept) < 40
     before = part.read_bytes()
@@ -343,7 +343,7 @@ def test_no_space_keeps_the_rows_that_are_there_and_goes_on_when_there_is_room(h
 def test_no_space_message(here: Path, refused: Refused) -> None:
     with no_file_larger_than(500):  # the header does not fit
         message = refused("evaluate", "run", *EVALUATE, "--out", "part", new=True)
-    assert re.fullmatch(r"cannot write part/\S+: File too large; free some space or choose another --out", message)
+    assert re.fullmatch(r"cannot write part/rows/\S+: File too large; free some space or choose another --out", message)
     with no_file_larger_than(500):
         message = refused("train", "tiny.toml", "--out", "run2", new=True)
     assert message.startswith("cannot write run2/config.json: File too large")

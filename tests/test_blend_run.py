@@ -40,8 +40,8 @@ def make_run(folder: Path, source: Data, model: str = "linear", sharpness: float
     k-th leaves out the pixels of row k.
     """
     config = {
-        "model": model, "data": "digits", "method": "at(pgd(linf(0.05), steps=1))", "num_classes": 10,
-        "image_shape": [1, 8, 8], "mean": [0.0], "std": [1.0], "attacks": ["fgsm(linf(0.05))"], "val_attack": None,
+        "model": model, "data": "digits", "method": "at(pgd(linf(0.05), steps=1))", "threat": "linf(0.05)",
+        "num_classes": 10, "image_shape": [1, 8, 8], "mean": [0.0], "std": [1.0], "attacks": ["fgsm(linf(0.05))"],
     }  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -205,7 +205,7 @@ def test_the_verb_from_end_to_end(runs: tuple[Path, Path], tmp_path: Path, capsy
         ("one", "one is of one model, linear, expected a dual model; or name two runs"),
         ("one gone", "there is no run folder 'gone'"),
         ("one empty", "empty: not a run folder"),
-        ("one two one", "blend takes two runs, or one of a dual model; got 3"),
+        ("one two one", "blend takes two runs or models, or one run of a dual model; got 3"),
         ("one two --attack apgd(linf(0.1))", "a blend makes its attacks from one pgd on the whole model"),
         ("one two --attack pgd(", "cannot read 'pgd('"),
         ("one two --mix both", "--mix must be one of 'probabilities', 'logits'"),
@@ -217,7 +217,7 @@ def test_the_verb_from_end_to_end(runs: tuple[Path, Path], tmp_path: Path, capsy
         ("one two --out two", "'two' is not empty, and no blend's; choose another --out"),
         ("one two --out one/config.json", "'one/config.json' is a file, not a run folder"),
         ("one two --device cuda:99", "device 'cuda:99' cannot be used here"),
-        ("", "the following arguments are required: RUN"),
+        ("", "blend takes two runs or models, or one run of a dual model; got 0"),
     ],
 )
 def test_the_verb_refuses_in_one_line(

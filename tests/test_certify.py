@@ -208,7 +208,7 @@ def test_the_default_is_the_ball_of_the_training(tmp_path: Path) -> None:
     assert found.certifier == "bounds(linf(0.05))"
     run = make_trained(tmp_path / "l1")
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"method": "at(pgd(l1(12), steps=1))"}))
+    (run / "config.json").write_text(json.dumps(config | {"threat": "l1(12)"}))
     with pytest.raises(UserError, match=r"trained for l1, for which there are no bounds; name a --certifier, such as"):
         certify_run(run, limit=1)
 

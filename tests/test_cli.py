@@ -207,14 +207,14 @@ def test_evaluate_passes_its_flags_and_prints_the_table(
     evaluated.result = []
     monkeypatch.setattr("robustmoe.reporting.summary_table", lambda results, audit: f"a table of {len(results)}")
     flags = ["--attack", "pgd(linf(8/255), steps=2)", "--attack=fgsm", "--limit", "5", "--curve", "0, 2/255"]
-    assert main(["evaluate", "runs/one", *flags, "--split", "val", "--batch-size", "3", "--out", "rows"]) == 0
+    assert main(["evaluate", "runs/one", *flags, "--split", "val", "--batch-size", "3", "--out", "other"]) == 0
     assert capsys.readouterr().out == "a table of 0\n"
     (args, keywords) = evaluated[0]
     assert args == (Path("runs/one"),)
     options = EvaluateOptions(
         attacks=("pgd(linf(8/255), steps=2)", "fgsm"), split="val", limit=5, batch_size=3, curve=(0.0, 2 / 255)
     )
-    assert keywords == {"data": None, "out": Path("rows"), "options": options}
+    assert keywords == {"data": None, "out": Path("other/rows"), "options": options}
 
 
 def test_evaluate_by_default_takes_the_attacks_of_the_recipe(evaluated: Calls) -> None:

@@ -422,8 +422,8 @@ SMALL = "ensemble(linear, experts=2, router=linear, gate=straight_through)"
 def make_trained(folder: Path, model: str = SMALL) -> Path:
     """A run folder of a model that was not trained."""
     config = {
-        "model": model, "data": "digits", "method": "at(pgd(linf(0.05), steps=1))", "num_classes": 10,
-        "image_shape": [1, 8, 8], "mean": [0.3], "std": [0.3], "attacks": [], "val_attack": None,
+        "model": model, "data": "digits", "method": "at(pgd(linf(0.05), steps=1))", "threat": "linf(0.05)",
+        "num_classes": 10, "image_shape": [1, 8, 8], "mean": [0.3], "std": [0.3], "attacks": [], "val_attack": None,
     }  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

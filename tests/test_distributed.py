@@ -62,7 +62,7 @@ def train_one(name: str, out: Path) -> dict[str, Any]:
 
     kept: list[loop.RunParts] = []
     sizes: list[list[int]] = []
-    original = loop._build
+    original = loop.build_parts
 
     def build(*arguments: Any, **more: Any) -> loop.RunParts:
         parts = original(*arguments, **more)
@@ -85,11 +85,11 @@ def train_one(name: str, out: Path) -> dict[str, Any]:
                 expert.register_forward_pre_hook(of_batch)
         return parts
 
-    loop._build = build
+    loop.build_parts = build
     try:
         loop.train(Recipe(**{**COMMON, **SCENARIOS[name]}), out)
     finally:
-        loop._build = original
+        loop.build_parts = original
     digest = hashlib.sha256()
     state = kept[0].model.state_dict()
     average = kept[0].average

@@ -12,7 +12,7 @@ import torch
 from robustmoe import recipe, spec
 from robustmoe.data import Data, from_arrays
 from robustmoe.models import Linear, SmallCNN
-from robustmoe.training import loop, train
+from robustmoe.training import train
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -51,7 +51,7 @@ def test_a_recipe_builds_and_takes_two_steps(file: Path, tmp_path: Path, monkeyp
     images = from_arrays(torch.rand(8, 3, 32, 32), torch.arange(8))
     data = Data("random", images, images, images, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
     real = spec.build
-    monkeypatch.setattr(loop.specs, "build", lambda text, kind: data if kind == "data" else real(text, kind))
+    monkeypatch.setattr(spec, "build", lambda text, kind: data if kind == "data" else real(text, kind))
     small = dataclasses.replace(written, batch_size=4, epochs=1, val_limit=2, threads=1, device="cpu")
     run = train(small, tmp_path / "run")
     assert (run / "model.safetensors").exists()

@@ -570,10 +570,10 @@ def test_the_command_line_is_shared_too(launched: Path, tmp_path: Path) -> None:
     evaluate_run(launched / "run", attacks=["pgd(linf(0.1), steps=2)"], **arguments)
     names = sorted(file.name for file in tmp_path.glob("*.jsonl"))
     assert len(names) == 4  # two files, each with its examples
-    assert sorted(file.name for file in (launched / "cli").glob("*.jsonl")) == names
+    assert sorted(file.name for file in (launched / "cli" / "rows").glob("*.jsonl")) == names
     for name in names:
         if not name.endswith(".examples.jsonl"):
-            assert records.read(launched / "cli" / name).rows == records.read(tmp_path / name).rows
+            assert records.read(launched / "cli" / "rows" / name).rows == records.read(tmp_path / name).rows
 
 
 def test_a_mistake_in_one_process_is_told_by_all(launched: Path) -> None:

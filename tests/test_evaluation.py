@@ -32,7 +32,9 @@ from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.reporting import summary_table
 from robustmoe.routing import Tape, straight_through, top_k
+from robustmoe.training import build_method
 from robustmoe.training.checkpoint import save_weights
+from robustmoe.training.parts import threat_trained_for
 
 engine = importlib.import_module("robustmoe.evaluation.engine")
 measuring = importlib.import_module("robustmoe.evaluation.measuring")
@@ -578,7 +580,7 @@ SMALL = "ensemble(linear, experts=2, router=linear)"
 
 def make_run(folder: Path, model: str = SMALL, **changes: Any) -> Path:
     config = {
-        "model": model, "data": "digits", "method": "at(pgd(l2(0.3), steps=1))", "num_classes": 10,
+        "model": model, "data": "digits", "method": "at(pgd(l2(0.3), steps=1))", "threat": "l2(0.3)", "num_classes": 10,
         "image_shape": [1, 8, 8], "mean": [0.3], "std": [0.3], "attacks": [], "val_attack": None, **changes,
     }  # fmt: skip
     folder.mkdir()
@@ -601,7 +603,8 @@ def headers(folder: Path) -> list[records.Header]:
     ],
 )
 def test_the_threat_is_that_of_the_recipe(method: str, val_attack: str | None, threat: tuple[str, float]) -> None:
-    found = threat_of({"method": method, "val_attack": val_attack})
+    attack = None if val_attack is None else build_attack(val_attack)
+    found = threat_of({"threat": threat_trained_for(build_method(method), attack)})
     assert (found.norm, found.eps) == threat
 
 

@@ -22,6 +22,7 @@ from robustmoe.options import (
     CheckOptions,
     DissectOptions,
     EvaluateOptions,
+    EvaluateTarget,
     LipschitzOptions,
     Mark,
     Options,
@@ -80,7 +81,7 @@ def test_flags_make_the_options_that_keywords_make() -> None:
     argv += " --limit none"
     (arguments,) = [parse("evaluate", verbs.evaluate, argv.split())]
     fields = {"attacks": ["fgsm(linf(0.1))", "pgd(linf(0.1))"], "curve": "0,2/255", "batch_size": 9, "limit": None}
-    assert arguments == {"run": "run", "options": read(EvaluateOptions, fields)}
+    assert arguments == {"target": EvaluateTarget(run="run"), "options": read(EvaluateOptions, fields)}
     assert arguments["options"].curve == (0.0, 2 / 255)
 
 

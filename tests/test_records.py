@@ -233,9 +233,12 @@ def test_resume_of_other_work_names_the_field(tmp_path: Path, field: str) -> Non
         "role": "curve",
         "routers": {},
         "parts": ["a", "b"],
+        "files": {"mine.py": "0123456789abcdef"},
     }.get(field, "else")
-    says = f"this one's is {other!r}; choose another --out or delete the file"
-    with pytest.raises(UserError, match=rf"holds other work: its {field} is .*, {re.escape(says)}"):
+    says = f"its {field} is .*, this one's is {re.escape(repr(other))}"
+    if field == "files":
+        says = re.escape("another content of mine.py (SHA-256 none then, 0123456789ab now)")
+    with pytest.raises(UserError, match=rf"holds other work: {says}; choose another --out or delete the file"):
         Writer(path, make_header(**{field: other}))
     assert path.read_bytes() == before
 

@@ -1,7 +1,8 @@
 """The command line: parse, run the verb of that name (`robustmoe.verbs`), print what it returns.
 
 Nothing heavy is imported before a verb runs, so ``--help`` is instant. A user's mistake is one line on stderr and
-exit code 2; any other exception is a bug and shows its traceback.
+exit code 2, and so is an error that comes through a file of parts of a user's own; any other exception is a bug and
+shows its traceback.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 from robustmoe.flags import parse, summary
 from robustmoe.progress import first_process
@@ -65,10 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough; point stdout elsewhere, so that the exit is quiet too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as e:
-        if e.errno not in _NO_PLACE:
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in _NO_PLACE:
+            return _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror), 2)
+        blamed = spec.blamed(e)
+        if blamed is None:
             raise
-        return _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror), 2)
+        return _fail(blamed, 2)
 
 
 def _fail(message: str, code: int) -> int:

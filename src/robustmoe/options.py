@@ -41,17 +41,13 @@ PAPER_EPS: Numbers = tuple(sorted([k / 255 for k in range(1, 21)] + [k * 1e-3 / 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every measurement takes.
-
-    Values are checked when an instance is made; `UserError` says what is wrong. `read` makes one of what users write.
+class Settings:
+    """Fields that are flags. Values are checked when an instance is made; `UserError` says what is wrong. `read` makes
+    one of what users write.
     """
 
     WORDS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """By field: words that stand for a value, such as "paper" for the radii of a paper."""
-
-    seed: Annotated[int, "decides every random draw"] = 0
-    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto"
 
     def __post_init__(self) -> None:
         for name, hint in hints_of(type(self)).items():
@@ -60,6 +56,14 @@ class Options:
             value = getattr(self, name, None)
             if value is not None and value < least:
                 raise UserError(f"{sentence.format(value)}, expected {'at least 1' if least else '0 (none) or more'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """What every measurement takes."""
+
+    seed: Annotated[int, "decides every random draw"] = 0
+    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto"
 
 
 _LEAST = (
@@ -77,7 +81,7 @@ def hints_of(kind: type) -> dict[str, Any]:
     return {name: hints[name] for name in dict.fromkeys(order) if name in names}
 
 
-Kind = TypeVar("Kind", bound=Options)
+Kind = TypeVar("Kind", bound=Settings)
 
 
 def read(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
@@ -91,7 +95,7 @@ def read(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
     return kind(**{name: _meant(kind, name, value, hints[name]) for name, value in fields.items()})
 
 
-def _meant(kind: type[Options], name: str, value: Any, annotated: Any) -> Any:
+def _meant(kind: type[Settings], name: str, value: Any, annotated: Any) -> Any:
     if isinstance(value, str) and value in kind.WORDS.get(name, {}):
         return kind.WORDS[name][value]
     lists = [arm for arm in arms_of(annotated) if typing.get_origin(arm) is tuple]
@@ -122,8 +126,34 @@ def _conform(name: str, value: Any, annotated: Any) -> Any:
     return value
 
 
-SPECS = ("attack", "attacks", "certifier", "certifiers", "sharpen")
+SPECS = ("attack", "attacks", "certifier", "certifiers", "sharpen", "model", "models", "data")
 """The fields whose texts are written as calls."""
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+OwnModel = Annotated[str | None, "a model of your own instead of a run: my_file.py:make_model (with --data)"]
+OwnData = Annotated[str | None, "the data set that --model is measured on"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(Settings):
+    """The model that a verb measures: a run's, or one of a user's own."""
+
+    run: Annotated[str | None, "a run folder (or give --model)", Mark.POSITIONAL] = None
+    model: OwnModel = None
+    data: OwnData = None
+    out: Annotated[str | None, "the run folder of --model (default: runs/ and the names of file and model)"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTarget(Target):
+    """What is evaluated: a run also on other images than its own, and into another folder."""
+
+    data: Annotated[str | None, "the data set of --model, or another than the run's"] = None
+    out: Annotated[
+        str | None, "folder of the results, in OUT/rows (default: the run's; of --model, runs/ and its names)"
+    ] = None
 
 
 # ------------------------------------------------------------------------------------------------ one class a verb
@@ -318,7 +348,7 @@ def _chosen(kind: type[Kind], options: Any, fields: Mapping[str, Any], defaults:
     return read(kind, {**(defaults if options is None else vars(options)), **fields})
 
 
-def _keywords(kind: type[Options], defaults: Mapping[str, Any]) -> list[inspect.Parameter]:
+def _keywords(kind: type[Settings], defaults: Mapping[str, Any]) -> list[inspect.Parameter]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     given = {field.name: defaults.get(field.name, field.default) for field in dataclasses.fields(kind)}
     fields = [
@@ -328,6 +358,6 @@ def _keywords(kind: type[Options], defaults: Mapping[str, Any]) -> list[inspect.
     return [*fields, inspect.Parameter("options", keyword, default=None, annotation=f"{kind.__name__} | None")]
 
 
-def _described(kind: type[Options]) -> str:
+def _described(kind: type[Settings]) -> str:
     lines = [f"    {name}: {typing.get_args(hint)[1]}" for name, hint in hints_of(kind).items()]
     return "\n".join([f"Options, as keywords or as options={kind.__name__}(...):", *lines])

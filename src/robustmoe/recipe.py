@@ -16,7 +16,7 @@ from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 from robustmoe.options import hints_of
 
-_SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack", "val_certifier")
+SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack", "val_certifier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Recipe:
     max_steps: Annotated[int | None, "stop after this many steps (for a smoke run)"] = None
 
     def __post_init__(self) -> None:
-        for name in _SPECS:
+        for name in SPECS:
             _check_spec(name, getattr(self, name))
         if isinstance(self.attacks, str):  # not its letters
             raise UserError(f"attacks must be a list of specs; got {self.attacks!r}")

@@ -18,13 +18,14 @@ from robustmoe.options import (
     CheckOptions,
     DissectOptions,
     EvaluateOptions,
+    EvaluateTarget,
     LipschitzOptions,
     Mark,
+    OwnData,
     SweepOptions,
+    Target,
 )
 from robustmoe.progress import first_process, note
-
-Run = Annotated[str, "a run folder", Mark.POSITIONAL]
 
 
 def train(
@@ -49,52 +50,32 @@ def train(
     return f"run folder: {folder}\nnext: robustmoe evaluate {folder}"
 
 
-def evaluate(
-    options: EvaluateOptions,
-    run: Annotated[str | None, "a run folder (or give --model)", Mark.POSITIONAL] = None,
-    model: Annotated[str | None, "a model of your own instead of a run: my_file.py:make_model (with --data)"] = None,
-    data: Annotated[str | None, "another data set than the run's"] = None,
-    out: Annotated[str | None, "folder of the rows (default: RUN/rows)"] = None,
-) -> str:
-    """Attack a trained model and measure what survives.
+def evaluate(target: EvaluateTarget, options: EvaluateOptions) -> str:
+    """Attack a model and measure what survives.
 
     Images that are done are not done again.
 
     Example: robustmoe evaluate runs/digits --attack "pgd(linf(0.1), steps=50)"
     """
-    if (run is None) == (model is None):
-        raise UserError("evaluate needs one of a run folder and --model my_file.py:make_model; see --help")
-    if model is not None and data is None:
-        raise UserError(f"--model {model} needs images to be attacked on; expected --data, such as --data digits")
-    rows = None if out is None else Path(out)
-    if run is not None:
-        folder = _run_folder(run)
-        from robustmoe import records
-        from robustmoe.evaluation import evaluate_run
-        from robustmoe.reporting import summary_table
-
-        results = evaluate_run(folder, data=data, out=rows, options=options)
-        return summary_table(results, records.Audit.read(folder))
-    assert model is not None
-    assert data is not None
-    from robustmoe import user_model
-    from robustmoe.evaluation import evaluate as measure
+    folder = _folder(target)
+    own = target.model is not None
+    from robustmoe import records
+    from robustmoe.evaluation import evaluate_run
     from robustmoe.reporting import summary_table
 
-    own = user_model.load(model)
-    rows = rows or Path("runs") / f"{Path(model.partition(':')[0]).stem}-{model.partition(':')[2]}" / "rows"
-    note(f"rows: {rows}")
-    return summary_table(measure(own, data, name=model, out=rows, options=options))
+    out = None if own or target.out is None else Path(target.out) / "rows"
+    results = evaluate_run(folder, data=None if own else target.data, out=out, options=options)
+    return summary_table(results, records.Audit.read(folder))
 
 
-def check(run: Run, options: CheckOptions) -> str:
+def check(target: Target, options: CheckOptions) -> str:
     """Ask every check whether a robust accuracy can be believed.
 
     It takes minutes, not hours.
 
     Example: robustmoe check runs/digits --only G2,R4
     """
-    folder = _run_folder(run)
+    folder = _folder(target)
     from robustmoe import records
     from robustmoe.evaluation.checks.run import check_run
     from robustmoe.reporting.card import card
@@ -106,12 +87,12 @@ def check(run: Run, options: CheckOptions) -> str:
     return f"{card(audit.checks)}\nwritten to {records.Audit.path(folder)}; analyze and report show it"
 
 
-def dissect(run: Run, options: DissectOptions) -> str:
+def dissect(target: Target, options: DissectOptions) -> str:
     """Take a routed model apart: do its experts or its router break first?
 
     Example: robustmoe dissect runs/digits --limit 200
     """
-    folder = _run_folder(run)
+    folder = _folder(target)
     from robustmoe import records
     from robustmoe.evaluation import dissect_run
 
@@ -119,12 +100,12 @@ def dissect(run: Run, options: DissectOptions) -> str:
     return f"{record}\n\nwritten to {records.Dissection.path(folder)}; report shows it"
 
 
-def lipschitz(run: Run, options: LipschitzOptions) -> str:
+def lipschitz(target: Target, options: LipschitzOptions) -> str:
     """Measure how far a model can move through its experts and routers.
 
     Example: robustmoe lipschitz runs/digits --limit 32
     """
-    folder = _run_folder(run)
+    folder = _folder(target)
     from robustmoe import records
     from robustmoe.evaluation import lipschitz_run
 
@@ -132,14 +113,14 @@ def lipschitz(run: Run, options: LipschitzOptions) -> str:
     return f"{record}\n\nwritten to {records.Lipschitz.path(folder)}; report shows it"
 
 
-def certify(run: Run, options: CertifyOptions) -> str:
+def certify(target: Target, options: CertifyOptions) -> str:
     """Prove how far no attack can change an answer, or what hinders it.
 
     Images that are done stay done.
 
     Example: robustmoe certify runs/digits --certifier "bounds(linf(0.1))"
     """
-    folder = _run_folder(run)
+    folder = _folder(target)
     from robustmoe import records
     from robustmoe.evaluation import certify_run
     from robustmoe.reporting import text
@@ -150,12 +131,12 @@ def certify(run: Run, options: CertifyOptions) -> str:
     return f"{tables}\n\nwritten to {folder / 'certificates'}; report shows it"
 
 
-def sweep(run: Run, options: SweepOptions) -> str:
+def sweep(target: Target, options: SweepOptions) -> str:
     """Attack at every eps, weakly and strongly; are the experts redundant?
 
     Example: robustmoe sweep runs/digits --eps 0.05,0.1,0.2 --draws 0
     """
-    folder = _run_folder(run)
+    folder = _folder(target)
     from robustmoe import records
     from robustmoe.evaluation import sweep_run
 
@@ -166,8 +147,14 @@ def sweep(run: Run, options: SweepOptions) -> str:
 def blend(
     runs: Annotated[
         tuple[str, ...], "a standard and a robust run, in this order; or one run of a dual model", Mark.POSITIONAL
-    ],
+    ] = (),
+    *,
     options: BlendOptions,
+    models: Annotated[
+        tuple[str, ...],
+        "a model of your own in the place of a run: my_file.py:make_model (with --data); after the runs",
+    ] = (),
+    data: OwnData = None,
     out: Annotated[str | None, "the run folder of the blend (default: runs/blend- and the names of the runs)"] = None,
 ) -> str:
     """Blend a standard and a robust run: what does robustness cost?
@@ -176,9 +163,9 @@ def blend(
 
     Example: robustmoe blend runs/standard runs/robust --alphas 0,0.5,0.9,1
     """
-    if len(runs) > 2:
-        raise UserError(f"blend takes two runs, or one of a dual model; got {len(runs)}")
-    folders = [_run_folder(run) for run in runs]
+    if not 1 <= len(runs) + len(models) <= 2:
+        raise UserError(f"blend takes two runs or models, or one run of a dual model; got {len(runs) + len(models)}")
+    folders = [_run_folder(run) for run in runs] + [_folder(Target(model=model, data=data)) for model in models]
     from robustmoe.evaluation import blend_run
 
     record = blend_run(*folders, options=options, out=out)
@@ -325,6 +312,24 @@ STOPPED = {
 
 def _plural(kind: str) -> str:
     return kind if kind == "data" else f"{kind}s"
+
+
+def _folder(target: Target) -> Path:
+    """The run folder that is measured: the one that was named, or that of a model of a user's own."""
+    if (target.run is None) == (target.model is None):
+        raise UserError("expected one of a run folder and --model my_file.py:make_model; see --help")
+    if target.run is not None:
+        if not isinstance(target, EvaluateTarget) and (target.data or target.out):
+            raise UserError("--data and --out go with --model; a run has its own data and folder")
+        return _run_folder(target.run)
+    assert target.model is not None
+    if target.data is None:
+        raise UserError(f"--model {target.model} needs images; expected --data, such as --data digits")
+    from robustmoe.evaluation.own_run import own_run
+
+    folder = own_run(target.model, target.data, target.out)
+    note(f"run folder: {folder}")
+    return folder
 
 
 def _run_folder(run: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from robustmoe import spec as specs
@@ -55,6 +56,7 @@ from robustmoe.attacks.views import (
     image_routers,
     sole_router,
 )
+from robustmoe.errors import UserError
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
@@ -88,6 +90,9 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 def build_attack(spec: str | Attack) -> Attack:
     """The attack written as ``spec``: ``build_attack("pgd(linf(8/255), steps=50, objective=router_only)")``."""
     attack: Attack = specs.build(spec, "attack") if isinstance(spec, str) else spec
+    if not dataclasses.is_dataclass(attack):
+        kind = type(attack).__name__
+        raise UserError(f"the attack {kind} is no frozen dataclass; write @dataclass(frozen=True) above its class")
     return attack
 
 

@@ -159,14 +159,15 @@ class BlendFolder(NamedTuple):
         old, path = records.Blend.read(self.folder), records.Blend.path(self.folder)
         if old is None:
             return None
-        other = records.difference(old.header, fresh.header)
+        name = records.difference(old.header, fresh.header)
+        other = None if name is None else records.told(name, old.header, fresh.header)
         if (old.alphas, old.attacks) != (fresh.alphas, fresh.attacks):
             other = other or ("list of alphas" if old.alphas != fresh.alphas else "list of attacks")
         left = 0 < old.attacked < len(old.alphas)
         if other is None and left and not self.start(old.attacked).is_file():
             other = "pass, whose warm starts are gone"
         if other is not None:
-            note(f"{path} is of another {other.replace('_', ' ')}; it is made anew")
+            note(f"{path} is of another {other}; it is made anew")
             return None
         return BlendState(old, read_weights(self.start(old.attacked))["near"] if left else None)
 

@@ -15,7 +15,7 @@ from robustmoe.attacks import Threat, linf
 from robustmoe.certification import Bounds, Certificate, Certifier, build_certifier
 from robustmoe.data import Batch, ImageSet
 from robustmoe.errors import UserError
-from robustmoe.evaluation.choosing import spec_or_repr, threat_of
+from robustmoe.evaluation.choosing import files_of, spec_or_repr, threat_of
 from robustmoe.evaluation.meters import Clock
 from robustmoe.evaluation.session import (
     Images,
@@ -103,7 +103,12 @@ class Certifying:
 
     def header(self, images: ImageSet) -> Header:
         return self.session.header(
-            images, attack=None, objective=None, norm=self.certifier.norm, eps=float(self.certifier.eps)
+            images,
+            attack=None,
+            objective=None,
+            norm=self.certifier.norm,
+            eps=float(self.certifier.eps),
+            files=files_of(self.certifier),
         )
 
     def run(self) -> Certificates:
@@ -135,7 +140,8 @@ class Certifying:
         other = records.difference(old.header, there)
         if other is None and old.certifier == spec:
             return old if old.header.n >= asked.n else replace(old, header=asked)
-        note(f"{old.path(folder, old.which)} is of another {(other or 'certifier').replace('_', ' ')}; it is made anew")
+        differs = "certifier" if other is None else records.told(other, old.header, there)
+        note(f"{old.path(folder, old.which)} is of another {differs}; it is made anew")
         return None
 
     def _proofs(self, batch: Batch) -> list[Proof]:

@@ -95,12 +95,11 @@ def seeded(attack: Kind, seed: int) -> Kind:
 
 
 def threat_of(config: dict[str, Any]) -> Threat:
-    """The threat a run was trained for, as its recipe says it; linf 8/255 where it says none."""
-    method = specs.build(config["method"], "method") if config.get("method") else None
-    if method is not None and (method.threat or method.attack):
-        threat: Threat = method.threat or method.attack.threat
-        return threat
-    return build_attack(config["val_attack"]).threat if config.get("val_attack") else linf(8 / 255)
+    """The threat a run was trained for, as ``config.json`` says it; linf 8/255 where it says none. The training method
+    is not built: a run outlives it.
+    """
+    threat: Threat = specs.build(config["threat"], "threat") if config.get("threat") else linf(8 / 255)
+    return threat
 
 
 def radii_of(threat: Threat, radii: Sequence[float] | None) -> list[float]:
@@ -126,3 +125,14 @@ def spec_or_repr(attack: Attack | Certifier) -> str:
         return specs.text(attack)
     except UserError:
         return repr(attack) if dataclasses.is_dataclass(attack) else type(attack).__name__
+
+
+def files_of(thing: Attack | Certifier) -> dict[str, str]:
+    """The files of a user's own that an attack or certifier is written with, and their SHA-256. None for one that has
+    no spec: Python alone has made it.
+    """
+    try:
+        text = specs.text(thing)
+    except UserError:
+        return {}
+    return specs.files(text)

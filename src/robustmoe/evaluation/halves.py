@@ -19,7 +19,7 @@ from robustmoe.evaluation.choosing import spec_or_repr
 from robustmoe.models import Dual, DualModel, Sharpening, build_model
 from robustmoe.models.dual import Mix
 from robustmoe.records import write_atomic
-from robustmoe.training.checkpoint import load_weights, read_config, read_weights, save_weights
+from robustmoe.training.checkpoint import load_weights, read_config, read_weights, run_weights, save_weights
 
 DEFAULT_ALPHA = Dual.alpha
 
@@ -85,9 +85,9 @@ def _of_two_runs(standard: Path, robust: Path) -> Halves:
     weights = {
         f"{half}.{name}": tensor
         for half, run in (("standard", standard), ("robust", robust))
-        for name, tensor in read_weights(run / "model.safetensors").items()
+        for name, tensor in run_weights(run).items()
     }
-    kept = {name: value for name, value in second.items() if name != "method"}  # nothing trained the two together
+    kept = {name: value for name, value in second.items() if name not in ("method", "threat")}  # nothing trained both
     return Halves(str(standard), str(robust), Dual(parts[0], parts[1]), kept, weights)
 
 
@@ -111,15 +111,16 @@ def write_run(folder: Path, halves: Halves, alpha: float | None, base: PGD, clas
     """The blend at ``alpha`` (None: as the halves' run has it, else the default of `models.Dual`) as a run folder."""
     spec = halves.spec if alpha is None else replace(halves.spec, alpha=alpha)
     text = specs.text(spec)
-    shared = ("data", "method", "num_classes", "image_shape", "mean", "std")
+    shared = ("data", "method", "threat", "num_classes", "image_shape", "mean", "std")
     config = {
         "model": text,
+        "threat": specs.text(base.threat),
         **{name: halves.config[name] for name in shared if name in halves.config},
         "classes": list(classes),
         "attacks": halves.config.get("attacks") or [],
         "val_attack": spec_or_repr(base),
         "halves": {"standard": halves.standard, "robust": halves.robust},
-        "versions": provenance.versions(),
+        "versions": {**specs.packages(), **provenance.versions()},
         "commit": provenance.commit(),
         "command": provenance.command(),
     }

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from robustmoe.attacks.base import ordinary
 from robustmoe.data import Batch, Data, ImageSet, batches, from_arrays
 from robustmoe.errors import UserError
 from robustmoe.evaluation import checks
-from robustmoe.evaluation.choosing import spec_or_repr
+from robustmoe.evaluation.choosing import files_of, spec_or_repr
 from robustmoe.evaluation.engine import Plan, plan_of
 from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
@@ -52,7 +52,7 @@ PROBE = 32
 @dataclass(frozen=True)
 class About:
     """What a header says of model and images. ``run``: the folder, "" for a model in hand; ``classes``: their names,
-    by default their numbers.
+    by default their numbers; ``files``: those of a user's own that they come from, and their SHA-256.
     """
 
     model: str
@@ -61,6 +61,7 @@ class About:
     split: str = "test"
     method: str | None = None
     classes: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def about_run(run: Path, config: dict[str, Any], data: Data, split: str = "test", spec: str | None = None) -> About:
@@ -74,7 +75,17 @@ def about_run(run: Path, config: dict[str, Any], data: Data, split: str = "test"
         split=split,
         method=config.get("method"),
         classes=tuple(data.classes),
+        files={**trained_with(config, "method"), **specs.files(config["model"], spec or config["data"])},
     )
+
+
+def trained_with(config: dict[str, Any], field: str) -> dict[str, str]:
+    """The files of a user's own that a spec in ``config.json`` names, and their SHA-256 when the run was trained. The
+    files themselves are not needed.
+    """
+    names = specs.own_names(config[field]) if config.get(field) else []
+    kept: dict[str, str] = config.get("files") or {}
+    return {path: kept[path] for path in (name.rpartition(":")[0] for name in names) if path in kept}
 
 
 class Session:
@@ -151,14 +162,19 @@ class Session:
         if min(PROBE, len(images)) != len(self.probe):
             with torch.no_grad():
                 output = self.model.run(first_images(images, self.device).x)
+        files = {**self.about.files, **work.pop("files", {})}
         fields: dict[str, Any] = {"role": "main", "precision": "strict", "seed": self.options.seed, **work}
         header = Header(
-            **{**dataclasses.asdict(self.about), "classes": class_names(self.about, output)},
+            **{
+                **dataclasses.asdict(self.about),
+                "classes": class_names(self.about, output),
+                "files": files,
+            },
             n=len(images),
             data_hash=images.fingerprint,
             index_hash=hashlib.sha256(images.index.numpy().tobytes()).hexdigest(),
             model_hash=checks.identity(self.model, output.logits),
-            versions=provenance.versions(),
+            versions={**specs.packages(), **provenance.versions()},
             commit=provenance.commit(),
             device=str(self.device),
             threads=torch.get_num_threads(),
@@ -179,6 +195,7 @@ class Session:
         return self.header(
             images,
             attack=spec_or_repr(attack),
+            files=files_of(attack),
             objective=ObjectiveInfo.of(attack.objective),
             norm=attack.threat.norm,
             eps=attack.threat.eps,
@@ -197,7 +214,7 @@ class Session:
             return None
         other = records.difference(old.header, header)
         if other is not None:
-            note(f"{kind.path(self.folder)} is of another {other.replace('_', ' ')}; it is made anew")
+            note(f"{kind.path(self.folder)} is of another {records.told(other, old.header, header)}; it is made anew")
             return None
         same: Timed = old
         return same
@@ -252,6 +269,7 @@ def in_hand(
             data=x if isinstance(x, str) else source.name if isinstance(source, Data) else "arrays",
             split=split,
             classes=tuple(source.classes) if isinstance(source, Data) else (),
+            files=specs.files(x if isinstance(x, str) else None),
         )
         routed = in_float32(routed) if float32 else routed
         with eval_mode_on(device, routed):

@@ -19,6 +19,7 @@ from robustmoe.models.dual import SHARPENINGS, Dual, DualModel, Nuts, Scaled, Sh
 from robustmoe.models.ensemble import Ensemble, EnsembleModel
 from robustmoe.models.mixing import mix_reference, mix_sparse, run_sparse
 from robustmoe.models.norm import BatchNorm2d, Normalise
+from robustmoe.models.own import OwnModel
 from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
 from robustmoe.models.plain import Plain, as_routed
 from robustmoe.models.pruned import Pruned
@@ -90,7 +91,9 @@ def build_model(
             raise
         except ValueError as error:  # what a spec alone cannot know: the images' size
             raise UserError(f"model {spec}: {error}") from error
-    return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    if not isinstance(described, OwnModel):  # code of a user's own may count on the memory format it was written for
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval()
 
 
 __all__ = [
@@ -118,6 +121,7 @@ __all__ = [
     "Normalise",
     "Nuts",
     "Output",
+    "OwnModel",
     "Pathway",
     "PathwayModel",
     "Plain",

@@ -15,7 +15,7 @@ from robustmoe.records.examples import Example, examples_path, read_examples, wr
 from robustmoe.records.files import append_json, file_stem, read_jsonl, write_atomic
 from robustmoe.records.lipschitz import Lipschitz
 from robustmoe.records.record import Record, Records, Told
-from robustmoe.records.rows import WORK, Writer, difference, merge, read, rows_files
+from robustmoe.records.rows import WORK, Writer, difference, merge, read, rows_files, told
 from robustmoe.records.sweep import Override, Sweep, SweepAnswers
 from robustmoe.records.types import (
     NORMS,
@@ -73,6 +73,7 @@ __all__ = [
     "read_examples",
     "read_jsonl",
     "rows_files",
+    "told",
     "write_atomic",
     "write_examples",
 ]

@@ -25,7 +25,7 @@ from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row
 # words stand before hashes, so that a difference is named in the words that the user wrote.
 WORK = (
     "model", "data", "split", "n", "attack", "objective", "norm", "eps", "role", "seed", "precision", "parts",
-    "routers", "model_hash", "data_hash", "index_hash", "certified_hash",
+    "routers", "files", "model_hash", "data_hash", "index_hash", "certified_hash",
 )  # fmt: skip
 
 
@@ -34,6 +34,15 @@ def difference(old: Header, new: Header) -> str | None:
     the rows depend on the batches, the batch size belongs to the work too."""
     names = (*WORK, "batch_size") if new.bound_to_batches else WORK
     return next((name for name in names if getattr(old, name) != getattr(new, name)), None)
+
+
+def told(name: str, old: Header, new: Header) -> str:
+    """Returns a field in which two headers differ, in words: "index hash", "content of mine.py (...)"."""
+    if name != "files":
+        return name.replace("_", " ")
+    path = next(path for path in {**old.files, **new.files} if old.files.get(path) != new.files.get(path))
+    then, now = (header.files.get(path, "none")[:12] for header in (old, new))
+    return f"content of {path} (SHA-256 {then} then, {now} now)"
 
 
 def read(path: str | os.PathLike[str]) -> Evaluation:
@@ -237,11 +246,14 @@ class Writer:
         name = difference(old, self.header)
         longer = name is not None and _extends(self.header, old, shorter)
         if name is not None and not longer:
+            assert name is not None
             was, now = (_shown(name, getattr(header, name)) for header in (old, self.header))
-            raise UserError(
-                f"{self.path} holds other work: its {name} is {was}, this one's is {now}; "
-                "choose another --out or delete the file"
+            differs = (
+                f"its {name} is {was}, this one's is {now}"
+                if name != "files"
+                else f"another {told(name, old, self.header)}"
             )
+            raise UserError(f"{self.path} holds other work: {differs}; choose another --out or delete the file")
         self._rows, self.passed = contents.rows, contents.passed
         self.seconds, self.queries = contents.seconds, contents.queries
         if longer:

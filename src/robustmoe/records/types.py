@@ -56,7 +56,8 @@ class Header:
 
     ``precision`` is what the attack climbed: a frozen copy in float32 ("strict") or in half precision ("fast"), or the
     model itself ("fp32"). ``parts`` are the names of a suite's attacks, in order; [] for a simple attack.
-    ``certified_hash`` is of the images that were not attacked because a certificate covers them; "" without any."""
+    ``certified_hash`` is of the images that were not attacked because a certificate covers them; "" without any.
+    ``files``: the SHA-256 of each file of a user's own that a part comes from, by its path as it is written."""
 
     run: str
     model: str
@@ -86,6 +87,7 @@ class Header:
     batch_size: int = 0
     parts: list[str] = field(default_factory=list)
     certified_hash: str = ""
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def bound_to_batches(self) -> bool:

@@ -4,6 +4,9 @@
 `describe` lists what can be written. A text is parsed with `ast` and nothing of it is evaluated but calls of known
 names, numbers with ``+ - * / **``, strings, booleans, ``None``, lists and tuples. A bare name is a call without
 arguments, except where the argument it is given for is a string or a literal: ``pgd(linf(8/255), keep=last)``.
+
+``my_file.py:name`` stands wherever a name does, and runs that file (`robustmoe.spec.own`); installed packages may offer
+names too (`robustmoe.spec.offered`).
 """
 
 from __future__ import annotations
@@ -15,45 +18,70 @@ from typing import Any
 from robustmoe.spec.bind import CallReader, Table, mapping
 from robustmoe.spec.hints import conform, hint_text
 from robustmoe.spec.listing import entries
-from robustmoe.spec.parse import canonical, numbers, tree_of
+from robustmoe.spec.offered import packages as offering
+from robustmoe.spec.offered import parts_offered
+from robustmoe.spec.own import OwnPart, Written, blamed, called, sha256_of
+from robustmoe.spec.parse import canonical, numbers, own_names, tree_of
 from robustmoe.spec.write import CallWriter
 
 __all__ = [
     "TABLES",
+    "OwnPart",
     "Table",
+    "Written",
+    "blamed",
     "build",
+    "called",
     "canonical",
     "conform",
     "describe",
+    "files",
     "hint_text",
     "numbers",
+    "own_names",
+    "packages",
     "text",
 ]
 
+PLACES = {
+    "model": ("robustmoe.models", "MODELS", "ModelSpec"),
+    "sharpening": ("robustmoe.models", "SHARPENINGS", "Sharpening"),
+    "data": ("robustmoe.data", "DATASETS", "Data"),
+    "attack": ("robustmoe.attacks", "ATTACKS", "Attack"),
+    "threat": ("robustmoe.attacks", "THREATS", "Threat"),
+    "objective": ("robustmoe.attacks", "OBJECTIVES", "Objective"),
+    "view": ("robustmoe.attacks", "VIEWS", "View"),
+    "codec": ("robustmoe.wrapping", "CODECS", "Codec"),
+    "certifier": ("robustmoe.certification", "CERTIFIERS", "Certifier"),
+    "method": ("robustmoe.training", "METHODS", "Method"),
+    "optimizer": ("robustmoe.training", "OPTIMIZERS", "OptimizerSpec"),
+    "schedule": ("robustmoe.training", "SCHEDULES", None),
+    "augment": ("robustmoe.data", "AUGMENTS", None),
+}
+"""Kind -> the module, the table of its names in it, and the class of its things; None where they are functions."""
 
-def _table(module: str, name: str) -> Callable[[], Table]:
+
+def _table(kind: str) -> Callable[[], Table]:
     def load() -> Table:
+        module, name, _ = PLACES[kind]
         table: Table = getattr(import_module(module), name)
-        return table
+        return {**more, **table} if (more := parts_offered(kind)) else table
 
     return load
 
 
-TABLES: dict[str, Callable[[], Table]] = {
-    "model": _table("robustmoe.models", "MODELS"),
-    "sharpening": _table("robustmoe.models", "SHARPENINGS"),
-    "data": _table("robustmoe.data", "DATASETS"),
-    "attack": _table("robustmoe.attacks", "ATTACKS"),
-    "threat": _table("robustmoe.attacks", "THREATS"),
-    "objective": _table("robustmoe.attacks", "OBJECTIVES"),
-    "view": _table("robustmoe.attacks", "VIEWS"),
-    "codec": _table("robustmoe.wrapping", "CODECS"),
-    "certifier": _table("robustmoe.certification", "CERTIFIERS"),
-    "method": _table("robustmoe.training", "METHODS"),
-    "optimizer": _table("robustmoe.training", "OPTIMIZERS"),
-    "schedule": _table("robustmoe.training", "SCHEDULES"),
-    "augment": _table("robustmoe.data", "AUGMENTS"),
-}
+def _wanted(kind: str) -> type | None:
+    module, _, name = PLACES[kind]
+    return None if name is None else getattr(import_module(module), name)
+
+
+def _late() -> type:
+    """The class that holds a call of a model of a user's own until the model is built."""
+    late: type = import_module("robustmoe.models").OwnModel
+    return late
+
+
+TABLES: dict[str, Callable[[], Table]] = {kind: _table(kind) for kind in PLACES}
 """The kinds of things, and where their names are: imported when first asked for."""
 
 
@@ -63,7 +91,7 @@ def build(text: str, kind: str | Table, *more: str | Table) -> Any:
     ``kind`` is a key of `TABLES`, or a table (name -> callable). The outermost name must be of that kind; names
     inside it may be of any kind, or from the tables in ``more``. A mistake is a one-line `UserError`.
     """
-    return CallReader(kind, more, TABLES).outermost(tree_of(text))
+    return CallReader(kind, more, TABLES, _wanted, _late).outermost(tree_of(text))
 
 
 def text(obj: Any, *tables: str | Table) -> str:
@@ -74,6 +102,19 @@ def text(obj: Any, *tables: str | Table) -> str:
     (``resnet18``) before its class.
     """
     return CallWriter(mapping(table, TABLES) for table in tables or TABLES).call(obj)
+
+
+def files(*texts: str | None) -> dict[str, str]:
+    """Returns the SHA-256 of each file that stands in the texts as ``my_file.py:name``, by the path that is written.
+    UserError where a file is not there.
+    """
+    paths = [name.rpartition(":")[0] for text in texts if text is not None for name in own_names(text)]
+    return {path: sha256_of(path) for path in dict.fromkeys(paths)}
+
+
+def packages() -> dict[str, str]:
+    """Returns the installed packages that offer parts, and their versions."""
+    return offering(PLACES)
 
 
 def describe(kind: str) -> list[tuple[str, str, str]]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import inspect
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from robustmoe.errors import UserError, nearest
 from robustmoe.spec.hints import ANYTHING, SCALARS, arms_of, conform, item_hint, signature_of, takes_bare
+from robustmoe.spec.own import OwnPart, Written, called, is_own, part_of
 from robustmoe.spec.parse import number, render, short
 
-Table = Mapping[str, Callable[..., Any]]
+Table = Mapping[str, Callable[..., Any] | OwnPart]
 Kinds = Mapping[str, Callable[[], Table]]
 
 
@@ -25,12 +27,30 @@ def mapping(kind: str | Table, kinds: Kinds) -> Table:
     return kinds[kind]()
 
 
-class CallReader:
-    """Builds the calls of one text. Names are looked up in the kind asked for, then in the others."""
+Wanted = Callable[[str], "type | None"]
+"""Kind -> the class of its things; None where they are any callable."""
 
-    def __init__(self, kind: str | Table, more: tuple[str | Table, ...], kinds: Kinds) -> None:
+AT_BUILDING = ("num_classes", "image_shape")
+"""Arguments of a model of a user's own that are known when it is built; a text need not give them."""
+
+
+class CallReader:
+    """Builds the calls of one text. Names are looked up in the kind asked for, then in the others.
+
+    ``wanted``: what a part of a user's own has to give. ``late``: the class that holds the call of a part until it is
+    built, where a thing of that class is asked for.
+    """
+
+    def __init__(
+        self,
+        kind: str | Table,
+        more: tuple[str | Table, ...],
+        kinds: Kinds,
+        wanted: Wanted | None = None,
+        late: Callable[[], type] | None = None,
+    ) -> None:
         self.label = kind if isinstance(kind, str) else "name"
-        self.kinds = kinds
+        self.kinds, self.wanted, self.late = kinds, wanted, late
         self.asked = mapping(kind, kinds)
         self.others: tuple[str | Table, ...] = (*more, *(kinds if isinstance(kind, str) else ()))
 
@@ -38,7 +58,13 @@ class CallReader:
         """Returns the object of the whole text."""
         match node:
             case ast.Call(func=ast.Name(id=name)) | ast.Name(id=name):
-                return self._call(node, name, self._asked(name))
+                function = self._asked(name)
+                if not isinstance(function, OwnPart):
+                    return self._call(node, name, function)
+                wanted = self.wanted(self.label) if self.wanted and self.label in self.kinds else None
+                value = self._call_part(node, function, (wanted,) if wanted else ())
+                self._check(value, function, wanted)
+                return value
         raise UserError(f"expected a call such as 'name(argument, key=value)', got {short(render(node))!r}")
 
     def _call(self, node: ast.expr, name: str, function: Callable[..., Any]) -> Any:
@@ -52,8 +78,57 @@ class CallReader:
                 raise
             raise UserError(f"{where}: {e}") from e
 
-    def _find(self, name: str, hint: Any) -> Callable[..., Any] | None:
+    def _call_part(self, node: ast.expr, part: OwnPart, classes: tuple[type, ...]) -> Any:
+        """Returns what a part of a user's own stands for where a thing of ``classes`` is asked for."""
+        if not part.is_called:
+            thing = part.thing
+            if isinstance(node, ast.Call):
+                raise UserError(f"{part.name} is {called(thing)}, no function or class; write it without arguments")
+            if not self._is_late(thing, classes):
+                return thing
+            return self._late_class()(render(node), lambda **known: thing)
+        where, signature = f"in {short(render(node))!r}", part.signature()
+        if not self._is_late(part.thing, classes):
+            arguments = self._bind(node, part.name, signature, where)
+            return part.call(*arguments.args, **arguments.kwargs)
+        written = {keyword.arg for keyword in node.keywords} if isinstance(node, ast.Call) else set()
+        later = [name for name in AT_BUILDING if name in signature.parameters and name not in written]
+        kept = [p for name, p in signature.parameters.items() if name not in later]
+        arguments = self._bind(node, part.name, signature.replace(parameters=kept), where)
+
+        def make(**known: Any) -> Any:
+            given = {**arguments.arguments, **{name: known[name] for name in later}}
+            ordered = OrderedDict((name, given[name]) for name in signature.parameters if name in given)
+            whole = inspect.BoundArguments(signature, ordered)
+            return part.call(*whole.args, **whole.kwargs)
+
+        return self._late_class()(render(node), make)
+
+    def _is_late(self, thing: Any, classes: tuple[type, ...]) -> bool:
+        """Whether the call of ``thing`` waits until it is built: a user's model, unless it is a description."""
+        if self.late is None or not any(issubclass(self.late(), kind) for kind in classes):
+            return False
+        return not (issubclass(thing, classes) if isinstance(thing, type) else isinstance(thing, classes))
+
+    def _late_class(self) -> Callable[..., Written]:
+        assert self.late is not None
+        return self.late()
+
+    def _check(self, value: Any, part: OwnPart, wanted: type | None) -> None:
+        """UserError where a part of a user's own gives something of another kind than asked for."""
+        if wanted is not None and not isinstance(value, wanted):
+            expected = f"{wanted.__module__.rpartition('.')[0]}.{wanted.__name__}"
+        elif wanted is None and not callable(value):
+            expected = "a function"
+        else:
+            return
+        article = "an" if self.label[0] in "aeiou" else "a"
+        raise UserError(f"{part.name} gives {called(value)}; expected {article} {self.label}: {expected}")
+
+    def _find(self, name: str, hint: Any) -> Callable[..., Any] | OwnPart | None:
         """Returns what ``name`` stands for in an argument annotated ``hint``: of several kinds, the one that fits."""
+        if is_own(name):
+            return part_of(name)
         classes, first = _classes(hint), None
         for table in self._tables():
             if name in table:
@@ -62,7 +137,9 @@ class CallReader:
                 first = first or table[name]
         return first
 
-    def _asked(self, name: str) -> Callable[..., Any]:
+    def _asked(self, name: str) -> Callable[..., Any] | OwnPart:
+        if is_own(name):
+            return part_of(name)
         if name in self.asked:
             return self.asked[name]
         for other in self.others:
@@ -117,6 +194,8 @@ class CallReader:
                 function = self._find(name, hint)
                 if function is None:
                     raise UserError(f"{where}: unknown name {name!r}; {self._expected(name, hint)}")
+                if isinstance(function, OwnPart):
+                    return self._call_part(node, function, _classes(hint))
                 return self._call(node, name, function)
             case ast.List(elts=elts):
                 return [self._value(item, item_hint(hint, i), where) for i, item in enumerate(elts)]
@@ -147,7 +226,8 @@ def _classes(hint: Any) -> tuple[type, ...]:
     return tuple(arm for arm in arms_of(hint) if isinstance(arm, type) and arm not in (ANYTHING, object, *SCALARS))
 
 
-def _makes(function: Callable[..., Any], classes: tuple[type, ...]) -> bool:
+def _makes(function: Callable[..., Any] | OwnPart, classes: tuple[type, ...]) -> bool:
     """Returns whether a table entry, a class or an annotated factory, makes an instance of one of ``classes``."""
+    function = function.thing if isinstance(function, OwnPart) else function
     made = function if isinstance(function, type) else signature_of(function).return_annotation
     return isinstance(made, type) and issubclass(made, classes)

@@ -75,7 +75,9 @@ def conform(value: Any, hint: Any) -> Any:
 
 def _conform_one(value: Any, hint: Any) -> Any:
     origin = typing.get_origin(hint)
-    if hint is None or hint is types.NoneType:
+    if hint is ANYTHING:
+        good = True
+    elif hint is None or hint is types.NoneType:
         good = value is None
     elif origin is Literal:
         good = any(value == a and type(value) is type(a) for a in typing.get_args(hint))

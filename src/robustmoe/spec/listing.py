@@ -10,6 +10,7 @@ from typing import Any
 from robustmoe.errors import UserError
 from robustmoe.spec.bind import Table
 from robustmoe.spec.hints import ANYTHING, Factory, signature_of
+from robustmoe.spec.own import OwnPart
 from robustmoe.spec.write import CallWriter
 
 
@@ -17,6 +18,7 @@ def entries(table: Table, writer: CallWriter) -> list[tuple[str, str, str]]:
     """Returns for each name of a table (name, signature, first line of its docstring)."""
     rows = []
     for name, function in sorted(table.items()):
+        function = function.thing if isinstance(function, OwnPart) else function
         parameters = ", ".join(_parameter(p, writer) for p in signature_of(function).parameters.values())
         line = (inspect.getdoc(function) or "").partition("\n")[0]
         rows.append((name, f"{name}({parameters})" if parameters else name, line))

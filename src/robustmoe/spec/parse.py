@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import operator
+import posixpath
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -53,21 +55,57 @@ def tree_of(text: str) -> ast.expr:
         raise UserError("expected a text such as 'name(argument, key=value)', got an empty one")
     if len(text) > _MAX_TEXT:
         raise UserError(f"{short(text)!r} is too long: {len(text)} characters, at most {_MAX_TEXT}")
+    if text.endswith(".py"):
+        raise UserError(f"{short(text)!r} is a file; expected a name in it, such as {short(text)}:name")
+    plain, files = _without_files(text)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(text, mode="eval").body
+            tree = ast.parse(plain, mode="eval").body
     except SyntaxError as e:
         lines = text.splitlines()
         place = sum(len(line) + 1 for line in lines[: (e.lineno or 1) - 1]) + max((e.offset or 1) - 1, 0)
         near = f"before {short(text[place:], 20)!r}" if place < len(text) else "the end"
-        raise UserError(f"cannot read {short(text)!r}: {e.msg} (character {place + 1}, {near})") from None
+        hint = "; a part of your own is written my_file.py:name" if text[place : place + 1] == ":" else ""
+        raise UserError(f"cannot read {short(text)!r}: {e.msg} (character {place + 1}, {near}){hint}") from None
     except (RecursionError, MemoryError):
         raise UserError(f"{short(text)!r} is nested too deeply") from None
     except ValueError as e:  # null bytes, integers of thousands of digits
         raise UserError(f"cannot read {short(text)!r}: {e}") from None
     _validate(tree, text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            node.id = files.get(node.id, node.id)
     return tree
+
+
+_OWN = re.compile(
+    r"""(?P<string>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
+    r"""|(?P<file>(?:[A-Za-z]:(?=[\\/]))?[^\s'"(),=\[\]:][^'"(),=\[\]:]*\.py):(?P<name>[^\W\d]\w*)"""
+)
+"""A string, which is passed over, or ``path/my_file.py:name``; the path may hold spaces, but no quotes, commas, colons,
+parentheses or signs of equality.
+"""
+
+
+def _without_files(text: str) -> tuple[str, dict[str, str]]:
+    """Returns the text with each ``my_file.py:name`` as a plain name of the same length, and what these stand for."""
+    names: dict[str, str] = {}
+
+    def plain(match: re.Match[str]) -> str:
+        if match["file"] is None:
+            return match[0]
+        name = f"_{len(names)}_".ljust(len(match[0]), "_")
+        names[name] = f"{posixpath.normpath(match['file'].replace(chr(92), '/'))}:{match['name']}"
+        return name
+
+    return _OWN.sub(plain, text), names
+
+
+def own_names(text: str) -> list[str]:
+    """Returns every ``my_file.py:name`` in ``text``, each once."""
+    names = [node.id for node in ast.walk(tree_of(text)) if isinstance(node, ast.Name) and ":" in node.id]
+    return list(dict.fromkeys(names))
 
 
 def _validate(tree: ast.expr, text: str) -> None:

@@ -11,23 +11,31 @@ from typing import Any
 from robustmoe.errors import UserError
 from robustmoe.spec.bind import Table
 from robustmoe.spec.hints import Factory, arms_of, item_hint, signature_of, takes_bare
+from robustmoe.spec.own import OwnPart, Written, class_name
 
 
 class CallWriter:
     """Writes objects as calls of the names of some tables."""
 
     def __init__(self, tables: Iterable[Table]) -> None:
-        self.entries = [entry for table in tables for entry in table.items()]
+        self.entries = [
+            (name, function.thing if isinstance(function, OwnPart) else function)
+            for table in tables
+            for name, function in table.items()
+        ]
 
     def call(self, obj: Any) -> str:
         """``obj`` as a call of a name that makes an equal one: see `spec.text` for which."""
+        if isinstance(obj, Written):
+            return obj.text
         calls: list[tuple[int, bool, str]] = []
         reason = f"no name makes a {type(obj).__name__}"
-        for name, function in self.entries:
+        own = class_name(type(obj))
+        for name, function in [*self.entries, *([(own, type(obj))] if own else ())]:
             signature = signature_of(function)
             is_class = function is type(obj)
             made = signature.return_annotation
-            if not is_class and not (isinstance(made, type) and isinstance(obj, made)):
+            if not is_class and not (isinstance(made, type) and made is not Any and isinstance(obj, made)):
                 continue
             try:
                 arguments = self._arguments(obj, signature)

@@ -76,7 +76,7 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{run}: not a run folder (it has no config.json); expected the folder that robustmoe train made"
+            f"{run}: not a run folder (it has no config.json); expected the folder that robustmoe train or --model made"
         )
     try:
         config = json.loads(path.read_text())
@@ -93,7 +93,9 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedModel:
-    """The model of a run folder, in eval mode: the weights that were best on validation. Needs no model flags."""
+    """The model of a run folder, in eval mode: the weights that were best on validation, or those that a model of a
+    user's own brings. Needs no model flags.
+    """
     run = Path(run)
     config = read_config(run)
     shape = config["image_shape"]
@@ -104,9 +106,18 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedMod
         tuple(config["mean"]),
         tuple(config["std"]),
     )
-    path = run / "model.safetensors"
-    load_weights(model, read_weights(path), path)
+    if not config.get("brings_weights"):
+        path = run / "model.safetensors"
+        load_weights(model, read_weights(path), path)
     return model.to(device)
+
+
+def run_weights(run: str | Path) -> dict[str, Tensor]:
+    """The weights of a run folder, by name: of its file, or those that a model of a user's own brings."""
+    path = Path(run)
+    if read_config(path).get("brings_weights"):
+        return load_model(path).state_dict()
+    return read_weights(path / "model.safetensors")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -18,30 +18,25 @@ import torch
 from torch import Tensor
 
 from robustmoe import distributed, provenance
-from robustmoe import spec as specs
-from robustmoe.attacks import Attack, NotFiniteError
-from robustmoe.certification import Certifier, build_certifier
-from robustmoe.data import Batch, Data, ImageSet, batches
+from robustmoe.attacks import NotFiniteError
+from robustmoe.data import Batch, batches
 from robustmoe.errors import UserError
-from robustmoe.models import RoutedModel, build_model
+from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise, permutation
 from robustmoe.progress import Bar, note, progress
 from robustmoe.recipe import Recipe
 from robustmoe.records import append_json, read_jsonl, write_atomic
-from robustmoe.training import checkpoint, health, starting
+from robustmoe.training import checkpoint, health
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
-from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
-from robustmoe.training.phases import Method, MiniBatch, StepResult, TrainingStopped, train_step
+from robustmoe.training.parts import RunParts, build_parts, check_same_run, config_of
+from robustmoe.training.phases import MiniBatch, StepResult, TrainingStopped, train_step
 
 ORDER, AUGMENT, TRAIN = 1, 2, 3
 """Keys under which a run draws its random numbers, beside its seed and the epoch (see `robustmoe.noise`)."""
 
 SECOND = 1
 """Further key of a step's second mini-batch."""
-
-FREE = {"device", "threads", "checkpoint_every", "attacks", "max_steps", "data"}
-"""Recipe fields that may differ between a run and its continuation; the data are compared by their contents."""
 
 
 @dataclass
@@ -61,38 +56,6 @@ class TrainingState:
     router_moved: dict[str, bool] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RunParts:
-    """What a recipe builds."""
-
-    recipe: Recipe
-    data: Data
-    model: RoutedModel
-    method: Method
-    optimisers: list[torch.optim.Optimizer]
-    base_lr: float
-    schedule: Schedule
-    augment: Any
-    val: ImageSet
-    val_attack: Attack | None
-    val_certifier: Certifier | None
-    average: Average | None
-    device: torch.device
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.recipe.precision == "bf16" else None
-
-    @property
-    def batch_size(self) -> int:
-        return min(self.recipe.batch_size, len(self.data.train))
-
-    @property
-    def steps(self) -> int:
-        """Batches an epoch; the last, short one is left out."""
-        return len(self.data.train) // self.batch_size
-
-
 def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
     """Train as ``recipe`` says, into the run folder ``out``; returns it.
 
@@ -107,7 +70,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
     _check_folder(out, resume)
     with distributed.session(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # for a model's own draws (dropout); ours come from robustmoe.noise
-        parts = _build(recipe, device, fresh=not (resume and (out / "state.pt").exists()))
+        parts = build_parts(recipe, device, fresh=not (resume and (out / "state.pt").exists()))
         state = _prepare(parts, out, resume)
         while state.epoch < recipe.epochs and (state.step or _steps_to_do(parts, state)):
             _epoch(parts, state, out)
@@ -127,74 +90,13 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise UserError(f"{out} already holds a run; add --resume to go on, or choose another --out")
 
 
-def _build(recipe: Recipe, device: torch.device, fresh: bool) -> RunParts:
-    """``fresh``: no checkpoint will be loaded over the model's first weights."""
-    described = {
-        kind: specs.build(text, kind)
-        for kind, text in (("method", recipe.method), ("optimizer", recipe.optimizer), ("schedule", recipe.schedule))
-    }
-    method: Method = described["method"]
-    optimizer: OptimizerSpec = described["optimizer"]
-    augment = specs.build(recipe.augment, "augment") if recipe.augment else None
-    val_attack = specs.build(recipe.val_attack, "attack") if recipe.val_attack else None
-    specs.build(recipe.model, "model")  # a misspelt model should not wait for the data
-    data: Data = specs.build(recipe.data, "data")
-    model = build_model(recipe.model, data.num_classes, data.image_shape, data.mean, data.std, recipe.seed).to(device)
-    if recipe.init is not None and fresh:
-        starting.start_from(model, recipe.init)
-    parts = RunParts(
-        recipe=recipe,
-        data=data,
-        model=model,
-        method=method,
-        optimisers=[optimizer.make(phase.parameters(model).values()) for phase in method.phases],
-        base_lr=optimizer.lr,
-        schedule=described["schedule"],
-        augment=augment,
-        val=data.val.head(recipe.val_limit),
-        val_attack=val_attack,
-        val_certifier=build_certifier(recipe.val_certifier) if recipe.val_certifier else None,
-        average=Average(model, recipe.ema) if recipe.ema else None,
-        device=device,
-    )
-    if parts.batch_size % distributed.world():
-        raise UserError(
-            f"batch_size {parts.batch_size} cannot be shared by {distributed.world()} processes; "
-            "expected a multiple of that number"
-        )
-    return parts
-
-
-def _config(parts: RunParts) -> dict[str, Any]:
-    data, recipe = parts.data, parts.recipe
-    score = f"accuracy under {recipe.val_attack}" if recipe.val_attack else "clean accuracy"
-    score = f"accuracy certified by {recipe.val_certifier}" if recipe.val_certifier else score
-    return {
-        **dataclasses.asdict(recipe),
-        "num_classes": data.num_classes,
-        "classes": list(data.classes),
-        "image_shape": list(data.image_shape),
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "parameters": sum(p.numel() for p in parts.model.parameters()),
-        "selection": f"best {score} on {len(parts.val)} images held out of train; the test set is never seen",
-        "images": {"train": len(data.train), "val": len(parts.val), "test": len(data.test)},
-        "data_hash": data.train.fingerprint,
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "hardware": provenance.hardware(parts.device),
-        "processes": distributed.world(),
-        "command": provenance.command(),
-    }
-
-
 def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
     """Makes a fresh folder, or returns the state to go on from."""
-    config = _config(parts)
+    config = config_of(parts)
     state = TrainingState()
     if resume:
         old = checkpoint.read_config(out)
-        _check_same_run(out, old, config)
+        check_same_run(out, old, config)
         if (out / "state.pt").exists():  # else the run was stopped before its first checkpoint
             state = _restore(parts, out / "state.pt")
         if distributed.rank() == 0:
@@ -209,17 +111,6 @@ def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
         write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
     distributed.broadcast(list(parts.model.state_dict().values()))
     return state
-
-
-def _check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    names = {item.name for item in dataclasses.fields(Recipe)} - FREE | {"data_hash"}
-    for name in sorted(names):
-        before, now = old.get(name), new[name]
-        if before != now:
-            raise UserError(
-                f"{out} was trained with {name} = {before!r}, this command says {now!r}; resume with "
-                "the same recipe, or choose another --out"
-            )
 
 
 def _restore(parts: RunParts, path: Path) -> TrainingState:

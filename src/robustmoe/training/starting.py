@@ -18,7 +18,7 @@ from robustmoe.models.pruned import reset_scores
 from robustmoe.models.tokens import Experts
 from robustmoe.models.vit import Positioned, resample_positions
 from robustmoe.progress import note
-from robustmoe.training.checkpoint import read_config, read_weights
+from robustmoe.training.checkpoint import read_weights, run_weights
 
 
 class _Source(NamedTuple):
@@ -82,8 +82,7 @@ def _sources(init: str) -> list[tuple[str, Path]]:
 def _read_source(path: Path) -> _Source:
     if path.is_file() or path.suffix == ".safetensors":
         return _Source(path, read_weights(path), False)
-    read_config(path)
-    return _Source(path / "model.safetensors", read_weights(path / "model.safetensors"), True)
+    return _Source(path / "model.safetensors", run_weights(path), True)
 
 
 def _placed(model: RoutedModel, own: dict[str, Tensor], part: str, source: _Source) -> dict[str, Tensor]:
