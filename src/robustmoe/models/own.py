@@ -10,8 +10,9 @@ from torch import nn
 
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
-from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, Plain, RoutedModel
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel
 from robustmoe.models.norm import Normalise
+from robustmoe.models.plain import as_routed
 
 EXPECTED = "expected a model: an nn.Module, or another callable, from images (n, ch, h, w) in [0, 1] to logits (n, c)"
 
@@ -42,4 +43,4 @@ class OwnModel(specs.Written, NetworkSpec):
             return made.build(num_classes, image_shape, normalise)
         if isinstance(made, type) or not callable(made):
             raise UserError(f"{self.text} gives {specs.called(made)}; {EXPECTED}")
-        return made if isinstance(made, RoutedModel) else Plain(made)
+        return as_routed(made)
