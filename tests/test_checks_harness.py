@@ -353,7 +353,7 @@ def test_the_cheap_checks_leave_the_model_as_it_was(model: RoutedModel, images: 
 
 
 def test_a_random_model_by_module() -> None:
-    for where, words in (("module", "module 'jitter' (Jitter)"), ("body", "router 'router'")):
+    for where, words in (("module", "module 'jitter' (Jitter)"), ("body", "the model's own code")):
         noisy = Noisy(where).eval()
         assert seen(harness.determinism, noisy, case(Mix()).whole).status == "fail"
         found = routers.random_module(on(noisy, case(Mix()).whole))

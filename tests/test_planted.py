@@ -160,12 +160,12 @@ def test_some_checks_need_no_router(planted: Planted) -> None:
     assert [check.id for check in fired(as_function(case.model), case, planted.plain)] == list(planted.plain)
 
 
-def test_a_hidden_router_is_not_said_to_be_attacked() -> None:
-    """As a plain function the hard router cannot be seen; R1 says that it was not run, and not that it passed."""
+def test_a_hidden_router_is_marked_and_not_said_to_be_attacked() -> None:
+    """As a plain function the hard router tells no route: R1 was not run, and R18 fails."""
     case = PLANTED[0].make()
     found = before(as_function(case.model), ATTACKS["joint"], Batch(case.x, case.y, torch.arange(N)))
     assert next(check for check in found if check.id == "R1").status == "not run"
-    assert [check.id for check in found if check.status in ("warn", "fail")] == []
+    assert [check.id for check in found if check.status in ("warn", "fail")] == ["R18"]
 
 
 # ------------------------------------------------------------------------------------------------ the page

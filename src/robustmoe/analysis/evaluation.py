@@ -19,7 +19,7 @@ class EvaluationSummary:
     route, clean image) and ``experts_exposed`` (clean route, attacked image) are None for a dense model too.
     ``rerouted``: mean share of items that changed expert, per router. ``rerouted_broken``: images that the attack
     both rerouted and broke. ``max_size``: in the header's norm, pixels of [0, 1]. ``failed`` and ``incomplete``:
-    sentences that say why not to believe it."""
+    sentences that say why not to believe it; ``warned``: what to look at first."""
 
     attack: str | None
     objective: ObjectiveInfo | None
@@ -37,6 +37,7 @@ class EvaluationSummary:
     max_size: float
     router_attacked: bool | None
     failed: tuple[str, ...]
+    warned: tuple[str, ...]
     incomplete: tuple[str, ...]
 
     @property
@@ -74,6 +75,7 @@ def evaluation_summary(header: Header, rows: Sequence[Row], checks: Checks | Non
         max_size=largest(row.size.get(header.norm, math.nan) for row in rows),
         router_attacked=verdict.router_attacked,
         failed=verdict.failed,
+        warned=verdict.warned,
         incomplete=verdict.incomplete,
     )
 

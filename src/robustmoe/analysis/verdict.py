@@ -13,8 +13,9 @@ from robustmoe.records import Audit, Check, Evaluation
 
 @dataclass(frozen=True)
 class Verdict:
-    """Can the worst case be quoted? ``router_attacked`` is None for a dense model; ``reason`` says why it is what it
-    is; the others are sentences, empty if all is well."""
+    """Can the worst case be quoted? ``router_attacked`` is None for a dense model, and False also for one that routes
+    without saying so (check R18); ``reason`` says why it is what it is; the others are sentences, empty if all is well.
+    """
 
     router_attacked: bool | None
     reason: str
@@ -62,12 +63,13 @@ def judge(results: Sequence[Evaluation], audit: Audit | None = None) -> Verdict:
 
 def _router_attacked(results: Sequence[Evaluation]) -> tuple[bool | None, str]:
     if not any(result.header.routers for result in results):
-        return None, "the model is dense"
+        hidden = any(_status(result, "R18") == "fail" for result in results)
+        return (False, "check R18: it routes without saying so") if hidden else (None, "the model is dense")
     aiming = [result for result in results if result.header.attack and _aims(result)]
     if not aiming:
         return False, "no attack aims at the router"
-    blind = [result for result in aiming if _r1(result) == "fail"]
-    seeing = [result for result in aiming if _r1(result) != "fail"]
+    blind = [result for result in aiming if _status(result, "R1") == "fail"]
+    seeing = [result for result in aiming if _status(result, "R1") != "fail"]
     if not seeing:
         sentences = [
             check.sentence for result in blind if result.checks for check in result.checks.checks if check.id == "R1"
@@ -79,7 +81,7 @@ def _router_attacked(results: Sequence[Evaluation]) -> tuple[bool | None, str]:
         which = " and ".join(sorted({_kind(result) for result in blind}))
         proof = f"check R1: the {which} attack does not see the router"
     else:
-        worst = min((_r1(result) for result in seeing), key=("warn", "not run", "pass").index)
+        worst = min((_status(result, "R1") for result in seeing), key=("warn", "not run", "pass").index)
         proof = {"warn": "check R1 warns", "not run": "check R1 was not run", "pass": "check R1 passed"}[worst]
     return True, f"{len(seeing)} of {len(results)} attacks aim at the router; {proof}"
 
@@ -93,9 +95,9 @@ def _kind(result: Evaluation) -> str:
     return "" if result.header.objective is None else result.header.objective.name.replace("_", " ")
 
 
-def _r1(result: Evaluation) -> str:
-    """Returns the status of check R1 in one file."""
-    answers = [check.status for check in result.checks.checks if check.id == "R1"] if result.checks else []
+def _status(result: Evaluation, id: str) -> str:
+    """Returns the status of one check in one file."""
+    answers = [check.status for check in result.checks.checks if check.id == id] if result.checks else []
     return answers[0] if answers else "not run"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustmoe import distributed
 from robustmoe import spec as specs
-from robustmoe.analysis import robust
+from robustmoe.analysis import judge, robust
 from robustmoe.attacks import Attack, Threat, at_radius, build_attack, linf
 from robustmoe.data import Data, ImageSet
 from robustmoe.errors import UserError
@@ -22,6 +22,7 @@ from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.peers import Peers
 from robustmoe.evaluation.session import Images, Labels, Session, about_run, device_of, eval_mode_on, in_hand
 from robustmoe.options import EvaluateOptions, takes
+from robustmoe.progress import note
 from robustmoe.records import Check, Evaluation, Header, Records, Writer, examples_path, file_stem
 from robustmoe.training.checkpoint import load_model, read_config
 
@@ -113,7 +114,18 @@ def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluatio
     few = session.on(session.images.head(CURVE_LIMIT))
     end = f"{end}-curve"
     results += [attack_images(few, attack, _rows_path(out, attack, end), "curve") for attack in curves]
+    _tell(results)
     return Records(results)
+
+
+def _tell(results: Sequence[Evaluation]) -> None:
+    """Says on stderr, in one line, which checks speak against the numbers, if some do."""
+    verdict = judge(results)
+    loud = [*verdict.failed, *verdict.warned]
+    if loud:
+        counts = f"{len(verdict.failed)} failed, {len(verdict.warned)} warned"
+        more = f" (and {len(loud) - 1} more: print the result)" if len(loud) > 1 else ""
+        note(f"checks: {counts}: {loud[0]}{more}")
 
 
 def _rows_path(folder: Path, attack: Attack, end: str) -> Path:

@@ -264,6 +264,15 @@ class Watcher(TorchFunctionMode):
         """Is told which tensor the images are."""
         self._note(x, frozenset())
 
+    def knows(self, value: Any) -> bool:
+        """Whether a value is a tensor that depends on the image."""
+        return isinstance(value, Tensor) and self._mark(value) is not None
+
+    @property
+    def where(self) -> tuple[str, str]:
+        """The path and the class of the innermost module that runs."""
+        return self._stack[-1].path, self._stack[-1].module
+
     def _note(self, tensor: Tensor, cuts: frozenset[tuple[str, str, str]]) -> None:
         self._marks[id(tensor)] = _Mark(tensor, cuts, tensor.requires_grad)
 

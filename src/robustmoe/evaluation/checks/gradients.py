@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,9 @@ from robustmoe.routing import Trace, detach
 ZERO_SHARE = 0.05
 """Check G1: a larger share of images without gradient fails."""
 
-APART, OFTEN = 0.05, 0.1
-"""Check G2: a derivative is wrong above the first relative error; more wrong ones than the second are reported."""
+APART, OFTEN, OFTEN_SINGLE = 0.05, 0.1, 0.25
+"""Check G2: a derivative is wrong above the first relative error; more wrong ones than the second (in float32, with its
+rounding and kinks, the third) are reported."""
 
 
 @check("G1", "gradient", "cheap")
@@ -94,13 +97,18 @@ def flat_along(case: Subject) -> Answer:
 @check("G2", "finite differences", "attack")
 def finite_differences(case: Subject, directions: int = 8) -> Answer:
     """the directional derivative of the margin by central differences against autograd, at a random point of the
-    ball, in float64 (step 1e-6) where the model can be copied, else in float32 (step 1e-3).
+    ball, in float64 (step 1e-6) where the model can be copied, else in float32 (step 1e-3, checked by half of it).
 
     Straight-through estimates and masked gradients show here. Where the two agree as soon as the route is held, the
     router's gradient alone is an estimate: that is a property of the gate, declared, and warns; else the check fails.
     An error counts as relative to the derivative or to the gradient's norm, whichever is larger, so that a direction
     across the gradient is no accident.
     """
+    return differences(case, directions)
+
+
+def differences(case: Subject, directions: int) -> Answer:
+    """The answer of G2 on the images of ``case.batch``."""
     x, y = case.batch.x, case.batch.y
     start = case.threat.start(x, case.noise(case.seed))
     wide = doubled(case.model, x)
@@ -110,11 +118,12 @@ def finite_differences(case: Subject, directions: int = 8) -> Answer:
     share = _disagreement(case, model, at, y, None, directions)
     how = f"{directions} directions, {'float32' if wide is None else 'float64'}"
     text = f"autograd is more than 5 % off the finite difference at {percent(share)} of {len(x)} images x {how}"
-    if share <= OFTEN:
+    often = OFTEN_SINGLE if wide is None else OFTEN
+    if share <= often:
         return Answer("pass", share, text)
     if trace:
         fixed = _disagreement(case, model, at, y, trace, directions)
-        if fixed <= OFTEN:
+        if fixed <= often:
             text += f"; {percent(fixed)} with the route held: the router's gradient is an estimate (straight-through)"
             return Answer("warn", share, text)
     return Answer("fail", share, f"{text}: the gradient is not that of the model")
@@ -123,7 +132,9 @@ def finite_differences(case: Subject, directions: int = 8) -> Answer:
 def _disagreement(
     case: Subject, model: RoutedModel, x: Tensor, y: Tensor, forced: Trace | None, directions: int
 ) -> float:
-    """The share of (image, direction) at which the two derivatives differ."""
+    """The share of (image, direction) at which the two derivatives differ. In float32 those are left out at which half
+    the step gives another difference: there (a kink, a steep bend) the difference itself says nothing.
+    """
     single = x.dtype == torch.float32
     step = 1e-3 if single else 1e-6
 
@@ -132,18 +143,28 @@ def _disagreement(
 
     with evaluating(model):
         slope = gradient(margin, x)
-        wrong = []
+        norm = slope.flatten(1).norm(dim=1)
+        wrong, asked = [], []
         for direction in range(directions):
             sign = 1 - 2 * (case.noise(case.seed).fold(2, direction).uniform(*x.shape[1:]) < 0.5).to(x)
-            with torch.no_grad():
-                ahead, behind = margin(x + step * sign), margin(x - step * sign)
-            measured = (ahead - behind) / (2 * step)
             told = (slope * sign).flatten(1).sum(1)
-            norm = slope.flatten(1).norm(dim=1)
-            rounding = torch.finfo(x.dtype).eps * 10 * (ahead.abs() + behind.abs()) / step
+            measured, rounding = _difference(margin, x, sign, step)
             size = torch.stack([measured.abs(), told.abs(), norm]).amax(0)
             wrong.append(~((measured - told).abs() <= APART * size + rounding))  # NaN is wrong
-    return float(torch.stack(wrong).float().mean())
+            asked.append(torch.ones_like(wrong[-1]))
+            if single:
+                again, coarser = _difference(margin, x, sign, step / 2)
+                asked[-1] = ~((measured - again).abs() > APART * size + rounding + coarser)
+    sure = torch.stack(asked)
+    return float((torch.stack(wrong) & sure).sum() / sure.sum().clamp(min=1))
+
+
+def _difference(margin: Callable[[Tensor], Tensor], x: Tensor, sign: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """(n,) the central difference of the margin along ``sign``, and how far rounding can move it."""
+    with torch.no_grad():
+        ahead, behind = margin(x + step * sign), margin(x - step * sign)
+    rounding = torch.finfo(x.dtype).eps * 10 * (ahead.abs() + behind.abs()) / step
+    return (ahead - behind) / (2 * step), rounding
 
 
 @check("G3", "unstable loss", "attack")

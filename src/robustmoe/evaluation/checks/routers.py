@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from robustmoe.attacks.base import evaluating
 from robustmoe.data import Batch
+from robustmoe.evaluation.checks.inside import Inside, called, uncompiled
 from robustmoe.evaluation.checks.registry import Answer, check, not_run
 from robustmoe.evaluation.checks.subject import (
     MOST_EXPERTS,
@@ -21,6 +24,8 @@ from robustmoe.evaluation.checks.subject import (
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Trace, detach, to_expert
+from robustmoe.wrapping import watch
+from robustmoe.wrapping.watching import tensors_of
 
 FEWEST = 5
 """Check R9: with fewer decisions an expert than this, an expert without any proves nothing."""
@@ -56,7 +61,7 @@ def neighbours(case: Subject, images: int = 16, crowd: int = 32) -> Answer:
 @check("R7", "random module", "model")
 @torch.no_grad()
 def random_module(case: Subject) -> Answer:
-    """The first module whose output differs between two passes on the same images: it draws random numbers."""
+    """Which module draws random numbers, where two passes on the same images differ anywhere inside."""
     return _random_module(case.model, case.whole.x)
 
 
@@ -68,34 +73,60 @@ def random_module_quickly(case: Subject) -> Answer:
 
 
 def _random_module(model: RoutedModel, x: Tensor) -> Answer:
+    """The module named is the one that draws (see `watch`); where none is seen to draw, the first that answers
+    differently, though it was given the same: it draws elsewhere, or keeps something of the pass before.
+    """
     first, second = (_spoken(model, x) for _ in range(2))
-    for (name, before), (again, after) in zip(first, second):
-        if name != again or not _close(before, after):
-            return Answer("fail", name, f"{name} answers differently in 2 passes: it draws random numbers")
-    return Answer("pass", len(first), f"{len(first)} modules and decisions answer the same in 2 passes")
+    differ = [before for before, after in itertools.zip_longest(first, second) if not _agree(before, after)]
+    if not differ:
+        return Answer("pass", len(first), f"{len(first)} modules and decisions answer the same in 2 passes")
+    with evaluating(model), uncompiled():
+        draws = watch(Inside.of(model), x).draws
+    if draws:
+        names = list(dict.fromkeys(called(draw.path, draw.module) for draw in draws))
+        names.sort(key=lambda name: all(spoken is None or spoken.who != name for spoken in differ))
+        by = " and ".join(dict.fromkeys(draw.call for draw in draws if called(draw.path, draw.module) == names[0]))
+        more = f" (and {len(names) - 1} modules more)" if len(names) > 1 else ""
+        text = f"2 passes on the same images differ: {names[0]} draws random numbers by {by}{more}"
+        return Answer("fail", names[0], text)
+    who = next((spoken for spoken in differ if spoken is not None), second[-1]).who
+    text = f"{who} answers differently in 2 passes: it draws random numbers outside of torch, or keeps what it was told"
+    return Answer("fail", who, text)
 
 
-def _spoken(model: RoutedModel, x: Tensor) -> list[tuple[str, Tensor]]:
-    """What every module said in one pass, in order, then every router and the model."""
-    said: list[tuple[str, Tensor]] = []
+class Spoken(NamedTuple):
+    """Who said something in a pass, and the tensors of it."""
 
-    def hear(name: str) -> Callable[..., None]:
+    who: str
+    said: list[Tensor]
+
+
+def _agree(before: Spoken | None, after: Spoken | None) -> bool:
+    if before is None or after is None or before.who != after.who or len(before.said) != len(after.said):
+        return False
+    return all(_close(a, b) for a, b in zip(before.said, after.said))
+
+
+def _spoken(model: RoutedModel, x: Tensor) -> list[Spoken]:
+    """What every module said in one pass, in the order in which they ended, then every router and the model."""
+    spoken: list[Spoken] = []
+
+    def hear(who: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                said.append((f"module {name!r} ({type(module).__name__})", output.detach().clone()))
+            spoken.append(Spoken(who, [tensor.detach().clone() for tensor in tensors_of(output)]))
 
         return hook
 
-    hooks = [module.register_forward_hook(hear(name)) for name, module in model.named_modules() if name]
+    parts = [(path, module) for path, module in Inside.of(model).named_modules() if path]
+    hooks = [module.register_forward_hook(hear(called(path, type(module).__name__))) for path, module in parts]
     try:
         output = model.run(x)
     finally:
         for hook in hooks:
             hook.remove()
     for name, routing in output.trace.items():
-        said += [(f"router {name!r}", routing.logits), (f"router {name!r}", routing.index)]
-        said.append((f"router {name!r}", routing.weight))
-    return [*said, ("the model's own body", output.logits)]
+        spoken.append(Spoken(f"router {name!r}", [routing.logits, routing.index, routing.weight]))
+    return [*spoken, Spoken("the model's own code", [output.logits])]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -13,7 +13,7 @@ from robustmoe import spec as specs
 from robustmoe.attacks import Attack, NotFiniteError, build_attack, evaluating
 from robustmoe.data import Batch, Data
 from robustmoe.errors import UserError, nearest
-from robustmoe.evaluation.checks import gradients, harness, published, routers, routing, strength  # noqa: F401
+from robustmoe.evaluation.checks import gradients, harness, hidden, passing, published, routers, routing, strength  # noqa: F401
 from robustmoe.evaluation.checks.fingerprints import fingerprint, weights_hash
 from robustmoe.evaluation.checks.registry import CHECKS, Answer, Registered, ids, not_run
 from robustmoe.evaluation.checks.subject import Finished, Subject
