@@ -60,7 +60,7 @@ def recipes() -> dict[str, tuple[str, int, tuple[int, int, int]]]:
     found, folder = {}, Path(__file__).parents[1] / "recipes"
     for file in sorted(folder.rglob("*.toml")):
         if "GMAC" in file.read_text(encoding="utf-8"):
-            written = recipe.load(file)
+            written = recipe.load_recipe(file)
             classes, (channels, *_) = SHAPES[written.data.partition("(")[0]]
             size = re.search(r"size=(\d+)", written.data)
             side = int(size[1]) if size else SHAPES[written.data.partition("(")[0]][1][1]

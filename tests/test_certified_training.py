@@ -20,7 +20,7 @@ from robustmoe.errors import UserError
 from robustmoe.evaluation.choosing import threat_of
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
-from robustmoe.recipe import Recipe, load
+from robustmoe.recipe import Recipe, load_recipe
 from robustmoe.training import MiniBatch, build_method, certified, load_model, train, train_step
 from robustmoe.training.optimisation import SGD
 
@@ -223,7 +223,7 @@ RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes" / 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_step_of_every_recipe(name: str) -> None:
     """At true size, at the end of the ramp; the certifier of the validation is at the eps of the training."""
-    recipe = load(name)
+    recipe = load_recipe(name)
     shape = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}[recipe.data]
     model = build_model(recipe.model, 10, shape)
     method = build_method(recipe.method)

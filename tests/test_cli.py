@@ -142,10 +142,10 @@ def test_train_passes_the_recipe_with_overrides(trained: Calls, capsys: pytest.C
     broken = ["train", "small.toml", *flags, "--model", "[not: yaml"]
     assert "model: cannot read '[not: yaml'" in refused(broken, capsys)
     assert main(["train", "small.toml", *flags]) == 0
-    ((recipe, out, resume), keywords) = trained[0]
+    ((recipe, out), keywords) = trained[0]
     assert (recipe.epochs, recipe.batch_size, recipe.val_limit, recipe.model) == (5, 8, None, "resnet18")
     assert (recipe.augment, recipe.attacks, recipe.precision) == ("crop_flip(padding=4)", ("a", "b(1)"), "bf16")
-    assert (out, resume, keywords) == (Path("runs/small"), False, {})
+    assert (out, keywords) == (Path("runs/small"), {"resume": False})
     assert capsys.readouterr().out == "run folder: runs/small\nnext: robustmoe evaluate runs/small\n"
 
 
@@ -155,7 +155,7 @@ def test_train_refuses_a_used_folder_unless_it_resumes(trained: Calls, capsys: p
     assert "is a file" in refused(["train", "small.toml", "--out", "small.toml"], capsys)
     assert trained == []
     assert main(["train", "small.toml", "--out", "runs/one", "--resume"]) == 0
-    assert trained[0][0][1:] == (Path("runs/one"), True)
+    assert (trained[0][0][1:], trained[0][1]) == ((Path("runs/one"),), {"resume": True})
 
 
 def test_a_worker_does_not_refuse_the_folder_the_first_process_made_and_is_silent(
@@ -327,7 +327,7 @@ def test_sigterm_in_training_says_how_to_go_on(
     fake = types.ModuleType("robustmoe.training")
     unwound = []
 
-    def train(*args: Any) -> None:
+    def train(*args: Any, **more: Any) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             signal.pause()

@@ -58,7 +58,7 @@ def train_one(name: str, out: Path) -> dict[str, Any]:
 
     from robustmoe.models.convolution import Segments
     from robustmoe.recipe import Recipe
-    from robustmoe.training import loop
+    from robustmoe.training import loop, train
 
     kept: list[loop.RunParts] = []
     sizes: list[list[int]] = []
@@ -87,7 +87,7 @@ def train_one(name: str, out: Path) -> dict[str, Any]:
 
     loop.build_parts = build
     try:
-        loop.train(Recipe(**{**COMMON, **SCENARIOS[name]}), out)
+        train(Recipe(**{**COMMON, **SCENARIOS[name]}), out)
     finally:
         loop.build_parts = original
     digest = hashlib.sha256()

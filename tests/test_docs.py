@@ -45,7 +45,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_builds_and_takes_two_steps(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On random images of the data set's shape: the recipe's own data are not needed."""
-    written = recipe.load(file)
+    written = recipe.load_recipe(file)
     for attack in written.attacks:
         spec.build(attack, "attack")
     images = from_arrays(torch.rand(8, 3, 32, 32), torch.arange(8))

@@ -128,7 +128,7 @@ def test_the_costs_that_recipes_state(results: Results) -> None:
         if "GMAC" in text:
             seen.add(name)
             model = file["specs"].get(name, {}).get("spec")
-            if model != recipe.load(path).model:
+            if model != recipe.load_recipe(path).model:
                 wrong.append(f"{name}: recipe_costs.json counts {model}")
             else:
                 wrong += [f"{name}: {fault}" for fault in cost_faults(text, name, file["numbers"])]

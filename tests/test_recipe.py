@@ -10,7 +10,7 @@ import pytest
 
 from robustmoe.errors import UserError
 from robustmoe.options import hints_of
-from robustmoe.recipe import Recipe, load, resolve
+from robustmoe.recipe import Recipe, load_recipe, resolve
 
 BASE = """# A recipe.
 # Cost: seconds.
@@ -28,14 +28,14 @@ def write(folder: Path, text: str = BASE, name: str = "digits.toml") -> Path:
 
 
 def test_a_file_gives_its_fields_and_the_defaults(tmp_path: Path) -> None:
-    recipe = load(write(tmp_path))
+    recipe = load_recipe(write(tmp_path))
     assert recipe == Recipe(model="resnet18", data="digits", method="at(pgd(linf(8/255)))", epochs=3)
     assert (recipe.batch_size, recipe.precision, recipe.attacks, recipe.val_attack) == (128, "fp32", (), None)
 
 
 def test_overrides_win_and_types_are_made_exact(tmp_path: Path) -> None:
     text = BASE + 'attacks = ["fgsm(linf(8/255))"]\nema = 0\naugment = "crop_flip"\n'
-    recipe = load(write(tmp_path, text), epochs=5, augment="none", clip=1)
+    recipe = load_recipe(write(tmp_path, text), epochs=5, augment="none", clip=1)
     assert (recipe.epochs, recipe.augment, recipe.attacks) == (5, None, ("fgsm(linf(8/255))",))
     assert isinstance(recipe.ema, float)
     assert isinstance(recipe.clip, float)
@@ -43,7 +43,7 @@ def test_overrides_win_and_types_are_made_exact(tmp_path: Path) -> None:
 
 
 def test_fields_survive_a_round_trip_through_a_dict(tmp_path: Path) -> None:
-    recipe = load(write(tmp_path), attacks=["a", "b(1)"], val_limit=7)
+    recipe = load_recipe(write(tmp_path), attacks=["a", "b(1)"], val_limit=7)
     assert Recipe(**dataclasses.asdict(recipe)) == recipe
 
 
@@ -67,20 +67,20 @@ def test_fields_survive_a_round_trip_through_a_dict(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_named_in_one_line(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        load(write(tmp_path, BASE + line + "\n"))
+        load_recipe(write(tmp_path, BASE + line + "\n"))
     assert "\n" not in str(caught.value)
 
 
 def test_missing_fields_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not say data, method, epochs"):
-        load(write(tmp_path, 'model = "resnet18"\n'))
+        load_recipe(write(tmp_path, 'model = "resnet18"\n'))
 
 
 def test_bare_names_are_looked_for_in_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "recipes")
     assert resolve("digits") == resolve("digits.toml") == resolve("recipes/digits") == Path("recipes/digits.toml")
-    assert load("digits", epochs=1).epochs == 1
+    assert load_recipe("digits", epochs=1).epochs == 1
     with pytest.raises(UserError, match=r"there is no recipe 'digit'; did you mean 'digits'"):
         resolve("digit")
     with pytest.raises(UserError, match=r"there is no recipe 'recipes/digit.toml'; did you mean 'recipes/digits.toml'"):
@@ -95,7 +95,7 @@ def test_not_a_text_file(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"x.toml is not a TOML file"):
-        load(file)
+        load_recipe(file)
 
 
 def test_every_field_has_a_help_text() -> None:

@@ -25,7 +25,7 @@ from robustmoe.data import DATASETS
 from robustmoe.models import MODELS, Backbone, ModelSpec, Normalise, Pathway, Pruned, RoutedModel, Slim, build_model
 from robustmoe.models.small import Downsampled
 from robustmoe.noise import Noise
-from robustmoe.recipe import Recipe, load, resolve
+from robustmoe.recipe import Recipe, load_recipe, resolve
 from robustmoe.training import build_method
 from robustmoe.training.phases import MiniBatch, train_step
 
@@ -52,7 +52,7 @@ def parts(name: str) -> tuple[str, str, str]:
 
 
 def recipe_of(name: str) -> Recipe:
-    return load(FOLDER / f"{name}.toml")
+    return load_recipe(FOLDER / f"{name}.toml")
 
 
 def model_spec(written: Recipe) -> ModelSpec:

@@ -22,7 +22,7 @@ from robustmoe import spec
 from robustmoe.attacks import linf
 from robustmoe.data import DATASETS
 from robustmoe.models import Dual, Ensemble, EnsembleModel, Normalise, build_model, vit_small
-from robustmoe.recipe import Recipe, load
+from robustmoe.recipe import Recipe, load_recipe
 from robustmoe.training import build_method
 from robustmoe.training.phases import MiniBatch, StepResult, train_step
 from robustmoe.training.starting import start_from
@@ -65,7 +65,7 @@ def parts(name: str) -> tuple[str, str]:
 
 
 def recipe_of(name: str) -> Recipe:
-    return load(FOLDER / f"{name}.toml")
+    return load_recipe(FOLDER / f"{name}.toml")
 
 
 def text_of(name: str) -> str:

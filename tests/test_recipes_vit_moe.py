@@ -17,7 +17,7 @@ import torch
 from robustmoe import spec
 from robustmoe.data import DATASETS
 from robustmoe.models import Normalise, ViT, ViTMoE, build_model, vit_small
-from robustmoe.recipe import Recipe, load
+from robustmoe.recipe import Recipe, load_recipe
 from robustmoe.training import build_method
 from robustmoe.training.auxiliary import BALANCE_LOSSES
 from robustmoe.training.phases import MiniBatch, train_step
@@ -66,7 +66,7 @@ def passes(name: str) -> int:
 
 
 def recipe_of(name: str) -> Recipe:
-    return load(FOLDER / f"{name}.toml")
+    return load_recipe(FOLDER / f"{name}.toml")
 
 
 def text_of(name: str) -> str:

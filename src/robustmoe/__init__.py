@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from robustmoe.attacks import attack_view as attack_view
     from robustmoe.attacks import build_attack as build_attack
     from robustmoe.certification import build_certifier as build_certifier
+    from robustmoe.data import as_data as as_data
     from robustmoe.errors import UserError as UserError
     from robustmoe.evaluation import blend as blend
     from robustmoe.evaluation import blend_run as blend_run
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from robustmoe.models import build_model as build_model
     from robustmoe.models import moefy as moefy
     from robustmoe.recipe import Recipe as Recipe
+    from robustmoe.recipe import load_recipe as load_recipe
     from robustmoe.reporting import report as report
     from robustmoe.routing import Routing as Routing
     from robustmoe.routing import Tape as Tape

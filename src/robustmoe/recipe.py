@@ -84,7 +84,7 @@ def _check_spec(name: str, text: str | None) -> None:
             raise UserError(f"{name}: {e}") from None
 
 
-def load(path: str | Path, **overrides: Any) -> Recipe:
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     """Returns the recipe in the TOML file ``path`` (or the bare name of one in ``recipes/``).
 
     ``overrides`` win over what the file says. Where a field may be None, the text "none" says so.

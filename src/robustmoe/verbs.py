@@ -38,7 +38,7 @@ def train(
 
     Example: robustmoe train digits_hard_moe --epochs 2 --out runs/digits
     """
-    settings = recipes.load(recipe, **fields)
+    settings = recipes.load_recipe(recipe, **fields)
     folder = Path(out) if out is not None else Path("runs") / recipes.resolve(recipe).stem
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, not a run folder; choose another --out")
@@ -46,7 +46,7 @@ def train(
         raise UserError(f"{str(folder)!r} is not empty: add --resume to go on, or choose another --out")
     from robustmoe import training
 
-    training.train(settings, folder, resume)
+    training.train(settings, folder, resume=resume)
     return f"run folder: {folder}\nnext: robustmoe evaluate {folder}"
 
 

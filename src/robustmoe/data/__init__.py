@@ -4,7 +4,7 @@ Normalisation lives in the model, never here: an attack's ball is measured in pi
 """
 
 from robustmoe.data.augment import AUGMENTS, CropFlip, augment
-from robustmoe.data.base import Batch, Data, ImageSet, InMemory, batches, from_arrays, mean_std
+from robustmoe.data.base import Batch, Data, ImageSet, InMemory, as_data, batches, from_arrays, mean_std
 from robustmoe.data.sets import (
     DATASETS,
     cifar10,
@@ -27,6 +27,7 @@ __all__ = [
     "ImageSet",
     "InMemory",
     "Streamed",
+    "as_data",
     "augment",
     "batches",
     "cifar10",

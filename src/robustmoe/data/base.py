@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from robustmoe.data.split import hold_out
 from robustmoe.errors import UserError
 
 
@@ -253,6 +254,34 @@ def from_arrays(
             )
         index = index.to(torch.int64)
     return InMemory(x.to(torch.float32), y.to(torch.int64), index)
+
+
+def as_data(
+    x: Tensor | np.ndarray,
+    y: Tensor | np.ndarray | list[int],
+    x_test: Tensor | np.ndarray | None = None,
+    y_test: Tensor | np.ndarray | list[int] | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    val: float = 0.1,
+) -> Data:
+    """Returns a user's own images as a data set: ``x`` (N, ch, h, w) floating point in [0, 1] and ``y`` (N,) integers
+    from 0, of which the share ``val`` of each class is held out for validation, and ``x_test``, ``y_test``.
+
+    ``classes``: their names; by default their numbers. Without test images it can be trained on, not evaluated on.
+    `UserError` where `from_arrays` has one, and for test images of another shape.
+    """
+    count = None if classes is None else len(classes)
+    every = from_arrays(x, y, count)
+    count = count or int(every.labels.max()) + 1
+    keep, held = hold_out(every.labels, val)
+    train, test = every.subset(keep), every.subset([])
+    if x_test is not None:
+        test = from_arrays(x_test, [] if y_test is None else y_test, count)
+    if test.image_shape != train.image_shape:
+        raise UserError(f"the test images are {test.image_shape}, those of training {train.image_shape}")
+    names = tuple(classes or map(str, range(count)))
+    return Data("arrays", train, every.subset(held), test, names, *mean_std(train))
 
 
 def batches(

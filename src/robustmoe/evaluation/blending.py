@@ -53,7 +53,7 @@ from robustmoe.models.plain import as_routed
 from robustmoe.options import BlendOptions, takes
 from robustmoe.progress import note, progress
 from robustmoe.records import Blend
-from robustmoe.training.checkpoint import read_weights, save_weights
+from robustmoe.training.checkpoint import read_weights, run_data, save_weights
 
 STEPS = 20
 """Steps of each attack, unless told."""
@@ -113,7 +113,7 @@ def blend_run(
     folder = out_of(runs, out)
     base = _base(options, threat_of(halves.config))
     device = device_of(options)
-    data: Data = specs.build(halves.config["data"], "data")
+    data = run_data(folder, halves.config)
     about = about_run(folder, {**halves.config, "model": halves.model}, data)
     images = data.test.head(options.limit)
     session = Session(halves.build(device), images, device, options, about, folder, data.test)

@@ -24,7 +24,7 @@ from robustmoe.evaluation.session import Images, Labels, Session, about_run, dev
 from robustmoe.options import EvaluateOptions, takes
 from robustmoe.progress import note
 from robustmoe.records import Check, Evaluation, Header, Records, Writer, examples_path, file_stem
-from robustmoe.training.checkpoint import load_model, read_config
+from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 CURVE_LIMIT = 256
 """Images that a curve is made of at most."""
@@ -77,7 +77,7 @@ def evaluate_run(
     config = read_config(run)
     device = device_of(options)
     model = load_model(run, device)
-    source: Data = specs.build(data or config["data"], "data")
+    source: Data = specs.build(data, "data") if data else run_data(run, config)
     if source.num_classes != config["num_classes"] or list(source.image_shape) != config["image_shape"]:
         raise UserError(
             f"{run} is a model for {config['num_classes']} classes and images "

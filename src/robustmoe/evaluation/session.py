@@ -38,7 +38,7 @@ from robustmoe.options import Options
 from robustmoe.progress import note
 from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo
 from robustmoe.routing import Tape
-from robustmoe.training.checkpoint import load_model, read_config
+from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 Timed = TypeVar("Timed", bound=Record)
 
@@ -239,7 +239,7 @@ def on_run(run: str | Path, options: Any, float32: bool = False) -> Session:
     config = read_config(folder)
     device = device_of(options)
     model = load_model(folder, device)
-    data: Data = specs.build(config["data"], "data")
+    data = run_data(folder, config)
     model = in_float32(model) if float32 else model
     about, images = about_run(folder, config, data), data.test.head(options.limit)
     return Session(model, images, device, options, about, folder, data.test)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import keyword
 from collections import OrderedDict
@@ -30,7 +31,7 @@ class CallWriter:
             return obj.text
         calls: list[tuple[int, bool, str]] = []
         reason = f"no name makes a {type(obj).__name__}"
-        own = class_name(type(obj))
+        own = class_name(type(obj)) if dataclasses.is_dataclass(obj) else None
         for name, function in [*self.entries, *([(own, type(obj))] if own else ())]:
             signature = signature_of(function)
             is_class = function is type(obj)

@@ -9,8 +9,8 @@ from robustmoe.training.advmoe import advmoe
 from robustmoe.training.certified import certified
 from robustmoe.training.checkpoint import load_model
 from robustmoe.training.consistency import consistent
+from robustmoe.training.given import train
 from robustmoe.training.jtdmoe import jtdmoe
-from robustmoe.training.loop import train
 from robustmoe.training.methods import at, gaussian, standard, trades
 from robustmoe.training.optimisation import OPTIMIZERS, SCHEDULES, SGD, AdamW, OptimizerSpec
 from robustmoe.training.phases import Loss, Method, MiniBatch, Pair, Phase, StepResult, TrainingStopped, train_step

@@ -16,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from robustmoe import spec as specs
+from robustmoe.data import Data
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.records import write_atomic
@@ -98,6 +100,11 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedMod
     """
     run = Path(run)
     config = read_config(run)
+    if "model" in (config.get("in_python") or ()):
+        raise UserError(
+            f"{run} was trained from a {config['model']} in Python, which no spec builds; expected the module itself: "
+            "robustmoe.evaluate(model, x, y). A model is loaded where it is a spec, such as my_file.py:make_model"
+        )
     shape = config["image_shape"]
     model = build_model(
         config["model"],
@@ -110,6 +117,17 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedMod
         path = run / "model.safetensors"
         load_weights(model, read_weights(path), path)
     return model.to(device)
+
+
+def run_data(run: str | Path, config: dict[str, Any]) -> Data:
+    """The data set of a run folder."""
+    if "data" in (config.get("in_python") or ()):
+        raise UserError(
+            f"{run} was trained on images in Python, which no spec builds; expected a data set (robustmoe evaluate RUN "
+            "--data SPEC), or robustmoe.evaluate(model, x, y)"
+        )
+    data: Data = specs.build(config["data"], "data")
+    return data
 
 
 def run_weights(run: str | Path) -> dict[str, Tensor]:

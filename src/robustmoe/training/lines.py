@@ -16,7 +16,7 @@ class EpochLine(TypedDict):
     lr: dict[str, float]
     loss: dict[str, float]
     grad_norm: dict[str, float]
-    train_accuracy: float
+    train_accuracy: float | None
     val_clean: float
     val_robust: float | None
     val_certified: float | None
@@ -27,10 +27,15 @@ class EpochLine(TypedDict):
 
 def said(line: EpochLine, epochs: int) -> str:
     """Returns the epoch's line for a person."""
-    accuracies = {"clean": line["val_clean"], "robust": line["val_robust"], "certified": line["val_certified"]}
-    shown = [f"val {kind} {100 * rate:5.1f} %" for kind, rate in accuracies.items() if rate is not None]
+    accuracies = {
+        "train": line["train_accuracy"],
+        "val clean": line["val_clean"],
+        "val robust": line["val_robust"],
+        "val certified": line["val_certified"],
+    }
+    shown = [f"{kind} {100 * rate:5.1f} %" for kind, rate in accuracies.items() if rate is not None]
     return (
         f"epoch {line['epoch']}/{epochs}  loss {' '.join(f'{loss:.3f}' for loss in line['loss'].values())}  "
-        f"train {100 * line['train_accuracy']:5.1f} %  {'  '.join(shown)}  {line['seconds']:.0f} s"
+        f"{'  '.join(shown)}  {line['seconds']:.0f} s"
         f"{'  best' if line['best'] else ''}"
     )

@@ -29,7 +29,7 @@ from robustmoe.records import append_json, read_jsonl, write_atomic
 from robustmoe.training import checkpoint, health
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
-from robustmoe.training.parts import RunParts, build_parts, check_same_run, config_of
+from robustmoe.training.parts import Given, RunParts, build_parts, check_same_run, config_of
 from robustmoe.training.phases import MiniBatch, StepResult, TrainingStopped, train_step
 
 ORDER, AUGMENT, TRAIN = 1, 2, 3
@@ -56,21 +56,17 @@ class TrainingState:
     router_moved: dict[str, bool] = field(default_factory=dict)
 
 
-def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
-    """Train as ``recipe`` says, into the run folder ``out``; returns it.
-
-    With ``resume`` it goes on from the last checkpoint: on CPU the final weights are equal, bit for bit, to those of
-    a run that was never stopped. Under ``torchrun`` the processes share each batch. Raises UserError for what cannot
-    be built, written or resumed, and `TrainingStopped` (a UserError) where a loss or gradient is not finite.
+def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
+    """Trains as ``recipe`` says, with what is ``given`` in Python, into the run folder ``out``; returns it. See
+    `robustmoe.training.train`.
     """
-    out = Path(out)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = distributed.local_device(provenance.pick_device(recipe.device))
     _check_folder(out, resume)
     with distributed.session(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # for a model's own draws (dropout); ours come from robustmoe.noise
-        parts = build_parts(recipe, device, fresh=not (resume and (out / "state.pt").exists()))
+        parts = build_parts(recipe, device, fresh=not (resume and (out / "state.pt").exists()), given=given)
         state = _prepare(parts, out, resume)
         while state.epoch < recipe.epochs and (state.step or _steps_to_do(parts, state)):
             _epoch(parts, state, out)
@@ -78,7 +74,16 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> Path:
                 break
             state = TrainingState(epoch=state.epoch + 1, best=state.best)
             _save(parts, state, out)
+        if "model" in given.objects:
+            _take_best(parts.model, out)
     return out
+
+
+def _take_best(model: RoutedModel, out: Path) -> None:
+    """The weights that were best on validation into the model, on every process."""
+    if distributed.rank() == 0:
+        checkpoint.load_weights(model, checkpoint.read_weights(out / "model.safetensors"), out)
+    distributed.broadcast(list(model.state_dict().values()))
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -304,7 +309,7 @@ def _line(
         "lr": {phase.name: o.param_groups[0]["lr"] for phase, o in zip(parts.method.phases, parts.optimisers)},
         "loss": {name: sums["loss"] / state.step for name, sums in shared.sums.items()},
         "grad_norm": {name: sums["grad_norm"] / state.step for name, sums in state.sums.items()},
-        "train_accuracy": shared.correct / shared.seen,
+        "train_accuracy": shared.correct / shared.seen if shared.seen else None,
         "val_clean": result.clean,
         "val_robust": result.robust,
         "val_certified": result.certified,

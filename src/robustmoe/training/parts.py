@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from robustmoe import distributed, provenance
 from robustmoe import spec as specs
 from robustmoe.attacks import Attack
-from robustmoe.certification import Certifier, build_certifier
+from robustmoe.certification import Certifier
 from robustmoe.data import Data, ImageSet
 from robustmoe.errors import UserError
-from robustmoe.models import RoutedModel, build_model
+from robustmoe.models import BatchNorm2d, ModelSpec, RoutedModel, build_model
 from robustmoe.recipe import SPECS, Recipe
 from robustmoe.training import starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
@@ -23,6 +24,20 @@ from robustmoe.training.phases import Method
 
 FREE = {"device", "threads", "checkpoint_every", "attacks", "max_steps", "data"}
 """Recipe fields that may differ between a run and its continuation; the data are compared by their contents."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What Python gives in the place of a recipe's texts: ``objects``, by the recipe's fields; among them the ``model``
+    that is trained where it is. ``switched``: layers of it that are of another class meanwhile, and their own.
+    """
+
+    objects: dict[str, Any] = field(default_factory=dict)
+    switched: dict[nn.Module, type] = field(default_factory=dict)
+
+    def build(self, name: str, text: str, kind: str) -> Any:
+        """Returns the object of a field, or what its text names."""
+        return self.objects[name] if name in self.objects else specs.build(text, kind)
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class RunParts:
     val_certifier: Certifier | None
     average: Average | None
     device: torch.device
+    given: Given = field(default_factory=Given)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -57,19 +73,19 @@ class RunParts:
         return len(self.data.train) // self.batch_size
 
 
-def build_parts(recipe: Recipe, device: torch.device, fresh: bool) -> RunParts:
+def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given) -> RunParts:
     """``fresh``: no checkpoint will be loaded over the model's first weights."""
-    described = {
-        kind: specs.build(text, kind)
-        for kind, text in (("method", recipe.method), ("optimizer", recipe.optimizer), ("schedule", recipe.schedule))
-    }
-    method: Method = described["method"]
-    optimizer: OptimizerSpec = described["optimizer"]
-    augment = specs.build(recipe.augment, "augment") if recipe.augment else None
-    val_attack = specs.build(recipe.val_attack, "attack") if recipe.val_attack else None
-    specs.build(recipe.model, "model")  # a misspelt model should not wait for the data
-    data: Data = specs.build(recipe.data, "data")
-    model = build_model(recipe.model, data.num_classes, data.image_shape, data.mean, data.std, recipe.seed).to(device)
+    method: Method = given.build("method", recipe.method, "method")
+    optimizer: OptimizerSpec = given.build("optimizer", recipe.optimizer, "optimizer")
+    schedule: Schedule = given.build("schedule", recipe.schedule, "schedule")
+    augment = given.build("augment", recipe.augment, "augment") if recipe.augment else None
+    val_attack = given.build("val_attack", recipe.val_attack, "attack") if recipe.val_attack else None
+    described = given.build("model", recipe.model, "model")  # a misspelt model should not wait for the data
+    data: Data = given.build("data", recipe.data, "data")
+    model = described if isinstance(described, RoutedModel) else _fresh_model(described, recipe, data)
+    if distributed.world() > 1:
+        given.switched.update(share_statistics(model))
+    model = model.to(device)
     if recipe.init is not None and fresh:
         starting.start_from(model, recipe.init)
     parts = RunParts(
@@ -79,13 +95,14 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool) -> RunParts:
         method=method,
         optimisers=[optimizer.make(phase.parameters(model).values()) for phase in method.phases],
         base_lr=optimizer.lr,
-        schedule=described["schedule"],
+        schedule=schedule,
         augment=augment,
         val=data.val.head(recipe.val_limit),
         val_attack=val_attack,
-        val_certifier=build_certifier(recipe.val_certifier) if recipe.val_certifier else None,
+        val_certifier=given.build("val_certifier", recipe.val_certifier, "certifier") if recipe.val_certifier else None,
         average=Average(model, recipe.ema) if recipe.ema else None,
         device=device,
+        given=given,
     )
     if parts.batch_size % distributed.world():
         raise UserError(
@@ -95,6 +112,20 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool) -> RunParts:
     return parts
 
 
+def _fresh_model(described: ModelSpec, recipe: Recipe, data: Data) -> RoutedModel:
+    return build_model(described, data.num_classes, data.image_shape, data.mean, data.std, recipe.seed)
+
+
+def share_statistics(model: nn.Module) -> dict[nn.Module, type]:
+    """Makes the project's of torch's own BatchNorms in a model (see `BatchNorm2d`), whose statistics would be those of
+    one process; returns these layers and the class they were of.
+    """
+    layers = [layer for layer in model.modules() if type(layer) is nn.BatchNorm2d]
+    for layer in layers:
+        layer.__class__ = BatchNorm2d
+    return dict.fromkeys(layers, nn.BatchNorm2d)
+
+
 def config_of(parts: RunParts) -> dict[str, Any]:
     data, recipe = parts.data, parts.recipe
     score = f"accuracy under {recipe.val_attack}" if recipe.val_attack else "clean accuracy"
@@ -102,7 +133,8 @@ def config_of(parts: RunParts) -> dict[str, Any]:
     return {
         **dataclasses.asdict(recipe),
         "threat": threat_trained_for(parts.method, parts.val_attack),
-        "files": specs.files(*_texts(recipe).values(), *recipe.attacks),
+        "files": _files(recipe, parts.given),
+        "in_python": sorted(parts.given.objects),
         "num_classes": data.num_classes,
         "classes": list(data.classes),
         "image_shape": list(data.image_shape),
@@ -128,9 +160,10 @@ def threat_trained_for(method: Method, val_attack: Attack | None) -> str | None:
     return None if threat is None else specs.text(threat)
 
 
-def _texts(recipe: Recipe) -> dict[str, str | None]:
-    """The fields of a recipe that are written as calls."""
-    return {name: getattr(recipe, name) for name in SPECS}
+def _files(recipe: Recipe, given: Given) -> dict[str, str]:
+    """The files of a user's own that a recipe names, and their SHA-256."""
+    texts = [getattr(recipe, name) for name in SPECS if name not in given.objects]
+    return specs.files(*texts, *recipe.attacks)
 
 
 def check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -142,7 +175,7 @@ def check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
                 f"{out} was trained with {name} = {before!r}, this command says {now!r}; resume with "
                 "the same recipe, or choose another --out"
             )
-    fixed = [new[name] for name in SPECS if name not in FREE]
+    fixed = [new[name] for name in SPECS if name not in FREE and name not in new["in_python"]]
     for path, now in specs.files(*fixed).items():
         before = (old.get("files") or {}).get(path)
         if before != now:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from robustmoe import provenance, records
-from robustmoe import spec as specs
 from robustmoe.attacks import Attack, NotFiniteError, build_attack, evaluating
-from robustmoe.data import Batch, Data
+from robustmoe.data import Batch
 from robustmoe.errors import UserError, nearest
 from robustmoe.evaluation.checks import gradients, harness, hidden, passing, published, routers, routing, strength  # noqa: F401
 from robustmoe.evaluation.checks.fingerprints import fingerprint, weights_hash
@@ -22,7 +21,7 @@ from robustmoe.models.base import Output, RoutedModel
 from robustmoe.options import CheckOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Audit, Check
-from robustmoe.training.checkpoint import load_model, read_config
+from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 NOT_ASKED = "not asked for"
 
@@ -110,7 +109,7 @@ def check_run(run: str | Path, *, options: CheckOptions) -> Audit:
     config = read_config(folder)
     where = provenance.pick_device(options.device)
     model = load_model(folder, where)
-    data: Data = specs.build(config["data"], "data")
+    data = run_data(folder, config)
     images = data.test.head(options.limit)
     batch = images.batch(list(range(len(images)))).to(where)
     given = [build_attack(text) for text in options.attacks or config.get("attacks") or ()]
