@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,9 +13,11 @@ from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing
 from robustmoe.wrapping.codecs import FunctionsCodec
+from robustmoe.wrapping.finding import find_routers
 from robustmoe.wrapping.model import Pick, WrappedModel
 from robustmoe.wrapping.passes import Site
 from robustmoe.wrapping.said import Codec, Said
+from robustmoe.wrapping.testing import tested
 
 Router = Codec | str | tuple[Callable[[Said], Routing], Callable[[Said, Routing], Any]]
 """What a user says of a router: a codec, its text ("triple(index=2)"), or the two functions of one."""
@@ -34,11 +37,66 @@ def wrap(
     """Makes a `RoutedModel` of any nn.Module that classifies images, without changing it: its routers' decisions are
     recorded and replayed, so every attack, check and measurement of this project sees them.
 
-    ``routers``: a codec for each module that decides, by its path (`rm.gate`; see `robustmoe.wrapping.codecs`).
+    ``routers``: a codec for each module that decides, by its path (``rm.gate``; see `robustmoe.wrapping.codecs`); None:
+    the best guess of `find_routers`, or, without an example, modules of classes that are known by name. ``example``: a
+    few images (n, ch, h, w) in [0, 1], 2 at least: the wrapped model is tested on the first 4 of them. ``output``: how
+    the logits (n, c) are picked from what the model gives: a function, a name, or a place. ``noise``: of a model that
+    draws random numbers in eval mode: "free", they are drawn as ever; "replay", each draw is the same in every pass and
+    for every image; "average", the mean of 8 such passes, each with routers of its own in the trace.
+
+    The weights are the model's own, and are never written. Hooks are on the model during a pass only. The tests refuse
+    (UserError, naming the router) what would make numbers wrong: an answer that changes by being watched, a decision
+    that cannot be replayed to 1e-6, a forced route that other experts still have a say in. What limits is a note, in
+    ``notes`` and the repr: random numbers, an answer that depends on the batch, parts without gradient. A model that is
+    routed already comes back as it is.
     """
-    sites = sites_of(model, routers or {})
+    if isinstance(model, RoutedModel):
+        return model
+    if not isinstance(model, nn.Module):
+        raise UserError(f"only an nn.Module can be wrapped; got a {type(model).__name__}")
+    sites = chosen_sites(model, routers, example)
     draws = {"free": 0, "replay": 1, "average": DRAWS}[noise]
-    return WrappedModel(model, sites, output, draws=draws)
+    if example is None:
+        note = "not tested: no example was given"
+        return WrappedModel(model, sites, output, draws=draws, notes=(note,))
+    done = tested(model, sites, example, output, noise)
+    return WrappedModel(model, done.sites, output, done.climbs, draws, done.notes)
+
+
+def chosen_sites(model: nn.Module, routers: Mapping[str, Router] | None, example: Tensor | None) -> list[Site]:
+    """The places that the user named, or the guessed ones. UserError where none is known."""
+    if routers is not None:
+        return sites_of(model, routers)
+    if example is None:
+        known = {path: codec for path, module in model.named_modules() if (codec := known_class(module)) is not None}
+        if not known:
+            raise UserError(
+                "no module has a router's class that is known by name; give an example (a few images), or routers="
+            )
+        return sites_of(model, known)
+    findings = find_routers(model, example)
+    if not findings:
+        raise UserError(
+            "no router was found in this model; name them (routers={path: codec}), or evaluate it as it is: dense"
+        )
+    return sites_of(model, findings.routers)
+
+
+KNOWN = {
+    r"\w*TopKRouter": "triple",
+    "TopNGating|Top2Gating": "dispatch",
+    "SoftMoE": "slots",
+    "MoEGate": "pair",
+}
+"""Classes of routers, and the codec for them: transformers 5, st-moe-pytorch, mixture-of-experts, soft-moe-pytorch,
+DeepSeek and DiT-MoE.
+"""
+
+
+def known_class(module: nn.Module) -> str | None:
+    """The codec for a router whose class is known by name."""
+    name = type(module).__name__
+    return next((codec for pattern, codec in KNOWN.items() if re.fullmatch(pattern, name)), None)
 
 
 def sites_of(model: nn.Module, routers: Mapping[str, Router]) -> list[Site]:

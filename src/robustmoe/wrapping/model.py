@@ -58,7 +58,7 @@ class WrappedModel(RoutedModel):
         self.climbs = tuple(climbs)
         self.draws = draws
         self.notes = tuple(notes)
-        self.train(model.training)
+        self.training = model.training  # not train(): the model's parts keep their own modes
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         """The logits of the model itself.

@@ -36,6 +36,11 @@ DROPS = _words("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alph
 ROUNDS = _words("round floor ceil trunc fix sign sgn heaviside")
 """Functions whose gradient is zero wherever it exists."""
 
+PRODUCTS = _words("matmul bmm baddbmm einsum mm")
+"""Products, which attention takes of two tensors that both depend on the image."""
+
+LAYERS = _words("linear conv1d conv2d conv3d embedding")
+
 CASTS = _words("to long int short byte char type")
 
 SHAPED = _words(
@@ -75,7 +80,8 @@ class Cut:
     """A place where the image's gradient ends, though what is computed there goes on to the model's output.
 
     ``how``: "no_grad" (a call with gradients off), "inference_mode", "detach", "round" (a function without a slope) or
-    "cast" (to integers and on). ``call``: the first such call in that module; ``calls``: how many there are.
+    "cast" (to integers and on). Of the last three the rest of a straight-through estimate is one: what is cut there may
+    go on with a gradient beside. ``call``: the first such call in that module; ``calls``: how many there are.
     """
 
     path: str
@@ -97,13 +103,15 @@ class Draw:
 @dataclass(eq=False)
 class Heard:
     """A call of `CHOICES`, with its tensors: ``scores`` that it was given, and its ``result``. ``entry``: the module
-    call that it was made in (see `Entered`).
+    call that it was made in (see `Entered`). ``product``: the scores are a product of two tensors that both depend on
+    the image, as attention's are, with no layer after it.
     """
 
     decision: Decision
     scores: Tensor
     result: Any
     entry: int
+    product: bool = False
 
 
 @dataclass(eq=False)
@@ -209,21 +217,24 @@ class Watcher(TorchFunctionMode):
 
     def _follow(self, name: str, given: list[_Mark], args: Any, result: Any) -> None:
         cuts = frozenset().union(*(mark.cuts for mark in given))
+        live = any(mark.tensor.requires_grad for mark in given)  # else its gradient has ended before
+        matrices = name in PRODUCTS and len(given) > 1 and not all(mark.tensor is given[0].tensor for mark in given)
+        product = matrices or (name not in LAYERS and any(mark.product for mark in given))
         changed = [*tensors_of(result)]
         if name == "__setitem__":
             changed.append(args[0])
         for tensor in changed:
             here = cuts
             if tensor.is_floating_point():
-                how = self._how(name, tensor)
+                how = self._how(name) if live else None
                 here = cuts if how is None else cuts | {self._cut(name, how)}
-            elif name in CASTS and any(t.is_floating_point() for t in tensors_of(args)):
+            elif live and name in CASTS and any(t.is_floating_point() for t in tensors_of(args)):
                 here = cuts | {self._cut(name, "cast")}
             else:
                 here = frozenset(cut for cut in cuts if cut[2] == "cast")
-            self._note(tensor, here)
+            self._note(tensor, here, product)
 
-    def _how(self, name: str, result: Tensor) -> str | None:
+    def _how(self, name: str) -> str | None:
         if name in ("detach", "detach_", "data"):
             return "detach"
         if torch.is_inference_mode_enabled():
@@ -256,7 +267,8 @@ class Watcher(TorchFunctionMode):
             frame.path, frame.module, name, frame.calls[name], shape, dim % len(shape), k, torch.is_grad_enabled()
         )
         frame.calls[name] += 1
-        self.heard.append(Heard(decision, scores, result, frame.entry))
+        mark = self._mark(scores)
+        self.heard.append(Heard(decision, scores, result, frame.entry, mark is not None and mark.product))
 
     # -------------------------------------------------------------------------------------------- what depends on what
 
@@ -273,8 +285,8 @@ class Watcher(TorchFunctionMode):
         """The path and the class of the innermost module that runs."""
         return self._stack[-1].path, self._stack[-1].module
 
-    def _note(self, tensor: Tensor, cuts: frozenset[tuple[str, str, str]]) -> None:
-        self._marks[id(tensor)] = _Mark(tensor, cuts, tensor.requires_grad)
+    def _note(self, tensor: Tensor, cuts: frozenset[tuple[str, str, str]], product: bool = False) -> None:
+        self._marks[id(tensor)] = _Mark(tensor, cuts, tensor.requires_grad, product)
 
     def _mark(self, tensor: Tensor) -> _Mark | None:
         """What is known of a tensor. One that came without a gradient and has one now is the result of an autograd
@@ -282,7 +294,7 @@ class Watcher(TorchFunctionMode):
         """
         mark = self._marks.get(id(tensor))
         if mark is not None and tensor.requires_grad and not mark.gradient:
-            mark = self._marks[id(tensor)] = _Mark(tensor, frozenset(), True)
+            mark = self._marks[id(tensor)] = _Mark(tensor, frozenset(), True, mark.product)
         return mark
 
     def cuts(self, output: Any) -> tuple[Cut, ...]:
@@ -309,13 +321,14 @@ class _Running:
 
 
 class _Mark(NamedTuple):
-    """A tensor that depends on the image (held, so that its id is not used again), the cuts before it, and whether it
-    had a gradient when it was made.
+    """A tensor that depends on the image (held, so that its id is not used again), the cuts before it, whether it had a
+    gradient when it was made, and whether it is a ``product`` (see `Heard`).
     """
 
     tensor: Tensor
     cuts: frozenset[tuple[str, str, str]]
     gradient: bool
+    product: bool
 
 
 _ATTENDS = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}

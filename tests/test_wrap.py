@@ -1,0 +1,343 @@
+"""`find_routers` and `wrap` with nothing else given, and the self-tests: what is refused, what is noted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import robustmoe as rm
+from foreign_models import (
+    CASES,
+    EXPERTS,
+    WIDTH,
+    BlockLayer,
+    CapacityGate,
+    CapacityLayer,
+    Classifier,
+    DividingLayer,
+    Experts,
+    Layer,
+    PairGate,
+    SlotLayer,
+    TripleGate,
+    TripleLayer,
+)
+from robustmoe.routing import detach, to_expert
+from robustmoe.wrapping import WrappedModel
+from robustmoe.wrapping.codecs import text_of
+
+GUESSED = {
+    "logits": ("moe", "call(weights=renormalised)"),
+    "argmax": ("moe.gate", "index"),
+    "softmax": ("moe.gate", "dense"),
+}
+"""Where another codec than the case's own says the same, and is guessed."""
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_router_is_found_and_the_model_wrapped_with_nothing_else_given(
+    name: str, images: Callable[..., Tensor]
+) -> None:
+    case, x = CASES[name], images(6, 3, 8, 8)
+    model = case.make().eval()
+    routed = rm.wrap(model, example=x)
+    assert isinstance(routed, WrappedModel)
+    path, text = GUESSED.get(name, (case.path, case.codec.replace("call(topk)", "call").replace("(topk, ", "(")))
+    assert [(site.path, text_of(site.codec)) for site in routed.sites] == [(path, text)]
+    output = routed.run(x)
+    assert torch.equal(output.logits, model(x))
+    again = routed.run(x, forced=detach(output.trace)).logits
+    torch.testing.assert_close(again, output.logits, rtol=0, atol=1e-6 * float(output.logits.detach().abs().max()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_findings_are_a_table_that_fits_a_terminal(images: Callable[..., Tensor]) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a_module_with_a_rather_long_name = Classifier(DividingLayer(PairGate()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a_module_with_a_rather_long_name(x)
+
+    findings = rm.find_routers(Outer(), images(4, 3, 8, 8))
+    lines = str(findings).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["module", "path", "class", "call", "shape", "grad"]
+    assert lines[2] == "a_module_with_a_rather_long_name.moe.gate"
+    assert lines[3].split() == ["PairGate", "topk", "(16,", "4)", "on"]
+    assert lines[4] == "    -> rm.gate.pair()"
+    assert lines[5:] == ["no gradient: a_module_with_a_rather_long_name.moe (no_grad)"]
+    assert list(findings.routers) == ["a_module_with_a_rather_long_name.moe.gate"]
+
+
+class Attention(nn.Module):
+    """What a dense net has that looks like a gate: attention, squeeze and excite, a gated MLP, a token count of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.gate = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x, x, x)[0]
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + (q @ k.transpose(1, 2)).softmax(-1) @ v
+        x = x * self.gate(x.mean(1, keepdim=True)).sigmoid()
+        for block in self.blocks:
+            x = x + F.silu(self.gate(x)) * block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Classifier(Attention()),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Softmax(-1)),
+        lambda: rm.build_model("resnet8", 10, (3, 8, 8)),
+        lambda: rm.build_model("vit(patch=4, width=8, depth=2, heads=2)", 10, (3, 8, 8)),
+    ],
+)
+def test_a_dense_net_has_no_router(make: Callable[[], nn.Module], images: Callable[..., Tensor]) -> None:
+    model, x = make(), images(4, 3, 8, 8)
+    findings = rm.find_routers(model, x)
+    assert not findings
+    assert str(findings) == "no router found: no choice among experts was seen in a pass"
+    if not isinstance(model, rm.RoutedModel):
+        with pytest.raises(rm.UserError, match="no router was found in this model; name them"):
+            rm.wrap(model, example=x)
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    "make, routers, message",
+    [
+        (
+            lambda: Classifier(BlockLayer("renormalised")),
+            {"moe.gate": "logits(k=1)"},
+            "router 'moe.gate': its own decision, replayed, changes the answer by .*so logits does not say all",
+        ),
+        (
+            lambda: Classifier(TripleLayer(TripleGate())),
+            {"moe.gate": "triple", "head": "logits"},
+            "router 'head'",
+        ),
+        (
+            lambda: Classifier(TripleLayer(TripleGate())),
+            {"moe": "call(topk)"},
+            "router 'moe' took no decision in a pass on the example: .*expected a call of topk in the forward of 'moe'",
+        ),
+        (
+            lambda: Classifier(TripleLayer(TripleGate())),
+            {"moe.experts": "dense"},
+            "router 'moe.experts' took no decision .*expected the module at 'moe.experts' to run",
+        ),
+    ],
+)
+def test_what_would_make_numbers_wrong_is_refused(
+    make: Callable[[], nn.Module], routers: dict[str, str], message: str, images: Callable[..., Tensor]
+) -> None:
+    with pytest.raises(rm.UserError, match=message):
+        rm.wrap(make().eval(), routers, example=images(4, 3, 8, 8))
+
+
+def test_a_route_that_other_experts_have_a_say_in_is_refused(images: Callable[..., Tensor]) -> None:
+    class Leaky(Layer):
+        def flat(self, x: Tensor) -> Tensor:
+            _, weight, index = self.gate(x)
+            return self.experts.mix(x, index, weight) + 0.1 * self.experts[0](x)
+
+    with pytest.raises(rm.UserError, match=r"router 'moe.gate': forced to expert 3 alone, other experts still contrib"):
+        rm.wrap(Classifier(Leaky(TripleGate())).eval(), example=images(4, 3, 8, 8))
+
+
+def test_a_model_that_notices_that_it_is_watched_is_refused(images: Callable[..., Tensor]) -> None:
+    class Shy(TripleGate):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits, weight, index = super().forward(x)
+            return logits, weight * (2.0 if self._forward_hooks else 1.0), index
+
+    with pytest.raises(rm.UserError, match=r"the model answers otherwise when router 'moe.gate' is watched"):
+        rm.wrap(Classifier(TripleLayer(Shy())).eval(), {"moe.gate": "triple"}, example=images(4, 3, 8, 8))
+
+
+def test_what_cannot_be_wrapped_is_said() -> None:
+    with pytest.raises(rm.UserError, match="no module has a router's class that is known by name; give an example"):
+        rm.wrap(Classifier(TripleLayer(TripleGate())))
+    model = rm.build_model("resnet8", 10, (3, 8, 8))
+    assert rm.wrap(model) is model
+
+
+def test_a_class_is_known_by_its_name(images: Callable[..., Tensor]) -> None:
+    class WhateverTopKRouter(TripleGate):
+        pass
+
+    class SoftMoE(SlotLayer):
+        pass
+
+    for layer, path, codec in ((TripleLayer(WhateverTopKRouter()), "moe.gate", "triple"), (SoftMoE(), "moe", "slots")):
+        routed = rm.wrap(Classifier(layer).eval())
+        assert isinstance(routed, WrappedModel)
+        assert [(site.path, text_of(site.codec)) for site in routed.sites] == [(path, codec)]
+        assert routed.notes == ("not tested: no example was given",)
+        assert list(routed.run(images(2, 3, 8, 8)).trace) == [path]
+
+
+# ------------------------------------------------------------------------------------------------ noted
+
+
+class NoisyGate(TripleGate):
+    """Drops the second expert at random, in eval mode too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weight, index = super().forward(x)
+        kept = torch.zeros_like(weight).uniform_() < 2 * weight
+        return logits, weight * kept, index
+
+
+def test_random_numbers_are_named_held_and_averaged(images: Callable[..., Tensor]) -> None:
+    x = images(6, 3, 8, 8)
+    model = Classifier(TripleLayer(NoisyGate())).eval()
+    free = rm.wrap(model, example=x)
+    assert isinstance(free, WrappedModel)
+    assert free.notes[0].startswith("module 'moe.gate' (NoisyGate) draws random numbers in eval mode (uniform_)")
+    assert "note: module 'moe.gate'" in repr(free)
+    assert not torch.equal(free(x), free(x))
+    held = rm.wrap(model, example=x, noise="replay")
+    assert isinstance(held, WrappedModel)
+    assert held.notes == ()
+    state = torch.get_rng_state()
+    assert torch.equal(held(x), held(x))
+    assert torch.equal(torch.get_rng_state(), state), "the caller's generator is not moved"
+    torch.testing.assert_close(held(x[[4, 1]]), held(x)[[4, 1]])
+    mean = rm.wrap(model, example=x, noise="average")
+    with torch.no_grad():
+        output = mean.run(x)
+        assert list(output.trace) == [f"draw{i}.moe.gate" for i in range(8)]
+        torch.testing.assert_close(mean.run(x, forced=output.trace).logits, output.logits)
+        many = torch.stack([free(x) for _ in range(400)]).mean(0)
+        one_pass = (held(x) - many).abs().mean()
+        assert float((output.logits - many).abs().mean()) < float(one_pass)
+
+
+def test_an_answer_that_depends_on_the_batch_is_noted(images: Callable[..., Tensor]) -> None:
+    class Crowded(CapacityLayer):
+        """All images of the batch queue for the same places."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(0, 1)[None]).view_as(x)
+
+    routed = rm.wrap(Classifier(Crowded(CapacityGate())).eval(), {"moe.gate": "dispatch"}, example=images(6, 3, 8, 8))
+    assert isinstance(routed, WrappedModel)
+    assert any("router 'moe.gate' sends an image elsewhere when it is alone" in note for note in routed.notes)
+
+
+def test_the_sequence_may_come_first(images: Callable[..., Tensor]) -> None:
+    class SequenceFirst(TripleLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    torch.manual_seed(1)
+    layer = TripleLayer(TripleGate())
+    other = SequenceFirst(TripleGate())
+    other.load_state_dict(layer.state_dict())
+    plain, x = Classifier(layer).eval(), images(5, 3, 8, 8)
+    swapped = Classifier(other).eval()
+    swapped.load_state_dict(plain.state_dict())
+    wanted, routed = rm.wrap(plain, example=x), rm.wrap(swapped, example=x)
+    assert isinstance(routed, WrappedModel)
+    assert routed.sites[0].swapped
+    expected, trace = wanted.run(x).trace["moe.gate"], routed.run(x).trace["moe.gate"]
+    torch.testing.assert_close(trace.logits, expected.logits)
+    assert torch.equal(trace.index, expected.index)
+    forced = to_expert({"moe.gate": expected}, 1)
+    forced["moe.gate"].index[2] = 3
+    torch.testing.assert_close(routed.run(x, forced=forced).logits, wanted.run(x, forced=forced).logits)
+
+
+def test_equal_experts_have_no_say(images: Callable[..., Tensor]) -> None:
+    model = Classifier(TripleLayer(TripleGate())).eval()
+    for expert in model.moe.experts:
+        expert.load_state_dict(model.moe.experts[0].state_dict())
+    routed = rm.wrap(model, example=images(4, 3, 8, 8))
+    assert isinstance(routed, WrappedModel)
+    assert "router 'moe.gate' has no say: all to expert 0 and all to expert 3" in routed.notes[0]
+
+
+def test_code_that_counts_on_k_experts_gets_k(images: Callable[..., Tensor]) -> None:
+    """`DividingLayer` divides by k to find an item: fewer experts are padded, more refused."""
+    model, x = Classifier(DividingLayer(PairGate())).eval(), images(4, 3, 8, 8)
+    routed = rm.wrap(model, example=x)
+    assert isinstance(routed, WrappedModel)
+    assert not routed.sites[0].wide
+    trace = routed.run(x).trace
+    h = model.patches(x).flatten(2).transpose(1, 2)
+    expected = model.head((h + model.moe.experts[2](h)).mean(1))
+    torch.testing.assert_close(routed.run(x, forced=to_expert(trace, 2)).logits, expected)
+    with pytest.raises(rm.UserError, match=r"router 'moe.gate' cannot be forced so: the code .* takes 2 experts"):
+        routed.run(x, forced={"moe.gate": rm.routing.soft(trace["moe.gate"].logits)})
+
+
+# ------------------------------------------------------------------------------------------------ gradient off
+
+
+def test_the_differentiable_way_is_climbed_and_the_exact_values_kept(images: Callable[..., Tensor]) -> None:
+    model = Classifier(DividingLayer(PairGate())).eval().double()
+    x = images(4, 3, 8, 8).double()
+    routed = rm.wrap(model, example=x)
+    assert isinstance(routed, WrappedModel)
+    assert routed.climbs == ("moe",)
+    assert "module 'moe' runs without gradient in eval mode (no_grad)" in routed.notes[0]
+    at = x.clone().requires_grad_(True)
+    logits = routed(at)
+    assert torch.equal(logits, model(x))
+    assert not any(module.training for module in model.modules())
+    slope = torch.autograd.grad(logits.square().sum(), at)[0]
+    blind = torch.autograd.grad(model(at).square().sum(), at)[0]
+    way = torch.rand(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) - 0.5
+    with torch.no_grad():
+        measured = (model(x + 1e-6 * way).square().sum() - model(x - 1e-6 * way).square().sum()) / 2e-6
+    torch.testing.assert_close((slope * way).sum(), measured, rtol=1e-4, atol=1e-6)
+    assert abs(float((blind * way).sum() - measured)) > 0.01 * abs(float(measured)), "without the view it is wrong"
+
+
+def test_without_such_a_way_the_part_is_named(images: Callable[..., Tensor]) -> None:
+    class Off(TripleLayer):
+        @torch.no_grad()
+        def flat(self, x: Tensor) -> Tensor:
+            return super().flat(x)
+
+    routed = rm.wrap(Classifier(Off(TripleGate())).eval(), example=images(4, 3, 8, 8))
+    assert isinstance(routed, WrappedModel)
+    assert routed.climbs == ()
+    assert routed.notes[0].startswith("module 'moe' passes no gradient (no_grad), though the answer depends on it")
+
+
+# ---------------------------------------------------------------------------------------------- the rest of the project
+
+
+def test_attacks_dissection_and_copies_work_on_a_wrapped_model(
+    images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+) -> None:
+    model, x = Classifier(TripleLayer(TripleGate(k=1))).eval(), images(8, 3, 8, 8)
+    routed = rm.wrap(model, example=x)
+    twin = copy.deepcopy(routed)
+    assert torch.equal(twin(x), routed(x))
+    y = model(x).argmax(1)
+    summary = rm.evaluate(routed, x, y, attacks=["pgd(linf(8/255), steps=2)", "route_flip(linf(8/255), steps=2)"])
+    assert len(summary) == 2
+    taken = rm.dissect(routed, x, y, attack="pgd(linf(8/255), steps=1)")
+    assert taken.done
+    assert "experts" in taken.under
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert isinstance(next(m for m in model.modules() if isinstance(m, Experts)), nn.ModuleList)
+    assert taken.header.routers["moe.gate"].experts == EXPERTS
