@@ -32,8 +32,8 @@ bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/pathway_inference.py --repeats 5 --steps 0
 	$(BIN)/python benchmarks/ensemble_step.py --width 16 --batch 32 --steps 2 --memory  # small; the issue's size: no flags
 
-recipes: $(VENV)/.dev  ## two training steps of every published recipe, its networks at true size
-	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m "" tests/test_recipes_advmoe.py tests/test_recipes_dual.py tests/test_recipes_vit_moe.py
+recipes: $(VENV)/.dev  ## two training steps of every distinct recipe, its networks at true size (tiny: `make test`)
+	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m recipes tests/test_recipes_vit_moe.py tests/test_recipes_dual.py tests/test_recipes_advmoe.py tests/test_pages.py
 
 crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks
 	$(INSTALL) -e '.[crosscheck]'

@@ -179,11 +179,11 @@ def shifts(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.recipes) for name in DISTINCT]
 )
 def test_a_recipe_takes_two_steps(name: str) -> None:
-    """On synthetic images of the data set's shape (two; one where they are larger than 32 x 32 and no router is trained
-    apart, for one image may leave it without a gradient): losses finite, and each phase moved what is its own.
+    """On a synthetic image of the data set's shape (two where a router is trained apart, for one image may leave it
+    without a gradient): losses finite, and each phase moved what is its own.
     """
     shape, classes = DATA[parts(name)[1]]
-    n = 2 if shape[1] == 32 or name.endswith("advmoe") else 1
+    n = 2 if name.endswith("advmoe") else 1
     written = recipe_of(name)
     model: RoutedModel = build_model(written.model, classes, shape, seed=written.seed)
     method, optimizer = build_method(written.method), spec.build(written.optimizer, "optimizer")
