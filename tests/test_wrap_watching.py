@@ -80,6 +80,22 @@ def test_decisions_are_told_with_module_shape_and_number(images: Callable[..., T
     assert seen.heard == seen.entered == ()
 
 
+class Same(torch.autograd.Function):
+    """Its first argument, as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.ones(())
+
+
+def test_an_autograd_function_that_gives_what_it_was_given_is_no_cut(images: Callable[..., Tensor]) -> None:
+    assert watch(lambda x: Same.apply(2 * x.flatten(1), x.mean()), images(2)).cuts == ()
+
+
 def _softmax(x: Tensor) -> Tensor:
     return x.softmax(-1)
 

@@ -226,7 +226,7 @@ class Watcher(TorchFunctionMode):
         for tensor in changed:
             here = cuts
             if tensor.is_floating_point():
-                how = self._how(name) if live else None
+                how = self._how(name, tensor) if live else None
                 here = cuts if how is None else cuts | {self._cut(name, how)}
             elif live and name in CASTS and any(t.is_floating_point() for t in tensors_of(args)):
                 here = cuts | {self._cut(name, "cast")}
@@ -234,12 +234,12 @@ class Watcher(TorchFunctionMode):
                 here = frozenset(cut for cut in cuts if cut[2] == "cast")
             self._note(tensor, here, product)
 
-    def _how(self, name: str) -> str | None:
+    def _how(self, name: str, result: Tensor) -> str | None:
         if name in ("detach", "detach_", "data"):
             return "detach"
         if torch.is_inference_mode_enabled():
             return "inference_mode"
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not result.requires_grad:  # it has one as the result of an autograd function
             return "no_grad"
         return "round" if name.removesuffix("_") in ROUNDS else None
 
