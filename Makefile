@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # compiled modules for the next run.
 KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
-.PHONY: demo test test-typed test-slow lint bench recipes crosscheck clean
+.PHONY: demo test test-typed test-slow lint bench recipes crosscheck wild clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
@@ -39,6 +39,11 @@ crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbo
 	$(INSTALL) -e '.[crosscheck]'
 	$(INSTALL) --no-deps torchattacks==3.5.1
 	$(BIN)/python -m pytest -m crosscheck
+
+wild: $(VENV)/.dev  ## wrapping the routed layers of real packages
+	$(INSTALL) -e '.[wild]'
+	$(INSTALL) --no-deps timm==1.0.31
+	$(BIN)/python -m pytest -m wild
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -48,7 +48,8 @@ def own_weights(
     """What the router gives to the experts ``index`` (n, t, k): its forward runs again, and its top-k (or argmax) takes
     these. ``args``: what it was called with, by place and by name. UserError where its code has no such call.
     """
-    with Choosing(said, index) as choosing:
+    experts = codec.read(said).num_experts
+    with Choosing(said, index, experts) as choosing:
         again = module.forward(*args[0], **args[1])
     if not choosing.done:
         raise UserError(
@@ -59,11 +60,13 @@ def own_weights(
 
 
 class Choosing(TorchFunctionMode):
-    """Top-k and argmax take the given experts: the first call the first columns, the next call the next ones."""
+    """Top-k and argmax among so many ``experts`` take the given ones: the first call the first columns, the next call
+    the next ones.
+    """
 
-    def __init__(self, said: Said, index: Tensor) -> None:
+    def __init__(self, said: Said, index: Tensor, experts: int) -> None:
         super().__init__()
-        self.said, self.index = said, index
+        self.said, self.index, self.experts = said, index, experts
         self._next = 0
 
     @property
@@ -76,10 +79,10 @@ class Choosing(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         result = func(*args, **kwargs)
         given = next(tensors_of((args, kwargs)), None)
-        if name not in ("topk", "argmax", "max") or given is None or self.done:
+        if name not in ("topk", "argmax", "max") or given is None or given.shape[-1:] != (self.experts,):
             return result
         dim = dimension(name, args, kwargs)
-        if dim is None or given.ndim < 2 or dim % given.ndim != given.ndim - 1:
+        if self.done or dim is None or given.ndim < 2 or dim % given.ndim != given.ndim - 1:
             return result
         flat = result if name == "argmax" else result[1]
         width = flat.shape[-1] if flat.ndim == given.ndim else 1
