@@ -6,6 +6,7 @@ pyproject.toml promises and constraints.txt pins.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ def computes_as_conv2d(kind: type[nn.Conv2d]) -> bool:
 def in_function_transform() -> bool:
     """Returns whether a transform of torch.func (vmap, grad, jvp) is running."""
     return bool(torch._C._functorch.maybe_current_level())
+
+
+def unseen() -> contextlib.AbstractContextManager[object]:
+    """Returns a context in which no torch function mode sees what is called."""
+    context: contextlib.AbstractContextManager[object] = torch._C.DisableTorchFunction()
+    return context
 
 
 def grouped_product() -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robustmoe import compat
 from robustmoe.errors import UserError
 from robustmoe.routing import Routing, Tape
 from robustmoe.wrapping.codecs import CallCodec, SlotsCodec, text_of
@@ -155,10 +156,13 @@ class Pass:
         ``own``: the weights that the router gives to experts (n, t, k).
         """
         fresh, used, name = self.taken(site, said, own)
-        if used is fresh:
-            return None
+        return None if used is fresh else self.written(site, said, used, name)
+
+    def written(self, site: Site, said: Said, used: Routing, name: str) -> Any:
+        """What the router is to say. (Reading and writing are not the model's own calls: no mode sees them.)"""
         try:
-            return site.codec.write(said, used)
+            with compat.unseen():
+                return site.codec.write(said, used)
         except ValueError as error:
             raise UserError(f"router {name!r} cannot be forced so: {error}") from error
 
@@ -168,7 +172,8 @@ class Pass:
         count = self._calls[site.path]
         name = site.name if count == 1 else f"{site.name}#{count}"
         try:
-            fresh = site.codec.read(said)
+            with compat.unseen():
+                fresh = site.codec.read(said)
         except ValueError as error:
             raise UserError(f"router {name!r} cannot be read by {text_of(site.codec)}: {error}") from error
         if isinstance(self.tape, OwnGates):
@@ -261,8 +266,10 @@ class Intercept(TorchFunctionMode):
         role = "dispatch" if dim == 1 else "combine"
         if role not in self._slots:
             codec, said = self.site.codec, self.inside.said(self.site, None, given)
-            fresh, used, _ = self.inside.taken(self.site, said, lambda index: fresh_weight(codec.read(said), index))
-            written = (None, None) if used is fresh else codec.write(said, used)
+            fresh, used, router = self.inside.taken(
+                self.site, said, lambda index: fresh_weight(codec.read(said), index)
+            )
+            written = (None, None) if used is fresh else self.inside.written(self.site, said, used, router)
             self._slots = {"dispatch": written[0], "combine": written[1]}
         value = self._slots.pop(role)
         return result if value is None else value.reshape(result.shape).to(result.dtype)

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.objectives import Inner, Loss, Objective, Score, loss_of, some
+from robustmoe.attacks.objectives import Inner, Loss, Objective, Score, loss_of, some, some_routes
 from robustmoe.attacks.routes.base import RouteAttack
+from robustmoe.attacks.routes.objectives import departure
 from robustmoe.attacks.routes.regions import (
     GRID,
     Goal,
@@ -29,6 +30,7 @@ from robustmoe.attacks.routes.regions import (
 )
 from robustmoe.attacks.surrogate import exact_of
 from robustmoe.attacks.threat import Threat
+from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Trace, soft
@@ -57,7 +59,8 @@ def misrouted(
 class Misrouting(Objective):
     """A loss of G; ``fooled``: the exact model's G is wrong. Gates that use all experts are climbed as they are. For
     any other, softmax(logits / their deviation) over all experts stands in: a hard decision has no gradient, and
-    another one does not see the experts that are not chosen.
+    another one does not see the experts that are not chosen. A model that takes no such mixture (a wrapped one whose
+    code counts on k experts) is climbed by the departure from its clean decisions, as `RouterHinge` does without a cap.
     """
 
     name: ClassVar[str] = "router_only"
@@ -70,15 +73,29 @@ class Misrouting(Objective):
         with torch.no_grad():
             clean = exact_of(model).run(x)
         names = list(clean.trace)
+        mixes = _mixes(exact_of(model), x[:1], {name: routing[:1] for name, routing in clean.trace.items()})
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             image, label = some(x, rows), some(y, rows)
-            route = {name: _smooth(routing) for name, routing in decisions(model, x_adv, names).items()}
-            logits = model.run(image, forced=route).logits
-            loss = loss_of(self.loss, logits, label, some(clean.logits, rows))
+            trace = decisions(model, x_adv, names)
+            if mixes:
+                logits = model.run(image, forced={name: _smooth(routing) for name, routing in trace.items()}).logits
+                loss = loss_of(self.loss, logits, label, some(clean.logits, rows))
+            else:
+                loss = departure(some_routes(clean.trace, rows), trace, math.inf)
             return Score(loss, misrouted(model, image, x_adv.detach(), label).fooled)
 
         return inner
+
+
+def _mixes(model: RoutedModel, x: Tensor, trace: Trace) -> bool:
+    """Whether the model takes a mixture of all experts."""
+    try:
+        with torch.no_grad():
+            model.run(x, forced={name: _smooth(routing) for name, routing in trace.items()})
+    except UserError:  # a wrapped model says so, router by router
+        return False
+    return True
 
 
 def _smooth(routing: Routing) -> Routing:

@@ -53,7 +53,7 @@ class RouterHinge(Objective):
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             output = model.run(x_adv)
-            loss = _departure(some_routes(trace, rows), output.trace, self.cap)
+            loss = departure(some_routes(trace, rows), output.trace, self.cap)
             return Score(loss, missed(model, x_adv, output.logits, some(y, rows)))
 
         return inner
@@ -84,7 +84,7 @@ class JointNormalised(Objective):
             output, label = model.run(x_adv), some(y, rows)
             loss = loss_of(self.loss, output.logits, label)
             if trace and x_adv.requires_grad and torch.is_grad_enabled():
-                away = _departure(some_routes(trace, rows), output.trace, float("inf"))
+                away = departure(some_routes(trace, rows), output.trace, float("inf"))
                 ratio = self.weight * _ratio(loss, away, x_adv)
                 loss = loss + torch.where(ratio > 0, ratio * (away - away.detach()), torch.zeros_like(away))
             return Score(loss, missed(model, x_adv, output.logits, label))
@@ -97,8 +97,10 @@ def _clean(model: RoutedModel, x: Tensor) -> Trace:
         return detach(exact_of(model).run(x).trace)
 
 
-def _departure(clean: Trace, after: Trace, cap: float) -> Tensor:
-    """(n,): the mean over routers of the mean over items."""
+def departure(clean: Trace, after: Trace, cap: float) -> Tensor:
+    """(n,): how far the routers have left their ``clean`` decisions, in deviations of an item's logits, each item's
+    lead at most ``cap``: the mean over routers of the mean over items.
+    """
     return torch.stack([_of_items(routing, after[name].logits, cap).mean(-1) for name, routing in clean.items()]).mean(
         0
     )
