@@ -14,9 +14,11 @@ import robustmoe as rm
 from robustmoe import options, theory, verbs
 from robustmoe.attacks import PGD, linf
 from robustmoe.errors import UserError
+from robustmoe.evaluation.auditing import audit
 from robustmoe.evaluation.checks.run import check_run
 from robustmoe.flags import flags_of, parse
 from robustmoe.options import (
+    AuditOptions,
     BlendOptions,
     CertifyOptions,
     CheckOptions,
@@ -34,6 +36,7 @@ from robustmoe.options import (
 
 KINDS: dict[str, type[Options]] = {
     "evaluate": EvaluateOptions,
+    "audit": AuditOptions,
     "check": CheckOptions,
     "dissect": DissectOptions,
     "lipschitz": LipschitzOptions,
@@ -43,6 +46,7 @@ KINDS: dict[str, type[Options]] = {
 }
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "evaluate": (rm.evaluate, rm.evaluate_run),
+    "audit": (audit,),
     "check": (check_run,),
     "dissect": (rm.dissect, rm.dissect_run),
     "lipschitz": (rm.measure_lipschitz, rm.lipschitz_run),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from robustmoe.certification import build_certifier as build_certifier
     from robustmoe.data import as_data as as_data
     from robustmoe.errors import UserError as UserError
+    from robustmoe.evaluation import audit as audit
     from robustmoe.evaluation import blend as blend
     from robustmoe.evaluation import blend_run as blend_run
     from robustmoe.evaluation import certify as certify

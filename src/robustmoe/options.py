@@ -126,7 +126,7 @@ def _conform(name: str, value: Any, annotated: Any) -> Any:
     return value
 
 
-SPECS = ("attack", "attacks", "certifier", "certifiers", "sharpen", "model", "models", "data")
+SPECS = ("attack", "attacks", "certifier", "certifiers", "sharpen", "model", "models", "data", "threat")
 """The fields whose texts are written as calls."""
 
 
@@ -203,6 +203,23 @@ class CheckOptions(Options):
         super().__post_init__()
         ids = [key.strip() for text in self.only for key in text.split(",")]
         object.__setattr__(self, "only", tuple(key for key in ids if key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions(Options):
+    """How a model that was not made here is audited."""
+
+    threat: Annotated[Spec, "the ball that it is attacked in, such as linf(0.1) or l2(0.5)"] = "linf(8/255)"
+    attacks: Annotated[
+        tuple[Spec, ...],
+        "an attack (default: PGD-20, then autoattack_routing: AutoAttack and the attacks on the routing)",
+    ] = ()
+    limit: Annotated[int | None, "images to attack"] = 200
+    batch_size: Annotated[int, "images at a time"] = 128
+    noise: Annotated[
+        Literal["free", "replay", "average"],
+        "of a model that draws random numbers: free = as ever, replay = the same in every pass, average = of 8 passes",
+    ] = "free"
 
 
 @dataclass(frozen=True, kw_only=True)

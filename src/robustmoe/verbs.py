@@ -13,6 +13,7 @@ from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 from robustmoe.flags import Verb
 from robustmoe.options import (
+    AuditOptions,
     BlendOptions,
     CertifyOptions,
     CheckOptions,
@@ -66,6 +67,33 @@ def evaluate(target: EvaluateTarget, options: EvaluateOptions) -> str:
     out = None if own or target.out is None else Path(target.out) / "rows"
     results = evaluate_run(folder, data=None if own else target.data, out=out, options=options)
     return summary_table(results, records.Audit.read(folder))
+
+
+def audit(
+    model: Annotated[str, "a model of your own: my_file.py:make_model", Mark.POSITIONAL],
+    options: AuditOptions,
+    data: Annotated[str | None, "the data set that it is attacked on, such as digits (needed)"] = None,
+    out: Annotated[str | None, "the run folder (default: runs/ and the names of file and model)"] = None,
+) -> str:
+    """Audit a model made elsewhere: find its routers, attack, report.
+
+    Checks, AutoAttack with the attacks on the routing, and a dissection, in one folder. What is done is not done again.
+
+    Example: robustmoe audit my_file.py:make_model --data digits --threat "linf(0.1)"
+    """
+    if data is None:
+        raise UserError(f"{model} needs images to be attacked on; expected --data, such as --data digits")
+    from robustmoe import records
+    from robustmoe.evaluation.auditing import audit as made
+    from robustmoe.reporting import report as write
+    from robustmoe.reporting import summary_table
+
+    done = made(model, data, out=out, options=options)
+    page = write([done.folder], done.folder / "report.html")
+    lines = [summary_table(done.results, records.Audit.read(done.folder)), "", f"report: {page}"]
+    if done.unwrapped:
+        lines.insert(1, f"routing was seen, but not wrapped: {done.unwrapped}")
+    return "\n".join(lines)
 
 
 def check(target: Target, options: CheckOptions) -> str:
@@ -291,6 +319,7 @@ VERBS: dict[str, Verb] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
+    "audit": audit,
     "check": check,
     "dissect": dissect,
     "lipschitz": lipschitz,
@@ -306,7 +335,7 @@ VERBS: dict[str, Verb] = {
 GO_ON = "stopped; the same command goes on where it was"
 STOPPED = {
     "train": "stopped; go on with --resume",
-    **dict.fromkeys(("evaluate", "dissect", "lipschitz", "certify", "sweep", "blend"), GO_ON),
+    **dict.fromkeys(("evaluate", "audit", "dissect", "lipschitz", "certify", "sweep", "blend"), GO_ON),
 }
 
 

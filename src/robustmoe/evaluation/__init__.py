@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from robustmoe.evaluation.auditing import audit
 from robustmoe.evaluation.blending import blend, blend_run
 from robustmoe.evaluation.certifying import certify, certify_run
 from robustmoe.evaluation.dissection import dissect, dissect_run
@@ -10,6 +11,7 @@ from robustmoe.evaluation.measuring import evaluate, evaluate_run
 from robustmoe.evaluation.sweeping import sweep, sweep_run
 
 __all__ = [
+    "audit",
     "blend",
     "blend_run",
     "certify",

@@ -14,27 +14,29 @@ from robustmoe.errors import UserError
 from robustmoe.models import OwnModel
 from robustmoe.records import file_stem, write_atomic
 from robustmoe.training.checkpoint import read_config
+from robustmoe.wrapping import WrappedSpec
 
 
-def own_run(model: str, data: str, out: str | Path | None = None) -> Path:
+def own_run(model: str, data: str, out: str | Path | None = None, unwrapped: str = "") -> Path:
     """Makes the run folder of ``model``, a model of a user's own such as "my_file.py:make_model", on the data set
     ``data``; or returns the one that is there.
 
     ``out``: the folder (default: runs/ and the names of file and model). It holds the specs, the SHA-256 of the files
-    and what the images are; the weights are those that the model brings whenever it is made. Raises UserError for a
-    model of ours, which has no weights yet, and where the folder holds results of another model, file or data set.
+    and what the images are; the weights are those that the model brings whenever it is made. ``unwrapped``: why a model
+    that seems to route is measured as a plain callable; the report says it. Raises UserError for a model of ours, which
+    has no weights yet, and where the folder holds results of another model, file or data set.
     """
     model, data = specs.canonical(model), specs.canonical(data)
-    if not isinstance(specs.build(model, "model"), OwnModel):
+    if not isinstance(specs.build(model, "model"), OwnModel | WrappedSpec):
         raise UserError(
             f"{model} is a model without weights; expected one of your own that brings them, such as "
             "my_file.py:make_model, or a run folder: robustmoe train makes one"
         )
-    folder = Path(out) if out is not None else Path("runs") / _folder_name(model)
+    folder = Path(out) if out is not None else default_folder(model)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, not a run folder; choose another --out")
     source: Data = specs.build(data, "data")
-    config = _config(model, data, source)
+    config = {**_config(model, data, source), "unwrapped": unwrapped}
     if _results(folder):
         _check_same(folder, read_config(folder), config)
     else:
@@ -42,9 +44,9 @@ def own_run(model: str, data: str, out: str | Path | None = None) -> Path:
     return folder
 
 
-def _folder_name(model: str) -> str:
-    """``dir/my_file.py:make_model(width=8)`` -> "my_file-make_model-width-8"."""
-    return file_stem(re.sub(r"[^\s(,=\[]*?([^/\s(,=\[]+)\.py:", r"\1-", model)).replace("/", "-")
+def default_folder(model: str) -> Path:
+    """``dir/my_file.py:make_model(width=8)`` -> runs/my-file-make-model-width-8."""
+    return Path("runs") / file_stem(re.sub(r"[^\s(,=\[]*?([^/\s(,=\[]+)\.py:", r"\1-", model))
 
 
 def _config(model: str, data: str, source: Data) -> dict[str, Any]:

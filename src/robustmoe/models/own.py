@@ -29,8 +29,12 @@ class OwnModel(specs.Written, NetworkSpec):
     text: str
     make: Callable[..., Any] = field(compare=False, repr=False)
 
+    def made(self, num_classes: int, image_shape: ImageShape) -> Any:
+        """Returns what the user's own code gives."""
+        return self.make(num_classes=num_classes, image_shape=image_shape)
+
     def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
-        made = self.make(num_classes=num_classes, image_shape=image_shape)
+        made = self.made(num_classes, image_shape)
         if isinstance(made, NetworkSpec):
             return made.network(num_classes, image_shape)
         if not isinstance(made, nn.Module) or isinstance(made, RoutedModel):
@@ -38,7 +42,7 @@ class OwnModel(specs.Written, NetworkSpec):
         return made
 
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
-        made = self.make(num_classes=num_classes, image_shape=image_shape)
+        made = self.made(num_classes, image_shape)
         if isinstance(made, ModelSpec):
             return made.build(num_classes, image_shape, normalise)
         if isinstance(made, type) or not callable(made):

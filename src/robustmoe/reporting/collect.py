@@ -115,13 +115,18 @@ def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
     groups = [_group(members, audit) for members in analysis.groups(results)]
     head = groups[0].results[0] if groups else next(iter(results), None)
     notes = [f"{path.name} has no rows yet and is left out" for path, result in everything if not result.rows]
+    config = _config(config_path)
+    if config.get("unwrapped"):
+        notes.append(
+            f"routing was seen, but could not be wrapped, so this is the model as a callable: {config['unwrapped']}"
+        )
     shown = _shown(folder, None if head is None else head.header, results, notes)
     if head is None and not any(shown.values()):
         raise UserError(f"{folder} has no rows yet; `robustmoe evaluate {folder}` makes them")
     return RunView(
         name=name,
         folder=folder,
-        config=_config(config_path),
+        config=config,
         metrics=read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else [],
         results=results,
         groups=groups,

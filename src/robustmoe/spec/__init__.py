@@ -61,10 +61,17 @@ PLACES = {
 """Kind -> the module, the table of its names in it, and the class of its things; None where they are functions."""
 
 
+MORE = {"model": ("robustmoe.wrapping.described", "MODELS")}
+"""Kind -> a second table, of what stands above the first."""
+
+
 def _table(kind: str) -> Callable[[], Table]:
     def load() -> Table:
         module, name, _ = PLACES[kind]
         table: Table = getattr(import_module(module), name)
+        if kind in MORE:
+            above, name = MORE[kind]
+            table = {**table, **getattr(import_module(above), name)}
         return {**more, **table} if (more := parts_offered(kind)) else table
 
     return load

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from robustmoe.wrapping import gate
 from robustmoe.wrapping.codecs import CODECS
+from robustmoe.wrapping.described import WrappedSpec
 from robustmoe.wrapping.finding import find_routers
 from robustmoe.wrapping.findings import Finding, RouterFindings
 from robustmoe.wrapping.making import wrap
@@ -24,6 +25,7 @@ __all__ = [
     "Said",
     "Seen",
     "WrappedModel",
+    "WrappedSpec",
     "find_routers",
     "gate",
     "watch",

@@ -56,6 +56,8 @@ class Said:
     def items(self, value: Tensor) -> Tensor:
         """(..., m) as (n, t, m): the items of each image together. ValueError where they are not of whole images."""
         rows = value.shape[:-1].numel()
+        if self.images == rows == 0:
+            return value.reshape(0, 1, value.shape[-1])
         if self.images == 0 or rows % self.images:
             raise ValueError(f"{rows} decisions for {self.images} images; expected a multiple of the number of images")
         if self.swapped:

@@ -1,0 +1,132 @@
+"""`audit`: from a model that was not made here to a report: its routers found and wrapped, checks, AutoAttack with the
+attacks on the routing, a dissection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustmoe import records
+from robustmoe import spec as specs
+from robustmoe.attacks import Threat
+from robustmoe.data import Data
+from robustmoe.errors import UserError
+from robustmoe.evaluation.checks.run import check_run
+from robustmoe.evaluation.dissection import dissect_run
+from robustmoe.evaluation.measuring import evaluate_run
+from robustmoe.evaluation.own_run import default_folder, own_run
+from robustmoe.evaluation.session import device_of
+from robustmoe.models import OwnModel
+from robustmoe.models.plain import as_routed
+from robustmoe.options import AuditOptions, takes
+from robustmoe.progress import note
+from robustmoe.records import Evaluation, Records
+from robustmoe.wrapping import find_routers, wrap
+from robustmoe.wrapping.described import WrappedSpec
+
+STEPS = 20
+"""Of the attack that the checks and the dissection are about."""
+
+CHECKED = 64
+"""Images that the checks are made on at most."""
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What an audit left: the run ``folder``, and what was attacked in it; ``unwrapped``: why a model that seems to
+    route was measured as a plain callable, "" where it was not.
+    """
+
+    folder: Path
+    results: Records[Evaluation]
+    unwrapped: str = ""
+
+
+@takes(AuditOptions)
+def audit(model: str, data: str, *, options: AuditOptions, out: str | Path | None = None) -> Audited:
+    """Audits ``model``, a model of a user's own such as "my_file.py:make_model", on the data set ``data``, in one run
+    folder (``out``; by default in runs/, named after file and model).
+
+    Its routers are looked for (`robustmoe.find_routers`) and wrapped (`robustmoe.wrap`), unless it is a `RoutedModel`;
+    a model whose routing is seen but cannot be wrapped is measured as a plain callable, and marked. Then come all
+    checks, the attacks, and, of a routed model, a dissection. What is done is not done again. Raises UserError where
+    these do.
+    """
+    threat: Threat = specs.build(options.threat, "threat") if isinstance(options.threat, str) else options.threat
+    ball = specs.text(threat)
+    text, unwrapped = _described(specs.canonical(model), data, options)
+    folder = own_run(text, data, out or default_folder(specs.canonical(model)), unwrapped=unwrapped)
+    note(f"run folder: {folder}")
+    shared: dict[str, Any] = {"seed": options.seed, "device": options.device}
+    simple = f"pgd({ball}, steps={STEPS})"
+    note("checks")
+    _checked(folder, simple, options.limit, shared)
+    note("attacks")
+    attacks = options.attacks or (simple, f"autoattack_routing({ball})")
+    sized = {**shared, "limit": options.limit, "batch_size": options.batch_size}
+    results = evaluate_run(folder, attacks=attacks, curve=(), **sized)
+    if results[0].header.routers:
+        note("dissection")
+        dissect_run(folder, attack=simple, **sized)
+    return Audited(folder, results, unwrapped)
+
+
+def _checked(folder: Path, attack: str, limit: int | None, shared: dict[str, Any]) -> None:
+    """All checks, unless their file is there and of the same work."""
+    few = CHECKED if limit is None else min(limit, CHECKED)
+    old = records.Audit.read(folder)
+    if old is not None and (old.attacks, old.seed) == ([attack], shared["seed"]) and old.n <= few:
+        return
+    check_run(folder, attacks=attack, limit=few, **shared).write(folder)
+
+
+# ------------------------------------------------------------------------------------------------ routers
+
+
+def _described(model: str, data: str, options: AuditOptions) -> tuple[str, str]:
+    """Returns the spec of the model with its routers wrapped, and why they are not where they could not be."""
+    described = specs.build(model, "model")
+    if not isinstance(described, OwnModel):
+        return model, ""  # wrapped(...) already; of a model of ours, the run folder says what is wrong
+    source: Data = specs.build(data, "data")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # as when it is built for a measurement
+        made = described.made(source.num_classes, source.image_shape)
+    if not isinstance(made, nn.Module):
+        note(f"{model} is no nn.Module, so no router can be looked for in it")
+        return model, ""
+    if _tells(made, source):
+        return model, ""
+    device = device_of(options)
+    example = source.test.batch(list(range(min(8, len(source.test))))).x.to(device)
+    return _wrapped(model, described, made.eval().to(device), example, options)
+
+
+def _tells(made: nn.Module, source: Data) -> bool:
+    """Whether a model tells of its routers by itself."""
+    routed = as_routed(made).eval()
+    with torch.no_grad():
+        return bool(routed.run(source.test.batch([0, 1]).x).trace)
+
+
+def _wrapped(
+    model: str, described: OwnModel, made: nn.Module, example: Tensor, options: AuditOptions
+) -> tuple[str, str]:
+    findings = find_routers(made, example)
+    note(str(findings))
+    if not findings:
+        return model, ""
+    try:
+        wrapped = wrap(made, findings.routers, example=example, noise=options.noise)
+        for sentence in getattr(wrapped, "notes", ()):
+            note(f"note: {sentence}")
+        spec = WrappedSpec(described, tuple(findings.routers.items()), noise=options.noise)
+        return specs.text(spec), ""
+    except UserError as error:
+        note(f"not wrapped: {error}; measured as a plain callable")
+        return model, str(error)
