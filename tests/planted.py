@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustmoe.attacks import PGD, Attack, Objective, Suite, Threat, linf
 from robustmoe.attacks.autoattack import AutoAttackRouting
@@ -37,7 +37,7 @@ from robustmoe.data import Batch
 from robustmoe.evaluation.checks import CHECKS, Subject, ids
 from robustmoe.models import RoutedModel
 from robustmoe.models.base import Output
-from robustmoe.models.plain import Plain
+from robustmoe.models.plain import Plain, as_routed
 from robustmoe.noise import Noise
 from robustmoe.records import Check
 from robustmoe.routing import Routing, Tape, straight_through, top_k
@@ -306,6 +306,125 @@ class NotANumber(RoutedModel):
         return mixed(tape("router", top_k(logits, 1, "hard")), [right(x), wrong(x)])
 
 
+# ------------------------------------------------------------------------------------------------ hidden ones
+
+
+class Shifted(nn.Module):
+    """An expert with weights: the right logits, moved by so many classes. Alike, but for the weights."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(CLASSES).roll(by, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return right(x) @ self.weight
+
+
+class Gate(nn.Module):
+    """Router logits of the right expert, 0, and of the wrong one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return against_zero(rival(x))[:, 0]
+
+
+class HiddenTop1(nn.Module):
+    """`HardTop1` as anybody would write it: a gate, a list of experts, an argmax. It tells no route."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = Gate(), nn.ModuleList([Shifted(0), Shifted(1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(len(x), CLASSES, dtype=x.dtype, device=x.device)
+        chosen = self.gate(x).argmax(1)
+        for number, expert in enumerate(self.experts):
+            mine = chosen == number
+            out[mine] = expert(x[mine])
+        return out
+
+
+class HiddenPathway(nn.Module):
+    """One decision picks the filters of every layer (AdvMoE's pathway): two linear layers with a bank of filters an
+    expert; the second expert's undo each other's class for none, and give another class together. It tells no route.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Gate()
+        eye = torch.eye(CLASSES)
+        self.first = nn.Parameter(torch.stack([eye, eye.roll(3, 1)]))
+        self.second = nn.Parameter(torch.stack([eye, eye.roll(-2, 1)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        path = nn.functional.one_hot(self.router(x).argmax(1), 2).to(x)
+        for bank in (self.first, self.second):
+            filters = torch.einsum("ne,ecd->ncd", path, bank)
+            x = torch.einsum("nc,ncd->nd", right(x) if x.ndim == 4 else x, filters)
+        return x
+
+
+class HiddenSoftMoE(nn.Module):
+    """Soft MoE of images: each expert has a slot, which takes its mixture of the tokens (an image is one), and each
+    token takes its mixture of the slots. The logits are those of `Saturated`, so that the softmax has no gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = Gate(), nn.ModuleList([Shifted(0), Shifted(1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = 100.0 * self.gate(x)[:, None]
+        tokens = x.flatten(1)[:, None]
+        slots = torch.einsum("nts,ntd->nsd", logits.softmax(1), tokens)
+        out = torch.stack(
+            [expert(slot.unflatten(1, x.shape[1:])) for expert, slot in zip(self.experts, slots.unbind(1))], 1
+        )
+        return torch.einsum("nts,nsc->ntc", logits.softmax(2), out)[:, 0]
+
+
+class Tilted(nn.Module):
+    """An expert that adds, times u_2 / eps, what leads from the right class to the next: wrong from 0.9 eps on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(CLASSES).roll(1, 1) - torch.eye(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return u(x, 2)[:, None] / (2 * THRESHOLD * EPS) * (right(x) @ self.weight)
+
+
+class OffExperts(nn.Module):
+    """Experts that run under `torch.no_grad` in eval mode, as in DeepSeek's ``moe_infer`` and its copies, beside a path
+    that is always on. Both experts are broken by one step along the gradient, if there were one. Which of them
+    an image takes says its brightness, out of reach of eps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Tilted(), Tilted()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return right(x) + (self.mixture(x) if self.training else self.infer(x))
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        return self.mixture(x)
+
+    def mixture(self, x: Tensor) -> Tensor:
+        bright = x[:, 1].flatten(1).mean(1) - 0.5
+        index = torch.stack([-bright, bright], 1).topk(1, -1).indices[:, 0]
+        out = torch.zeros(len(x), CLASSES, dtype=x.dtype, device=x.device)
+        for number, expert in enumerate(self.experts):
+            mine = (index == number).nonzero()[:, 0]
+            out = out.index_add(0, mine, expert(x[mine]))
+        return out
+
+
+def foreign(kind: type[nn.Module]) -> Callable[[], RoutedModel]:
+    """Makes a module as an evaluation takes it."""
+    return lambda: as_routed(kind().eval())
+
+
 # ------------------------------------------------------------------------------------------------ their images
 
 
@@ -412,6 +531,10 @@ PLANTED = (
     Planted("noisy router", Noisy, images, 1.0, SECOND, EVERY, ("H7", "R7"), ("H7",)),
     Planted("dead router", Dead, images, 1.0, None, (), ("R9",)),
     Planted("NaN router", NotANumber, images, 1.0, None, (), ("H6",)),
+    Planted("hidden hard top-1", foreign(HiddenTop1), images, 1.0, SECOND, (), ("R18",)),
+    Planted("hidden pathway", foreign(HiddenPathway), images, 1.0, SECOND, (), ("R18",)),
+    Planted("hidden Soft MoE", foreign(HiddenSoftMoE), images, 1.0, SECOND, (), ("R18",)),
+    Planted("experts without gradient", foreign(OffExperts), _bright_and_dark, 1.0, SECOND, (), ("G2", "G15", "R18")),
 )
 
 
@@ -486,7 +609,7 @@ class RoutingHalf(Suite):
 
 PAGE = Path(__file__).parents[1] / "docs" / "planted.md"
 FILE = PAGE.parent / "results" / "planted.json"
-ASKED = ("H4", "H6", "H7", "G1", "G2", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R9", "R13")
+ASKED = ("H4", "H6", "H7", "G1", "G2", "G15", "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R9", "R13", "R18")
 HEAD = "| model | pyautoattack | truth | routing attacks | checks |"
 
 TEXT = f"""# Planted models: what an evaluation has to find
@@ -513,10 +636,12 @@ one expert, which really holds; of the *NaN router*'s route nothing can be said.
 claimed against AutoAttack where it is right (its R9: every clean image goes to one expert). R3 on *two routes* is a
 matter of rounding: it fails on an AMD EPYC, as here, and passes on an Intel Xeon.
 
-As plain functions from images to logits the same models hide their routers. What still fires then:
+The last four are no routed models: they tell no route, so that nothing can aim at it, and the routing attacks have
+nothing to do. They are marked, with the place, and how to wrap them.
+
+As plain functions from images to logits the models above hide their routers too. R18 then marks all of them but the
+*dead router*, which decides nothing. What fires beside it:
 {plain}.
-None of our checks sees through the others, and their routers cannot be attacked on purpose (R1 says "not run"): it
-takes the trace of a `RoutedModel`.
 """
 
 

@@ -59,16 +59,15 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f = self.stem(x.flatten(1) - 0.5)
         g = 3 * self.score(f)
-        g = g - g.detach().mean(0) if self.how == "never" else g
         return self.head(getattr(self, self.how)(f, g))
 
     def every(self, f: Tensor) -> Tensor:
         return torch.stack([unit(f) for unit in self.units], 1)
 
     def loop(self, f: Tensor, g: Tensor) -> Tensor:
-        out = torch.zeros_like(f)
+        out, chosen = torch.zeros_like(f), g.argmax(1)
         for expert, unit in enumerate(self.units):
-            mine = g.argmax(1) == expert
+            mine = chosen == expert
             if mine.any():
                 out[mine] = unit(f[mine])
         return out
@@ -125,7 +124,19 @@ def test_routing_that_is_not_declared_fails(how: str) -> None:
     for model in (Experts(how), nn.Sequential(Experts(how)), _in_a_lambda(Experts(how))):
         answer = hidden(asked(model))
         assert answer.status == "fail", answer.sentence
-        assert "rm.wrap(model, example=x)" in answer.sentence
+        assert "rm.wrap(model, " in answer.sentence
+
+
+def test_the_advice_is_what_helps() -> None:
+    """What the sentence says to run makes a model that the check passes, with a router in its trace."""
+    model = Experts("loop").eval()
+    sentence = hidden(asked(model)).sentence
+    call = sentence.partition("attacked: ")[2]
+    wrapped = eval(call, {"rm": rm, "model": model, "x": pictures()})
+    assert len(wrapped.run(pictures()).trace) == 1
+    assert hidden(asked(wrapped)).status == "pass"
+    assert gradient_off(asked(wrapped)).status == "pass"
+    assert "rm.wrap(model, example=x)" in hidden(asked(_in_a_lambda(model))).sentence
 
 
 def _in_a_lambda(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -149,7 +160,11 @@ OWN_THRESHOLD = ["capacity", "stale route"]
 """Their experts ask for themselves whether an image is bright, beside the router."""
 
 
-@pytest.mark.parametrize("planted", [p for p in PLANTED if p.name != "dead router"], ids=lambda planted: planted.name)
+@pytest.mark.parametrize(
+    "planted",
+    [p for p in PLANTED if isinstance(p.model, type) and p.name != "dead router"],
+    ids=lambda planted: planted.name,
+)
 def test_every_planted_router_is_seen_where_it_is_hidden(planted: rm.RoutedModel) -> None:
     case = planted.make()  # type: ignore[operator]
     assert hidden(asked(as_function(case.model), case.x)).status == "fail"
@@ -188,6 +203,7 @@ print(hidden(Subject(model, (FGSM(linf(0.1)),), batch, batch)))
 """
 
 
+@pytest.mark.slow
 def test_a_route_that_is_compiled_into_a_lambda_is_seen() -> None:
     """In a process of its own: torch.compile cannot read functions whose shapes are checked."""
     paths = os.pathsep.join([str(Path(rm.__file__).parents[1]), str(Path(__file__).parent)])
@@ -379,7 +395,7 @@ FINE = ["straight_through", "stable_softmax", "logged", "masked", "signed_root",
 def test_a_gradient_that_is_off_fails(how: str) -> None:
     answer = gradient_off(asked(Cut(how)))
     assert answer.status == "fail", answer.sentence
-    assert "of the image's gradient is missing" in answer.sentence
+    assert "the image's gradient is off by" in answer.sentence
 
 
 @pytest.mark.parametrize("how", FINE)
@@ -481,7 +497,7 @@ def test_a_hidden_router_is_told_in_rows_terminal_python_and_on_stderr(capsys: p
     page = " ".join(str(rm.records.Records([result])).split())
     assert "do NOT quote this number" in page
     assert "router attacked: NO" in page
-    assert "rm.wrap(model, example=x)" in page
+    assert "rm.wrap(model, " in page
 
 
 def test_a_warning_is_told_once_and_stands_in_the_summary(capsys: pytest.CaptureFixture[str]) -> None:

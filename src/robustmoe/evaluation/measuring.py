@@ -121,7 +121,7 @@ def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluatio
 def _tell(results: Sequence[Evaluation]) -> None:
     """Says on stderr, in one line, which checks speak against the numbers, if some do."""
     verdict = judge(results)
-    loud = [*verdict.failed, *verdict.warned]
+    loud = [*sorted(verdict.failed, key=lambda said: not said.startswith(("R18 ", "G15 "))), *verdict.warned]
     if loud:
         counts = f"{len(verdict.failed)} failed, {len(verdict.warned)} warned"
         more = f" (and {len(loud) - 1} more: print the result)" if len(loud) > 1 else ""

@@ -6,6 +6,7 @@ over alike modules, and names. What is declared (the routers of the trace) is he
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from robustmoe.attacks.base import evaluating
-from robustmoe.evaluation.checks.inside import Inside, built_in, called, uncompiled
+from robustmoe.evaluation.checks.inside import Inside, built_in, called, innermost, modules_read_by, uncompiled
 from robustmoe.evaluation.checks.registry import Answer, check
 from robustmoe.evaluation.checks.subject import Subject
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Trace, detach
+from robustmoe.wrapping import find_routers
+from robustmoe.wrapping.codecs import text_of
 from robustmoe.wrapping.watching import SHAPED, Watcher, dimension, entering, tensors_of
 
 FEW = 8
@@ -142,12 +145,22 @@ def hidden(case: Subject) -> Answer:
     sure = any(sign.sure for sign in signs)
     said = "; ".join(dict.fromkeys(sign.text for sign in signs if sign.sure >= sure))
     text = f"routing that is not declared: {said}"
-    return Answer("fail" if sure else "warn", len(signs), f"{text}. {WRAP}")
+    with evaluating(case.model), uncompiled():
+        advice = _advice(case.model, case.whole.x[:FEW])
+    return Answer("fail" if sure else "warn", len(signs), f"{text}. {advice}")
 
 
-WRAP = (
-    "Wrap it, model = rm.wrap(model, example=x), so that its routers are attacked; rm.find_routers(model, x) lists them"
-)
+def _advice(model: RoutedModel, x: Tensor) -> str:
+    """What to do, with the routers and their codecs as `find_routers` guesses them."""
+    inner = innermost(model)
+    if not isinstance(inner, nn.Module):
+        name = next(iter(modules_read_by(inner)), "module")
+        return f"Give a module in place of the function, wrapped: rm.wrap({name}, example=x)"
+    with contextlib.suppress(Exception):  # a guess at a model that may be anything
+        routers = {path: text_of(codec) for path, codec in find_routers(inner, x).routers.items()}
+        if 0 < len(routers) <= 2:
+            return f"Wrap it, so that its routers are attacked: rm.wrap(model, {routers}, example=x)"
+    return "Wrap it, so that its routers are attacked: rm.wrap(model, example=x); rm.find_routers(model, x) lists them"
 
 
 def _held(trace: Trace, rows: list[int]) -> dict[str, Routing] | None:

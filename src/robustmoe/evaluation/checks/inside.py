@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from robustmoe.models.base import RoutedModel
 from robustmoe.models.plain import Plain
 from robustmoe.routing import Routing
+from robustmoe.wrapping import WrappedModel
 
 
 class Inside(nn.Module):
@@ -35,11 +37,17 @@ class Inside(nn.Module):
     @classmethod
     def of(cls, model: RoutedModel, forced: Mapping[str, Routing] | None = None) -> Inside:
         """The model's logits, on its own routes or on ``forced`` ones (of as many images as it is asked about)."""
-        inner: Any = model
-        while isinstance(inner, Plain):
-            inner = inner.function
+        inner = innermost(model)
         parts = dict(inner.named_children()) if isinstance(inner, nn.Module) else modules_read_by(inner)
         return cls(lambda x: model.run(x, forced=forced).logits, parts)
+
+
+def innermost(model: RoutedModel) -> Any:
+    """What the caller gave: of a function or of a wrapped model that itself."""
+    inner: Any = model
+    while isinstance(inner, Plain | WrappedModel):
+        inner = inner.function if isinstance(inner, Plain) else inner.model
+    return inner
 
 
 def modules_read_by(function: Any, depth: int = 2) -> dict[str, nn.Module]:
@@ -87,11 +95,13 @@ def _items(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-@contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
-    """What torch.compile made runs as it was written, so that it can be looked into."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what torch.compile made runs as it was written, so that it can be looked into. (Where its machinery was
+    never imported, which takes seconds, nothing was compiled.)
+    """
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def built_in(model: RoutedModel) -> bool:

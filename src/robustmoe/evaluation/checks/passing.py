@@ -81,8 +81,8 @@ def _answer(cuts: Sequence[Cut], share: float | None) -> Answer:
         return Answer(
             "pass", share, f"on the way to the logits a part is {where}, without effect on the whole gradient"
         )
-    text = f"{percent(share)} of the image's gradient is missing: a part is {where}"
-    return Answer("fail" if share > MUCH else "warn", share, f"{text}; attacks that climb do not see it")
+    text = f"the image's gradient is off by {percent(share)}: a part is {where}"
+    return Answer("fail" if share > MUCH else "warn", share, f"{text}; attacks climb without it")
 
 
 _HOW = {
