@@ -53,7 +53,7 @@ def _block(group: list[Evaluation], audit: Audit | None) -> list[str]:
     lines += _by_part(group)
     lines.append(f"verdict: {'no check speaks against this number' if verdict.trusted else 'do NOT quote this number'}")
     if verdict.router_attacked is None:
-        lines.append("no router declared: the model is dense, or hides its routing")
+        lines.append(_no_router(group))
     else:
         lines += wrapped(f"router attacked: {'yes' if verdict.router_attacked else 'NO'} ({verdict.reason})")
     loud = (("! fail  ", verdict.failed), ("! incomplete  ", verdict.incomplete), ("  warn  ", verdict.warned))
@@ -69,6 +69,14 @@ def _block(group: list[Evaluation], audit: Audit | None) -> list[str]:
         f"{counts['pass']} passed, {counts['not run']} not run" + (f" ({skipped})" if skipped else "")
     )
     return lines
+
+
+def _no_router(group: list[Evaluation]) -> str:
+    """Returns what is known of a model that declares no router."""
+    checks = [check for result in group if result.checks is not None for check in result.checks.checks]
+    if {check.status for check in checks if check.id == "R18"} == {"pass"}:
+        return "no router declared, and none was seen inside (check R18)"
+    return "no router declared: the model is dense, or hides its routing"
 
 
 def _by_part(group: list[Evaluation]) -> list[str]:
