@@ -383,8 +383,8 @@ class HiddenSoftMoE(nn.Module):
 
 
 class Tilted(nn.Module):
-    """An expert that adds, times u_2 / eps, what leads from the right class to the next. It is wrong from u_2 = 0.97 eps
-    on, for which all 36 pixels have to be right: Square can climb this loss, and gets to 35.
+    """An expert that adds, times u_2 / eps, what leads from the right class to the next. It is wrong from 0.97 eps on,
+    for which all 36 pixels have to be right: Square can climb this loss, and gets to 35.
     """
 
     def __init__(self) -> None:
