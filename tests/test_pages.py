@@ -38,7 +38,8 @@ def test_a_results_file_says_where_it_is_from(file: Path) -> None:
     else:
         assert re.fullmatch(r"[0-9a-f]{40}", about["commit"]), "measured with changes that no commit has"
         command = about["command"].split()
-        assert (ROOT / command[1]).is_file(), about["command"]
+        file_run = f"{command[2].replace('.', '/')}.py" if command[1] == "-m" else command[1]
+        assert (ROOT / file_run).is_file(), about["command"]
         assert {"hardware", "versions"} <= set(about)
         assert "seeds" in about or file.stem in ("costs", "recipe_costs", "facts"), "which draws?"
 
