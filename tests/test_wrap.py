@@ -160,6 +160,21 @@ def test_a_route_that_other_experts_have_a_say_in_is_refused(images: Callable[..
         rm.wrap(Classifier(Leaky(TripleGate())).eval(), example=images(4, 3, 8, 8))
 
 
+def test_a_norm_behind_the_experts_hides_nothing_from_the_test_of_a_forced_route(
+    images: Callable[..., Tensor],
+) -> None:
+    """A norm takes out what is added to every feature alike, and each expert would seem to have no say."""
+
+    class Normed(Layer):
+        def flat(self, x: Tensor) -> Tensor:
+            _, weight, index = self.gate(x)
+            mixed = self.experts.mix(x, index, weight)
+            return F.layer_norm(mixed, mixed.shape[-1:])
+
+    routed = rm.wrap(Classifier(Normed(TripleGate())).eval(), example=images(4, 3, 8, 8))
+    assert list(routed.run(images(4, 3, 8, 8)).trace) == ["moe.gate"]
+
+
 def test_a_model_that_notices_that_it_is_watched_is_refused(images: Callable[..., Tensor]) -> None:
     class Shy(TripleGate):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
