@@ -103,7 +103,8 @@ def _help() -> str:
         "usage: robustmoe VERB ...\n\n"
         "Mixture-of-Experts vision models: train, attack, certify, report.\n\n"
         f"{verbs}\n\n"
-        "robustmoe VERB --help lists the arguments of a verb; robustmoe --version.\n\n"
+        "robustmoe VERB --help lists the arguments of a verb; robustmoe --version.\n"
+        "robustmoe list: what can be named; my_file.py:name(...) is one of your own.\n\n"
         "example:\n  robustmoe demo"
     )
 

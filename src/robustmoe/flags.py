@@ -15,13 +15,17 @@ from typing import Any, NoReturn
 
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
-from robustmoe.options import Mark, hints_of, read
+from robustmoe.options import SPECS, Mark, hints_of, read
 from robustmoe.spec.hints import arms_of
 
 Verb = Callable[..., str]
 
 WIDTH = 80
 """Columns of a help text."""
+
+NAMED = {*SPECS, "method"} - {"model", "data"}
+OWN = "A name may be one of your own, from a file: my_file.py:name(arguments)."
+"""What the help of a verb says that takes such names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _parser(name: str, verb: Verb, flags: Sequence[Flag]) -> _Parser:
         prog=f"robustmoe {name}",
         usage=" ".join(f"robustmoe {name} {usage} [OPTIONS]".split()),
         description=textwrap.fill(" ".join(about.split()), WIDTH),
-        epilog=f"example:\n  {example}" if example else None,
+        epilog=(f"{OWN}\n\n" if any(flag.name in NAMED for flag in flags) else "") + f"example:\n  {example}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=22, width=WIDTH),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -249,6 +249,12 @@ def theory(
     return theory_table(done) + ("" if page is None else f"\n\nfigures: {page}")
 
 
+OF_A_KIND = "robustmoe list KIND lists the names of a kind with their arguments."
+OF_YOUR_OWN = (
+    "Wherever such a name is taken, my_file.py:name(...) is one of your own:\n"
+    '--attack "my_file.py:noise(linf(0.1))"; installed packages may offer names too.'
+)
+
 KINDS = {
     "model": "networks, and MoEs made of them",
     "sharpening": "what a dual model does to its robust half's logits",
@@ -285,7 +291,7 @@ def list_names(
         return counted.table(counted.rows())
     if kind is None:
         lines = [f"  {_plural(name):13}{KINDS[name]}" for name in spec.TABLES]
-        return "\n".join([*lines, "", "robustmoe list KIND lists the names of a kind with their arguments."])
+        return "\n".join([*lines, "", OF_A_KIND, OF_YOUR_OWN])
     kinds = [name for name in spec.TABLES if kind in (name, _plural(name))]
     if kinds:
         return "\n".join([_plural(kinds[0]), *map(_entry, spec.describe(kinds[0]))])
