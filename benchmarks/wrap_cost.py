@@ -173,12 +173,7 @@ def main() -> None:
         cells = (f"{ratio['value']:.3f} ({ratio['low']:.2f}-{ratio['high']:.2f})" for ratio in ratios.values())
         print(f"{kind:8} " + " ".join(f"{cell:>22}" for cell in cells))
     about = described("python -m benchmarks.wrap_cost", settings=vars(options))
-    write(
-        RESULTS / "wrap_cost.json",
-        about,
-        {kind: {k: v[0] for k, v in r.items()} for kind, r in table.items()},
-        quartiles=table,
-    )
+    write(RESULTS / "wrap_cost.json", about, table)
 
 
 if __name__ == "__main__":

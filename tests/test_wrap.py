@@ -190,6 +190,15 @@ def test_what_cannot_be_wrapped_is_said() -> None:
         rm.wrap(Classifier(TripleLayer(TripleGate())))
     model = rm.build_model("resnet8", 10, (3, 8, 8))
     assert rm.wrap(model) is model
+    assert rm.wrap(nn.DataParallel(model)) is model
+
+
+def test_what_was_made_parallel_or_compiled_is_wrapped_as_it_was(images: Callable[..., Tensor]) -> None:
+    model, x = Classifier(TripleLayer(TripleGate())).eval(), images(4, 3, 8, 8)
+    for made in (nn.DataParallel(model), torch.compile(model, backend="eager"), nn.Sequential(model)):
+        routed = rm.wrap(made, example=x)
+        assert isinstance(routed, WrappedModel)
+        assert routed.model is model
 
 
 def test_a_class_is_known_by_its_name(images: Callable[..., Tensor]) -> None:
@@ -325,6 +334,24 @@ def test_the_differentiable_way_is_climbed_and_the_exact_values_kept(images: Cal
     assert abs(float((blind * way).sum() - measured)) > 0.01 * abs(float(measured)), "without the view it is wrong"
 
 
+def test_a_way_that_moves_a_batch_norm_is_none(images: Callable[..., Tensor]) -> None:
+    class Counting(DividingLayer):
+        def __init__(self) -> None:
+            super().__init__(PairGate())
+            self.register_buffer("calls", torch.zeros(()))
+
+        def train_way(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            self.calls += 1
+            return super().train_way(x, index, weight)
+
+    model = Classifier(Counting()).eval()
+    routed = rm.wrap(model, example=images(4, 3, 8, 8))
+    assert isinstance(routed, WrappedModel)
+    assert routed.climbs == ()
+    assert float(model.moe.calls) == 0, "the model is as it was"
+    assert "passes no gradient (no_grad)" in routed.notes[0]
+
+
 def test_without_such_a_way_the_part_is_named(images: Callable[..., Tensor]) -> None:
     class Off(TripleLayer):
         @torch.no_grad()
@@ -340,16 +367,17 @@ def test_without_such_a_way_the_part_is_named(images: Callable[..., Tensor]) -> 
 # ---------------------------------------------------------------------------------------------- the rest of the project
 
 
+@pytest.mark.parametrize("layer", [lambda: TripleLayer(TripleGate()), lambda: DividingLayer(PairGate())])
 def test_attacks_dissection_and_copies_work_on_a_wrapped_model(
-    images: Callable[..., Tensor], labels: Callable[[int], Tensor]
+    layer: Callable[[], nn.Module], images: Callable[..., Tensor]
 ) -> None:
-    model, x = Classifier(TripleLayer(TripleGate(k=1))).eval(), images(8, 3, 8, 8)
+    model, x = Classifier(layer()).eval(), images(8, 3, 8, 8)
     routed = rm.wrap(model, example=x)
     twin = copy.deepcopy(routed)
     assert torch.equal(twin(x), routed(x))
     y = model(x).argmax(1)
-    summary = rm.evaluate(routed, x, y, attacks=["pgd(linf(8/255), steps=2)", "route_flip(linf(8/255), steps=2)"])
-    assert len(summary) == 2
+    records = rm.evaluate(routed, x, y, attacks=["pgd(linf(8/255), steps=2)", "route_flip(linf(8/255), steps=2)"])
+    assert all(summary.failed == () for summary in records.summary()), "no check sees a hidden router, or no gradient"
     taken = rm.dissect(routed, x, y, attack="pgd(linf(8/255), steps=1)")
     assert taken.done
     assert "experts" in taken.under

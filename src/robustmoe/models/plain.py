@@ -53,14 +53,14 @@ def as_routed(model: Callable[[Tensor], Tensor]) -> RoutedModel:
 
     A compiled model is measured as it was written, to which it is equal up to rounding.
     """
-    bare = _unwrapped(model)
+    bare = unwrapped(model)
     if isinstance(bare, RoutedModel) and not _sharded(bare):
         return bare
     inside = _inside(model)
     return Plain(bare if inside else model, eager=bool(inside) and any(map(compat.compiled, _modules(model))))
 
 
-def _unwrapped(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def unwrapped(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What is left of a model without the wrappers that do not change its outputs."""
     while isinstance(model, nn.Module) and not compat.has_hooks(model):
         inner: nn.Module | Tensor | None = compat.compiled(model)

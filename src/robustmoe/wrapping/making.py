@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robustmoe import spec as specs
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import RoutedModel
+from robustmoe.models.plain import as_routed, unwrapped
 from robustmoe.routing import Routing
 from robustmoe.wrapping.codecs import FunctionsCodec
 from robustmoe.wrapping.finding import find_routers
@@ -47,13 +48,16 @@ def wrap(
     The weights are the model's own, and are never written. Hooks are on the model during a pass only. The tests refuse
     (UserError, naming the router) what would make numbers wrong: an answer that changes by being watched, a decision
     that cannot be replayed to 1e-6, a forced route that other experts still have a say in. What limits is a note, in
-    ``notes`` and the repr: random numbers, an answer that depends on the batch, parts without gradient. A model that is
-    routed already comes back as it is.
+    ``notes`` and the repr: random numbers, an answer that depends on the batch, parts without gradient. What
+    torch.compile, DataParallel or DistributedDataParallel made is wrapped as it was before. A model that is routed
+    already, or holds one that is, comes back as `as_routed` has it.
     """
-    if isinstance(model, RoutedModel):
-        return model
-    if not isinstance(model, nn.Module):
+    bare = unwrapped(model)
+    if not isinstance(bare, nn.Module):
         raise UserError(f"only an nn.Module can be wrapped; got a {type(model).__name__}")
+    if any(isinstance(module, RoutedModel) for module in bare.modules()):
+        return as_routed(model)
+    model = bare
     sites = chosen_sites(model, routers, example)
     draws = {"free": 0, "replay": 1, "average": DRAWS}[noise]
     if example is None:

@@ -89,6 +89,8 @@ class WrappedModel(RoutedModel):
             return super().run(x, forced, noise)
         tape = OwnGates(forced)
         logits = at_least_float32(self.body(x, tape))
+        if unknown := set(tape.forced) - set(tape.trace):
+            raise ValueError(f"forced routing for {sorted(unknown)}, but this model's are {sorted(tape.trace)}")
         return Output(logits, tape.trace)
 
     def layers(self) -> dict[str, TokenLayer]:

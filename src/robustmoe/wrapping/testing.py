@@ -259,7 +259,7 @@ class Trial:
 
     def _ways(self, paths: list[str]) -> Iterator[tuple[str, ...]]:
         """Which modules could say that they train: those without gradient, with what is beside their experts, with all
-        that is inside them.
+        that is inside them; none of torch's own (a BatchNorm would count, a dropout would drop).
         """
         modules = dict(self.model.named_modules())
         paths = [path for path in paths if path in modules]
@@ -270,24 +270,29 @@ class Trial:
             if not isinstance(child, nn.ModuleList | nn.ModuleDict)
         ]
         inside = [f"{path}.{name}".strip(".") for path in paths for name, _ in modules[path].named_modules()]
-        yield tuple(paths)
-        yield tuple(dict.fromkeys([*paths, *beside]))
-        yield tuple(dict.fromkeys(inside))
+        for way in (paths, [*paths, *beside], inside):
+            yield tuple(path for path in dict.fromkeys(way) if not _of_torch(modules[path]))
 
     def _climbable(self, climbs: tuple[str, ...]) -> bool:
         """Whether, with these modules as in training, the values are equal and no gradient ends."""
         exact = self.run().logits
         modules = [self.model.get_submodule(path) for path in climbs]
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         try:
             for module in modules:
                 module.training = True
             same = self.off(self.run().logits, exact) <= CLOSE
-            return same and not watch(self.model, self.x).cuts
+            seen = watch(self.model, self.x)
+            moved = any(not torch.equal(buffers[name], buffer) for name, buffer in self.model.named_buffers())
+            return same and not moved and not seen.cuts and len(seen.draws) <= len(self.draws)
         except Exception:  # whatever the foreign code raises: it is no way to go
             return False
         finally:
             for module in modules:
                 module.training = False
+            for name, buffer in self.model.named_buffers():
+                if not torch.equal(buffers[name], buffer):
+                    buffer.copy_(buffers[name])
 
     def _text(self, name: str) -> str:
         site = next(site for site in self.sites if site.name == name.partition("#")[0])
@@ -349,6 +354,10 @@ def _alike(a: Routing, b: Routing) -> bool:
 
 def _near(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _named(path: str) -> str:
