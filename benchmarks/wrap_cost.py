@@ -1,6 +1,6 @@
 """What wrapping costs: a pass, a forced pass and a step of PGD of a wrapped model, as ratios to the bare model's.
 
-python -m benchmarks.wrap_cost [--width 96 --depth 4 --batch 32 --repeats 15]
+python benchmarks/wrap_cost.py [--width 96 --depth 4 --batch 32 --repeats 41]
 
 The models are transformers on 64 tokens of an image, every second MLP a routed layer of four experts, written as other
 people write them: a router module that gives (logits, weights, index), a top-k in the layer's own forward, Soft MoE,
@@ -18,10 +18,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from benchmarks.results import RESULTS, described, write
 from torch import Tensor, nn
 
 import robustmoe as rm
+from results import RESULTS, described, write
 from robustmoe.routing import detach
 from robustmoe.wrapping import WrappedModel
 
@@ -163,7 +163,7 @@ def _quartiles(ratios: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in {"width": 96, "depth": 4, "batch": 32, "repeats": 15}.items():
+    for name, default in {"width": 96, "depth": 4, "batch": 32, "repeats": 41}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -172,7 +172,7 @@ def main() -> None:
     for kind, ratios in table.items():
         cells = (f"{ratio['value']:.3f} ({ratio['low']:.2f}-{ratio['high']:.2f})" for ratio in ratios.values())
         print(f"{kind:8} " + " ".join(f"{cell:>22}" for cell in cells))
-    about = described("python -m benchmarks.wrap_cost", settings=vars(options))
+    about = described("python benchmarks/wrap_cost.py", settings=vars(options), seeds=[0])
     write(RESULTS / "wrap_cost.json", about, table)
 
 
