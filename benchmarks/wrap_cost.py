@@ -167,12 +167,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    about = described("python benchmarks/wrap_cost.py", settings=vars(options), seeds=[0])
     table = {kind: measured(kind, options) for kind in ("triple", "topk", "slots", "off")}
     print(f"{'router':8} {'run / pass':>22} {'forced / pass':>22} {'step / step':>22}")
     for kind, ratios in table.items():
         cells = (f"{ratio['value']:.3f} ({ratio['low']:.2f}-{ratio['high']:.2f})" for ratio in ratios.values())
         print(f"{kind:8} " + " ".join(f"{cell:>22}" for cell in cells))
-    about = described("python benchmarks/wrap_cost.py", settings=vars(options), seeds=[0])
     write(RESULTS / "wrap_cost.json", about, table)
 
 

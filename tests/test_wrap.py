@@ -27,9 +27,10 @@ from foreign_models import (
     TripleGate,
     TripleLayer,
 )
-from robustmoe.routing import detach, to_expert
-from robustmoe.wrapping import WrappedModel
+from robustmoe.routing import Routing, detach, to_expert
+from robustmoe.wrapping import Said, WrappedModel
 from robustmoe.wrapping.codecs import text_of
+from robustmoe.wrapping.said import fitted
 
 GUESSED = {
     "logits": ("moe", "call(weights=renormalised)"),
@@ -263,6 +264,72 @@ def test_an_answer_that_depends_on_the_batch_is_noted(images: Callable[..., Tens
     routed = rm.wrap(Classifier(Crowded(CapacityGate())).eval(), {"moe.gate": "dispatch"}, example=images(6, 3, 8, 8))
     assert isinstance(routed, WrappedModel)
     assert any("router 'moe.gate' sends an image elsewhere when it is alone" in note for note in routed.notes)
+
+
+def test_images_that_are_mixed_behind_the_router_are_noted(images: Callable[..., Tensor]) -> None:
+    class Centred(TripleLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out - out.mean(0)
+
+    routed = rm.wrap(Classifier(Centred(TripleGate())).eval(), example=images(4, 3, 8, 8))
+    assert isinstance(routed, WrappedModel)
+    assert "the model mixes the images of a batch" in routed.notes[0]
+
+
+class GroupedGate(TripleGate):
+    """The better two experts, both of one half; scores of the other half are shut out by ``shut``."""
+
+    def __init__(self, shut: float) -> None:
+        super().__init__()
+        self.shut = shut
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.proj(x)
+        halves = logits.unflatten(-1, (2, 2))
+        best = halves.sum(-1).topk(1, dim=-1).indices
+        open_ = torch.zeros_like(halves[..., 0]).scatter(-1, best, 1).bool()
+        index = logits.masked_fill(~open_.repeat_interleave(2, -1), self.shut).topk(2, dim=-1).indices
+        return logits, logits.sigmoid().gather(-1, index), index
+
+
+def test_the_scores_that_a_limit_by_groups_leaves_are_recorded(images: Callable[..., Tensor]) -> None:
+    x = images(6, 3, 8, 8)
+    for shut in (-torch.inf, -100.0):
+        routed = rm.wrap(Classifier(TripleLayer(GroupedGate(shut))).eval(), example=x)
+        assert isinstance(routed, WrappedModel)
+        assert routed.notes == ()
+        routing = routed.run(x).trace["moe.gate"]
+        assert torch.isfinite(routing.logits).all()
+        assert torch.equal(routing.logits.topk(2).indices.sort(-1).values, routing.index.sort(-1).values)
+
+
+def test_a_router_whose_rule_is_not_seen_is_noted(images: Callable[..., Tensor]) -> None:
+    class Odd(TripleGate):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits, weight, index = super().forward(x)
+            return -logits, weight, index
+
+    routed = rm.wrap(Classifier(TripleLayer(Odd())).eval(), {"moe.gate": "triple"}, example=images(4, 3, 8, 8))
+    assert isinstance(routed, WrappedModel)
+    assert not any("does not choose the highest" in note for note in routed.notes), "what its top-k was given is heard"
+    silent = rm.wrap(
+        Classifier(TripleLayer(Odd())).eval(),
+        {"moe.gate": (_read, _write)},
+        example=images(4, 3, 8, 8),
+    )
+    assert isinstance(silent, WrappedModel)
+    assert "router 'moe.gate' does not choose the highest of the scores" in silent.notes[0]
+
+
+def _read(said: Said) -> Routing:
+    logits, weight, index = (said.items(said.entry(i)) for i in range(3))
+    return Routing(logits, index, weight)
+
+
+def _write(said: Said, routing: Routing) -> object:
+    routing = fitted(routing, 2, said)
+    return said.entry(0), said.back(routing.weight, said.entry(1)), said.back(routing.index, said.entry(2))
 
 
 def test_the_sequence_may_come_first(images: Callable[..., Tensor]) -> None:

@@ -186,14 +186,17 @@ def _of_pair(codec: Codec, said: Said, index: int, weight: int, kind: Scores) ->
 
 def _selection(said: Said, logits: Tensor, index: Tensor) -> Tensor:
     """The scores that the router chose by: ``logits``, unless the index is of those of its own top-k alone."""
-    if said.chosen_by is None or said.chosen_by.shape[-1] != logits.shape[-1] or _chooses(logits, index):
+    if said.chosen_by is None or said.chosen_by.shape[-1] != logits.shape[-1] or explains(logits, index):
         return logits
     other = at_least_float32(said.items(said.chosen_by))
-    return other if bool(torch.isfinite(other).all()) and _chooses(other, index) else logits
+    shut = torch.isneginf(other)  # a limit by groups
+    if bool(shut.any()) and not bool(shut.all()):
+        other = other.masked_fill(shut, float(other.detach()[~shut].min()) - 1)
+    return other if bool(torch.isfinite(other).all()) and explains(other, index) else logits
 
 
-def _chooses(logits: Tensor, index: Tensor) -> bool:
-    """Whether the experts ``index`` are those with the highest logits, everywhere."""
+def explains(logits: Tensor, index: Tensor) -> bool:
+    """Whether the experts ``index`` are those with the highest ``logits``, for every item."""
     lowest = logits.gather(-1, index).amin(-1)
     rest = torch.ones_like(logits, dtype=torch.bool).scatter(-1, index, False)
     return bool((logits.masked_fill(~rest, -torch.inf).amax(-1) <= lowest).all())

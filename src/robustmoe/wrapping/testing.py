@@ -18,7 +18,7 @@ from robustmoe.attacks.base import evaluating
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output
 from robustmoe.routing import Routing, Trace, detach, to_expert
-from robustmoe.wrapping.codecs import CallCodec, FunctionsCodec, text_of
+from robustmoe.wrapping.codecs import CallCodec, FunctionsCodec, explains, text_of
 from robustmoe.wrapping.findings import outermost
 from robustmoe.wrapping.model import Pick, WrappedModel
 from robustmoe.wrapping.passes import Site
@@ -53,6 +53,7 @@ def tested(model: nn.Module, sites: Sequence[Site], example: Tensor, output: Pic
         trial.settle_width()
         trial.forced()
         trial.alone()
+        trial.explained()
         climbs = trial.gradient()
     return Tested(trial.sites, climbs, tuple(trial.notes))
 
@@ -141,6 +142,15 @@ class Trial:
                 f"an image alone is answered otherwise than in its batch, by {off:.1g} of the largest logit: the model "
                 "mixes the images of a batch"
             )
+
+    def explained(self) -> None:
+        """A note on a router that does not choose the highest of the scores that are recorded."""
+        for name, routing in self.run().trace.items():
+            if routing.k < routing.num_experts and not explains(routing.logits, routing.index):
+                self.notes.append(
+                    f"router {name!r} does not choose the highest of the scores that it is recorded with (noise, or a "
+                    "limit that is not seen): distances to its boundaries are those of another rule"
+                )
 
     # -------------------------------------------------------------------------------------------- how it is read
 
