@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 
 import robustmoe as rm
 from robustmoe.routing import detach, to_expert
@@ -43,6 +46,16 @@ def wild(request: pytest.FixtureRequest) -> Wild:
     return WILD[request.param]
 
 
+def spoiled(model: nn.Module, experts: int) -> nn.Module:
+    """A copy in which all experts but the last, where they are stacked in one tensor, have other weights."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim >= 3 and len(parameter) == experts:
+                parameter[:-1] += 1
+    return twin
+
+
 def test_it_is_found_wrapped_replayed_forced_and_left_as_it_was(wild: Wild) -> None:
     model, x = wild.make().eval(), example()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -50,7 +63,8 @@ def test_it_is_found_wrapped_replayed_forced_and_left_as_it_was(wild: Wild) -> N
     assert list(findings.routers) == [wild.path]
     assert max(map(len, str(findings).splitlines())) <= 80
     assert bool(findings.draws) == wild.random
-    routed = rm.wrap(model, example=x, noise="replay" if wild.random else "free")
+    noise: Literal["free", "replay"] = "replay" if wild.random else "free"
+    routed = rm.wrap(model, example=x, noise=noise)
     assert isinstance(routed, WrappedModel)
     assert [(site.path, text_of(site.codec)) for site in routed.sites] == [(wild.path, wild.codec)]
     with torch.no_grad():
@@ -69,6 +83,10 @@ def test_it_is_found_wrapped_replayed_forced_and_left_as_it_was(wild: Wild) -> N
             with disturbed(experts[:-1]):
                 off = float((routed.run(x, forced=forced[-1]).logits - answers[-1]).abs().max())
             assert off <= 1e-6 * scale
+        others = rm.wrap(
+            spoiled(model, wild.experts), {wild.path: wild.codec}, noise="replay" if wild.random else "free"
+        )
+        torch.testing.assert_close(others.run(x, forced=forced[-1]).logits, answers[-1], rtol=0, atol=1e-6 * scale)
         alone = routed.run(x[2:3], forced={wild.path: forced[1][wild.path][2:3]}).logits
         torch.testing.assert_close(alone, answers[1][2:3], rtol=1e-4, atol=1e-5 * scale)
     at = x.clone().requires_grad_(True)

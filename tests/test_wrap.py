@@ -244,6 +244,9 @@ def test_random_numbers_are_named_held_and_averaged(images: Callable[..., Tensor
     assert torch.equal(held(x), held(x))
     assert torch.equal(torch.get_rng_state(), state), "the caller's generator is not moved"
     torch.testing.assert_close(held(x[[4, 1]]), held(x)[[4, 1]])
+    trace = detach(held.run(x).trace)
+    again = held.run(x, forced=trace, gates="own")
+    assert torch.equal(again.trace["moe.gate"].weight, trace["moe.gate"].weight), "its own weights, by the same draws"
     mean = rm.wrap(model, example=x, noise="average")
     with torch.no_grad():
         output = mean.run(x)

@@ -4,6 +4,9 @@ pass and batch.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -11,6 +14,28 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from robustmoe.wrapping.watching import drawing, tensors_of
+
+_replaying: ContextVar[Replayed | None] = ContextVar("robustmoe_replaying", default=None)
+
+
+def drawn() -> int:
+    """How many random calls the pass of this moment has replayed; 0 where none is replayed."""
+    mode = _replaying.get()
+    return 0 if mode is None else mode.number
+
+
+@contextlib.contextmanager
+def rewound(number: int) -> Iterator[None]:
+    """Inside, replayed random calls are counted on from ``number``: what ran then runs again with the same draws."""
+    mode = _replaying.get()
+    now = drawn()
+    try:
+        if mode is not None:
+            mode.number = number
+        yield
+    finally:
+        if mode is not None:
+            mode.number = now
 
 
 class Replayed(TorchFunctionMode):
@@ -23,14 +48,24 @@ class Replayed(TorchFunctionMode):
     def __init__(self, images: int, draw: int) -> None:
         super().__init__()
         self.images, self.draw = images, draw
-        self._number = 0
+        self.number = 0
+        self._tokens: list[Token[Replayed | None]] = []
+
+    def __enter__(self) -> Replayed:
+        self._tokens.append(_replaying.set(self))
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        _replaying.reset(self._tokens.pop())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if not drawing(name, args, kwargs):
             return func(*args, **kwargs)
-        self._number += 1
+        self.number += 1
         given = next(tensors_of((args, kwargs)), None)
         state = torch.random.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -44,7 +79,7 @@ class Replayed(TorchFunctionMode):
                 torch.cuda.set_rng_state_all(cuda)
 
     def _seed(self) -> None:
-        torch.manual_seed(1_000_003 * self.draw + self._number)
+        torch.manual_seed(1_000_003 * self.draw + self.number)
 
     def _by_image(self, func: Any, name: str, given: Tensor, args: Any, kwargs: Any) -> Any:
         """Image by image, from the same place of the generator."""

@@ -21,6 +21,7 @@ from robustmoe import compat
 from robustmoe.errors import UserError
 from robustmoe.routing import Routing, Tape
 from robustmoe.wrapping.codecs import CallCodec, SlotsCodec, text_of
+from robustmoe.wrapping.draws import drawn, rewound
 from robustmoe.wrapping.own import OwnGates, own_weights
 from robustmoe.wrapping.said import Codec, Said, logarithm
 from robustmoe.wrapping.watching import dimension, tensors_of
@@ -54,7 +55,8 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    mode: TorchFunctionMode | None
+    mode: TorchFunctionMode
+    drawn: int
 
 
 _current: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("robustmoe_pass", default=None)
@@ -127,13 +129,12 @@ class Pass:
     def _begin(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mode: TorchFunctionMode
         mode = Intercept(self, site) if site.codec.call else Listen()
-        self._running.setdefault(site.path, []).append(_Call(args, kwargs, mode))
+        self._running.setdefault(site.path, []).append(_Call(args, kwargs, mode, drawn()))
         mode.__enter__()
         self._modes.append(mode)
 
     def _end(self, site: Site, module: nn.Module, output: Any) -> Any:
         call = self._running[site.path].pop()
-        assert call.mode is not None
         self._modes.remove(call.mode)
         call.mode.__exit__(None, None, None)
         if output is None or site.codec.call:  # None: it was stopped by an error
@@ -142,8 +143,12 @@ class Pass:
         path = site.codec.logits
         logits = self._heard.get(path) if isinstance(path, str) else call.mode.logits
         said = self.said(site, output, logits, call.mode.chosen_by)
-        args = (call.args, call.kwargs)
-        return self.decide(site, said, lambda index: own_weights(site.codec, said, module, args, index))
+
+        def own(index: Tensor) -> Tensor:
+            with rewound(call.drawn):
+                return own_weights(site.codec, said, module, (call.args, call.kwargs), index)
+
+        return self.decide(site, said, own)
 
     # -------------------------------------------------------------------------------------------- decisions
 
