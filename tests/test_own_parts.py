@@ -78,7 +78,7 @@ number = 3
 PARTS = """
 from dataclasses import dataclass
 import torch
-from robustmoe.attacks import PGD, Attack, Joint, Objective, Threat, linf
+from robustmoe.attacks import PGD, Attack, Joint, Objective, Score, Threat, linf
 from robustmoe.data import digits
 from robustmoe.training import Loss, Method, Phase
 
@@ -117,6 +117,14 @@ def raising():
     def loss(model, x, y, noise):
         raise RuntimeError("out of\\nluck")
     return Method((Phase("all", "", loss),))
+
+@dataclass(frozen=True)
+class Dark(Objective):
+    name = "dark"
+    aims_at_router = False
+
+    def __call__(self, model, x, y):
+        return lambda x_adv, rows=None: Score(-x_adv.flatten(1).sum(1), torch.zeros(len(x_adv), dtype=torch.bool))
 """
 
 
@@ -198,6 +206,7 @@ def test_a_file_is_run_once_for_each_content(write: Callable[..., str]) -> None:
         ("parts.py:STRONG", "attack", "pgd(linf(0.1), steps=7)"),
         ("./a folder/../parts.py:STRONG", "attack", "pgd(linf(0.1), steps=7)"),
         ("bf16(parts.py:Shift(linf(0.1)))", "attack", "bf16(parts.py:Shift(linf(0.1)))"),
+        ("pgd(linf(0.1), objective=parts.py:Dark)", "attack", "pgd(linf(0.1), objective=parts.py:Dark)"),
         ("through(soft, parts.py:weak(0.2))", "attack", "through(soft, pgd(linf(0.2), steps=2))"),
     ],
 )
@@ -219,6 +228,13 @@ def test_the_other_kinds(write: Callable[..., str]) -> None:
     assert callable(spec.build("parts.py:noisy(0.1)", "augment"))
     assert spec.build("parts.py:squared(2)", "method").phases[0].name == "all"
     assert spec.build("at(parts.py:weak(0.2))", "method").attack == PGD(linf(0.2), steps=2)
+
+
+def test_an_objective_is_climbed(write: Callable[..., str]) -> None:
+    write("parts.py", PARTS)
+    attack = rm.build_attack("pgd(linf(0.1), steps=10, start=clean, objective=parts.py:Dark)")
+    x = torch.full((2, 1, 2, 2), 0.5)
+    torch.testing.assert_close(attack(lambda x: x.flatten(1), x, torch.tensor([0, 1])), x - 0.1)
 
 
 def test_a_path_with_spaces_and_a_string_that_looks_like_one(write: Callable[..., str]) -> None:
@@ -294,6 +310,7 @@ def test_mistakes_are_one_line(text: str, message: str, write: Callable[..., str
         ("method", "at(parts.py:squared)", r"argument 'attack': expected Attack, got parts.py:squared \(Method\)"),
         ("attack", "parts.py:weak(-1.0)", r"parts.py:weak fails: ValueError: eps must .* \(parts.py, line 19\)"),
         ("method", "parts.py:squared(beta='a')", "argument 'beta': expected float, got 'a'"),
+        ("method", "parts.py:squared(beta=high)", "argument 'beta': unknown name 'high'; expected float$"),
     ],
 )
 def test_what_kind_was_expected(kind: str, text: str, message: str, write: Callable[..., str]) -> None:

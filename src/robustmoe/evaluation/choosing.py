@@ -98,6 +98,8 @@ def threat_of(config: dict[str, Any]) -> Threat:
     """The threat a run was trained for, as ``config.json`` says it; linf 8/255 where it says none. The training method
     is not built: a run outlives it.
     """
+    if config.get("method") and "threat" not in config:
+        note("config.json does not say for which ball this run was trained: what is not told is linf(8/255)")
     threat: Threat = specs.build(config["threat"], "threat") if config.get("threat") else linf(8 / 255)
     return threat
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from robustmoe.errors import UserError, nearest
-from robustmoe.spec.hints import ANYTHING, SCALARS, arms_of, conform, item_hint, signature_of, takes_bare
+from robustmoe.spec.hints import ANYTHING, SCALARS, arms_of, conform, hint_text, item_hint, signature_of, takes_bare
 from robustmoe.spec.own import OwnPart, Written, called, is_own, part_of
 from robustmoe.spec.parse import number, render, short
 
@@ -214,6 +214,8 @@ class CallReader:
         classes = _classes(hint)
         for table in self._tables():
             fit |= {other for other, function in table.items() if _makes(function, classes)}
+        if not fit and all(arm in SCALARS for arm in arms):
+            return f"expected {hint_text(hint)}"
         return nearest(name, fit or set().union(*self._tables()))
 
     def _tables(self) -> Iterator[Table]:
