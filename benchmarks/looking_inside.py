@@ -10,18 +10,16 @@ A network gets logits of ordinary size: BatchNorm's statistics are those of one 
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import statistics
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from benchmarks.results import RESULTS, described, write
 from tests import planted
+from tests.wild_models import without_torchvision
 from torch import Tensor, nn
 
 import robustmoe as rm
@@ -127,41 +125,6 @@ class Logits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(pixel_values=x).logits
         return logits
-
-
-class _Nothing(type):
-    """A class that has every attribute, each such a class too."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing(name, (), {})
-
-
-class _Absent(types.ModuleType):
-    """What stands for a part of torchvision while timm is imported: its names, and nothing behind them."""
-
-    __path__: ClassVar[list[str]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing(name, (), {})
-
-
-@contextlib.contextmanager
-def without_torchvision() -> Iterator[None]:
-    """timm names torchvision when it is imported, for images and frozen norms that its networks do not need."""
-    parts = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".utils")
-    names = [f"torchvision{part}" for part in parts]
-    if importlib.util.find_spec("torchvision") is not None:
-        names = []
-    sys.modules.update({name: _Absent(name) for name in names})
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
 
 
 def dense() -> dict[str, Make]:
