@@ -78,7 +78,7 @@ TIMM: dict[str, dict[str, Any]] = {
 """Dense image classifiers of timm, the small ones, with the arguments that make them smaller."""
 
 
-def _transformers() -> dict[str, Make]:
+def of_transformers() -> dict[str, Make]:
     """Dense image classifiers of transformers, from small configurations."""
     import transformers as hf
 
@@ -110,7 +110,8 @@ def _transformers() -> dict[str, Make]:
     }
 
     def make(name: str, options: dict[str, Any]) -> Make:
-        return lambda: getattr(hf, f"{name}ForImageClassification")(getattr(hf, f"{name}Config")(**options))
+        kind, config = getattr(hf, f"{name}ForImageClassification"), getattr(hf, f"{name}Config")
+        return lambda: Logits(kind(config(**options)))
 
     return {f"transformers {name}": make(name, options) for name, options in configs.items()}
 
@@ -136,7 +137,7 @@ def dense() -> dict[str, Make]:
         return lambda: timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
 
     networks = {f"timm {name}": make(name, options) for name, options in TIMM.items()}
-    return networks | {name: (lambda own=own: Logits(own())) for name, own in _transformers().items()}  # type: ignore[misc]
+    return networks | of_transformers()
 
 
 def side(name: str) -> int:

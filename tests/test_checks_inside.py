@@ -4,6 +4,7 @@ who draws random numbers (R7).
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -265,6 +266,22 @@ def test_dense_networks_are_not_said_to_route_nor_to_hide_a_gradient(how: str) -
         assert answer.status == "pass", answer.sentence
 
 
+SURVEY = Path(__file__).parents[1] / "docs" / "results" / "looking_inside.json"
+
+
+def test_every_dense_network_of_the_survey_passes_and_every_hidden_router_is_marked() -> None:
+    numbers = json.loads(SURVEY.read_text(encoding="utf-8"))
+    assert len(numbers["dense"]) >= 25
+    for name, row in numbers["dense"].items():
+        assert [row[id] for id in ("R18", "G15", "G2", "R7")] == ["pass"] * 4, name
+    printed = numbers["printed"]
+    for name in ("a pathway, its body called by a plain module", "a hard top-1", "a pathway of filters", "a Soft MoE"):
+        assert "do NOT quote this number" in printed[name]
+        assert "R18 hidden routers" in printed[name]
+    for name in ("a pathway in DataParallel", "a pathway behind torch.compile"):
+        assert "router attacked: yes" in printed[name]
+
+
 def test_names_alone_warn() -> None:
     class MoELayer(nn.Linear):
         pass
@@ -460,6 +477,16 @@ def test_the_module_that_draws_is_named_also_where_it_gives_a_tuple() -> None:
     answer = random_module_quickly(asked(Gated(TupleGate())))
     assert (answer.status, answer.value) == ("fail", "module 'gate' (TupleGate)")
     assert "draws random numbers by uniform_" in answer.sentence
+
+
+def test_a_draw_that_changes_nothing_warns() -> None:
+    class Seldom(nn.Module):
+        def forward(self, f: Tensor) -> tuple[dict[str, Tensor], int]:
+            return {"scores": f + (torch.rand_like(f) > 2)}, 3
+
+    answer = random_module_quickly(asked(Gated(Seldom())))
+    assert (answer.status, answer.value) == ("warn", "module 'gate' (Seldom)")
+    assert "2 passes on the same 4 images agree, others need not" in answer.sentence
 
 
 def test_where_none_of_torch_draws_the_first_that_differs_is_named() -> None:

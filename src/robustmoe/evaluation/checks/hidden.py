@@ -187,6 +187,8 @@ def _chosen(model: RoutedModel, x: Tensor, trace: Trace) -> list[Sign]:
     modules = dict(inside.named_modules())
     signs = []
     for choice in sorted(watcher.of(logits) | watcher.read):
+        if any(choice.path == name or (name and choice.path.startswith(f"{name}.")) for name in trace):
+            continue  # a declared router's own affair: its gates may be its own while its choice is held
         where = called(choice.path, choice.module)
         alike = _alike_beside(modules, choice)
         reaches = choice in watcher.of(logits)

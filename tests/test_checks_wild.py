@@ -1,0 +1,68 @@
+"""What the checks say of real packages: their routers are seen until they are wrapped, and dense networks have none (all
+that were asked: ``python -m benchmarks.looking_inside``).
+
+`make wild` installs the packages (the extra "wild"); without them this file is skipped.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import robustmoe as rm
+from faulty_models import on
+from robustmoe.data import Batch
+from robustmoe.evaluation.checks import Subject
+from robustmoe.evaluation.checks.hidden import hidden
+from robustmoe.evaluation.checks.passing import gradient_off
+from robustmoe.evaluation.checks.routers import random_module_quickly
+from robustmoe.models import RoutedModel, as_routed
+from wild_models import WILD, example
+
+MISSING = 'needs the extra "wild": run `make wild`'
+pytestmark = pytest.mark.wild
+
+for package in ("st_moe_pytorch", "soft_moe_pytorch", "mixture_of_experts", "transformers"):
+    pytest.importorskip(package, reason=MISSING)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """The packages warn of what is their own affair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def asked(model: RoutedModel) -> Subject:
+    x = example(8)
+    return on(model.eval(), Batch(x, torch.zeros(8, dtype=torch.long), torch.arange(8)))
+
+
+@pytest.mark.parametrize("name", sorted(WILD))
+def test_a_router_of_a_real_package_is_seen_until_it_is_wrapped(name: str) -> None:
+    model = WILD[name].make().eval()
+    answer = hidden(asked(as_routed(model)))
+    assert answer.status == "fail"
+    assert f"rm.wrap(model, {{'{WILD[name].path}': " in answer.sentence
+    wrapped = asked(rm.wrap(model, example=example(8)))
+    assert [check(wrapped).status for check in (hidden, gradient_off)] == ["pass", "pass"]
+
+
+def test_the_gate_that_draws_is_named() -> None:
+    """Its output is a tuple, and the first plain tensor that differs comes out of an activation (R7 blamed that)."""
+    answer = random_module_quickly(asked(as_routed(WILD["mixture-of-experts"].make().eval())))
+    assert answer.status in ("fail", "warn"), "whether 2 passes differ is a matter of chance"
+    assert answer.value == "module 'moe.gate' (Top2Gating)"
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Swin", "ConvNextV2", "Segformer", "Dinov2"])
+def test_dense_networks_of_transformers(kind: str) -> None:
+    from benchmarks.looking_inside import asked as surveyed
+    from benchmarks.looking_inside import of_transformers
+
+    row = surveyed(f"transformers {kind}", of_transformers()[f"transformers {kind}"])
+    assert row["said"] == []
