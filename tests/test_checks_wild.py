@@ -1,5 +1,5 @@
-"""What the checks say of real packages: their routers are seen until they are wrapped, and dense networks have none (all
-that were asked: ``python -m benchmarks.looking_inside``).
+"""What the checks say of real packages: their routers are seen until they are wrapped. Of dense networks they say
+nothing (``python -m benchmarks.looking_inside`` asks more of them).
 
 `make wild` installs the packages (the extra "wild"); without them this file is skipped.
 """
