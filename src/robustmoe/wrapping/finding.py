@@ -24,7 +24,7 @@ from robustmoe.wrapping.codecs import (
 )
 from robustmoe.wrapping.findings import Finding, RouterFindings
 from robustmoe.wrapping.said import Codec, Scores
-from robustmoe.wrapping.watching import Entered, Heard, Seen, tensors_of, watch
+from robustmoe.wrapping.watching import Decision, Entered, Heard, Seen, tensors_of, watch
 
 MOST = 512
 """More choices than this are no experts: pixels, tokens, a dictionary."""
@@ -42,13 +42,15 @@ def find_routers(model: nn.Module, example: Tensor) -> RouterFindings:
 
     A decision counts where it is made among 2 to 512 parts, for whole images or for a whole number of items an image,
     and the model has so many experts: modules of one kind in a list beside it, or stacked weights; or where a name says
-    so. What is drawn at random or computed without gradient is told too. Decisions inside a scripted or compiled module
+    so. What is drawn at random or computed without gradient is told too, and layers whose experts choose their items,
+    which no codec reads. Decisions inside a scripted or compiled module
     are not seen; its router is found where it returns the decision.
     """
     with evaluating(model):
         seen = watch(model, example, tensors=True)
     finder = Finder(model, seen, len(example))
-    return RouterFindings(tuple(finder.findings()), seen.cuts, tuple(dict.fromkeys(seen.draws)))
+    rows, draws = tuple(finder.findings()), tuple(dict.fromkeys(seen.draws))
+    return RouterFindings(rows, seen.cuts, draws, finder.inverted)
 
 
 @dataclass(eq=False)
@@ -67,7 +69,13 @@ class Finder:
     def __init__(self, model: nn.Module, seen: Seen, images: int) -> None:
         self.model, self.seen, self.images = model, seen, images
         self.modules = dict(model.named_modules())
-        self.heard = [heard for heard in seen.heard if self._plausible(heard)]
+        self._turned = [heard for heard in seen.heard if self._inverted(heard)]
+        self.heard = [heard for heard in seen.heard if self._plausible(heard) and heard not in self._turned]
+
+    @property
+    def inverted(self) -> tuple[Decision, ...]:
+        """The calls by which experts choose their items."""
+        return tuple(dict.fromkeys(heard.decision for heard in self._turned))
 
     def findings(self) -> Iterator[Finding]:
         """The router of each module that decides, in the order of the pass. What a module returns says more than a call
@@ -104,6 +112,14 @@ class Finder:
         slots = decision.call == "softmax" and decision.dim == 1 and len(decision.shape) in (3, 4)
         chosen = decision.call == "softmax" or decision.k < decision.choices
         return (last or slots) and 2 <= decision.choices <= MOST and chosen and rows % self.images == 0
+
+    def _inverted(self, heard: Heard) -> bool:
+        """Whether each of as many experts as another dimension has chooses some of the items."""
+        decision = heard.decision
+        if decision.call != "topk" or decision.k >= decision.choices or self._listed(decision.path, decision.choices):
+            return False
+        others = {size for dim, size in enumerate(decision.shape) if dim != decision.dim and size > 1}
+        return any(self._listed(decision.path, size) for size in others)
 
     def _guesses(self) -> Iterator[_Guess]:
         shared = self._shared()
@@ -259,7 +275,7 @@ class Finder:
         return any(
             other.decision.call in SELECTIVE
             and other.entry == heard.entry
-            and (other.decision.choices == choices or other.decision.k == choices)
+            and (other.decision.choices == choices or other.decision.k == choices or other in self._turned)
             for other in self.seen.heard
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from robustmoe.wrapping.codecs import text_of
 from robustmoe.wrapping.said import Codec
-from robustmoe.wrapping.watching import Cut, Draw
+from robustmoe.wrapping.watching import Cut, Decision, Draw
 
 WIDTH = 80
 
@@ -30,12 +30,13 @@ class Finding:
 @dataclass(frozen=True)
 class RouterFindings:
     """The decisions of a model, in the order of a pass, and where it passes no gradient (``cuts``) or draws random
-    numbers (``draws``). Prints as a table.
+    numbers (``draws``). ``inverted``: where experts choose their items, which no codec reads. Prints as a table.
     """
 
     rows: tuple[Finding, ...]
     cuts: tuple[Cut, ...] = ()
     draws: tuple[Draw, ...] = ()
+    inverted: tuple[Decision, ...] = ()
 
     @property
     def routers(self) -> dict[str, Codec]:
@@ -56,8 +57,14 @@ class RouterFindings:
 
     __repr__ = __str__
 
+    @property
+    def unread(self) -> list[str]:
+        """What no codec reads, one sentence each."""
+        names = [f"{call.path or 'the model'} ({call.module})" for call in self.inverted]
+        return [f"the experts of {name} choose their items: no codec reads that, no attack moves it" for name in names]
+
     def _doubts(self) -> list[str]:
-        lines = []
+        lines = [line for sentence in self.unread for line in _wrapped(sentence)]
         for path, how in outermost(self.cuts):
             lines += _wrapped(f"no gradient: {path or 'the model'} ({how})")
         for draw in self.draws:

@@ -58,32 +58,33 @@ def wrap(
     if any(isinstance(module, RoutedModel) for module in bare.modules()):
         return as_routed(model)
     model = bare
-    sites = chosen_sites(model, routers, example)
+    sites, unread = chosen_sites(model, routers, example)
     draws = {"free": 0, "replay": 1, "average": DRAWS}[noise]
     if example is None:
         note = "not tested: no example was given"
         return WrappedModel(model, sites, output, draws=draws, notes=(note,))
     done = tested(model, sites, example, output, noise)
-    return WrappedModel(model, done.sites, output, done.climbs, draws, done.notes)
+    return WrappedModel(model, done.sites, output, done.climbs, draws, (*unread, *done.notes))
 
 
-def chosen_sites(model: nn.Module, routers: Mapping[str, Router] | None, example: Tensor | None) -> list[Site]:
-    """The places that the user named, or the guessed ones. UserError where none is known."""
+def chosen_sites(
+    model: nn.Module, routers: Mapping[str, Router] | None, example: Tensor | None
+) -> tuple[list[Site], list[str]]:
+    """The places that the user named, or the guessed ones, and what no codec reads. UserError where none is known."""
     if routers is not None:
-        return sites_of(model, routers)
+        return sites_of(model, routers), []
     if example is None:
         known = {path: codec for path, module in model.named_modules() if (codec := known_class(module)) is not None}
         if not known:
             raise UserError(
                 "no module has a router's class that is known by name; give an example (a few images), or routers="
             )
-        return sites_of(model, known)
+        return sites_of(model, known), []
     findings = find_routers(model, example)
     if not findings:
-        raise UserError(
-            "no router was found in this model; name them (routers={path: codec}), or evaluate it as it is: dense"
-        )
-    return sites_of(model, findings.routers)
+        seen = "; ".join(findings.unread) or "no router was found in this model"
+        raise UserError(f"{seen}; name them (routers={{path: codec}}), or evaluate it as it is, if it is dense")
+    return sites_of(model, findings.routers), findings.unread
 
 
 KNOWN = {
