@@ -62,8 +62,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the checks, which take seconds, one."""
+    """Of the checks, which take seconds, one; and a short attack."""
     real = auditing.check_run
+    monkeypatch.setattr(auditing, "STEPS", 1)
     monkeypatch.setattr(auditing, "check_run", lambda run, **given: real(run, only="H4", **given))
 
 
@@ -85,7 +86,7 @@ def test_from_a_file_to_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert records.read(records.rows_files(run)[0]).header.routers["1"].experts == 3
     audited = records.Audit.read(run)
     assert audited is not None
-    assert (audited.n, audited.attacks) == (2, ["pgd(linf(0.1), steps=20)"])
+    assert (audited.n, audited.attacks) == (2, ["pgd(linf(0.1), steps=1)"])
     assert records.Dissection.read(run) is not None
     assert "mine.py:make_model" in (run / "report.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json*") if path.parent.name == "rows"}

@@ -386,6 +386,7 @@ def test_a_run_from_recipe_to_report(write: Callable[..., str], capsys: pytest.C
     assert records.read(rows).header.attack == "parts.py:Shift(linf(0.1))"
     assert records.read(rows).header.files == config["files"], "the method's as it was trained with"
     assert main(["report", "run", "--out", "page.html"]) == 0
+    assert f"<dt>hash of method.py</dt><dd>{sha(PARTS)}</dd>" in Path("page.html").read_text()
     capsys.readouterr()
     write("parts.py", f"{PARTS}\n")
     assert main(arguments) == 2

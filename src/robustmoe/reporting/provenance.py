@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from robustmoe import analysis
-from robustmoe.records import Check
+from robustmoe.records import Check, Header
 from robustmoe.reporting.collect import RunView
 from robustmoe.reporting.figures import colour
 from robustmoe.reporting.kinds import KINDS
@@ -147,6 +147,12 @@ def _times(view: RunView) -> list[tuple[str, str]]:
     return [(f"time, {kind.title}", duration(seconds)) for kind, seconds in took if seconds]
 
 
+def _files(headers: Sequence[Header]) -> list[tuple[str, str]]:
+    """Returns the hashes of the files that parts of a user's own came from."""
+    files = {path: sha256 for header in headers for path, sha256 in header.files.items()}
+    return [(f"hash of {path}", sha256) for path, sha256 in files.items()]
+
+
 def facts(view: RunView) -> list[tuple[str, str]]:
     """Returns names and values, as text; what is not known is left out."""
     header, config = view.header, view.config
@@ -181,5 +187,6 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         ("model hash", header.model_hash),
         ("data hash", header.data_hash),
         ("image list hash", header.index_hash),
+        *_files(headers),
     ]
     return [(name, value) for name, value in pairs if value not in ("–", "")]
