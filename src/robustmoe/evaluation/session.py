@@ -33,7 +33,7 @@ from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.norm import at_least_float32
-from robustmoe.models.plain import Plain, as_routed
+from robustmoe.models.plain import Plain, as_routed, sharded
 from robustmoe.options import Options
 from robustmoe.progress import note
 from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo
@@ -263,6 +263,11 @@ def in_hand(
         source: Any = specs.build(x, "data") if isinstance(x, str) else x
         split = getattr(options, "split", "test")
         images = images_of(source, y, num_classes, split).head(options.limit)
+        if sharded(model) and distributed.world() > 1:
+            raise UserError(
+                "the model's weights are sharded over processes (FSDP), and here each has images of its own; gather "
+                "them (full_state_dict=True) into an unsharded model in every process, and evaluate that"
+            )
         routed, device = as_routed(model), device_of(options)
         about = About(
             model=name or type(routed if not isinstance(routed, Plain) else model).__name__,

@@ -87,6 +87,11 @@ def _inside(model: object) -> list[RoutedModel]:
     return inside
 
 
+def sharded(model: object) -> bool:
+    """Whether a module's weights, or those of a part of it, are spread over processes (FSDP)."""
+    return any(map(_sharded, _modules(model)))
+
+
 def _sharded(model: nn.Module) -> bool:
-    """Whether the weights are spread over processes (FSDP2): they are gathered when it is called."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
+    """Whether a module gathers its weights from the processes when it is called, and no sooner."""
+    return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(model).__mro__)
