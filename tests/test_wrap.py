@@ -20,13 +20,15 @@ from foreign_models import (
     CapacityLayer,
     Classifier,
     DividingLayer,
-    Experts,
     Layer,
     PairGate,
     SlotLayer,
     TripleGate,
     TripleLayer,
 )
+from robustmoe.attacks import PGD, linf
+from robustmoe.attacks.routes import Misrouting
+from robustmoe.attacks.routes.objectives import RouterHinge
 from robustmoe.routing import Routing, detach, to_expert
 from robustmoe.wrapping import Said, WrappedModel
 from robustmoe.wrapping.codecs import text_of
@@ -466,17 +468,16 @@ def test_without_such_a_way_the_part_is_named(images: Callable[..., Tensor]) -> 
 # ---------------------------------------------------------------------------------------------- the rest of the project
 
 
-def test_attacks_dissection_and_copies_work_on_a_wrapped_model(images: Callable[..., Tensor]) -> None:
+def test_evaluation_attacks_and_copies_work_on_a_wrapped_model(images: Callable[..., Tensor]) -> None:
     model, x = Classifier(DividingLayer(PairGate())).eval(), images(4, 3, 8, 8)
     routed = rm.wrap(model, example=x)
     twin = copy.deepcopy(routed)
     assert torch.equal(twin(x), routed(x))
     y = model(x).argmax(1)
-    records = rm.evaluate(routed, x, y, attacks=["pgd(linf(8/255), steps=1)", "route_flip(linf(8/255), steps=1)"])
+    records = rm.evaluate(routed, x, y, attacks="pgd(linf(8/255), steps=1)")
     assert all(summary.failed == () for summary in records.summary()), "no check sees a hidden router, or no gradient"
-    taken = rm.dissect(routed, x, y, attack="pgd(linf(8/255), steps=1)")
-    assert taken.done
-    assert "experts" in taken.under
+    assert records[0].header.routers["moe.gate"].experts == EXPERTS
+    for objective in (Misrouting(), RouterHinge()):
+        attack = PGD(linf(8 / 255), steps=1, objective=objective)
+        assert float((attack(routed, x, y) - x).abs().max()) > 0, "also where the model takes no mixture"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert isinstance(next(m for m in model.modules() if isinstance(m, Experts)), nn.ModuleList)
-    assert taken.header.routers["moe.gate"].experts == EXPERTS
