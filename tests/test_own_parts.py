@@ -392,7 +392,10 @@ def test_a_run_from_recipe_to_report(write: Callable[..., str], capsys: pytest.C
     assert main(arguments) == 2
     changed = f"SHA-256 {sha(PARTS)[:12]} then, {sha(PARTS + chr(10))[:12]} now"
     assert f"holds other work: another content of parts.py ({changed}); choose" in capsys.readouterr().err
-    write("parts.py", PARTS), write("method.py", f"{PARTS}\n")
+    write("parts.py", PARTS), write("mine.py", f"{MODELS}\n")
+    rm.load_model("run")
+    assert "run: mine.py has changed since the run was made (SHA-256" in capsys.readouterr().err
+    write("mine.py"), write("method.py", f"{PARTS}\n")
     assert main(["train", "own.toml", "--out", "run", "--resume", "--threads", "1"]) == 2
     expected = (
         f"run was trained with method.py of SHA-256 {sha(PARTS)[:12]}, the file is now {sha(PARTS + chr(10))[:12]};"

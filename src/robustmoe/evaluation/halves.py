@@ -114,6 +114,7 @@ def write_run(folder: Path, halves: Halves, alpha: float | None, base: PGD, clas
     shared = ("data", "method", "threat", "num_classes", "image_shape", "mean", "std")
     config = {
         "model": text,
+        "files": specs.files(text, halves.config.get("data")),
         "threat": specs.text(base.threat),
         **{name: halves.config[name] for name in shared if name in halves.config},
         "classes": list(classes),

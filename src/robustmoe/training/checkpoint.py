@@ -20,6 +20,7 @@ from robustmoe import spec as specs
 from robustmoe.data import Data
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
+from robustmoe.progress import note
 from robustmoe.records import write_atomic
 
 
@@ -113,6 +114,10 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedMod
         tuple(config["mean"]),
         tuple(config["std"]),
     )
+    for file, now in specs.files(config["model"]).items():
+        then = (config.get("files") or {}).get(file)
+        if then not in (None, now):
+            note(f"{run}: {file} has changed since the run was made (SHA-256 {then[:12]} then, {now[:12]} now)")
     if not config.get("brings_weights"):
         path = run / "model.safetensors"
         load_weights(model, read_weights(path), path)
