@@ -204,6 +204,22 @@ print(hidden(Subject(model, (FGSM(linf(0.1)),), batch, batch)))
 """
 
 
+def test_a_routed_model_that_is_called_past_its_tape_is_named() -> None:
+    class Past(nn.Module):
+        def __init__(self, inner: rm.RoutedModel) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner.body(x, Tape())
+
+    case = PLANTED[0].make()
+    for model in (Past(case.model), lambda x: case.model(torch.cat([x, x]))[: len(x)]):
+        answer = hidden(asked(model, case.x))
+        assert answer.status == "fail"
+        assert "is a RoutedModel: call it as it is, on the same images, uncompiled" in answer.sentence
+
+
 @pytest.mark.slow
 def test_a_route_that_is_compiled_into_a_lambda_is_seen() -> None:
     """In a process of its own: torch.compile cannot read functions whose shapes are checked."""

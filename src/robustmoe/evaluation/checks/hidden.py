@@ -153,6 +153,12 @@ def hidden(case: Subject) -> Answer:
 def _advice(model: RoutedModel, x: Tensor) -> str:
     """What to do, with the routers and their codecs as `find_routers` guesses them."""
     inner = innermost(model)
+    parts = Inside.of(model).named_modules()
+    routed = next((path for path, module in parts if path and isinstance(module, RoutedModel)), None)
+    if routed is not None:
+        return (
+            f"{routed!r} is a RoutedModel: call it as it is, on the same images, uncompiled; then its routes are told"
+        )
     if not isinstance(inner, nn.Module):
         name = next(iter(modules_read_by(inner)), "module")
         return f"Give a module in place of the function, wrapped: rm.wrap({name}, example=x)"
