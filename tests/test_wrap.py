@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import robustmoe as rm
 from foreign_models import (
@@ -354,6 +355,46 @@ def test_a_router_whose_rule_is_not_seen_is_noted(images: Callable[..., Tensor])
     )
     assert isinstance(silent, WrappedModel)
     assert "router 'moe.gate' does not choose the highest of the scores" in silent.notes[0]
+
+
+class LeavingOut(Layer):
+    """A soft gate of which only what is above a quarter counts."""
+
+    def flat(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1)
+        return self.experts.all(x, p * (p > 0.25))
+
+
+def test_a_gate_whose_code_leaves_experts_out_is_noted(images: Callable[..., Tensor]) -> None:
+    routed = rm.wrap(Classifier(LeavingOut(nn.Linear(WIDTH, EXPERTS))).eval(), example=images(4, 3, 8, 8))
+    assert isinstance(routed, WrappedModel)
+    assert "router 'moe' is recorded as one that uses all experts, but the code after it leaves out" in routed.notes[0]
+    soft = rm.wrap(CASES["softmax"].make().eval(), example=images(4, 3, 8, 8))
+    assert isinstance(soft, WrappedModel)
+    assert soft.notes == ()
+
+
+def test_a_gumbel_gate_is_found_and_held(images: Callable[..., Tensor]) -> None:
+    class Gumbel(Layer):
+        def flat(self, x: Tensor) -> Tensor:
+            return self.experts.all(x, F.gumbel_softmax(self.gate(x), hard=True))
+
+    x = images(4, 3, 8, 8)
+    routed = rm.wrap(Classifier(Gumbel(nn.Linear(WIDTH, EXPERTS))).eval(), example=x, noise="replay")
+    assert isinstance(routed, WrappedModel)
+    assert [text_of(site.codec) for site in routed.sites] == ["call(name=gumbel_softmax)"]
+    routing = routed.run(x).trace["moe"]
+    assert torch.equal(routing.weight.detach().round(), torch.eye(EXPERTS)[0].expand_as(routing.weight))
+    assert torch.equal(routed(x), routed(x))
+
+
+def test_checkpointed_parts_are_refused(images: Callable[..., Tensor]) -> None:
+    class Checkpointed(TripleLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    with pytest.raises(rm.UserError, match=r"no gradient can be taken when router 'moe.gate' is watched"):
+        rm.wrap(Classifier(Checkpointed(TripleGate())).eval(), example=images(4, 3, 8, 8))
 
 
 def _read(said: Said) -> Routing:

@@ -212,14 +212,15 @@ def _pair_of(said: Said, routing: Routing, index: int, weight: int) -> Any:
 
 # ------------------------------------------------------------------------------------------------ intercepted calls
 
-Intercepted = Literal["topk", "argmax", "max", "softmax", "one_hot"]
+Intercepted = Literal["topk", "argmax", "max", "softmax", "gumbel_softmax", "one_hot"]
+SOFT = frozenset({"softmax", "gumbel_softmax"})
 Weights = Literal["values", "renormalised", "softmax"]
 
 
 @dataclass(frozen=True)
 class CallCodec(Codec):
     """A call inside the module's own forward: ``topk``, ``max`` (along a dimension) or ``argmax`` of the scores,
-    ``softmax`` (a weight for every expert), or ``one_hot`` of an index.
+    ``softmax`` or ``gumbel_softmax`` (a weight for every expert), or ``one_hot`` of an index.
 
     ``weights``: what the code after a top-k makes of its values: they are the weights, perhaps divided by their sum
     ("values", "renormalised"), or their softmax is. ``nth``: which such call in one call of the module, from 0; None:
@@ -239,7 +240,7 @@ class CallCodec(Codec):
         if logits is None:
             raise ValueError(f"the scores of {self.name} were not seen")
         logits = at_least_float32(said.items(logits))
-        if self.name == "softmax":
+        if self.name in SOFT:
             return of_dense(said.items(said.output), logits.shape[-1], logits)
         if self.name in ("argmax", "one_hot"):
             index = said.items(self._index(said))
@@ -266,7 +267,7 @@ class CallCodec(Codec):
         return value if value.ndim == said.logits.ndim else value[..., None]
 
     def write(self, said: Said, routing: Routing) -> Any:
-        if self.name == "softmax":
+        if self.name in SOFT:
             return said.back(dense(routing), said.output)
         if self.name in ("argmax", "one_hot"):
             if routing.k != 1:

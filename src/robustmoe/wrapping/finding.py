@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robustmoe.attacks.base import evaluating
 from robustmoe.routing import Gate
 from robustmoe.wrapping.codecs import (
+    SOFT,
     CallCodec,
     DenseCodec,
     DispatchCodec,
@@ -30,7 +31,7 @@ MOST = 512
 """More choices than this are no experts: pixels, tokens, a dictionary."""
 NAMED = re.compile(r"gate(?!d)|gating|rout|moe|expert|switch|mixture", re.IGNORECASE)
 SELECTIVE = frozenset({"topk", "argmax", "max", "one_hot"})
-CODECS_OF_CALLS = SELECTIVE | {"softmax"}
+CODECS_OF_CALLS = SELECTIVE | SOFT
 
 
 def find_routers(model: nn.Module, example: Tensor) -> RouterFindings:
@@ -110,7 +111,7 @@ class Finder:
         rows = torch.Size(decision.shape[:-1]).numel()
         last = decision.dim == len(decision.shape) - 1
         slots = decision.call == "softmax" and decision.dim == 1 and len(decision.shape) in (3, 4)
-        chosen = decision.call == "softmax" or decision.k < decision.choices
+        chosen = decision.call in SOFT or decision.k < decision.choices
         return (last or slots) and 2 <= decision.choices <= MOST and chosen and rows % self.images == 0
 
     def _inverted(self, heard: Heard) -> bool:
@@ -125,14 +126,14 @@ class Finder:
         shared = self._shared()
         taken: list[Heard] = []
         for heard in self.heard:
-            if heard.decision.call == "softmax" or any(heard.scores is other.scores for other in taken):
+            if heard.decision.call in SOFT or any(heard.scores is other.scores for other in taken):
                 continue
             guess = self._of_choice(heard, shared)
             if guess is not None:
                 taken.append(heard)
                 yield guess
         for heard in self.heard:
-            if heard.decision.call == "softmax" and (soft := self._of_softmax(heard)) is not None:
+            if heard.decision.call in SOFT and (soft := self._of_softmax(heard)) is not None:
                 yield soft
 
     def _of_choice(self, heard: Heard, shared: dict[int, Entered]) -> _Guess | None:
@@ -260,7 +261,7 @@ class Finder:
             codec = self._contract(entry, decision.choices) or _gives(entry.output, heard.result)
             if codec is not None:
                 return _Guess(entry, entry.path, codec, heard)
-        return _Guess(None, decision.path, CallCodec("softmax"), heard)
+        return _Guess(None, decision.path, CallCodec(decision.call), heard)  # type: ignore[arg-type]
 
     def _attends(self, heard: Heard) -> bool:
         """Whether a softmax is an attention's: of a product of image with image, of every item with every item or in a

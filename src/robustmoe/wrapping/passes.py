@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from robustmoe import compat
 from robustmoe.errors import UserError
 from robustmoe.routing import Routing, Tape
-from robustmoe.wrapping.codecs import CallCodec, SlotsCodec, text_of
+from robustmoe.wrapping.codecs import SOFT, CallCodec, SlotsCodec, text_of
 from robustmoe.wrapping.draws import drawn, rewound
 from robustmoe.wrapping.own import OwnGates, own_weights
 from robustmoe.wrapping.said import Codec, Said, logarithm
@@ -254,12 +254,12 @@ class Intercept(TorchFunctionMode):
         if codec.nth is not None and codec.nth != number:
             return None
         logits = result.to(torch.get_default_dtype()) if name == "one_hot" else self._source(given)
-        said = self.inside.said(self.site, result, given if name == "softmax" else logits)
+        said = self.inside.said(self.site, result, given if name in SOFT else logits)
 
         def own(index: Tensor) -> Tensor:
             if name in ("argmax", "one_hot"):
                 return torch.ones_like(index, dtype=said.items(given).dtype)
-            if name == "softmax":
+            if name in SOFT:
                 return said.items(result).gather(-1, index)
             values = said.items(given).gather(-1, index)
             return codec.weigh(values)

@@ -50,6 +50,7 @@ def tested(model: nn.Module, sites: Sequence[Site], example: Tensor, output: Pic
         trial.settle_order()
         trial.settle_weights()
         trial.replayed()
+        trial.differentiable()
         trial.settle_width()
         trial.forced()
         trial.alone()
@@ -114,6 +115,21 @@ class Trial:
                 "expected the same answer to the bit, so it cannot be wrapped"
             )
 
+    def differentiable(self) -> None:
+        """The gradient of the watched model can be taken where that of the model itself can."""
+        at = self.x.clone().requires_grad_(self.x.is_floating_point())
+        try:
+            with torch.enable_grad():
+                logits = self.wrapped().run(at).logits
+                if logits.requires_grad:
+                    torch.autograd.grad(logits.sum(), at, allow_unused=True)
+        except Exception as error:  # whatever torch says; checkpointed parts run again when nobody watches
+            names = ", ".join(repr(site.name) for site in self.sites)
+            raise UserError(
+                f"no gradient can be taken when router {names} is watched ({type(error).__name__}); expected one: turn "
+                "off gradient checkpointing, if the model has it on"
+            ) from error
+
     def replayed(self) -> None:
         """The model on its own trace answers as it does freely; each router is asked apart, so that it can be named."""
         free = self.run()
@@ -144,8 +160,19 @@ class Trial:
             )
 
     def explained(self) -> None:
-        """A note on a router that does not choose the highest of the scores that are recorded."""
-        for name, routing in self.run().trace.items():
+        """A note on a router that does not choose the highest of the scores that are recorded, and on a gate that seems
+        to use every expert while the code after it leaves some out.
+        """
+        free = self.run()
+        for name, routing in detach(free.trace).items():
+            least = routing.weight[..., -1:]
+            if routing.k == routing.num_experts and routing.slots is None and float(least.max()) > 1e-3:
+                without = replace(routing, weight=torch.cat([routing.weight[..., :-1], 0 * least], -1))
+                if self.off(self.run({name: without}).logits, free.logits) <= CLOSE:
+                    self.notes.append(
+                        f"router {name!r} is recorded as one that uses all experts, but the code after it leaves out "
+                        "those of little weight: where it changes whom it leaves out is not seen"
+                    )
             if routing.k < routing.num_experts and not explains(routing.logits, routing.index):
                 self.notes.append(
                     f"router {name!r} does not choose the highest of the scores that it is recorded with (noise, or a "
