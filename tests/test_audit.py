@@ -62,9 +62,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the checks, which take seconds, one; and a short attack."""
+    """Of the checks, which take seconds, one."""
     real = auditing.check_run
-    monkeypatch.setattr(auditing, "STEPS", 1)
     monkeypatch.setattr(auditing, "check_run", lambda run, **given: real(run, only="H4", **given))
 
 
@@ -77,6 +76,7 @@ def test_from_a_file_to_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "verdict:" in out
     run = Path("runs/mine-make-model")
     config = json.loads((run / "config.json").read_text())
+    assert config["threat"] == "linf(0.1)", "what later measurements take"
     described = spec.build(config["model"], "model")
     assert isinstance(described, WrappedSpec)
     assert spec.text(described) == config["model"], "the guess is pinned"
@@ -86,7 +86,7 @@ def test_from_a_file_to_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert records.read(records.rows_files(run)[0]).header.routers["1"].experts == 3
     audited = records.Audit.read(run)
     assert audited is not None
-    assert (audited.n, audited.attacks) == (2, ["pgd(linf(0.1), steps=1)"])
+    assert (audited.n, audited.attacks) == (2, ["fgsm(linf(0.1))"])
     assert records.Dissection.read(run) is not None
     assert "mine.py:make_model" in (run / "report.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json*") if path.parent.name == "rows"}

@@ -209,10 +209,12 @@ class CheckOptions(Options):
 class AuditOptions(Options):
     """How a model that was not made here is audited."""
 
-    threat: Annotated[Spec, "the ball that it is attacked in, such as linf(0.1) or l2(0.5)"] = "linf(8/255)"
+    threat: Annotated[
+        Spec, "the ball that it is attacked in, such as linf(0.1) or l2(0.5), unless an attack says it"
+    ] = "linf(8/255)"
     attacks: Annotated[
         tuple[Spec, ...],
-        "an attack (default: PGD-20, then autoattack_routing: AutoAttack and the attacks on the routing)",
+        "an attack (default: those of evaluate, then autoattack_routing: AutoAttack and the attacks on the routing)",
     ] = ()
     limit: Annotated[int | None, "images to attack"] = 200
     batch_size: Annotated[int, "images at a time"] = 128

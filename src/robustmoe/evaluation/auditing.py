@@ -4,6 +4,7 @@ attacks on the routing, a dissection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from robustmoe import records
 from robustmoe import spec as specs
-from robustmoe.attacks import Threat
+from robustmoe.attacks import PGD, Attack, AutoAttackRouting, Threat, build_attack
 from robustmoe.data import Data
 from robustmoe.errors import UserError
 from robustmoe.evaluation.checks.run import check_run
+from robustmoe.evaluation.choosing import attacks_for, seeded, spec_or_repr
 from robustmoe.evaluation.dissection import dissect_run
 from robustmoe.evaluation.measuring import evaluate_run
 from robustmoe.evaluation.own_run import default_folder, own_run
@@ -26,11 +28,12 @@ from robustmoe.models.plain import as_routed
 from robustmoe.options import AuditOptions, takes
 from robustmoe.progress import note
 from robustmoe.records import Evaluation, Records
+from robustmoe.training.checkpoint import load_model, read_config, run_data
 from robustmoe.wrapping import find_routers, wrap
 from robustmoe.wrapping.described import WrappedSpec
 
 STEPS = 20
-"""Of the attack that the checks and the dissection are about."""
+"""Of the attack that the dissection is made of."""
 
 CHECKED = 64
 """Images that the checks are made on at most."""
@@ -57,32 +60,42 @@ def audit(model: str, data: str, *, options: AuditOptions, out: str | Path | Non
     checks, the attacks, and, of a routed model, a dissection. What is done is not done again. Raises UserError where
     these do.
     """
-    threat: Threat = specs.build(options.threat, "threat") if isinstance(options.threat, str) else options.threat
-    ball = specs.text(threat)
+    given = [build_attack(attack) for attack in options.attacks]
+    asked = specs.build(options.threat, "threat") if isinstance(options.threat, str) else options.threat
+    threat: Threat = given[0].threat if given else asked
     text, unwrapped = _described(specs.canonical(model), data, options)
-    folder = own_run(text, data, out or default_folder(specs.canonical(model)), unwrapped=unwrapped)
+    more = {"unwrapped": unwrapped, "threat": specs.text(threat)}
+    folder = own_run(text, data, out or default_folder(specs.canonical(model)), more)
     note(f"run folder: {folder}")
     shared: dict[str, Any] = {"seed": options.seed, "device": options.device}
-    simple = f"pgd({ball}, steps={STEPS})"
+    simple = given or _simple(folder, threat)
     note("checks")
-    _checked(folder, simple, options.limit, shared)
+    _checked(folder, [seeded(attack, options.seed) for attack in simple], options.limit, shared)
     note("attacks")
-    attacks = options.attacks or (simple, f"autoattack_routing({ball})")
+    suite = () if given else (AutoAttackRouting(threat),)
     sized = {**shared, "limit": options.limit, "batch_size": options.batch_size}
-    results = evaluate_run(folder, attacks=attacks, curve=(), **sized)
+    results = evaluate_run(folder, attacks=(*simple, *suite), curve=(), **sized)
     if results[0].header.routers:
         note("dissection")
-        dissect_run(folder, attack=simple, **sized)
+        dissect_run(folder, attack=PGD(threat, steps=STEPS), **sized)
     return Audited(folder, results, unwrapped)
 
 
-def _checked(folder: Path, attack: str, limit: int | None, shared: dict[str, Any]) -> None:
-    """All checks, unless their file is there and of the same work."""
+def _simple(folder: Path, threat: Threat) -> list[Attack]:
+    """What an evaluation attacks the model of a run folder with where nothing is asked for."""
+    config = read_config(folder)
+    with torch.no_grad():
+        trace = load_model(folder).run(run_data(folder, config).test.batch([0, 1]).x).trace
+    return attacks_for(trace, [], threat)
+
+
+def _checked(folder: Path, attacks: Sequence[Attack], limit: int | None, shared: dict[str, Any]) -> None:
+    """All checks of these attacks, unless their file is there and of the same work."""
     few = CHECKED if limit is None else min(limit, CHECKED)
-    old = records.Audit.read(folder)
-    if old is not None and (old.attacks, old.seed) == ([attack], shared["seed"]) and old.n <= few:
+    old, asked = records.Audit.read(folder), [spec_or_repr(attack) for attack in attacks]
+    if old is not None and (old.attacks, old.seed) == (asked, shared["seed"]) and old.n <= few:
         return
-    check_run(folder, attacks=attack, limit=few, **shared).write(folder)
+    check_run(folder, attacks=attacks, limit=few, **shared).write(folder)
 
 
 # ------------------------------------------------------------------------------------------------ routers

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from robustmoe import provenance
@@ -17,13 +19,15 @@ from robustmoe.training.checkpoint import read_config
 from robustmoe.wrapping import WrappedSpec
 
 
-def own_run(model: str, data: str, out: str | Path | None = None, unwrapped: str = "") -> Path:
+def own_run(
+    model: str, data: str, out: str | Path | None = None, more: Mapping[str, str] = MappingProxyType({})
+) -> Path:
     """Makes the run folder of ``model``, a model of a user's own such as "my_file.py:make_model", on the data set
     ``data``; or returns the one that is there.
 
     ``out``: the folder (default: runs/ and the names of file and model). It holds the specs, the SHA-256 of the files
-    and what the images are; the weights are those that the model brings whenever it is made. ``unwrapped``: why a model
-    that seems to route is measured as a plain callable; the report says it. Raises UserError for a model of ours, which
+    and what the images are; the weights are those that the model brings whenever it is made. ``more``: entries of
+    ``config.json``, such as the threat that measurements take by default. Raises UserError for a model of ours, which
     has no weights yet, and where the folder holds results of another model, file or data set.
     """
     model, data = specs.canonical(model), specs.canonical(data)
@@ -36,7 +40,7 @@ def own_run(model: str, data: str, out: str | Path | None = None, unwrapped: str
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, not a run folder; choose another --out")
     source: Data = specs.build(data, "data")
-    config = {**_config(model, data, source), "unwrapped": unwrapped}
+    config = {**_config(model, data, source), **more}
     if _results(folder):
         _check_same(folder, read_config(folder), config)
     else:
