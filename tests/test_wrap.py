@@ -234,6 +234,15 @@ def test_what_was_made_parallel_or_compiled_is_wrapped_as_it_was(images: Callabl
         assert routed.model is model
 
 
+def test_an_example_that_the_model_does_not_take_is_refused(images: Callable[..., Tensor]) -> None:
+    model = Classifier(TripleLayer(TripleGate()))
+    for ask in (rm.find_routers, lambda model, x: rm.wrap(model, {"moe.gate": "triple"}, example=x)):
+        with pytest.raises(rm.UserError, match=r"the model fails on the example, \(2, 1, 8, 8\): RuntimeError: Given"):
+            ask(model, images(2, 1, 8, 8))
+        with pytest.raises(rm.UserError, match=r"a tensor of a few images .*; got none"):
+            ask(model, images(2, 3, 8, 8)[:0])
+
+
 def test_a_class_is_known_by_its_name(images: Callable[..., Tensor]) -> None:
     class WhateverTopKRouter(TripleGate):
         pass

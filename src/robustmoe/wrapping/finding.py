@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustmoe.attacks.base import evaluating
+from robustmoe.errors import UserError
 from robustmoe.routing import Gate
 from robustmoe.wrapping.codecs import (
     SOFT,
@@ -48,10 +49,22 @@ def find_routers(model: nn.Module, example: Tensor) -> RouterFindings:
     are not seen; its router is found where it returns the decision.
     """
     with evaluating(model):
-        seen = watch(model, example, tensors=True)
+        seen = seen_of(model, example, tensors=True)
     finder = Finder(model, seen, len(example))
     rows, draws = tuple(finder.findings()), tuple(dict.fromkeys(seen.draws))
     return RouterFindings(rows, seen.cuts, draws, finder.inverted)
+
+
+def seen_of(model: nn.Module, example: Tensor, tensors: bool = False) -> Seen:
+    """What `watch` sees of a pass on the example. UserError where the model does not take it."""
+    if not isinstance(example, Tensor) or len(example) == 0:
+        given = "none" if isinstance(example, Tensor) else f"a {type(example).__name__}"
+        raise UserError(f"the example has to be a tensor of a few images (n, ch, h, w) in [0, 1]; got {given}")
+    try:
+        return watch(model, example, tensors)
+    except Exception as error:  # whatever the user's own model raises; its traceback stays chained
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        raise UserError(f"the model fails on the example, {tuple(example.shape)}: {said}") from error
 
 
 @dataclass(eq=False)

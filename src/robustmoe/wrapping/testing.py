@@ -19,6 +19,7 @@ from robustmoe.errors import UserError
 from robustmoe.models.base import Output
 from robustmoe.routing import Routing, Trace, detach, to_expert
 from robustmoe.wrapping.codecs import CallCodec, FunctionsCodec, explains, text_of
+from robustmoe.wrapping.finding import seen_of
 from robustmoe.wrapping.findings import outermost
 from robustmoe.wrapping.model import Pick, WrappedModel
 from robustmoe.wrapping.passes import Site
@@ -42,7 +43,7 @@ class Tested:
 
 
 def tested(model: nn.Module, sites: Sequence[Site], example: Tensor, output: Pick, noise: str) -> Tested:
-    """Runs the self-tests on the first images of the example, in eval mode. UserError where one is refused."""
+    """Runs the self-tests on the first images of the example, in eval mode. UserError where it is refused."""
     with evaluating(model), torch.no_grad():
         trial = Trial(model, tuple(sites), example[:FEW].detach(), output)
         trial.notes += [] if noise != "free" else trial.random()
@@ -65,7 +66,7 @@ class Trial:
     def __init__(self, model: nn.Module, sites: tuple[Site, ...], x: Tensor, output: Pick) -> None:
         self.model, self.sites, self.x, self.output = model, sites, x, output
         self.notes: list[str] = []
-        seen = watch(model, x)
+        seen = seen_of(model, x)
         self.draws: tuple[Draw, ...] = tuple(dict.fromkeys(seen.draws))
         self.cuts: tuple[Cut, ...] = seen.cuts
 
