@@ -91,6 +91,8 @@ parentheses or signs of equality.
 def _without_files(text: str) -> tuple[str, dict[str, str]]:
     """Returns the text with each ``my_file.py:name`` as a plain name of the same length, and what these stand for."""
     names: dict[str, str] = {}
+    if ".py:" not in text:
+        return text, names
 
     def plain(match: re.Match[str]) -> str:
         if match["file"] is None:
