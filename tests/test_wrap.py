@@ -503,6 +503,23 @@ def test_a_way_that_moves_a_batch_norm_is_none(images: Callable[..., Tensor]) ->
     assert "passes no gradient (no_grad)" in routed.notes[0]
 
 
+def test_a_way_that_takes_float32_alone_is_measured_in_float32(images: Callable[..., Tensor]) -> None:
+    """As DiT-MoE's block, whose answer in training is cast to float32: its float64 copy runs without a gradient only."""
+
+    class Casting(DividingLayer):
+        def train_way(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            out[index[:, 0] >= 0] = super().train_way(x, index, weight).float()
+            return out
+
+    x = images(4, 3, 8, 8)
+    routed = rm.wrap(Classifier(Casting(PairGate())).eval(), example=x)
+    (record,) = rm.evaluate(routed, x, [0, 1, 2, 3], attacks="fgsm(linf(0.05))")
+    (said,) = (check for check in record.checks.checks if check.id == "G2")
+    assert said.status in ("pass", "warn")
+    assert "float32" in said.sentence
+
+
 def test_without_such_a_way_the_part_is_named(images: Callable[..., Tensor]) -> None:
     class Off(TripleLayer):
         @torch.no_grad()

@@ -186,11 +186,13 @@ def with_loss(attack: Attack, loss: Any) -> Attack:
 
 
 def doubled(model: RoutedModel, x: Tensor) -> RoutedModel | None:
-    """A float64 copy of the model; None where it cannot be copied, or does not run in float64."""
+    """A float64 copy of the model; None where it cannot be copied, or does not run in float64, also on the way that
+    gradients take.
+    """
     try:
         twin = copy.deepcopy(model).double()
-        with torch.no_grad():
-            logits = twin.run(x[:2].double()).logits
+        with torch.enable_grad():
+            logits = twin.run(x[:2].detach().double().requires_grad_()).logits.detach()
     except Exception:  # a user's own model: a cache that cannot be copied, a cast of its own
         return None
     return twin if logits.dtype == torch.float64 and bool(torch.isfinite(logits).all()) else None
