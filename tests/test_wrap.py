@@ -504,7 +504,7 @@ def test_a_way_that_moves_a_batch_norm_is_none(images: Callable[..., Tensor]) ->
 
 
 def test_a_way_that_takes_float32_alone_is_measured_in_float32(images: Callable[..., Tensor]) -> None:
-    """As DiT-MoE's block, whose answer in training is cast to float32: its float64 copy runs without a gradient only."""
+    """As DiT-MoE's block, whose answer in training is cast to float32: its float64 copy has no gradient to give."""
 
     class Casting(DividingLayer):
         def train_way(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
