@@ -465,13 +465,46 @@ def test_code_that_counts_on_k_experts_gets_k(images: Callable[..., Tensor]) -> 
 # ------------------------------------------------------------------------------------------------ gradient off
 
 
-def test_the_differentiable_way_is_climbed_and_the_exact_values_kept(images: Callable[..., Tensor]) -> None:
-    model = Classifier(DividingLayer(PairGate())).eval().double()
+class Scattering(DividingLayer):
+    """DeepSeek's way: what the experts say is summed in place."""
+
+    @torch.no_grad()
+    def eval_way(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, ranks = torch.where(index == number)
+            if len(rows):
+                said = expert(x[rows]).mul_(weight[rows, ranks, None])
+                out.scatter_reduce_(0, rows[:, None].expand_as(said), said, reduce="sum")
+        return out
+
+
+class Inferring(DividingLayer):
+    @torch.inference_mode()
+    def eval_way(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return self.train_way(x, index, weight)
+
+
+class Overwriting(DividingLayer):
+    """At inference it overwrites what a gradient would need, so that opening it is no way."""
+
+    @torch.no_grad()
+    def eval_way(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return super().eval_way(x, index, weight).exp().log_()
+
+
+@pytest.mark.parametrize(
+    "kind, climbs", [(DividingLayer, "opened"), (Scattering, "opened"), (Inferring, "opened"), (Overwriting, ("moe",))]
+)
+def test_a_differentiable_way_is_climbed_and_the_exact_values_kept(
+    kind: type[DividingLayer], climbs: object, images: Callable[..., Tensor]
+) -> None:
+    model = Classifier(kind(PairGate())).eval().double()
     x = images(4, 3, 8, 8).double()
     routed = rm.wrap(model, example=x)
     assert isinstance(routed, WrappedModel)
-    assert routed.climbs == ("moe",)
-    assert "module 'moe' runs without gradient in eval mode (no_grad)" in routed.notes[0]
+    assert routed.climbs == climbs
+    assert "module 'moe' runs without gradient in eval mode (" in routed.notes[0]
     at = x.clone().requires_grad_(True)
     logits = routed(at)
     assert torch.equal(logits, model(x))
@@ -485,28 +518,28 @@ def test_the_differentiable_way_is_climbed_and_the_exact_values_kept(images: Cal
     assert abs(float((blind * way).sum() - measured)) > 0.01 * abs(float(measured)), "without the view it is wrong"
 
 
-def test_a_way_that_moves_a_batch_norm_is_none(images: Callable[..., Tensor]) -> None:
-    class Counting(DividingLayer):
-        def __init__(self) -> None:
-            super().__init__(PairGate())
+def test_a_way_that_moves_a_buffer_is_none(images: Callable[..., Tensor]) -> None:
+    class Counting(Overwriting):
+        def __init__(self, gate: nn.Module) -> None:
+            super().__init__(gate)
             self.register_buffer("calls", torch.zeros(()))
 
         def train_way(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             self.calls += 1
             return super().train_way(x, index, weight)
 
-    model = Classifier(Counting()).eval()
+    model = Classifier(Counting(PairGate())).eval()
     routed = rm.wrap(model, example=images(4, 3, 8, 8))
     assert isinstance(routed, WrappedModel)
-    assert routed.climbs == ()
+    assert routed.climbs is None
     assert float(model.moe.calls) == 0, "the model is as it was"
-    assert "passes no gradient (no_grad)" in routed.notes[0]
+    assert routed.notes[0].startswith("module 'moe' passes no gradient (no_grad), though the answer depends on it")
 
 
 def test_a_way_that_takes_float32_alone_is_measured_in_float32(images: Callable[..., Tensor]) -> None:
     """As DiT-MoE's block, whose answer in training is cast to float32: its float64 copy has no gradient to give."""
 
-    class Casting(DividingLayer):
+    class Casting(Overwriting):
         def train_way(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             out = torch.zeros_like(x)
             out[index[:, 0] >= 0] = super().train_way(x, index, weight).float()
@@ -518,18 +551,6 @@ def test_a_way_that_takes_float32_alone_is_measured_in_float32(images: Callable[
     (said,) = (check for check in record.checks.checks if check.id == "G2")
     assert said.status in ("pass", "warn")
     assert "float32" in said.sentence
-
-
-def test_without_such_a_way_the_part_is_named(images: Callable[..., Tensor]) -> None:
-    class Off(TripleLayer):
-        @torch.no_grad()
-        def flat(self, x: Tensor) -> Tensor:
-            return super().flat(x)
-
-    routed = rm.wrap(Classifier(Off(TripleGate())).eval(), example=images(4, 3, 8, 8))
-    assert isinstance(routed, WrappedModel)
-    assert routed.climbs == ()
-    assert routed.notes[0].startswith("module 'moe' passes no gradient (no_grad), though the answer depends on it")
 
 
 # ---------------------------------------------------------------------------------------------- the rest of the project

@@ -116,7 +116,7 @@ def test_only_what_reaches_the_output_is_a_cut(images: Callable[..., Tensor]) ->
         (lambda x: (255 * x).byte().float().flatten(1), ("byte", "cast")),
         (lambda x: 2 * x.detach().flatten(1), ("detach", "detach")),
         (lambda x: 2 * x.data.flatten(1), ("data", "detach")),
-        (torch.inference_mode()(lambda x: 2 * x.flatten(1)), ("flatten", "inference_mode")),
+        (torch.inference_mode()(lambda x: 2 * x.flatten(1)), ("mul", "inference_mode")),
         (lambda x: x.flatten(1)[:, (-x).flatten(1)[0].detach().argsort()], None),
         (lambda x: x.flatten(1) + torch.zeros_like(x.detach()).flatten(1), None),
     ],

@@ -19,6 +19,7 @@ from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, detach
 from robustmoe.wrapping.codecs import text_of
 from robustmoe.wrapping.draws import Replayed
+from robustmoe.wrapping.opening import Open
 from robustmoe.wrapping.own import OwnGates
 from robustmoe.wrapping.passes import Pass, Site
 from robustmoe.wrapping.said import described
@@ -28,6 +29,8 @@ Pick = Callable[[Any], Any] | str | int | None
 """How the logits are picked from a model's output: a function, a key, an attribute or a place; None: they are it, or
 what a result called "logits" or the first of several holds."""
 
+Climbs = tuple[str, ...] | Literal["opened"] | None
+
 _switching = threading.RLock()
 
 
@@ -35,11 +38,11 @@ class WrappedModel(RoutedModel):
     """``model`` as it is, with its routers' decisions recorded and replayed.
 
     The model stays the user's own object: its weights are not copied, and hooks are on it during a pass only.
-    ``sites``: where it decides; ``output``: how its logits are picked. ``climbs``: paths of modules that run as in
-    training where a gradient is taken, because the way they take in eval mode has none (the values are the exact ones:
-    see `body`). ``draws``: 0, the model's random numbers are drawn as ever; 1, they are the same in every pass, for
-    each image; more, that many passes are averaged. ``notes``: what a user should know of this model, one sentence
-    each.
+    ``sites``: where it decides; ``output``: how its logits are picked. ``climbs``: how a gradient is taken, where the
+    way that the model goes in eval mode has none (the values are the exact ones, see `body`): None, as it is;
+    "opened", by the same calls with gradients on; paths of modules, by the way that these go in training. ``draws``: 0,
+    the model's random numbers are drawn as ever; 1, they are the same in every pass, for each image; more, that many
+    passes are averaged. ``notes``: what a user should know of this model, one sentence each.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class WrappedModel(RoutedModel):
         model: nn.Module,
         sites: Sequence[Site],
         output: Pick = None,
-        climbs: Sequence[str] = (),
+        climbs: Climbs = None,
         draws: int = 0,
         notes: Sequence[str] = (),
     ) -> None:
@@ -55,7 +58,7 @@ class WrappedModel(RoutedModel):
         self.model = model
         self.sites = tuple(sites)
         self.output = output
-        self.climbs = tuple(climbs)
+        self.climbs = climbs
         self.draws = draws
         self.notes = tuple(notes)
         self.training = model.training  # not train(): the model's parts keep their own modes
@@ -63,12 +66,12 @@ class WrappedModel(RoutedModel):
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         """The logits of the model itself.
 
-        With modules to climb, where a gradient is taken: the exact logits, and the gradient of the pass in which these
-        modules run as in training, on the same route.
+        With a way to climb, where a gradient is taken: the exact logits, and the gradient of a pass along that way, on
+        the same route.
         """
-        if not (self.climbs and torch.is_grad_enabled() and x.requires_grad):
+        if self.climbs is None or not (torch.is_grad_enabled() and x.requires_grad):
             return self._averaged(x, tape)
-        with self._training():
+        with Open() if self.climbs == "opened" else self._training(self.climbs):
             climbed = self._averaged(x, tape)
         with torch.no_grad():
             exact = self._averaged(x, Tape(detach(tape.trace)))
@@ -118,10 +121,10 @@ class WrappedModel(RoutedModel):
         return picked(output, self.output)
 
     @contextlib.contextmanager
-    def _training(self) -> Iterator[None]:
+    def _training(self, paths: Sequence[str]) -> Iterator[None]:
         """Inside, the modules to climb say that they train; they alone, their parts do not."""
         with _switching:
-            modules = [self.model.get_submodule(path) for path in self.climbs]
+            modules = [self.model.get_submodule(path) for path in paths]
             before = [module.training for module in modules]
             try:
                 for module in modules:

@@ -21,7 +21,8 @@ from robustmoe.routing import Routing, Trace, detach, to_expert
 from robustmoe.wrapping.codecs import CallCodec, FunctionsCodec, explains, text_of
 from robustmoe.wrapping.finding import seen_of
 from robustmoe.wrapping.findings import outermost
-from robustmoe.wrapping.model import Pick, WrappedModel
+from robustmoe.wrapping.model import Climbs, Pick, WrappedModel
+from robustmoe.wrapping.opening import Open
 from robustmoe.wrapping.passes import Site
 from robustmoe.wrapping.watching import Cut, Draw, watch
 
@@ -38,7 +39,7 @@ class Tested:
     """What the tests gave: the sites as they are to be read, the modules to climb, and the notes."""
 
     sites: tuple[Site, ...]
-    climbs: tuple[str, ...]
+    climbs: Climbs
     notes: tuple[str, ...]
 
 
@@ -70,7 +71,7 @@ class Trial:
         self.draws: tuple[Draw, ...] = tuple(dict.fromkeys(seen.draws))
         self.cuts: tuple[Cut, ...] = seen.cuts
 
-    def wrapped(self, sites: Sequence[Site] | None = None, climbs: Sequence[str] = ()) -> WrappedModel:
+    def wrapped(self, sites: Sequence[Site] | None = None, climbs: Climbs = None) -> WrappedModel:
         """The model wrapped with these sites, its draws held."""
         return WrappedModel(
             self.model, self.sites if sites is None else sites, self.output, climbs, draws=1 if self.draws else 0
@@ -277,23 +278,27 @@ class Trial:
 
     # -------------------------------------------------------------------------------------------- gradients
 
-    def gradient(self) -> tuple[str, ...]:
-        """The modules to climb where parts run without gradient, or a note where there is no such way."""
+    def gradient(self) -> Climbs:
+        """The way to climb where parts run without gradient, or a note where there is none."""
         if not self.cuts:
-            return ()
+            return None
         places = outermost(self.cuts)
-        for climbs in self._ways([path for path, _ in places]):
+        off = [path for path, how in places if how in ("no_grad", "inference_mode")]
+        ways: list[Climbs] = ["opened", *self._ways(off)] if off else []
+        for climbs in ways:
             if self._climbable(climbs):
+                how = dict(places)[off[0]]
+                way = "the same calls with gradients on" if climbs == "opened" else "the way that it goes in training"
                 self.notes.append(
-                    f"{_named(places[0][0])} runs without gradient in eval mode ({places[0][1]}); gradients are taken "
-                    "through the way that it goes in training, which gives the same values"
+                    f"{_named(off[0])} runs without gradient in eval mode ({how}); gradients are taken through "
+                    f"{way}, which gives the same values"
                 )
                 return climbs
         for path, how in places:
             blind = how in ("no_grad", "inference_mode")
             ends = "gradient attacks are blind there" if blind else "its gradient is not that of the answer"
             self.notes.append(f"{_named(path)} passes no gradient ({how}), though the answer depends on it: {ends}")
-        return ()
+        return None
 
     def _ways(self, paths: list[str]) -> Iterator[tuple[str, ...]]:
         """Which modules could say that they train: those without gradient, with what is beside their experts, with all
@@ -311,18 +316,23 @@ class Trial:
         for way in (paths, [*paths, *beside], inside):
             yield tuple(path for path in dict.fromkeys(way) if not _of_torch(modules[path]))
 
-    def _climbable(self, climbs: tuple[str, ...]) -> bool:
-        """Whether, with these modules as in training, the values are equal and no gradient ends."""
+    def _climbable(self, climbs: Climbs) -> bool:
+        """Whether this way gives equal values and a gradient, ends none, draws nothing more and moves no buffer."""
         exact = self.run().logits
-        modules = [self.model.get_submodule(path) for path in climbs]
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        modules = [self.model.get_submodule(path) for path in climbs] if isinstance(climbs, tuple) else []
+        at = self.x.clone().requires_grad_(True)
         try:
             for module in modules:
                 module.training = True
-            same = self.off(self.run().logits, exact) <= CLOSE
-            seen = watch(self.model, self.x)
+            with torch.enable_grad(), Open() if climbs == "opened" else contextlib.nullcontext():
+                logits = self.wrapped().run(at).logits
+                torch.autograd.grad(logits.sum(), at)
+                seen = watch(self.model, self.x)
+            off = any(cut.how in ("no_grad", "inference_mode") for cut in seen.cuts)
             moved = any(not torch.equal(buffers[name], buffer) for name, buffer in self.model.named_buffers())
-            return same and not moved and not seen.cuts and len(seen.draws) <= len(self.draws)
+            same = self.off(logits.detach(), exact) <= CLOSE
+            return same and not moved and not off and len(seen.draws) <= len(self.draws)
         except Exception:  # whatever the foreign code raises: it is no way to go
             return False
         finally:

@@ -237,9 +237,10 @@ class Watcher(TorchFunctionMode):
     def _how(self, name: str, result: Tensor) -> str | None:
         if name in ("detach", "detach_", "data"):
             return "detach"
-        if torch.is_inference_mode_enabled():
+        off = not result.requires_grad  # it has one as the result of an autograd function
+        if torch.is_inference_mode_enabled() and off:
             return "inference_mode"
-        if not torch.is_grad_enabled() and not result.requires_grad:  # it has one as the result of an autograd function
+        if not torch.is_grad_enabled() and off:
             return "no_grad"
         return "round" if name.removesuffix("_") in ROUNDS else None
 
