@@ -1,0 +1,170 @@
+"""Public mixtures audited twice: as any attack library sees them, and through `rm.wrap`.
+
+    python -m benchmarks.reaudit --source rt_er=PATH --source advmoe=PATH \\
+        --source robust_experts=PATH --source dit_moe=PATH
+
+Each net (benchmarks/public_models.py) is trained on digits, naturally and adversarially, by the same short loop. Then
+50 test images are attacked at linf 0.1: PGD-20 and AutoAttack on the net as a callable, then the routing attacks on
+what `rm.wrap(net, example=images)` made of it, with nothing else given. A job is one net, training and seed; finished
+jobs are kept in --runs and not done again. Without --source the nets of packages alone are audited.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.public_models import PUBLIC
+from benchmarks.results import RESULTS, described, spread_of, write
+from torch import Tensor, nn
+
+import robustmoe as rm
+from robustmoe import analysis
+from robustmoe import spec as specs
+from robustmoe.attacks.views import image_routers
+from robustmoe.wrapping import find_routers
+
+EPS, IMAGES, BATCH = 0.1, 50, 64
+EPOCHS, NATURAL = 30, 10
+"""Epochs of a training; in an adversarial one the first are natural (a small transformer learns nothing otherwise)."""
+
+CALLABLE = (f"pgd(linf({EPS}), steps=20)", f"autoattack(linf({EPS}))")
+WRAPPED = (
+    f"pgd(linf({EPS}), steps=20)",
+    f"pgd(linf({EPS}), steps=50, objective=experts_only)",
+    f"route_flip(linf({EPS}))",
+)
+REGIONS = {"image": f"expert_transition(linf({EPS}))", "token": f"route_beam(linf({EPS}))"}
+"""Into every expert's region: where one decision is made for an image, and where many are."""
+TRAININGS = ("natural", "adversarial")
+
+
+def train(net: nn.Module, x: Tensor, y: Tensor, adversarial: bool, seed: int) -> None:
+    """Adam and cosine; adversarially on PGD-5 images that climb the net in train mode, as the released codes do."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = EPOCHS * -(-len(x) // BATCH)
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    net.train()
+    for epoch in range(EPOCHS):
+        for batch in torch.randperm(len(x), generator=generator).split(BATCH):
+            images, labels = x[batch], y[batch]
+            inputs = climbed(net, images, labels, generator) if adversarial and epoch >= NATURAL else images
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(inputs), labels).backward()
+            optimizer.step()
+            schedule.step()
+    net.eval()
+
+
+def climbed(net: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Five steps of EPS / 4 from a random start."""
+    low, high = (x - EPS).clamp(min=0), (x + EPS).clamp(max=1)
+    moved = low + (high - low) * torch.rand(x.shape, generator=generator)
+    for _ in range(5):
+        moved.requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(net(moved), y), moved)
+        moved = torch.minimum(torch.maximum(moved.detach() + EPS / 4 * gradient.sign(), low), high)
+    return moved
+
+
+def job(name: str, training: str, seed: int, source: Path | None) -> dict[str, Any]:
+    """One net: trained, attacked as a callable, wrapped, attacked again."""
+    data = specs.build("digits", "data")
+    torch.manual_seed(seed)
+    net = PUBLIC[name].make(source)
+    start = time.perf_counter()
+    train(net, *whole(data.train), training == "adversarial", seed)
+    trained = time.perf_counter()
+    x, y = (part[:IMAGES] for part in whole(data.test))
+    out: dict[str, Any] = {"net": name, "version": PUBLIC[name].version(), "training": training, "seed": seed}
+    out["callable"] = audited(net, x, y, CALLABLE)
+    out["routers"] = [f"{path}: {codec}" for path, codec in find_routers(net, x[:8]).routers.items()]
+    try:
+        wrapped = rm.wrap(net, example=x[:8])
+    except rm.UserError as error:
+        out["refused"] = str(error)
+    else:
+        out["notes"] = list(getattr(wrapped, "notes", ()))
+        kind = "image" if image_routers(wrapped.run(x[:8]).trace) else "token"
+        out["wrapped"] = audited(wrapped, x, y, (*WRAPPED, REGIONS[kind]))
+    return {**out, "seconds": {"train": trained - start, "audit": time.perf_counter() - trained}}
+
+
+def whole(images: Any) -> tuple[Tensor, Tensor]:
+    """All images of a set in [0, 1], and their labels."""
+    batch = images.batch(list(range(len(images))))
+    return batch.x, batch.y
+
+
+def audited(net: Any, x: Tensor, y: Tensor, attacks: tuple[str, ...]) -> dict[str, Any]:
+    """Per cent of the images that are right: clean, under each attack, under all; and what the checks say."""
+    records = rm.evaluate(net, x, y, attacks=attacks)
+    survivors = [[bool(analysis.robust(row)) for row in record.rows] for record in records]
+    out: dict[str, Any] = {"clean": 100 * records[0].summary().clean.value}
+    for attack, rows in zip(attacks, survivors):
+        out[attack.replace(f"(linf({EPS})", "", 1).rstrip(")")] = 100 * sum(rows) / len(rows)
+    out["survivors"] = [all(rows) for rows in zip(*survivors)]
+    last = records[-1].summary()
+    return {**out, "failed": list(last.failed), "warned": list(last.warned)}
+
+
+COLUMNS = {
+    "clean": lambda each: each["callable"]["clean"],
+    "pgd": lambda each: each["callable"]["pgd, steps=20"],
+    "autoattack": lambda each: each["callable"]["autoattack"],
+    "as_callable": lambda each: 100 * sum(each["callable"]["survivors"]) / IMAGES,
+    "wrapped": lambda each: (
+        100 * sum(map(all, zip(each["callable"]["survivors"], each["wrapped"]["survivors"]))) / IMAGES
+    ),
+    "hidden": lambda each: COLUMNS["as_callable"](each) - COLUMNS["wrapped"](each),
+}
+"""Per cent of the images, of one job: what a callable keeps, what is left when routing attacks join, the difference."""
+
+
+def table(jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """training -> net -> each column over the seeds; of nets that were refused, what was said."""
+    numbers: dict[str, Any] = {}
+    for training, name in dict.fromkeys((each["training"], each["net"]) for each in jobs):
+        own = [each for each in jobs if (each["training"], each["net"]) == (training, name) and "wrapped" in each]
+        if own:
+            row = {column: spread_of([of(each) for each in own]) for column, of in COLUMNS.items()}
+            numbers.setdefault(training, {})[name] = row
+    return numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", action="append", default=[], metavar="NAME=PATH", help="a checkout")
+    parser.add_argument("--nets", nargs="+", default=list(PUBLIC), choices=list(PUBLIC))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=TRAININGS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/reaudit"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "studies" / "reaudit.json")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    sources = {name: Path(path) for name, path in (each.split("=", 1) for each in given.source)}
+    about = described("python -m benchmarks.reaudit --source ...", seeds=given.seeds, images=IMAGES, eps=EPS)
+    given.runs.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for seed in given.seeds:
+        for training in reversed(given.trainings):
+            for name in given.nets:
+                if PUBLIC[name].repository is not None and name not in sources:
+                    continue
+                file = given.runs / f"{name}-{training}-{seed}.json"
+                if not file.exists():
+                    file.write_text(json.dumps(job(name, training, seed, sources.get(name)), default=float))
+                jobs.append(json.loads(file.read_text()))
+                print(
+                    json.dumps({key: jobs[-1].get(key) for key in ("net", "training", "seed", "callable", "wrapped")})
+                )
+                write(given.out, about, table(jobs), jobs=jobs)
+
+
+if __name__ == "__main__":
+    main()
