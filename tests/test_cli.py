@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from robustmoe import spec, verbs
+from robustmoe import cli, spec, verbs
 from robustmoe.cli import main
 from robustmoe.errors import UserError
 from robustmoe.flags import parse
@@ -365,3 +366,25 @@ def test_a_closed_pipe_is_quiet() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_sigterm_does_not_cut_off_the_line_of_a_process_whose_peer_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sends SIGTERM as soon as it sees a dead peer; the session ignores it then, until the line is written."""
+    handlers = []
+
+    class Stderr(io.StringIO):
+        def write(self, text: str) -> int:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+            return super().write(text)
+
+    def lost(argv: list[str]) -> str:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise UserError("process 0 of 2 stopped")
+
+    before, stderr = signal.getsignal(signal.SIGTERM), Stderr()
+    monkeypatch.setattr(cli, "_run", lost)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert cli.main(["train"]) == 2
+    assert stderr.getvalue() == "robustmoe: process 0 of 2 stopped\n"
+    assert set(handlers) == {signal.SIG_IGN}
+    assert signal.getsignal(signal.SIGTERM) == before

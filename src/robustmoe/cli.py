@@ -52,8 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     stopped = STOPPED.get(argv[0], "stopped") if argv else "stopped"
     try:
+        # SIGTERM is restored after the last line: torchrun sends it while a process says that its peer has died.
         with _terminable() if argv[:1] and argv[0] in STOPPED else contextlib.nullcontext():
-            text = _run(argv)
+            return _answered(argv, stopped)
+    except _Terminated:  # while a line was being written
+        return 143
+
+
+def _answered(argv: Sequence[str], stopped: str) -> int:
+    try:
+        text = _run(argv)
         if first_process():
             print(text, flush=True)
         return 0
