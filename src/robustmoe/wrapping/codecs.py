@@ -47,8 +47,22 @@ class LogitsCodec(Codec):
         return replaced(said.output, {self.output: said.back(logits, said.entry(self.output))})
 
 
+class _IndexAndWeight(Codec):
+    """A tuple with index and weights (m, k) at two of its places."""
+
+    index: int
+    weight: int
+    scores_are: Scores
+
+    def read(self, said: Said) -> Routing:
+        return _of_pair(self, said, self.index, self.weight, self.scores_are)
+
+    def write(self, said: Said, routing: Routing) -> Any:
+        return _pair_of(said, routing, self.index, self.weight)
+
+
 @dataclass(frozen=True)
-class TripleCodec(Codec):
+class TripleCodec(_IndexAndWeight):
     """(logits (m, e), weights (m, k), index (m, k)), in the order that the numbers say: the routers of transformers 5.
 
     ``scores``: what stands at ``logits`` may also be the probabilities. Where the router chooses by other scores than
@@ -60,27 +74,15 @@ class TripleCodec(Codec):
     index: int = 2
     scores_are: Scores = "logits"
 
-    def read(self, said: Said) -> Routing:
-        return _of_pair(self, said, self.index, self.weight, self.scores_are)
-
-    def write(self, said: Said, routing: Routing) -> Any:
-        return _pair_of(said, routing, self.index, self.weight)
-
 
 @dataclass(frozen=True)
-class PairCodec(Codec):
+class PairCodec(_IndexAndWeight):
     """(index (m, k), weights (m, k), ...), in the order that the numbers say: DeepSeek's gate and its kin."""
 
     index: int = 0
     weight: int = 1
     logits: int | str | None = None
     scores_are: Scores = "logits"
-
-    def read(self, said: Said) -> Routing:
-        return _of_pair(self, said, self.index, self.weight, self.scores_are)
-
-    def write(self, said: Said, routing: Routing) -> Any:
-        return _pair_of(said, routing, self.index, self.weight)
 
 
 @dataclass(frozen=True)
