@@ -143,7 +143,9 @@ def test_a_name_or_number_that_is_wrong(argv: str, message: str, here: Path, ref
 def test_data_that_are_not_there(here: Path, refused: Refused) -> None:
     for verb in (["train", "tiny.toml"], ["evaluate", "run"]):
         assert "there is no file or folder" in refused(*verb, "--data", "cifar10(root='nowhere')")
-        assert "there is no folder nowhere; run: apt-get" in refused(*verb, "--data", "fashion_mnist(root='nowhere')")
+        assert "there is no file or folder nowhere; run: apt-get" in refused(
+            *verb, "--data", "fashion_mnist(root='nowhere')"
+        )
         (here / "empty").mkdir(exist_ok=True)
         assert "holds none of cifar-10-python.tar.gz" in refused(*verb, "--data", "cifar10(root='empty')")
 
@@ -158,8 +160,10 @@ def test_data_that_are_damaged(here: Path, refused: Refused) -> None:
         (here / "f" / f"{name}.gz").write_bytes(b"\x1f\x8b\x08\x00")
     assert "is not a whole gzip file" in refused("train", "tiny.toml", "--data", "fashion_mnist(root='f')")
     (here / "f" / "train-images-idx3-ubyte.gz").unlink()
-    (here / "f" / "train-images-idx3-ubyte").write_bytes(b"\x00\x00\x08\x03" + (9).to_bytes(4, "big") * 3 + b"12")
-    assert "18 bytes, expected 745 for the sizes" in refused("train", "tiny.toml", "--data", "fashion_mnist(root='f')")
+    (here / "f" / "train-images-idx3-ubyte").write_bytes(b"\x00\x00\x08\x03" + (28).to_bytes(4, "big") * 3 + b"12")
+    assert "18 bytes, expected 21968 for the sizes" in refused(
+        "train", "tiny.toml", "--data", "fashion_mnist(root='f')"
+    )
 
 
 def folder_of_images(root: Path, classes: int, size: int, channels: int = 1) -> str:
@@ -188,6 +192,20 @@ def test_data_of_another_shape(
 ) -> None:
     data = folder_of_images(here / "images", classes, size, channels)
     assert re.search(message, refused("evaluate", "run", "--data", data))
+
+
+def test_a_damaged_image_is_told_of_before_anything_is_computed(here: Path, refused: Refused) -> None:
+    """A truncated test image stops the training, whose images are whole; a truncated late one stops the evaluation."""
+    data = folder_of_images(here / "images", 10, 8)
+    whole = {file: file.read_bytes() for file in sorted((here / "images").rglob("*.png"))}
+    for file in sorted(whole):
+        file.write_bytes(whole[file][:45])
+        message = refused("train", "tiny.toml", "--data", data, "--out", "other", new=True)
+        assert str(file.relative_to(here)) in message
+        file.write_bytes(whole[file])
+        if file.name == "1.png":
+            break
+    assert not (here / "other").exists()
 
 
 def test_an_image_that_is_damaged(here: Path, refused: Refused) -> None:

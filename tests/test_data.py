@@ -10,6 +10,7 @@ import pickle
 import struct
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -429,9 +430,9 @@ def test_fingerprint_changes_with_anything_it_covers(both: list[data.ImageSet], 
     assert torch.equal(streamed.in_memory().images, memory.images)
     os.remove(tmp_path / "4.png")
     gone = streamed.subset([4])
-    with pytest.raises(UserError, match=r"no image file .*4\.png"):
+    with pytest.raises(UserError, match=r"cannot read .*4\.png \(No such file"):
         _ = gone.fingerprint
-    with pytest.raises(UserError, match=r"no image file .*4\.png"):
+    with pytest.raises(UserError, match=r"cannot read .*4\.png \(No such file"):
         list(data.batches(gone, 1))
 
 
@@ -485,13 +486,17 @@ ONE = torch.full((2, 1, 2, 2), 0.5)
         ((ONE * 255).byte(), [0, 1], r"torch\.uint8, expected floating point in \[0, 1\]; pass x / 255"),
         (ONE, [0, 3], r"labels of the set range from 0 to 3, expected 0 to 2 \(3 classes\)"),
         (ONE, [-1, 0], "labels of the set range from -1 to 0"),
-        (ONE, [0.0, 1.0], r"labels of the set are torch\.float32, expected integers"),
+        (ONE, np.array([0.0, 1.0], np.float32), r"labels of the set are torch\.float32, expected integers"),
         (ONE, [0, 1, 2], r"2 images and labels of shape \(3,\), expected \(2,\)"),
+        (ONE, np.array(["a", "b"]), "the labels of the set cannot be made a tensor .*; expected integers"),
+        (ONE, np.array([0, 2**70]), "the labels of the set cannot be made a tensor"),
+        (ONE, np.array([0, 70_000], np.uint32), "labels of the set range from 0 to 70000"),
+        (np.array([["a"]]), [0], "the images cannot be made a tensor"),
     ],
 )
 def test_from_arrays_says_what_is_wrong(x: torch.Tensor, y: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        data.from_arrays(x, torch.tensor(y), num_classes=3)
+        data.from_arrays(x, y, num_classes=3)
     assert "\n" not in str(caught.value)
 
 
@@ -618,7 +623,7 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
     for load in (data.cifar10, data.cifar100, data.tiny_imagenet, data.imagenet, data.folder):
         with pytest.raises(UserError, match=r"no file or folder .*gone; give the path"):
             load(gone)
-    with pytest.raises(UserError, match=r"no folder .*gone; run: apt-get install dataset-fashion-mnist"):
+    with pytest.raises(UserError, match=r"no file or folder .*gone; run: apt-get install dataset-fashion-mnist"):
         data.fashion_mnist(gone)
     with pytest.raises(UserError, match=r"holds neither train-images-idx3-ubyte.gz nor"):
         data.fashion_mnist(tmp_path)
@@ -635,7 +640,7 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
     [
         (
             "train-images-idx3-ubyte.gz",
-            gzip.compress(bytes(5000), mtime=0)[:-9],
+            gzip.compress(idx(np.zeros((40, 28, 28), np.uint8)), mtime=0)[:-9],
             "train-images.* is not a whole gzip file",
         ),
         ("train-images-idx3-ubyte.gz", b"<html>404</html>", "train-images.* is not a whole gzip file"),
@@ -653,6 +658,21 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
             r"range from 10 to 10, expected 0 to 9 \(10 classes\)",
         ),
         ("train-labels-idx1-ubyte", idx(np.zeros(39, np.uint8)), r"40 images and labels of shape \(39,\)"),
+        (
+            "t10k-images-idx3-ubyte",
+            idx(np.zeros((20, 0, 0), np.uint8)),
+            "declares 20 x 0 x 0 bytes, expected 1 to 1,000,000 x 28 x 28",
+        ),
+        (
+            "t10k-images-idx3-ubyte",
+            bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**32 - 1, 28, 28),
+            "declares 4294967295 x 28 x 28 bytes, expected 1 to 1,000,000 x 28 x 28",
+        ),
+        (  # what unpacks to more than it declares is not unpacked to its end
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(idx(np.zeros((2, 28, 28), np.uint8)) + bytes(10**6)),
+            "holds more than 1584 bytes, expected 1584",
+        ),
     ],
 )
 def test_bad_idx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, message: str) -> None:
@@ -700,6 +720,11 @@ ROWS = np.zeros((2, 3072), np.uint8)
         (python2_pickle({"data": ROWS, "labels": [0, 10]}), r"test_batch range from 0 to 10, expected 0 to 9"),
         (python2_pickle({"data": ROWS, "labels": [0]}), r"2 images and labels of shape \(1,\)"),
         (python2_pickle({"data": ROWS[:0], "labels": []}), "test_batch holds no images"),
+        (pickle.dumps({"data": ROWS, "labels": ["cat", "dog"]}), "labels of .*test_batch cannot be made a tensor"),
+        (pickle.dumps({"data": ROWS, "labels": None}), "labels of .*test_batch cannot be made a tensor"),
+        (pickle.dumps({"data": ROWS, "labels": [0, 10**30]}), "labels of .*test_batch cannot be made a tensor"),
+        (pickle.dumps({"data": ROWS, "labels": [[0], [1]]}), r"2 images and labels of shape \(2, 1\)"),
+        (pickle.dumps({"data": ROWS, "labels": [0.0, 1.0]}), "test_batch are torch.float32, expected integers"),
     ],
 )
 def test_bad_cifar_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: bytes, message: str) -> None:
@@ -753,9 +778,44 @@ def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"img": [{"bytes": b"junk"}], "label": [0]}), test)
     with pytest.raises(UserError, match=r"image 0 of .*test-.* cannot be read as an image"):
         load()
+    write_labels(test, [0, None])
+    with pytest.raises(UserError, match=r"1 of the 2 rows of .*test-.* have no label \(the first is row 1\); add"):
+        load()
+    write_labels(test, ["cat", "zebra"])
+    with pytest.raises(UserError, match=r"row 1 of .*test-.* is 'zebra', .*none of the 10 classes \(airplane, auto"):
+        load()
+    write_labels(test, [0.0, 1.0])
+    with pytest.raises(UserError, match=r"labels of .*test-.* are torch.float32, expected integers"):
+        load()
+    write_labels(test, [])
+    with pytest.raises(UserError, match=r"test-.* holds 0 rows"):
+        load()
+    test.unlink()
+    os.mkfifo(test)
+    with pytest.raises(UserError, match=r"test-.* is not a regular file"):
+        load()
     test.unlink()
     with pytest.raises(UserError, match=r"holds no test-\*\.parquet, expected both"):
         load()
+
+
+def write_labels(path: Path, labels: list[object]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [{"bytes": encoded(pictures(1, 32, 32, 3, k)[0])} for k in range(len(labels))]
+    kind = pa.struct([("bytes", pa.binary())])
+    pq.write_table(pa.table({"img": pa.array(cells, kind), "label": labels}), path)
+
+
+@pytest.mark.parametrize(
+    "labels, numbers", [(["dog", "airplane"], [5, 0]), (["9", "0"], [9, 0]), (["truck", "3"], [9, 3])]
+)
+def test_parquet_labels_may_be_names_or_digits(tmp_path: Path, labels: list[str], numbers: list[int]) -> None:
+    write_labels(tmp_path / "train-0.parquet", labels * 2)
+    (tmp_path / "deep/er").mkdir(parents=True)
+    write_labels(tmp_path / "deep/er/test-0.parquet", labels)
+    assert data.cifar10(tmp_path, val=0.5).test.labels.tolist() == numbers
 
 
 def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -775,6 +835,7 @@ def test_bad_tiny_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     whole = notes.read_text()
     for text, message in (
         (whole + "val_9.JPEG\tn01\t0\n", r"no image .*val_9\.JPEG, named in line 7"),
+        (whole + "val_0.JPEG\tn01\t0\n", r"val_annotations.txt names 'val_0.JPEG' more than once"),
         (whole + "val_0.JPEG\tn77\t0\n", r"line 7 of .* is \['val_0.JPEG', 'n77'\], expected an image name and a wnid"),
         ("\n", "names no image"),
     ):
@@ -784,6 +845,14 @@ def test_bad_tiny_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     notes.unlink()
     with pytest.raises(UserError, match=r"cannot read .*val_annotations.txt"):
         load()
+    for text, message in (
+        ("n02\nn01\nn02\n", r"wnids.txt names 'n02' more than once \(1 names in all\)"),
+        ("n02\n../../n01\n", r"train has no folder '../../n01', which .*wnids.txt names \(1 of 2\)"),
+        ("n02\n", "wnids.txt holds 1 class folders"),
+    ):
+        (tmp_path / "wnids.txt").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load()
 
 
 def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -792,13 +861,13 @@ def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="channels is 4, expected 3"):
         data.folder(root, channels=4)
     for sized in (data.folder, data.imagenet):
-        with pytest.raises(UserError, match="size is 0, expected at least 1 pixel"):
+        with pytest.raises(UserError, match="size is 0, expected 1 to 4096 pixels"):
             sized(root, size=0)
     (root / "train/zebra").mkdir()
     with pytest.raises(UserError, match=r"differ in 1 class folders \(such as 'zebra'\), expected the same in both"):
         load()
     (root / "test/zebra").mkdir()
-    with pytest.raises(UserError, match=r"train/zebra holds no image \(.png.*; add images, or remove the class folder"):
+    with pytest.raises(UserError, match=r"train/zebra holds no image \(png.*; add images, or remove the class folder"):
         load()
     lone = tmp_path / "lone"
     write_image(lone / "train/a/1.png", pictures(1, 4, 4, 3, 0)[0])
@@ -817,15 +886,177 @@ def test_bad_images_are_named_when_read(tmp_path: Path) -> None:
     bad.write_bytes(bad.read_bytes()[:-300])
     with pytest.raises(UserError, match=r"class1/002\.png cannot be read as an image .*replace or remove"):
         everything(data.folder(tmp_path).test)
+    for sized in (None, 16):
+        with pytest.raises(UserError, match=r"class1/002\.png cannot be read as an image .*replace or remove"):
+            data.folder(tmp_path, size=sized).verify()
     with pytest.raises(UserError, match=r"class1/002\.png cannot be read"):
         list(data.batches(data.folder(tmp_path).test, 1))
     write_image(bad, x[0, :, :10])
-    with pytest.raises(UserError, match=r"class1/002\.png is 10 x 16 pixels, expected 16 x 16; .*size="):
-        everything(data.folder(tmp_path).test)
+    for look in (everything, data.Streamed.verify):
+        with pytest.raises(UserError, match=r"class1/002\.png is 10 x 16 pixels, expected 16 x 16; .*size="):
+            look(data.folder(tmp_path).test)
+    data.folder(tmp_path, size=10).verify()
     assert everything(data.folder(tmp_path, size=10).test).x.shape == (4, 3, 10, 10)
     (tmp_path / "train/class0/000.png").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"class0/000\.png cannot be read as an image"):
         data.folder(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- what a folder really holds
+
+
+def listed(root: Path) -> list[str]:
+    whole = data.folder(root, size=4)
+    return sorted(file for part in (whole.train, whole.val, whole.test) for file in part.files)
+
+
+def test_what_a_folder_leaves_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(tmp_path, pictures(8, 4, 4, 3, 60), np.arange(8) // 4)
+    plain = listed(tmp_path)
+    assert capsys.readouterr().err == ""
+    for name in ("a.heic", "b.heic", "c.txt", "d", ".hidden"):
+        (tmp_path / "class0" / name).write_bytes(b"x")
+    write_image(tmp_path / "cover.png", pictures(1, 4, 4, 3, 61)[0])
+    os.symlink(tmp_path / "class0", tmp_path / "class0" / "again")  # a circle
+    assert listed(tmp_path) == plain
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for words in (
+        "2 .heic files (such as class0/",
+        "1 .txt files (such as class0/c.txt)",
+        "1 files without an ending (such as class0/d)",
+        "1 beside the class folders (such as cover.png)",
+        "1 in links to folders that are read already (such as again/)",
+        "read are png, jpg, bmp, webp, tif, gif, ppm files",
+    ):
+        assert words in said
+
+
+def test_folders_inside_a_class_and_every_kind_of_image_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = np.broadcast_to(pictures(1, 2, 2, 3, 62)[0, :, 1:, 1:], (3, 4, 4))
+    for place, kind in (("b", "TIFF"), ("c/deep/er", "GIF"), ("c", "PPM"), ("c", "WEBP"), ("b", "BMP")):
+        for n in range(2):
+            write_image(tmp_path / place / f"{n}.{kind[:4].lower()}", x, kind)
+    whole = data.folder(tmp_path)
+    assert sum(map(len, (whole.train, whole.val, whole.test))) == 10
+    assert float((everything(whole.train).x - torch.tensor(x.copy()) / 255).abs().max()) < 0.02
+    assert "2 images of" in (said := capsys.readouterr().err)
+    assert "lie deeper than their class folders (such as in c/deep/er)" in said
+
+
+def test_class_folders_with_numbers_for_names_are_in_the_order_of_the_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("10", "2", "0"):
+        for n in range(3):
+            write_image(tmp_path / name / f"{n}.png", pictures(1, 4, 4, 3, n)[0])
+    whole = data.folder(tmp_path)
+    assert whole.classes == ("0", "2", "10")
+    assert {file.split("/")[0] for file, y in zip(whole.train.files, whole.train.labels.tolist()) if y == 1} == {"2"}
+    assert "labels follow the numbers (0, 2, 10, ...)" in capsys.readouterr().err
+    (tmp_path / "10").rename(tmp_path / "x10")
+    assert data.folder(tmp_path).classes == ("0", "2", "x10")
+    assert capsys.readouterr().err == ""
+
+
+def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    for part in ("Train", "Test"):
+        for name in "ab":
+            write_image(tmp_path / part / name / "1.png", pictures(1, 4, 4, 3, 0)[0])
+    with pytest.raises(UserError, match="holds Test, Train, which are names of splits and not of classes"):
+        data.folder(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["train/a", "test/b"])
+def test_what_is_no_regular_file_never_holds_a_reader_up(tmp_path: Path, part: str) -> None:
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        for n in range(2):
+            write_image(tmp_path / name / f"{n}.png", pictures(1, 4, 4, 3, n)[0])
+    odd = tmp_path / part / "5.png"
+    makers: list[tuple[Callable[[], object], str]] = [
+        (lambda: os.mkfifo(odd), "5.png is not a regular file; remove it"),
+        (lambda: os.symlink("/dev/zero", odd), "5.png is a link to nothing|5.png is not a regular file"),
+        (lambda: os.symlink(tmp_path / "gone.png", odd), "5.png is a link to nothing; remove it"),
+    ]
+    for make, message in makers:
+        make()
+        with pytest.raises(UserError, match=message):
+            data.folder(tmp_path)
+        odd.unlink()
+    with odd.open("wb") as file:
+        file.truncate(2**40)  # no bytes on the disk
+    for look in (data.Data.verify, lambda whole: [whole.train.fingerprint, whole.test.fingerprint]):
+        with pytest.raises(UserError, match=r"5.png holds 1,099,511,627,776 bytes, expected at most 268,435,456"):
+            look(data.folder(tmp_path))
+    odd.unlink()
+    whole = data.folder(tmp_path)
+    victim = tmp_path / part / "1.png"
+    victim.unlink()
+    os.mkfifo(victim)  # after the folder was listed
+    for look in (
+        data.Data.verify,
+        lambda whole: [everything(whole.train), everything(whole.test), everything(whole.val)],
+    ):
+        with pytest.raises(UserError, match=r"1.png is not a regular file"):
+            look(whole)
+
+
+def bomb(h: int, w: int) -> bytes:
+    """A PNG of 70 bytes that says it is h x w pixels."""
+    head = struct.pack(">II", w, h) + bytes([8, 2, 0, 0, 0])
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("h, w", [(8193, 8193), (10**5, 10**5), (2**31 - 1, 1)])
+def test_an_image_that_claims_to_be_huge_is_refused(tmp_path: Path, h: int, w: int) -> None:
+    write_classes(tmp_path, pictures(8, 4, 4, 3, 60), np.arange(8) // 4)
+    (tmp_path / "class1/bomb.png").write_bytes(bomb(h, w))
+    with pytest.raises(UserError, match=r"class1/bomb.png (is .* pixels, expected|cannot be read as an image)"):
+        data.folder(tmp_path, size=4).verify()
+
+
+def test_sizes_are_bounded(tmp_path: Path) -> None:
+    write_classes(tmp_path, pictures(8, 1, 5000, 3, 60), np.arange(8) // 4)
+    for sized in (data.folder, data.imagenet):
+        with pytest.raises(UserError, match="size is 1000000, expected 1 to 4096 pixels"):
+            sized(tmp_path, size=10**6)
+    for look in (everything, data.Streamed.verify):
+        with pytest.raises(UserError, match="is 1 x 5000 pixels, too narrow to be cut to 128 x 128"):
+            look(data.folder(tmp_path, size=128).train)
+
+
+def test_no_file_is_handed_to_another_program(tmp_path: Path) -> None:
+    """Pillow knows PostScript, and runs Ghostscript on it: an ending does not choose the reader."""
+    write_classes(tmp_path, pictures(8, 4, 4, 3, 60), np.arange(8) // 4)
+    (tmp_path / "class1/eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n")
+    with pytest.raises(UserError, match=r"eps.png cannot be read .*it is no image of a kind that is read"):
+        data.folder(tmp_path, size=4).verify()
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_names_that_are_not_utf8(tmp_path: Path, what: str) -> None:
+    write_classes(tmp_path, pictures(10, 4, 4, 3, 60), np.arange(10) // 5)
+    old, new = (b"class0/000.png", b"class0/caf\xe9\x1b.png") if what == "file" else (b"class0", b"caf\xe9\x1b")
+    os.rename(os.fsencode(tmp_path) + b"/" + old, os.fsencode(tmp_path) + b"/" + new)
+    whole = data.folder(tmp_path)
+    assert len({part.fingerprint for part in (whole.train, whole.val, whole.test)}) == 3
+    assert len(everything(whole.train)) + len(everything(whole.val)) + len(everything(whole.test)) == 10
+    assert whole.classes == (("class0", "class1") if what == "file" else (r"caf\xe9\x1b", "class1"))
+
+
+@pytest.mark.parametrize(
+    "root, why", [("a\0b", "null byte"), ("~nobodyxx/x", "home"), ("x" * 300, "name too long"), ("gone", "")]
+)
+def test_a_root_that_cannot_be(root: str, why: str) -> None:
+    for load in (data.folder, data.cifar10, data.fashion_mnist, data.tiny_imagenet, data.imagenet):
+        with pytest.raises(UserError, match=f"(?i)there is no file or folder .*{why}"):
+            load(root)
 
 
 @pytest.mark.parametrize("select", [slice(1, 3), torch.tensor([2, 0]), torch.tensor([True, False, True])])

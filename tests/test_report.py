@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
 import random
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from robustmoe.records import (
     Writer,
     append_json,
     read,
+    read_examples,
     write_examples,
 )
 from robustmoe.reporting import report, summary_table
@@ -447,6 +450,19 @@ def test_odd_metrics_do_not_break_the_page(tmp_path: Path) -> None:
     page, numbers, _, _ = made(run, tmp_path)
     assert "training" in page.ids
     assert numbers["runs"][0]["training"][0]["loss"]["all"] is None
+
+
+@pytest.mark.parametrize("side", [2**13, 10**5, 2**31 - 1])
+def test_an_example_that_claims_to_be_huge_is_left_out_and_said(tmp_path: Path, side: int) -> None:
+    run = make_run(tmp_path, curve=False, training=False)
+    for path in (run / "rows").glob("*.examples.jsonl"):
+        first, *others = read_examples(path)
+        content = bytearray(base64.b64decode(first.before))
+        content[16:24] = side.to_bytes(4, "big") * 2
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+        write_examples(path, [dataclasses.replace(first, before=base64.b64encode(content).decode()), *others])
+    page, _, _, _ = made(run, tmp_path)
+    assert "1 damaged example left out." in page.text
 
 
 def test_many_routers_of_many_tokens(tmp_path: Path) -> None:

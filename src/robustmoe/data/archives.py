@@ -21,11 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustmoe.data.base import check_labels
+from robustmoe.data.base import as_labels
+from robustmoe.data.reading import GIB, check_file, read_file, shown
 from robustmoe.data.stream import decode_all
 from robustmoe.errors import UserError
 
 Arrays = tuple[Tensor, Tensor]
+
+MOST_IMAGES = 1_000_000
+"""More in one file than any of these data sets has: a size that is read is bounded before anything is allocated."""
 
 # Published MD5 sums: of the archives at cs.toronto.edu/~kriz/cifar.html, of the files in torchvision/datasets/cifar.py.
 MD5 = {
@@ -42,38 +46,24 @@ MD5 = {
 }
 
 
-def existing(root: str | Path) -> Path:
-    """``root`` as a path, with ~ expanded; `UserError` where nothing is there."""
-    path = Path(root).expanduser()
-    if not path.exists():
-        raise UserError(f"there is no file or folder {path}; give the path of the data set with root=")
-    return path
-
-
-def _read(path: Path, published: str | None = None) -> bytes:
-    """Returns the bytes of a file, checked against `MD5` where its published name is given."""
-    try:
-        content = path.read_bytes()
-    except OSError as e:
+def _checked(path: Path, published: str) -> bytes:
+    """Returns the bytes of a file, checked against the `MD5` of its published name."""
+    content = read_file(path)
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if digest != MD5[published]:
         raise UserError(
-            f"cannot read {path} ({e.strerror}); it is one of the files of the data set, so restore it"
-        ) from e
-    if published is not None:
-        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if digest != MD5[published]:
-            raise UserError(
-                f"{path} has MD5 {digest}, expected {MD5[published]}: it is damaged, truncated or another file; "
-                "download it again"
-            )
+            f"{path} has MD5 {digest}, expected {MD5[published]}: it is damaged, truncated or another file; "
+            "download it again"
+        )
     return content
 
 
 # ---------------------------------------------------------------------------------------------------------------- IDX
 
 
-def read_idx(folder: Path, name: str, axes: int) -> Tensor:
-    """Returns the unsigned bytes of the IDX file ``folder/name.gz`` or ``folder/name``: a magic number, ``axes`` sizes,
-    values.
+def read_idx(folder: Path, name: str, each: tuple[int, ...]) -> Tensor:
+    """Returns the unsigned bytes (n, *each) of the IDX file ``folder/name.gz`` or ``folder/name``: a magic number, the
+    sizes, the values.
 
     Format: yann.lecun.com/exdb/mnist. The magic number, the sizes and the length are checked; there is no checksum in
     use.
@@ -85,29 +75,38 @@ def read_idx(folder: Path, name: str, axes: int) -> Tensor:
         raise UserError(
             f"{folder} holds neither {name}.gz nor {name}; give the folder of the four IDX files with root="
         )
-    content = _read(path)
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as e:
-            raise UserError(f"{path} is not a whole gzip file ({e}); download it again") from e
+    content = io.BytesIO(read_file(path))
+    try:
+        return _idx(gzip.GzipFile(fileobj=content) if path.suffix == ".gz" else content, path, each)
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is not a whole gzip file ({e}); download it again") from e
+
+
+def _idx(stream: io.BufferedIOBase, path: Path, each: tuple[int, ...]) -> Tensor:
+    axes = 1 + len(each)
     start, magic = 4 + 4 * axes, bytes([0, 0, 8, axes])
-    if len(content) < start:
+    head = stream.read(start)
+    if len(head) < start:
         raise UserError(
-            f"{path} holds {len(content)} bytes, expected at least {start}: it is truncated; download it again"
+            f"{path} holds {len(head)} bytes, expected at least {start}: it is truncated; download it again"
         )
-    if content[:4] != magic:
+    if head[:4] != magic:
         raise UserError(
-            f"{path} starts with bytes {content[:4].hex()}, expected {magic.hex()} (IDX, unsigned bytes, {axes} axes); "
+            f"{path} starts with bytes {head[:4].hex()}, expected {magic.hex()} (IDX, unsigned bytes, {axes} axes); "
             "download it again"
         )
-    sizes = [int(size) for size in np.frombuffer(content, ">u4", count=axes, offset=4)]
-    want = start + math.prod(sizes)
-    if len(content) != want:
+    sizes = [int(size) for size in np.frombuffer(head, ">u4", offset=4)]
+    if tuple(sizes[1:]) != each or not 1 <= sizes[0] <= MOST_IMAGES:
+        wanted = " x ".join(map(str, (f"1 to {MOST_IMAGES:,}", *each)))
+        raise UserError(f"{path} declares {' x '.join(map(str, sizes))} bytes, expected {wanted}; download it again")
+    want = math.prod(sizes)
+    values = stream.read(want + 1)  # no further: what unpacks without end is not unpacked
+    if len(values) != want:
+        have = f"{start + len(values)}" if len(values) < want else f"more than {start + want}"
         raise UserError(
-            f"{path} holds {len(content)} bytes, expected {want} for the sizes {sizes} it declares; download it again"
+            f"{path} holds {have} bytes, expected {start + want} for the sizes {sizes} it declares; download it again"
         )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy())
+    return torch.from_numpy(np.frombuffer(values, np.uint8).reshape(sizes).copy())
 
 
 # -------------------------------------------------------------------------------------------------------------- CIFAR
@@ -143,9 +142,8 @@ def _cifar_batch(content: bytes, source: str, label_key: str, num_classes: int) 
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         have = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
         raise UserError(f"the images of {source} are {have}, expected uint8 (n, 3072); download it again")
-    labels = torch.as_tensor(entry[label_key])
-    check_labels(labels, len(data), num_classes, source)
-    return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels.to(torch.int64)
+    labels = as_labels(entry[label_key], len(data), num_classes, source)
+    return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels
 
 
 def read_cifar(
@@ -157,7 +155,7 @@ def read_cifar(
     file. Pickles are read by an unpickler that builds numpy arrays and refuses the rest.
     """
     if path.is_dir():
-        content = {name: _read(path / name, f"{folder}/{name}") for names in splits.values() for name in names}
+        content = {name: _checked(path / name, f"{folder}/{name}") for names in splits.values() for name in names}
     else:
         content = _members(path, folder, [name for names in splits.values() for name in names])
     out = {}
@@ -169,7 +167,7 @@ def read_cifar(
 
 def _members(path: Path, folder: str, names: list[str]) -> dict[str, bytes]:
     """Returns the named files of the archive, read in memory: nothing is unpacked to disk."""
-    archive = _read(path, "cifar-10-python.tar.gz" if folder == "cifar-10-batches-py" else "cifar-100-python.tar.gz")
+    archive = _checked(path, "cifar-10-python.tar.gz" if folder == "cifar-10-batches-py" else "cifar-100-python.tar.gz")
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
             contents = {}
@@ -186,47 +184,83 @@ def _members(path: Path, folder: str, names: list[str]) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------------------ parquet
 
 
-def _column(table: Any, names: tuple[str, ...], path: Path) -> Any:
-    for name in names:
-        if name in table.column_names:
-            return table.column(name)
-    raise UserError(f"{path} has columns {table.column_names}, expected one named {' or '.join(names)}")
-
-
-def _parquet(path: Path, label: str, num_classes: int, shape: tuple[int, int, int]) -> Arrays:
+def _table(path: Path, columns: list[tuple[str, ...]]) -> list[list[Any]]:
+    """Returns the values of each column, which may have one of several names."""
     try:
         pq = importlib.import_module("pyarrow.parquet")
     except ImportError as e:
         raise UserError(
             f"reading {path} needs pyarrow, which is not installed; run: pip install 'robustmoe[parquet]'"
         ) from e
+    check_file(path, 4 * GIB)
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            have, rows = file.schema_arrow.names, file.metadata.num_rows
+            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+            if not 1 <= rows <= MOST_IMAGES or size > 4 * GIB:
+                raise UserError(
+                    f"{path} holds {rows:,} rows ({size:,} bytes unpacked), expected 1 to {MOST_IMAGES:,} (4 GiB)"
+                )
+            names = [next((name for name in either if name in have), "") for either in columns]
+            for name, either in zip(names, columns):
+                if not name:
+                    raise UserError(f"{path} has columns {have}, expected one named {' or '.join(either)}")
+            table = file.read(columns=names)
+            return [table.column(name).to_pylist() for name in names]
+    except UserError:
+        raise
     except Exception as e:  # pyarrow's errors share no base of their own
         raise UserError(f"{path} is not a whole parquet file ({e}); download it again") from e
-    images = _column(table, ("img", "image"), path).to_pylist()
-    labels = _column(table, (label,), path).to_numpy()
+
+
+def _numbered(labels: list[Any], classes: tuple[str, ...], path: Path) -> list[Any]:
+    """Labels as numbers: texts are numbers in digits, or names of ``classes``."""
+    missing = [row for row, label in enumerate(labels) if label is None]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(labels)} rows of {path} have no label (the first is row {missing[0]}); "
+            "add the labels, or remove these rows"
+        )
+    if not all(isinstance(label, str) for label in labels):
+        return labels
+    known = {name: number for number, name in enumerate(classes)}
+    known |= {str(number): number for number in range(len(classes))}
+    for row, label in enumerate(labels):
+        if label not in known:
+            raise UserError(
+                f"the label of row {row} of {path} is {shown(label[:50])!r}, which is none of the {len(classes)} "
+                f"classes ({classes[0]}, {classes[1]}, ...) and no number from 0 to {len(classes) - 1}"
+            )
+    return [known[label] for label in labels]
+
+
+def _parquet(path: Path, label: str, classes: tuple[str, ...], shape: tuple[int, int, int]) -> Arrays:
+    images, labels = _table(path, [("img", "image"), (label,)])
     if any(not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) for image in images):
         raise UserError(f"the images of {path} are not encoded files, expected a struct with 'bytes' in each row")
-    y = torch.tensor(labels)
-    check_labels(y, len(images), num_classes, str(path))
-    x = decode_all(len(images), lambda i: (images[i]["bytes"], f"image {i} of {path}"), shape)
-    return x, y.to(torch.int64)
+    y = as_labels(_numbered(labels, classes, path), len(images), len(classes), str(path))
+    return decode_all(len(images), lambda i: (images[i]["bytes"], f"image {i} of {path}"), shape), y
 
 
-def read_parquet(folder: Path, label: str, num_classes: int, shape: tuple[int, int, int]) -> dict[str, Arrays]:
-    """Returns the splits train and test in Hugging Face's layout: train-*.parquet and test-*.parquet anywhere under
-    ``folder``.
+def parquet_files(folder: Path, start: str = "") -> list[Path]:
+    """Parquet files whose names begin with ``start``, in ``folder`` and at most two folders deeper, sorted."""
+    return sorted(path for deeper in ("", "*/", "*/*/") for path in folder.glob(f"{deeper}{start}*.parquet"))
 
-    Columns ``img`` or ``image`` (struct of ``bytes``, an encoded image of ``shape``) and ``label``. Only the
-    structure is checked, for no checksum is published: the copy may be a recompressed one.
+
+def read_parquet(folder: Path, label: str, classes: tuple[str, ...], shape: tuple[int, int, int]) -> dict[str, Arrays]:
+    """Returns the splits train and test in Hugging Face's layout: train-*.parquet and test-*.parquet in ``folder`` or
+    at most two folders deeper.
+
+    Columns ``img`` or ``image`` (struct of ``bytes``, an encoded image of ``shape``) and ``label``: numbers, numbers
+    in digits, or names of ``classes``. Only the structure is checked, for no checksum is published: the copy may be a
+    recompressed one.
     """
     out = {}
     for split in ("train", "test"):
-        files = sorted(folder.rglob(f"{split}-*.parquet"))
+        files = parquet_files(folder, f"{split}-")
         if not files:
             raise UserError(f"{folder} holds no {split}-*.parquet, expected both train-*.parquet and test-*.parquet")
-        parts = [_parquet(file, label, num_classes, shape) for file in files]
+        parts = [_parquet(file, label, classes, shape) for file in files]
         out[split] = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
     return out
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from robustmoe.data.split import hold_out
 from robustmoe.errors import UserError
 
+MOST_CLASSES = 1_000_000
+"""Of a user's own arrays: a label beyond it is a mistake, and each class gets a name."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -65,6 +68,9 @@ class ImageSet(ABC):
     @abstractmethod
     def subset(self, positions: Int64[Tensor, " n"] | list[int]) -> ImageSet:
         """Returns a set of the images at ``positions`` (n,) alone; each keeps its index."""
+
+    def verify(self) -> None:  # noqa: B027, no work for most sets
+        """`UserError` for an image that cannot be read. Nothing to do for images in memory: they have been read."""
 
     @abstractmethod
     def _contents(self) -> Iterator[Any]:
@@ -162,6 +168,11 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def verify(self) -> None:
+        """`UserError` for the first image, of any split, that cannot be read (see `ImageSet.verify`)."""
+        for part in (self.train, self.val, self.test):
+            part.verify()
+
     @property
     def num_classes(self) -> int:
         return len(self.classes)
@@ -213,22 +224,34 @@ def _check_images(x: Tensor) -> None:
         )
 
 
-def check_labels(y: Tensor, num_images: int, num_classes: int | None, source: str) -> None:
-    """`UserError` unless ``y`` is (num_images,) integers in 0..num_classes-1; ``source`` says whose labels they are."""
+def as_labels(y: Any, num_images: int, num_classes: int | None, source: str) -> Int64[Tensor, " n"]:
+    """``y`` as a tensor of int64; `UserError` unless it is (num_images,) integers in 0..num_classes-1. ``source`` says
+    whose labels they are.
+    """
     if num_images == 0:
         raise UserError(f"{source} holds no images, expected at least one; give another file or folder")
-    if y.ndim != 1 or len(y) != num_images:
+    labels = _tensor(y, f"the labels of {source}", "integers, one an image")
+    if labels.ndim != 1 or len(labels) != num_images:
         raise UserError(
-            f"{source} has {num_images} images and labels of shape {tuple(y.shape)}, expected ({num_images},)"
+            f"{source} has {num_images} images and labels of shape {tuple(labels.shape)}, expected ({num_images},)"
         )
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise UserError(
-            f"the labels of {source} are {y.dtype}, expected integers; convert them, for example with y.long()"
+            f"the labels of {source} are {labels.dtype}, expected integers; convert them, for example with y.long()"
         )
-    low, high = int(y.min()), int(y.max())
+    labels = labels.to(torch.int64)
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
         top = "0 or above" if num_classes is None else f"0 to {num_classes - 1} ({num_classes} classes)"
         raise UserError(f"the labels of {source} range from {low} to {high}, expected {top}; number the classes from 0")
+    return labels
+
+
+def _tensor(values: Any, name: str, wanted: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:  # texts, objects, rows of unequal length
+        raise UserError(f"{name} cannot be made a tensor ({e}); expected {wanted}") from None
 
 
 def from_arrays(
@@ -243,17 +266,17 @@ def from_arrays(
     `UserError` on images of another rank, outside [0, 1] or not finite, on labels outside 0..num_classes-1, on
     lengths that differ.
     """
-    x, y = torch.as_tensor(x).detach(), torch.as_tensor(y)
+    x = _tensor(x, "the images", "floating point in [0, 1]").detach()
     _check_images(x)
-    check_labels(y, len(x), num_classes, "the set")
+    y = as_labels(y, len(x), num_classes, "the set")
     if index is not None:
-        index = torch.as_tensor(index)
-        if index.shape != y.shape or index.is_floating_point():
+        index = _tensor(index, "index", "integers, one an image")
+        if index.shape != y.shape or index.is_floating_point() or index.is_complex():
             raise UserError(
                 f"index is {index.dtype} of shape {tuple(index.shape)}, expected integers of shape {tuple(y.shape)}"
             )
         index = index.to(torch.int64)
-    return InMemory(x.to(torch.float32), y.to(torch.int64), index)
+    return InMemory(x.to(torch.float32), y, index)
 
 
 def as_data(
@@ -274,6 +297,11 @@ def as_data(
     count = None if classes is None else len(classes)
     every = from_arrays(x, y, count)
     count = count or int(every.labels.max()) + 1
+    if count > MOST_CLASSES:
+        raise UserError(
+            f"the largest label is {count - 1}, which makes {count} classes, expected at most {MOST_CLASSES}; number "
+            "the classes from 0"
+        )
     keep, held = hold_out(every.labels, val)
     train, test = every.subset(keep), every.subset([])
     if x_test is not None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from robustmoe.data.archives import Arrays, existing, hub_folder, read_cifar, read_idx, read_parquet
-from robustmoe.data.base import Data, InMemory, check_labels, mean_std
+from robustmoe.data.archives import Arrays, hub_folder, parquet_files, read_cifar, read_idx, read_parquet
+from robustmoe.data.base import Data, InMemory, as_labels, mean_std
 from robustmoe.data.folders import folder, imagenet, tiny_imagenet
+from robustmoe.data.reading import existing
 from robustmoe.data.split import TEST, hold_out
 from robustmoe.errors import UserError
 
@@ -62,19 +63,13 @@ def fashion_mnist(root: str | Path = FASHION_MNIST_ROOT, val: float = 0.1) -> Da
     Read from its four IDX files, gzipped or not. The default root is where Debian's package puts them. Magic numbers,
     sizes and lengths are checked, no checksums.
     """
-    place = Path(root).expanduser()
-    if not place.is_dir():
-        raise UserError(
-            f"there is no folder {place}; run: apt-get install dataset-fashion-mnist, or give the folder with root="
-        )
+    place = existing(root, "run: apt-get install dataset-fashion-mnist, or give the folder with root=")
     splits = []
     for part in ("train", "t10k"):
-        images, labels = (
-            read_idx(place, f"{part}-images-idx3-ubyte", 3),
-            read_idx(place, f"{part}-labels-idx1-ubyte", 1),
-        )
-        check_labels(labels, len(images), len(_FASHION), f"{place}/{part}-labels-idx1-ubyte")
-        splits.append(InMemory(images[:, None], labels.to(torch.int64)))
+        images = read_idx(place, f"{part}-images-idx3-ubyte", (28, 28))
+        labels = read_idx(place, f"{part}-labels-idx1-ubyte", ())
+        source = f"{place}/{part}-labels-idx1-ubyte"
+        splits.append(InMemory(images[:, None], as_labels(labels, len(images), len(_FASHION), source)))
     return _in_memory("fashion_mnist", splits[0], splits[1], _FASHION, val)
 
 
@@ -87,7 +82,7 @@ def cifar10(root: str | Path | None = None, val: float = 0.1) -> Data:
     """
     splits = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
     loaded = _cifar(
-        root, "uoft-cs/cifar10", "cifar-10-python.tar.gz", "cifar-10-batches-py", splits, ("labels", "label"), 10
+        root, "uoft-cs/cifar10", "cifar-10-python.tar.gz", "cifar-10-batches-py", splits, ("labels", "label"), _CIFAR10
     )
     return _in_memory("cifar10", InMemory(*loaded["train"]), InMemory(*loaded["test"]), _CIFAR10, val)
 
@@ -99,7 +94,7 @@ def cifar100(root: str | Path | None = None, val: float = 0.1) -> Data:
     """
     splits = {"train": ["train"], "test": ["test"]}
     keys = ("fine_labels", "fine_label")
-    loaded = _cifar(root, "uoft-cs/cifar100", "cifar-100-python.tar.gz", "cifar-100-python", splits, keys, 100)
+    loaded = _cifar(root, "uoft-cs/cifar100", "cifar-100-python.tar.gz", "cifar-100-python", splits, keys, _CIFAR100)
     return _in_memory("cifar100", InMemory(*loaded["train"]), InMemory(*loaded["test"]), _CIFAR100, val)
 
 
@@ -110,15 +105,15 @@ def _cifar(
     unpacked: str,
     splits: dict[str, list[str]],
     label_keys: tuple[str, str],
-    num_classes: int,
+    classes: tuple[str, ...],
 ) -> dict[str, Arrays]:
     """Find out which of the published forms ``root`` is, and read it."""
     place = hub_folder(repo) if root is None else existing(root)
     for candidate in (place, place / unpacked, place / archive):
         if candidate.is_file() or (candidate / splits["test"][0]).is_file():
-            return read_cifar(candidate, unpacked, splits, label_keys[0], num_classes)
-    if any(place.rglob("*.parquet")):
-        return read_parquet(place, label_keys[1], num_classes, (3, 32, 32))
+            return read_cifar(candidate, unpacked, splits, label_keys[0], len(classes))
+    if parquet_files(place):
+        return read_parquet(place, label_keys[1], classes, (3, 32, 32))
     raise UserError(
         f"{place} holds none of {archive}, {unpacked}/ and train-*.parquet; give the place of one of them with root="
     )

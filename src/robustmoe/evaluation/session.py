@@ -106,6 +106,7 @@ class Session:
         folder: Path | None = None,
         source: ImageSet | None = None,
     ) -> None:
+        images.verify()
         self.model, self.images, self.device = model.eval(), images, device
         self.options, self.about, self.folder = options, about, folder
         self.source = images if source is None else source

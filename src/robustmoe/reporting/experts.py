@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Sequence
 from html import escape
@@ -19,6 +18,7 @@ from robustmoe.reporting.words import plural, route_text
 
 ROUTERS_SHOWN = 8
 EXAMPLES_SHOWN = 12
+MOST_PIXELS = 2**24
 SIDE = 96  # pixels: larger images are shown smaller, so that the page stays small
 
 
@@ -60,12 +60,12 @@ def image_section(views: Sequence[RunView]) -> str:
     """Shows before, after and the difference made visible; "" without examples."""
     body = ""
     for view in views:
-        strip, factor = _strip(view)
-        if strip:
+        strip, factor, damaged = _strip(view)
+        if strip or damaged:
             title = f"<h3>{escape(view.name)}</h3>" if len(views) > 1 else ""
-            body += (
-                f'{title}<p class="note">Difference × {factor}, grey is no change.</p><div class="strip">{strip}</div>'
-            )
+            words = f"Difference × {factor}, grey is no change."
+            words += f" {plural(damaged, 'damaged example')} left out." if damaged else ""
+            body += f'{title}<p class="note">{words}</p><div class="strip">{strip}</div>'
     if not body:
         return ""
     return (
@@ -75,12 +75,16 @@ def image_section(views: Sequence[RunView]) -> str:
 
 
 def decode(text: str) -> np.ndarray | None:
-    """Returns a base64 PNG as an array of grey levels, ``(h, w, 3)`` of int16; None if it is not a picture."""
+    """Returns a base64 PNG as an array of grey levels, ``(h, w, 3)`` of int16; None if it is not a picture, or one that
+    says it is larger than any that a model is attacked on.
+    """
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-            return np.asarray(image.convert("RGB")).astype(np.int16)
-    except (OSError, SyntaxError, ValueError, binascii.Error):
-        return None
+            if image.width * image.height <= MOST_PIXELS:
+                return np.asarray(image.convert("RGB")).astype(np.int16)
+    except Exception:  # a damaged picture can raise anything; the page says that it is left out
+        pass
+    return None
 
 
 def _png(array: np.ndarray) -> str:
@@ -92,15 +96,17 @@ def _png(array: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _strip(view: RunView) -> tuple[str, int]:
+def _strip(view: RunView) -> tuple[str, int, int]:
+    """The pictures, by how much their change is amplified, how many examples are no pictures."""
+    shown = view.examples[:EXAMPLES_SHOWN]
     shots: list[tuple[Example, np.ndarray, np.ndarray]] = []
-    for example in view.examples[:EXAMPLES_SHOWN]:
+    for example in shown:
         before, after = decode(example.before), decode(example.after)
         if before is not None and after is not None and before.shape == after.shape:
             shots.append((example, before, after))
     largest = max((int(np.abs(after - before).max()) for _, before, after in shots), default=0)
     factor = max(1, 120 // max(largest, 1))
-    return "".join(_shot(view, *shot, factor) for shot in shots), factor
+    return "".join(_shot(view, *shot, factor) for shot in shots), factor, len(shown) - len(shots)
 
 
 def _shot(view: RunView, example: Example, before: np.ndarray, after: np.ndarray, factor: int) -> str:

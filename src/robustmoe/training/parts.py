@@ -109,6 +109,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
             f"batch_size {parts.batch_size} cannot be shared by {distributed.world()} processes; "
             "expected a multiple of that number"
         )
+    data.verify()  # a damaged image is told of before the first step, not in the last epoch
     return parts
 
 
