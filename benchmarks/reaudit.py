@@ -116,6 +116,7 @@ def audited(net: Any, x: Tensor, y: Tensor, attacks: tuple[str, ...]) -> dict[st
 COLUMNS = {
     "clean": lambda each: each["callable"]["clean"],
     "pgd": lambda each: each["callable"]["pgd, steps=20"],
+    "pgd_wrapped": lambda each: each["wrapped"]["pgd, steps=20"],
     "autoattack": lambda each: each["callable"]["autoattack"],
     "as_callable": lambda each: 100 * sum(each["callable"]["survivors"]) / IMAGES,
     "wrapped": lambda each: (
@@ -126,6 +127,16 @@ COLUMNS = {
 """Per cent of the images, of one job: what a callable keeps, what is left when routing attacks join, the difference."""
 
 
+def hidden_of_all(jobs: list[dict[str, Any]]) -> dict[str, float]:
+    """Per cent of the images of all seeds together that the callable keeps and the routing attacks break, and Wilson's
+    95 % interval.
+    """
+    count = round(sum(IMAGES * COLUMNS["hidden"](each) / 100 for each in jobs))
+    share = analysis.Rate(count, IMAGES * len(jobs))
+    low, high = share.interval
+    return {"mean": 100 * share.value, "low": 100 * low, "high": 100 * high, "n": share.n}
+
+
 def table(jobs: list[dict[str, Any]]) -> dict[str, Any]:
     """training -> net -> each column over the seeds; of nets that were refused, what was said."""
     numbers: dict[str, Any] = {}
@@ -133,8 +144,21 @@ def table(jobs: list[dict[str, Any]]) -> dict[str, Any]:
         own = [each for each in jobs if (each["training"], each["net"]) == (training, name) and "wrapped" in each]
         if own:
             row = {column: spread_of([of(each) for each in own]) for column, of in COLUMNS.items()}
-            numbers.setdefault(training, {})[name] = row
+            numbers.setdefault(training, {})[name] = {**row, "hidden_of_all": hidden_of_all(own)}
     return numbers
+
+
+def rows(numbers: dict[str, Any]) -> str:
+    """The rows of docs/studies/reaudit.md: means, and the least and the largest of the seeds."""
+    lines = []
+    for training, nets in numbers.items():
+        lines.append(f"\n{training}")
+        for name, row in nets.items():
+            cells = [f"{row[each]['mean']:.0f} ({row[each]['min']:.0f}–{row[each]['max']:.0f})" for each in COLUMNS]
+            total = row["hidden_of_all"]
+            cells.append(f"{total['mean']:.1f} ({total['low']:.1f}–{total['high']:.1f})")
+            lines.append(f"| {PUBLIC[name].title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -164,6 +188,7 @@ def main() -> None:
                     json.dumps({key: jobs[-1].get(key) for key in ("net", "training", "seed", "callable", "wrapped")})
                 )
                 write(given.out, about, table(jobs), jobs=jobs)
+    print(rows(table(jobs)))
 
 
 if __name__ == "__main__":

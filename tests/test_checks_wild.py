@@ -1,13 +1,8 @@
 """What the checks say of real packages: their routers are seen until they are wrapped. Of dense networks they say
 nothing (``python -m benchmarks.looking_inside`` asks more of them).
-
-`make wild` installs the packages (the extra "wild"); without them this file is skipped.
 """
 
 from __future__ import annotations
-
-import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,21 +15,11 @@ from robustmoe.evaluation.checks.hidden import hidden
 from robustmoe.evaluation.checks.passing import gradient_off
 from robustmoe.evaluation.checks.routers import random_module_quickly
 from robustmoe.models import RoutedModel, as_routed
-from wild_models import WILD, example
+from wild_models import WILD, example, needed, quiet  # noqa: F401 (quiet is a fixture)
 
-MISSING = 'needs the extra "wild": run `make wild`'
 pytestmark = pytest.mark.wild
 
-for package in ("st_moe_pytorch", "soft_moe_pytorch", "mixture_of_experts", "transformers"):
-    pytest.importorskip(package, reason=MISSING)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """The packages warn of what is their own affair."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+needed()
 
 
 def asked(model: RoutedModel) -> Subject:

@@ -1,14 +1,9 @@
-"""`find_routers` and `wrap` on routed layers of real packages, with nothing else given.
-
-`make wild` installs them (the extra "wild"); without them this file is skipped.
-"""
+"""`find_routers` and `wrap` on routed layers of real packages, with nothing else given."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import warnings
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -20,23 +15,11 @@ from robustmoe.routing import detach, to_expert
 from robustmoe.wrapping import WrappedModel
 from robustmoe.wrapping.codecs import text_of
 from robustmoe.wrapping.testing import disturbed, experts_of
-from wild_models import WILD, Wild, example
+from wild_models import MISSING, WILD, Wild, example, needed, quiet  # noqa: F401 (quiet is a fixture)
 
-MISSING = (
-    'needs the extra "wild" (st-moe-pytorch, soft-moe-pytorch, mixture-of-experts, transformers, timm): run `make wild`'
-)
 pytestmark = pytest.mark.wild
 
-for package in ("st_moe_pytorch", "soft_moe_pytorch", "mixture_of_experts", "transformers"):
-    pytest.importorskip(package, reason=MISSING)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """The packages warn of what is their own affair."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+needed()
 
 
 @pytest.fixture(params=sorted(WILD))

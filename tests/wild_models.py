@@ -1,4 +1,7 @@
-"""Classifiers with routed layers of real packages in them, at the smallest sizes; see test_wild.py."""
+"""Classifiers with routed layers of real packages in them, at the smallest sizes; see test_wild.py.
+
+`make wild` installs the packages (the extra "wild"); without them the tests of a file that calls `needed` are skipped.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,33 @@ import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 WIDTH, EXPERTS = 16, 4
+MISSING = (
+    'needs the extra "wild" (st-moe-pytorch, soft-moe-pytorch, mixture-of-experts, transformers, timm): run `make wild`'
+)
+
+
+def needed() -> None:
+    """Skips the file that asks, where a package is missing."""
+    for package in ("st_moe_pytorch", "soft_moe_pytorch", "mixture_of_experts", "transformers"):
+        pytest.importorskip(package, reason=MISSING)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """The packages warn of what is their own affair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Classifier(nn.Module):
