@@ -255,7 +255,8 @@ def test_examples_are_pngs_of_the_images(tmp_path: Path) -> None:
     x = torch.rand(6, 3, 1, 2, generator=torch.Generator().manual_seed(5))
     evaluate(Toy(), x, torch.tensor([0, 1] * 3), attacks=[Shift(linf(0.1), 0.0, 0.0)], out=tmp_path)
     (file,) = tmp_path.glob("*.examples.jsonl")
-    examples = records.read_examples(file)
+    header = rows_of(tmp_path)[0].header
+    examples = records.read_examples(file, header)
     rows = {row.index: row for row in rows_of(tmp_path)[0].rows}
     assert {example.index for example in examples} == {i for i, row in rows.items() if row.clean == row.label}
     for example in examples:
@@ -268,7 +269,7 @@ def test_examples_are_pngs_of_the_images(tmp_path: Path) -> None:
     for file in tmp_path.glob("*.jsonl"):
         file.write_bytes(b"" if not file.name.endswith(".examples.jsonl") else file.read_bytes()[:10])
     evaluate(Toy(), x, torch.tensor([0, 1] * 3), attacks=[Shift(linf(0.1), 0.0, 0.0)], out=tmp_path)
-    assert records.read_examples(next(tmp_path.glob("*.examples.jsonl"))) == examples
+    assert records.read_examples(next(tmp_path.glob("*.examples.jsonl")), header) == examples
 
 
 # ------------------------------------------------------------------------------------------------ resuming

@@ -580,7 +580,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
         (("layers",), {}, r"field 'layers' is of the routers \[\], expected \['router'\]"),
         (("load", "router"), [[1]] * 4, r"load\['router'\] must have 2 numbers an image"),
         (("boundary", "router"), [[1.0]] * 4, "field 'boundary' must have 8 numbers an image"),
-        (("kinds", "jacobian"), "sure", r"kinds\['jacobian'\] must be one of exact, lower bound"),
+        (("kinds", "jacobian"), "sure", r"field 'kinds\[jacobian\]' must be one of exact, lower bound"),
         (("header", "n"), 2, "it has 4 images, more than the 2 it is about"),
         (("extra",), 1, "unknown field 'extra'"),
     ],

@@ -82,7 +82,7 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 def test_round_trip(tmp_path: Path) -> None:
     rows = [
         make_row(2),
-        make_row(0, router_exposed=None, experts_exposed=None, rerouted={}, route_clean={}),
+        make_row(0, router_exposed=None, experts_exposed=None),
         make_row(1),
     ]
     with Writer(tmp_path / "new" / "rows.jsonl", make_header()) as writer:
@@ -276,7 +276,7 @@ def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
         ('{"kind":"checks","seconds":1,"checks":[1]}', r"checks: field 'checks\[0\]' must be an object, got 1"),
         (
             json.dumps({"kind": "checks", "seconds": 1, "checks": [{**vars(CHECK), "status": "ok"}]}),
-            r"check: field 'status' must be one of pass, not run, warn, fail, got 'ok'",
+            r"checks: field 'checks\[0\].status' must be one of pass, not run, warn, fail, got 'ok'",
         ),
     ],
 )
@@ -297,7 +297,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
         ({"role": ""}, "'role' must be one of main, curve"),
         ({"precision": "fp64"}, "'precision' must be one of strict, fast, fp32, got 'fp64'"),
         ({"objective": None}, "'objective' must be an object, got None"),
-        ({"routers": {"r": {"experts": 2}}}, "routerinfo: field 'k' is missing"),
+        ({"routers": {"r": {"experts": 2}}}, r"field 'routers\[r\].k' is missing"),
     ],
 )
 def test_bad_headers_are_named(changes: dict[str, Any], match: str) -> None:
@@ -373,9 +373,9 @@ def test_append_after_a_kill(tmp_path: Path) -> None:
 def test_examples(tmp_path: Path) -> None:
     path = examples_path(tmp_path / "rows" / "pgd-v1.2.jsonl")
     assert path == tmp_path / "rows" / "pgd-v1.2.examples.jsonl"
-    examples = [Example(4, 1, 1, 0, {"r": [1, 0]}, {"r": [0, 1]}, "AAAA", "BBBB")]
+    examples = [Example(4, 1, 1, 0, {"router": [1, 0]}, {"router": [0, 1]}, "AAAA", "BBBB")]
     write_examples(path, examples)
-    assert read_examples(path) == examples
+    assert read_examples(path, make_header()) == examples
 
 
 def test_write_atomic(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def make_rows(header: Header, strength: float, seed: int = 1, n: int | None = No
             route_clean[name] = [total if expert == home else 0 for expert in range(info.experts)]
             route_adversarial[name] = [total if expert == away else 0 for expert in range(info.experts)]
             rerouted[name] = float(away != home)
-        exposed = (clean if luck.random() < 0.8 else label + 1, clean if luck.random() < 0.6 else label + 1)
+        beside = (label + 1) % len(header.classes)
+        exposed = (clean if luck.random() < 0.8 else beside, clean if luck.random() < 0.6 else beside)
         size = {"linf": header.eps, "l2": 1.2, "l1": 55.0}
         rows.append(Row(index, label, clean, adversarial, size, rerouted,
                         exposed[0] if header.routers else None, exposed[1] if header.routers else None,
@@ -179,7 +180,7 @@ def make_training(run: Path, routed: bool, routers: list[str], epochs: int = 6) 
     config = {
         "model": "pathway(resnet18, experts=4)", "data": "cifar10", "method": "advmoe(pgd(linf(8/255), steps=10))",
         "optimizer": "sgd(momentum=0.9)", "schedule": "one_cycle(0.1)", "epochs": epochs, "batch_size": 128,
-        "augment": "crop+flip", "precision": "bf16", "ema": None, "clip": 1.0, "seed": 3,
+        "augment": "crop+flip", "precision": "bf16", "ema": 0.0, "clip": 1.0, "seed": 3,
         "val_attack": "pgd(linf(8/255), steps=10)",
         "num_classes": 10, "image_shape": [3, 32, 32], "classes": CLASSES, "parameters": 11_173_962,
         "versions": {"torch": "2.13.0"}, "commit": "0123abc", "data_hash": "d0d0cafe",
@@ -426,10 +427,11 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
     bad = Check("X1", HOSTILE, "fail", HOSTILE, HOSTILE)
     path = write_rows(run, "hostile", header, make_rows(header, 1.0), [bad])
     examples = make_examples(header, make_rows(header, 1.0), 2)
-    write_examples(path.with_suffix(".examples.jsonl"), [*examples, Example(0, 0, 0, 99, {}, {}, HOSTILE, HOSTILE)])
-    (run / "config.json").write_text(
-        json.dumps({"method": HOSTILE, "command": HOSTILE, "optimizer": {HOSTILE: HOSTILE}})
+    write_examples(
+        path.with_suffix(".examples.jsonl"),
+        [*examples, Example(0, 0, 0, 9, *[{HOSTILE: [1, 0, 0, 0]}] * 2, HOSTILE, HOSTILE)],
     )
+    (run / "config.json").write_text(json.dumps({"method": HOSTILE, "command": HOSTILE, "optimizer": HOSTILE}))
     append_json(run / "metrics.jsonl", {"epoch": 21, "loss": {HOSTILE: 1.0}, "lr": {HOSTILE: 0.1},
                 "routers": {HOSTILE: {"load": [0.5, 0.5, 0, 0], "entropy": 0.1, "dead": [2, 3]}}})  # fmt: skip
     page, numbers, text, source = made(run, tmp_path)
@@ -480,7 +482,7 @@ def test_many_routers_of_many_tokens(tmp_path: Path) -> None:
         (lambda run: write_rows(run, "a", make_header(), [], None), "has no rows yet"),
         (
             lambda run: (make_run(run.parent, name="run", n=10) / "config.json").write_text("[1]"),
-            "is not a JSON object",
+            r"the file is damaged \(not a JSON object\)",
         ),
     ],
 )

@@ -254,7 +254,8 @@ def _label(result: Evaluation) -> str | None:
     """The published name that check G14 found the attack entitled to; None before the checks were run."""
     for check in result.checks.checks if result.checks else ():
         if check.id == "G14" and isinstance(check.value, dict):
-            return check.value.get("label")
+            label = check.value.get("label")
+            return label if isinstance(label, str) else None
     return None
 
 

@@ -353,8 +353,8 @@ def validate_model(model: RoutedModel, probe: Batch, images: ImageSet) -> Output
 
 
 def class_names(about: About, output: Output) -> list[str]:
-    """The names of the classes; their numbers where none are known."""
-    return list(about.classes) or [str(number) for number in range(output.logits.shape[1])]
+    """The names of the classes; numbers for those of the model that have none."""
+    return [*about.classes, *map(str, range(len(about.classes), output.logits.shape[1]))]
 
 
 def routers_of(output: Output) -> dict[str, RouterInfo]:

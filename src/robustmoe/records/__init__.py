@@ -17,6 +17,7 @@ from robustmoe.records.lipschitz import Lipschitz
 from robustmoe.records.record import Record, Records, Told
 from robustmoe.records.rows import WORK, Writer, difference, merge, read, rows_files, told
 from robustmoe.records.sweep import Override, Sweep, SweepAnswers
+from robustmoe.records.training import read_config, read_metrics, read_some_config
 from robustmoe.records.types import (
     NORMS,
     PRECISIONS,
@@ -70,8 +71,11 @@ __all__ = [
     "file_stem",
     "merge",
     "read",
+    "read_config",
     "read_examples",
     "read_jsonl",
+    "read_metrics",
+    "read_some_config",
     "rows_files",
     "told",
     "write_atomic",

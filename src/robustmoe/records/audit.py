@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from robustmoe.records.record import Record
+from robustmoe.records.typed import Count, Whole
 from robustmoe.records.types import Check
 
 
@@ -14,6 +15,6 @@ class Audit(Record, kind="checks", file="checks.json", version=1, verb="check"):
 
     model_hash: str
     attacks: list[str]
-    n: int
-    seed: int
+    n: Count
+    seed: Whole
     checks: list[Check]

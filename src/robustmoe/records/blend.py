@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
 
 from robustmoe.records.record import Column, Record
+from robustmoe.records.typed import Answer, Count, Length, Share
 from robustmoe.records.types import Header
 
 
@@ -29,18 +33,18 @@ class Blend(Record, kind="blend", file="blend.json", version=2, verb="blend"):
     robust: str
     mix: str
     sharpen: str
-    alphas: list[float]
-    index: list[int]
-    labels: list[int]
-    predicted: list[list[int]]
+    alphas: list[Share]
+    index: list[Count]
+    labels: list[Count]
+    predicted: list[list[Answer]]
     attacks: list[str]
-    broken: list[list[int]]
+    broken: list[list[Annotated[int, Meta(ge=-2)]]]
     certified: list[list[bool]]
-    validation: list[float]
-    wanted: float | None
-    chosen: float | None
-    attacked: int
-    seconds: float
+    validation: list[Share]
+    wanted: Share | None
+    chosen: Share | None
+    attacked: Count
+    seconds: Length
 
     @property
     def done(self) -> bool:
@@ -59,14 +63,18 @@ class Blend(Record, kind="blend", file="blend.json", version=2, verb="blend"):
         if self.validation:
             yield "validation", self.validation, count
 
+    def answers(self) -> Iterator[tuple[str, Sequence[int]]]:
+        for at, column in enumerate(self.predicted):
+            yield f"predicted[{at}]", column
+
     def problems(self) -> Iterator[str]:
         count = len(self.alphas)
         if not self.alphas:
             yield "there is no alpha"
-        if sorted(set(self.alphas)) != self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
+        if sorted(set(self.alphas)) != self.alphas:
             yield "alphas must rise, from 0 to 1"
         yield from super().problems()
-        if not 0 <= self.attacked <= count:
+        if self.attacked > count:
             yield f"attacked is {self.attacked}, of {count} alphas"
-        if any(not -2 <= attack < len(self.attacks) for row in self.broken for attack in row):
+        if any(attack >= len(self.attacks) for row in self.broken for attack in row):
             yield "broken names attacks that are not in the list"

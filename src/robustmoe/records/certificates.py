@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
 
 from robustmoe.errors import UserError
 from robustmoe.records.record import Record
-from robustmoe.records.typed import choice
+from robustmoe.records.typed import Answer, Count, Length, Share, one_of
 from robustmoe.records.types import Header
 
 SUBJECTS = ("model", "smoothed model")
@@ -24,26 +27,21 @@ class Proof:
     (1 or 0; under noise the share of copies on the clean route); None where the certifier does not know. ``reason``:
     why eps is not certified. ``seconds``: its share of its batch's wall time."""
 
-    index: int
-    label: int
-    prediction: int
-    radius: float
+    index: Count
+    label: Count
+    prediction: Answer
+    radius: Annotated[float, Meta(ge=0)]
     rule: str
-    reachable: int | None
-    proven: int | None
-    stable: float | None
+    reachable: Count | None
+    proven: Count | None
+    stable: Share | None
     reason: str
-    seconds: float
+    seconds: Length
 
     @property
     def right(self) -> bool:
         """Says whether the certified prediction is the label."""
         return self.prediction == self.label
-
-    def problems(self) -> Iterator[str]:
-        """Yields the problem of a radius that is none."""
-        if not self.radius >= 0:
-            yield f"field 'radius' must be 0 or more, got {self.radius}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Certificates(Record, kind="certificates", file="certificates/*.json", vers
 
     header: Header
     certifier: str
-    subject: str
+    subject: Annotated[str, one_of(SUBJECTS)]
     rows: list[Proof]
 
     @property
@@ -82,9 +80,14 @@ class Certificates(Record, kind="certificates", file="certificates/*.json", vers
             )
         return {row.index: row.radius for row in self.rows if row.right}
 
+    def answers(self) -> Iterator[tuple[str, Sequence[int]]]:
+        yield "the predictions of the rows", [row.prediction for row in self.rows]
+
     def problems(self) -> Iterator[str]:
         n = len(self.rows)
-        yield from choice("subject", self.subject, SUBJECTS)
+        yield from super().problems()
+        if self.rows and max(row.label for row in self.rows) >= len(self.header.classes):
+            yield f"the labels of the rows must be from 0 to {len(self.header.classes) - 1}"
         if n > self.header.n:
             yield f"it has {n} images, more than the {self.header.n} it is about"
         if len({row.index for row in self.rows}) < n:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from robustmoe.records.record import Column, Record, by_router, no_class, other_routers
+from robustmoe.records.record import Column, Record, by_router, other_routers, per_expert, strange_routers
+from robustmoe.records.typed import Answer, Count, Length, Share
 from robustmoe.records.types import Header
 
 CLEAN = "clean"
@@ -25,12 +26,12 @@ class Answers:
     perturbation, in the header's norm (pixels of [0, 1]). ``routes``: router -> how many items each expert got.
     ``moved``: router -> the share of items whose set of experts changed."""
 
-    predicted: list[int]
-    routing_fixed: list[int]
-    routing_transplanted: list[int]
-    size: list[float]
-    routes: dict[str, list[list[int]]]
-    moved: dict[str, list[float]]
+    predicted: list[Answer]
+    routing_fixed: list[Answer]
+    routing_transplanted: list[Answer]
+    size: list[Length]
+    routes: dict[str, list[list[Count]]]
+    moved: dict[str, list[Share]]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Dissection(Record, kind="dissection", file="dissection.json", version=3, v
     ``under``: attack -> its answers, "clean" first. ``seconds``: wall time. The file is whole once ``done``."""
 
     header: Header
-    index: list[int]
-    labels: list[int]
-    forced: list[list[int]]
+    index: list[Count]
+    labels: list[Count]
+    forced: list[list[Answer]]
     narrow: dict[str, list[float]]
     wide: dict[str, list[float]]
     entropy: dict[str, list[float]]
     under: dict[str, Answers]
-    seconds: float
+    seconds: Length
     done: bool = False
 
     def columns(self) -> Iterator[Column]:
@@ -68,6 +69,13 @@ class Dissection(Record, kind="dissection", file="dissection.json", version=3, v
             for name in ("routes", "moved"):
                 yield from by_router(f"under[{attack!r}].{name}", getattr(answers, name), n)
 
+    def answers(self) -> Iterator[tuple[str, Sequence[int]]]:
+        for expert, column in enumerate(self.forced):
+            yield f"forced[{expert}]", column
+        for attack, answers in self.under.items():
+            for name in ("predicted", "routing_fixed", "routing_transplanted"):
+                yield f"under[{attack!r}].{name}", getattr(answers, name)
+
     def problems(self) -> Iterator[str]:
         routers = self.header.routers
         if not routers:
@@ -83,8 +91,10 @@ class Dissection(Record, kind="dissection", file="dissection.json", version=3, v
         for attack, answers in self.under.items():
             for name in ("routes", "moved"):
                 yield from other_routers(f"under[{attack!r}].{name}", getattr(answers, name), self.header)
-            for name, rows in answers.routes.items():
-                if name in routers and any(len(row) != routers[name].experts for row in rows):
-                    yield f"under[{attack!r}].routes[{name!r}] must have {routers[name].experts} numbers an image"
+            yield from per_expert(f"under[{attack!r}].routes", answers.routes, self.header)
+        yield from other_routers("field 'entropy'", self.entropy, self.header)
+        for name in ("narrow", "wide"):
+            yield from strange_routers(f"field {name!r}", getattr(self, name), self.header)
+        if self.narrow.keys() != self.wide.keys():
+            yield "fields 'narrow' and 'wide' must be of the same routers"
         yield from super().problems()
-        yield from no_class(self.labels, self.header)

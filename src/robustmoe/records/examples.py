@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robustmoe.errors import UserError
 from robustmoe.records.files import dump_line, read_jsonl, write_atomic
-from robustmoe.records.typed import build
+from robustmoe.records.typed import Answer, Count, build
+from robustmoe.records.types import Header, misfits
 
 
 @dataclass(frozen=True)
 class Example:
     """One image to show: ``before`` and ``after`` are base64 text of PNG files."""
 
-    index: int
-    label: int
-    clean: int
-    adversarial: int
-    route_clean: dict[str, list[int]]
-    route_adversarial: dict[str, list[int]]
+    index: Count
+    label: Count
+    clean: Answer
+    adversarial: Answer
+    route_clean: dict[str, list[Count]]
+    route_adversarial: dict[str, list[Count]]
     before: str
     after: str
 
@@ -45,6 +47,14 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
     write_atomic(path, b"".join(dump_line(example.to_dict()) for example in examples))
 
 
-def read_examples(path: str | os.PathLike[str]) -> list[Example]:
-    """Returns the examples of a file; UserError on a bad line."""
-    return [Example.from_dict(value) for value in read_jsonl(path)]
+def read_examples(path: str | os.PathLike[str], header: Header) -> list[Example]:
+    """Returns the examples of a file beside rows of that header; UserError names a bad line."""
+    examples = []
+    for number, value in enumerate(read_jsonl(path), 1):
+        try:
+            examples.append(Example.from_dict(value))
+            for problem in misfits(examples[-1], header):
+                raise UserError(problem)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}; delete that line or the file") from None
+    return examples

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robustmoe.errors import UserError
+from robustmoe.records.typed import parse
 
 T = TypeVar("T")
 
@@ -80,8 +81,8 @@ def whole_lines(path: Path) -> list[bytes]:
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     """Returns the object of one line; UserError names the file and the line."""
     try:
-        value = json.loads(line)
-    except ValueError:
+        value = parse(line)
+    except UserError:
         value = None
     if not isinstance(value, dict):
         raise UserError(f"{path}, line {number}: not a JSON object; delete that line or the file")
@@ -101,7 +102,7 @@ def read_json(path: Path, make: Callable[[Any], T], remedy: str) -> T | None:
     with explained("read", path):
         text = path.read_bytes()
     try:
-        return make(json.loads(text))
+        return make(parse(text))
     except ValueError as error:  # UserError is one
         raise UserError(f"{path}: {error}; {remedy}") from None
 

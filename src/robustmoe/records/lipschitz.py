@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
-from robustmoe.records.record import Column, Record, by_router, other_routers
+from robustmoe.records.record import Column, Record, by_router, other_routers, per_expert, strange_routers
+from robustmoe.records.typed import Count, Length, Share, one_of
 from robustmoe.records.types import Header
 
 MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """The radii, in eps, within which boundaries are counted."""
+
+NEEDED = (
+    "margin radius", "jacobian", "fall", "fall by experts", "fall by routes", "right, clean", "right, attacked",
+    "right, routing fixed", "right, routing transplanted",
+)  # fmt: skip
+"""What is measured of every model."""
 
 KINDS = ("exact", "lower bound", "upper bound", "first order", "estimate")
 
@@ -29,17 +37,17 @@ class Lipschitz(Record, kind="lipschitz", file="lipschitz.json", version=2, verb
     ``seconds``: wall time."""
 
     header: Header
-    index: list[int]
-    labels: list[int]
+    index: list[Count]
+    labels: list[Count]
     model: dict[str, list[float]]
     layers: dict[str, dict[str, list[float]]]
-    load: dict[str, list[list[int]]]
-    boundary: dict[str, list[list[float]]]
+    load: dict[str, list[list[Count]]]
+    boundary: dict[str, list[list[Share]]]
     bounds: dict[str, list[float]]
-    kinds: dict[str, str]
+    kinds: dict[str, Annotated[str, one_of(KINDS)]]
     absent: dict[str, dict[str, str]]
     notes: dict[str, str]
-    seconds: float
+    seconds: Length
 
     @property
     def done(self) -> bool:
@@ -57,17 +65,19 @@ class Lipschitz(Record, kind="lipschitz", file="lipschitz.json", version=2, verb
             yield from by_router(name, getattr(self, name), n)
 
     def problems(self) -> Iterator[str]:
-        n, routers = len(self.index), self.header.routers
+        n = len(self.index)
         if n > self.header.n:
             yield f"it has {n} images, more than the {self.header.n} it is about"
         for name in ("layers", "load"):
             yield from other_routers(f"field {name!r}", getattr(self, name), self.header)
-        for quantity, kind in self.kinds.items():
-            if kind not in KINDS:
-                yield f"kinds[{quantity!r}] must be one of {', '.join(KINDS)}, got {kind!r}"
+        for name in ("absent", "notes") if n else ():
+            yield from other_routers(f"field {name!r}", getattr(self, name), self.header)
+        for name in ("boundary", "bounds"):
+            yield from strange_routers(f"field {name!r}", getattr(self, name), self.header)
+        for quantity in NEEDED if n else ():
+            if quantity not in self.model:
+                yield f"field 'model' has no {quantity!r}"
         yield from super().problems()
-        for name, rows in self.load.items():
-            if name in routers and any(len(row) != routers[name].experts for row in rows):
-                yield f"load[{name!r}] must have {routers[name].experts} numbers an image"
+        yield from per_expert("load", self.load, self.header)
         if any(len(row) != len(MULTIPLES) for rows in self.boundary.values() for row in rows):
             yield f"field 'boundary' must have {len(MULTIPLES)} numbers an image"

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypeVar
 
 from robustmoe.errors import UserError
 from robustmoe.records.files import file_stem, read_json, write_atomic
-from robustmoe.records.typed import build, encode
-from robustmoe.records.types import Header
+from robustmoe.records.typed import build, check_version, encode
+from robustmoe.records.types import VERSION, Header
 
 Column = tuple[str, Sequence[Any], int]
 R = TypeVar("R", bound="Record")
@@ -79,11 +79,24 @@ class Record(Told):
         """Returns the lists that must have a certain length: (name, list, length)."""
         yield from ()
 
+    def answers(self) -> Iterator[tuple[str, Sequence[int]]]:
+        """Returns the lists of predicted classes: (name, list)."""
+        yield from ()
+
     def problems(self) -> Iterator[str]:
-        """Returns what does not fit together, in words. A subclass adds to the lengths of the columns."""
+        """Returns what does not fit together, in words. A subclass adds to the lengths of the columns, the classes in
+        them and the images, each of which is there once."""
         for name, column, length in self.columns():
             if len(column) != length:
                 yield f"{name} has {len(column)} entries, expected {length}"
+        header: Header | None = getattr(self, "header", None)
+        last = len(header.classes) - 1 if header is not None else 0
+        labels, index = getattr(self, "labels", ()), getattr(self, "index", ())
+        for least, (name, column) in [(0, ("field 'labels'", labels)), *((-1, each) for each in self.answers())]:
+            if column and not least <= min(column) <= max(column) <= last:
+                yield f"{name} must be from {least} to {last}"
+        if len(set(index)) < len(index):
+            yield "an image is there twice"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of the file."""
@@ -94,11 +107,10 @@ class Record(Told):
         """Returns the inverse of :meth:`to_dict`; UserError says what is wrong."""
         if not isinstance(data, dict) or data.get("kind") != cls.kind:
             raise UserError(f'not of the kind {cls.kind}: expected {{"kind": "{cls.kind}", ...}}')
-        if data.get("version") != cls.version:
-            raise UserError(
-                f"{cls.kind} of version {data.get('version')!r}, this robustmoe reads version {cls.version}"
-            )
-        return build(cls, {name: value for name, value in data.items() if name != "version"})
+        check_version(cls.kind, data, cls.version, "make it anew")
+        if isinstance(data.get("header"), dict):
+            check_version(f"{cls.kind}: header", data["header"], VERSION, "make it anew")
+        return build(cls, {name: value for name, value in data.items() if name not in ("kind", "version")})
 
     @classmethod
     def path(cls: type[R], folder: str | os.PathLike[str], which: str = "") -> Path:
@@ -144,7 +156,14 @@ def other_routers(name: str, table: Mapping[str, object], header: Header) -> Ite
         yield f"{name} is of the routers {sorted(table)}, expected {sorted(header.routers)}"
 
 
-def no_class(labels: Sequence[int], header: Header) -> Iterator[str]:
-    """Returns the problem that a label is not of the header's classes, if there is such a label."""
-    if labels and not 0 <= min(labels) <= max(labels) < len(header.classes):
-        yield f"field 'labels' must be from 0 to {len(header.classes) - 1}"
+def strange_routers(name: str, table: Mapping[str, object], header: Header) -> Iterator[str]:
+    """Returns the problem that a table has a router which is not the header's, if it has."""
+    for router in table.keys() - header.routers.keys():
+        yield f"{name} is of a router {router!r}, expected {sorted(header.routers)}"
+
+
+def per_expert(name: str, table: Mapping[str, Sequence[Sequence[int]]], header: Header) -> Iterator[str]:
+    """Returns the problem that a router's table has not a number for each of its experts, if it has not."""
+    for router, rows in table.items():
+        if router in header.routers and any(len(row) != header.routers[router].experts for row in rows):
+            yield f"{name}[{router!r}] must have {header.routers[router].experts} numbers an image"

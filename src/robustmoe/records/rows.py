@@ -19,7 +19,7 @@ from robustmoe.errors import UserError
 from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.files import dump_line, explained, parse_line, whole_lines, write_atomic
 from robustmoe.records.typed import build
-from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row, Time
+from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row, Time, misfits
 
 # Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
 # words stand before hashes, so that a difference is named in the words that the user wrote.
@@ -62,6 +62,9 @@ def rows_files(run: str | os.PathLike[str]) -> list[Path]:
     return [path for path in files if path.stat().st_size > 0]
 
 
+_LINES: dict[str, type[Row | Passed | Time | Checks]] = {"row": Row, "part": Passed, "time": Time, "checks": Checks}
+
+
 def _result(header: Header, rows: dict[int, Row], checks: Checks | None) -> Evaluation:
     return Evaluation(header, [rows[index] for index in sorted(rows)], checks)
 
@@ -80,22 +83,27 @@ class _Contents:
 
     def add(self, data: dict[str, Any]) -> None:
         """Add one line more."""
-        kind = data.get("kind")
         if self.checks is not None:
             raise UserError("lines after the checks, which end a file")
-        if kind == "row":
-            _put(self.rows, Row.from_dict(data))
-        elif kind == "part":
-            passed = build(Passed, data)
-            self.passed.setdefault(passed.part, set()).add(passed.index)
-        elif kind == "checks":
-            self.checks = Checks.from_dict(data)
-        elif kind == "time":
-            time = build(Time, data)
-            self.seconds += time.seconds
-            self.queries += time.queries
+        if data.get("kind") not in _LINES:
+            raise UserError(f"unknown kind {data.get('kind')!r:.80}; known: header, {', '.join(_LINES)}")
+        line = build(_LINES[data["kind"]], data)
+        if isinstance(line, Row):
+            self._take(line)
+        elif isinstance(line, Passed):
+            self.passed.setdefault(line.part, set()).add(line.index)
+        elif isinstance(line, Checks):
+            self.checks = line
         else:
-            raise UserError(f"unknown kind {kind!r}; known: header, row, part, time, checks")
+            self.seconds += line.seconds
+            self.queries += line.queries
+
+    def _take(self, row: Row) -> None:
+        for problem in misfits(row, self.header):
+            raise UserError(f"row: {problem}")
+        _put(self.rows, row)
+        if len(self.rows) > self.header.n:
+            raise UserError(f"this is row {len(self.rows)} of the {self.header.n} images that the file is about")
 
 
 def _contents(path: Path, lines: list[bytes]) -> _Contents:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from robustmoe.records.record import Column, Record, by_router, no_class, other_routers
+from robustmoe.records.record import Column, Record, by_router, other_routers
+from robustmoe.records.typed import Answer, Count, Length, Radius, Share, Whole, one_of
 from robustmoe.records.types import Header
 
 RANDOM, KEPT, WITHOUT, OTHER_K = "random", "random, weights kept", "without", "k"
@@ -26,15 +28,15 @@ class SweepAnswers:
     changed, as V-MoE's code does; ``idle``: their share."""
 
     attack: str
-    eps: float
-    predicted: list[int]
+    eps: Radius
+    predicted: list[Answer]
     loss: list[float]
-    routing_fixed: list[int]
-    routing_transplanted: list[int]
-    size: list[float]
-    moved: dict[str, list[float]]
-    moved_paper: dict[str, list[float]]
-    idle: dict[str, list[float]]
+    routing_fixed: list[Answer]
+    routing_transplanted: list[Answer]
+    size: list[Length]
+    moved: dict[str, list[Share]]
+    moved_paper: dict[str, list[Share]]
+    idle: dict[str, list[Share]]
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Override:
     """The classes of the clean images with one rule in the place of the routers' own decisions: ``rule`` one of
     :data:`OVERRIDES`, ``router`` the only router it holds for ("": all), ``number`` the draw, the expert or the k."""
 
-    rule: str
+    rule: Annotated[str, one_of(OVERRIDES)]
     router: str
-    number: int
-    predicted: list[int]
+    number: Whole
+    predicted: list[Answer]
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,15 @@ class Sweep(Record, kind="sweep", file="sweep.json", version=2, verb="sweep"):
     the last command asked for is there."""
 
     header: Header
-    index: list[int]
-    labels: list[int]
-    predicted: list[int]
+    index: list[Count]
+    labels: list[Count]
+    predicted: list[Answer]
     loss: list[float]
-    draws: int
+    draws: Count
     overrides: list[Override]
     left_out: list[str]
     points: list[SweepAnswers]
-    seconds: float
+    seconds: Length
     done: bool = False
 
     def columns(self) -> Iterator[Column]:
@@ -83,19 +85,22 @@ class Sweep(Record, kind="sweep", file="sweep.json", version=2, verb="sweep"):
         for at, override in enumerate(self.overrides):
             yield f"overrides[{at}].predicted", override.predicted, n
 
+    def answers(self) -> Iterator[tuple[str, Sequence[int]]]:
+        yield "field 'predicted'", self.predicted
+        for at, point in enumerate(self.points):
+            for name in ("predicted", "routing_fixed", "routing_transplanted"):
+                yield f"points[{at}].{name}", getattr(point, name)
+        for at, override in enumerate(self.overrides):
+            yield f"overrides[{at}].predicted", override.predicted
+
     def problems(self) -> Iterator[str]:
         routers = self.header.routers
         for at, point in enumerate(self.points):
-            if not point.eps > 0:
-                yield f"points[{at}].eps must be above 0"
             for name in ("moved", "moved_paper", "idle"):
                 yield from other_routers(f"points[{at}].{name}", getattr(point, name), self.header)
         for at, override in enumerate(self.overrides):
-            if override.rule not in OVERRIDES:
-                yield f"overrides[{at}].rule must be one of {OVERRIDES}, got {override.rule!r}"
             if override.router not in ("", *routers):
                 yield f"overrides[{at}].router must be '' or one of {sorted(routers)}, got {override.router!r}"
         yield from super().problems()
         if len({(point.attack, point.eps) for point in self.points}) < len(self.points):
             yield "two points are of the same attack and eps"
-        yield from no_class(self.labels, self.header)

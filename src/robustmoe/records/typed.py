@@ -1,68 +1,81 @@
-"""JSON to dataclasses and back, by the type hints of the fields; errors name the field.
+"""JSON to dataclasses and back: msgspec reads them by the types of their fields, which hold the ranges; errors name the
+field.
 
 A dataclass may have a method ``problems()``, which yields in words what does not fit together in it.
 """
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+import json
+import re
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from robustmoe.errors import UserError
 
 T = TypeVar("T")
-Reader = Callable[[Any], Any]
-_PLAIN: dict[type, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a text"),
-    bool: ((bool,), "true or false"),
-}
+
+MOST = 2**63 - 1
+Whole = Annotated[int, Meta(ge=-MOST - 1, le=MOST)]
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Positive = Annotated[int, Meta(ge=1, le=MOST)]
+Answer = Annotated[int, Meta(ge=-1, le=MOST)]
+"""A predicted class; -1 where a logit was not finite."""
+Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+Length = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+"""A finite number, 0 or more: a radius, seconds."""
+Radius = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Experts = Annotated[int, Meta(ge=1, le=65536)]
+"""How many experts a router has; tables of that size are made for each class."""
 
 
-class _Misfit(TypeError):
-    """A value that is not of its type: what it must be, what it is, and its place in the field, such as "[3]"."""
+def one_of(words: Sequence[str]) -> Meta:
+    """Returns the mark of a text that is one of some words."""
+    return Meta(pattern=rf"\A(?:{'|'.join(words)})\Z")
 
-    def __init__(self, wanted: str, value: Any) -> None:
-        super().__init__(wanted)
-        self.wanted, self.value, self.place = wanted, value, ""
+
+Plain = None | bool | int | float | str
+_Flat = Plain | list[Plain] | dict[str, Plain]
+_Deep = Plain | list[_Flat] | dict[str, _Flat]
+Value = Plain | list[_Deep] | dict[str, _Deep]
+"""What a check may answer: a plain value, or lists and objects of them, three deep at most."""
+
+
+def parse(text: bytes | str) -> Any:
+    """Returns the value that JSON stands for (NaN and Infinity are numbers). UserError where it is no JSON, or nested
+    too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError("it is nested too deeply to be one of our files") from None
+    except ValueError as error:  # also an integer of thousands of digits
+        raise UserError(f"it is no JSON: {error}") from None
 
 
 def build(cls: type[T], data: Any) -> T:
     """Returns an instance of a dataclass from a JSON object: every field there (those with a default may be missing),
-    of its type, no other, and without problems. A key "kind" is left out. UserError says what is wrong."""
+    of its type and in its range, no other, and without problems. UserError says what is wrong."""
     name = str(getattr(cls, "kind", cls.__name__.lower()))
-    if not isinstance(data, dict):
-        raise UserError(f"{name}: expected an object, got {data!r:.80}")
-    data = {key: value for key, value in data.items() if key != "kind"}
-    values = {}
-    for field, (read, optional) in _fields(cls).items():  # type: ignore[arg-type]
-        if field not in data:
-            if optional:
-                continue
-            raise UserError(f"{name}: field {field!r} is missing")
-        try:
-            values[field] = read(data.pop(field))
-        except _Misfit as misfit:
-            place = f"{field}{misfit.place}"
-            raise UserError(f"{name}: field {place!r} must be {misfit.wanted}, got {misfit.value!r:.80}") from None
-    if data:
-        raise UserError(f"{name}: unknown field {next(iter(data))!r}")
-    made = cls(**values)
-    for problem in made.problems() if hasattr(made, "problems") else ():
+    try:
+        made = msgspec.convert(data, cls)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{name}: {_said(cls, data, str(error))}") from None
+    for problem in _problems(made, data, ""):
         raise UserError(f"{name}: {problem}")
     return made
 
 
 def encode(value: Any) -> Any:
-    """Returns the JSON value that :func:`build` reads: a dataclass becomes an object (its own ``to_dict``, if it has
-    one)."""
+    """Returns the JSON value that :func:`build` reads: a dataclass becomes an object."""
     if is_dataclass(value) and not isinstance(value, type):
-        own = getattr(value, "to_dict", None)
-        return own() if own else {field.name: encode(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: encode(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {name: encode(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -70,79 +83,90 @@ def encode(value: Any) -> Any:
     return value
 
 
-def choice(name: str, value: Any, allowed: Sequence[str]) -> Iterator[str]:
-    """Returns the problem that a field has a value that is not allowed, if it has."""
-    if value not in allowed:
-        yield f"field {name!r} must be one of {', '.join(allowed)}, got {value!r}"
+def check_version(name: str, data: Mapping[str, Any], version: int, remedy: str) -> None:
+    """UserError where a file is of another version: it names the robustmoe that wrote it, where the file does."""
+    then = data.get("version")
+    if then == version and type(then) is int:
+        return
+    header = data if isinstance(data.get("versions"), dict) else data.get("header")
+    versions = header.get("versions") if isinstance(header, dict) else None
+    writer = versions.get("robustmoe") if isinstance(versions, dict) else None
+    which = f"robustmoe {writer:.20}" if isinstance(writer, str) else "the robustmoe that wrote it"
+    raise UserError(
+        f"{name} of version {_short.repr(then)}, this robustmoe reads version {version}: install {which}, or {remedy}"
+    )
 
 
-@functools.cache
-def _fields(cls: type) -> dict[str, tuple[Reader, bool]]:
-    """Returns field -> how it is read, and whether it may be missing."""
-    hints = get_type_hints(cls)
-    return {
-        field.name: (
-            _reader(hints[field.name]),
-            field.default is not MISSING or field.default_factory is not MISSING,
-        )
-        for field in fields(cls)
-    }
+def _problems(made: Any, data: Any, place: str) -> Iterator[str]:
+    """Yields what msgspec does not look at, in every dataclass inside: fields that are not known, and problems."""
+    if is_dataclass(made):
+        known = {field.name for field in fields(made)}
+        for name in data:
+            if name not in known:
+                yield f"unknown field {_short.repr(f'{place}{name}')}"
+            else:
+                yield from _problems(getattr(made, name), data[name], f"{place}{name}.")
+        problems = getattr(made, "problems", None)
+        for problem in problems() if problems else ():
+            yield f"{place.removesuffix('.')}: {problem}" if place else problem
+    elif isinstance(made, dict):
+        for name in made:
+            yield from _problems(made[name], data[name], f"{place.removesuffix('.')}[{name}].")
+    elif isinstance(made, list) and made and isinstance(data[0], dict):
+        for at, item in enumerate(made):
+            yield from _problems(item, data[at], f"{place.removesuffix('.')}[{at}].")
 
 
-def _reader(hint: Any) -> Reader:
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return lambda value: value
-    if hint in _PLAIN:
-        return _plain(hint)
-    if origin in (Union, types.UnionType):
-        (kept,) = (each for each in inner if each is not types.NoneType)
-        read = _reader(kept)
-        return lambda value: None if value is None else read(value)
-    if origin is list:
-        return _each(list, "a list", _reader(inner[0]))
-    if origin is dict and inner[0] is str:
-        return _each(dict, "an object", _reader(inner[1]))
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _object(getattr(hint, "from_dict", None) or functools.partial(build, hint))
-    raise TypeError(f"no way is known to read {hint} from JSON")
+# ------------------------------------------------------------------------------------------------ words
+
+_WORDS = {
+    "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "array": "a list",
+    "object": "an object", "null": "null", ">=": "of at least", "<=": "of at most", ">": "above",
+}  # fmt: skip
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = 60
 
 
-def _plain(kind: type) -> Reader:
-    allowed, words = _PLAIN[kind]
-
-    def read(value: Any) -> Any:
-        if type(value) not in allowed:
-            raise _Misfit(words, value)
-        return kind(value)
-
-    return read
-
-
-def _object(make: Reader) -> Reader:
-    def read(value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise _Misfit("an object", value)
-        return make(value)
-
-    return read
+def _said(hint: Any, data: Any, message: str, place: str = "") -> str:
+    """Returns msgspec's message about ``data``, which stands at ``place``, in our words."""
+    what, _, path = message.partition(" - at `")
+    for name, at, _any in re.findall(r"\.(\w+)|\[(\d+)\]|(\[\.\.\.\])", path):
+        hint = _inner(hint, name)
+        if _any:  # an entry of an object, whose key msgspec does not tell
+            return next(_said(hint, item, error, f"{place}[{key:.60}]") for key, item, error in _misfits(data, hint))
+        place += f".{name}" if name else f"[{at}]"
+        data = data[name or int(at)]
+    if missing := re.search(r"required field `(\w+)`", what):
+        return f"field {f'{place}.{missing[1]}'.removeprefix('.')!r} is missing"
+    where = f"field {place.removeprefix('.')!r} must be" if place else "expected"
+    return f"{where} {_wanted(hint, what)}, got {_short.repr(data)}"
 
 
-def _each(kind: type, words: str, read: Reader) -> Reader:
-    """Returns a list or an object, item by item."""
-
-    def whole(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise _Misfit(words, value)
-        items: Any = value
-        key: Any = None
-        made = {}
+def _misfits(data: Mapping[str, Any], hint: Any) -> Iterator[tuple[str, Any, str]]:
+    """Yields the entries of an object that are not of the type, and what msgspec says of each."""
+    for key, item in data.items():
         try:
-            for key, item in value.items() if isinstance(value, dict) else enumerate(items):
-                made[key] = read(item)
-        except _Misfit as misfit:
-            misfit.place = f"[{key}]{misfit.place}"
-            raise
-        return made if kind is dict else list(made.values())
+            msgspec.convert(item, hint)
+        except msgspec.ValidationError as error:
+            yield key, item, str(error)
 
-    return whole
+
+def _inner(hint: Any, name: str) -> Any:
+    """Returns the type of a field, or of the items of a list or an object."""
+    arms = [hint, *get_args(hint)]
+    if name:
+        return get_type_hints(next(filter(is_dataclass, arms)), include_extras=True)[name]
+    return next(get_args(arm)[-1] for arm in arms if get_origin(arm) in (list, dict))
+
+
+def _wanted(hint: Any, what: str) -> str:
+    """Returns what msgspec expected, in words."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if words := re.search(r"matching regex '\\\\A\(\?:(.*)\)", what):
+        return f"one of {words[1].replace('|', ', ')}"
+    if what.endswith(str(sys.float_info.max)) or "out of range" in what:
+        return "a finite number"
+    expected = re.sub(r"`([^`]+)`", lambda kinds: " or ".join(map(_WORDS.__getitem__, kinds[1].split(" | "))), what)
+    expected = re.sub(r"[<>]=|>", lambda sign: _WORDS[sign[0]], expected)
+    return expected.removeprefix("Expected ").partition(", got ")[0]

@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, Final, Literal
+
+from msgspec import Meta
 
 from robustmoe.errors import UserError
-from robustmoe.records.typed import build, choice, encode
+from robustmoe.records.typed import (
+    Answer,
+    Count,
+    Experts,
+    Length,
+    Share,
+    Value,
+    Whole,
+    build,
+    check_version,
+    encode,
+    one_of,
+)
 
-VERSION = 3
+VERSION: Final = 3
 """Of a rows file."""
 
 PRECISIONS = ("strict", "fast", "fp32")
@@ -23,9 +37,9 @@ STATUSES = ("pass", "not run", "warn", "fail")  # best first
 class RouterInfo:
     """One router: ``experts`` to choose from, ``k`` chosen an item, ``items`` an image (1, or tokens)."""
 
-    experts: int
-    k: int
-    items: int
+    experts: Experts
+    k: Count
+    items: Count
 
 
 @dataclass(frozen=True)
@@ -65,29 +79,31 @@ class Header:
     split: str
     attack: str | None
     objective: ObjectiveInfo | None
-    norm: str
-    eps: float
-    role: str
+    norm: Annotated[str, one_of(NORMS)]
+    eps: Length
+    role: Annotated[str, one_of(ROLES)]
     method: str | None
-    n: int
-    seed: int
+    n: Count
+    seed: Whole
     data_hash: str
     index_hash: str
     model_hash: str
     versions: dict[str, str]
     commit: str | None
     device: str
-    threads: int
-    precision: str
+    threads: Count
+    precision: Annotated[str, one_of(PRECISIONS)]
     command: str
-    classes: list[str]
+    classes: Annotated[list[str], Meta(min_length=1)]
     routers: dict[str, RouterInfo]
-    parameters: int
+    parameters: Count
     started: str
-    batch_size: int = 0
+    batch_size: Count = 0
     parts: list[str] = field(default_factory=list)
     certified_hash: str = ""
     files: dict[str, str] = field(default_factory=dict)
+    kind: Literal["header"] = field(default="header", kw_only=True)
+    version: Literal[3] = field(default=VERSION, kw_only=True)
 
     @property
     def bound_to_batches(self) -> bool:
@@ -97,25 +113,18 @@ class Header:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of the file's first line."""
-        return {"kind": "header", "version": VERSION, **{name: encode(value) for name, value in vars(self).items()}}
+        return {"kind": self.kind, "version": self.version, **encode(self)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Header:
         """Returns the inverse of :meth:`to_dict`; UserError names the field that is wrong."""
         if data.get("kind") != "header":
             raise UserError('not a rows file: its first line must be {"kind":"header",...}')
-        if data.get("version") != VERSION:
-            raise UserError(
-                f"rows file of version {data.get('version')!r}, this robustmoe reads version {VERSION}: install the "
-                "robustmoe that wrote it, or evaluate again"
-            )
-        return build(Header, {name: value for name, value in data.items() if name != "version"})
+        check_version("rows file", data, VERSION, "evaluate again")
+        return build(Header, data)
 
     def problems(self) -> Iterator[str]:
-        """Yields words that are not known, and an attack without an objective."""
-        yield from choice("norm", self.norm, NORMS)
-        yield from choice("role", self.role, ROLES)
-        yield from choice("precision", self.precision, PRECISIONS)
+        """Yields an attack without an objective."""
         if self.attack is not None and self.objective is None:
             yield "an attack has an objective, field 'objective' must be an object, got None"
 
@@ -131,21 +140,27 @@ class Row:
     "certified": covered by a certificate, so not attacked; "": a simple attack, or an image that no part broke (then
     the attacked image is the clean one)."""
 
-    index: int
-    label: int
-    clean: int
-    adversarial: int
+    index: Count
+    label: Count
+    clean: Answer
+    adversarial: Answer
     size: dict[str, float]
-    rerouted: dict[str, float]
-    router_exposed: int | None
-    experts_exposed: int | None
-    route_clean: dict[str, list[int]]
-    route_adversarial: dict[str, list[int]]
+    rerouted: dict[str, Share]
+    router_exposed: Answer | None
+    experts_exposed: Answer | None
+    route_clean: dict[str, list[Count]]
+    route_adversarial: dict[str, list[Count]]
     part: str = ""
+    kind: Literal["row"] = field(default="row", kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of one line."""
-        return {"kind": "row", **vars(self)}
+        return {"kind": self.kind, **vars(self)}
+
+    def problems(self) -> Iterator[str]:
+        """Yields a size below 0; one that is not finite is an attack's own fault, which check H2 tells."""
+        if any(size < 0 for size in self.size.values()):
+            yield f"field 'size' must be of numbers of at least 0, got {self.size}"
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Row:
@@ -159,13 +174,9 @@ class Check:
 
     id: str
     name: str
-    status: str
-    value: Any
+    status: Annotated[str, one_of(STATUSES)]
+    value: Value
     sentence: str
-
-    def problems(self) -> Iterator[str]:
-        """Yields the problem of a status that is not known."""
-        yield from choice("status", self.status, STATUSES)
 
 
 @dataclass(frozen=True)
@@ -174,12 +185,13 @@ class Checks:
     that the attack asked for, summed over images (``queries``; a gradient counts as 3, 0: not counted)."""
 
     checks: list[Check]
-    seconds: float
-    queries: int = 0
+    seconds: Length
+    queries: Count = 0
+    kind: Literal["checks"] = field(default="checks", kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of the file's last line."""
-        return {"kind": "checks", **{name: encode(value) for name, value in vars(self).items()}}
+        return {"kind": self.kind, **encode(self)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Checks:
@@ -192,17 +204,39 @@ class Time:
     """The line that ends a batch: the seconds and the queries it took (their sums survive a kill). A batch without it
     is not whole, and is done again."""
 
-    seconds: float
-    queries: int = 0
+    seconds: Length
+    queries: Count = 0
+    kind: Literal["time"] = field(default="time", kw_only=True)
 
 
 @dataclass(frozen=True)
 class Passed:
     """An image that a part of a suite, not the last, did not break: it is still to be attacked."""
 
-    index: int
+    index: Count
     part: str
+    kind: Literal["part"] = field(default="part", kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of one line."""
-        return {"kind": "part", **vars(self)}
+        return {"kind": self.kind, **vars(self)}
+
+
+def misfits(row: Any, header: Header) -> Iterator[str]:
+    """Yields what of a row, or of an example to show, is not of the header's classes, norm and routers."""
+    last = len(header.classes) - 1
+    for name in ("label", "clean", "adversarial", "router_exposed", "experts_exposed"):
+        value, least = getattr(row, name, None), 0 if name == "label" else -1
+        if value is not None and not least <= value <= last:
+            yield f"field {name!r} must be from {least} to {last}, got {value}"
+    for name in ("rerouted", "route_clean", "route_adversarial"):
+        table = getattr(row, name, header.routers)
+        if table.keys() != header.routers.keys():
+            yield f"field {name!r} is of the routers {sorted(table)}, expected {sorted(header.routers)}"
+    for name in ("route_clean", "route_adversarial"):
+        for router, counts in getattr(row, name).items():
+            experts = header.routers[router].experts if router in header.routers else len(counts)
+            if len(counts) != experts:
+                yield f"field '{name}[{router}]' must have {experts} numbers, got {len(counts)}"
+    if header.norm not in getattr(row, "size", (header.norm,)):
+        yield f"field 'size' has no {header.norm}, the norm of the header"

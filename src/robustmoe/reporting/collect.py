@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from robustmoe.records import (
     examples_path,
     read,
     read_examples,
-    read_jsonl,
+    read_metrics,
+    read_some_config,
     rows_files,
 )
 from robustmoe.reporting.kinds import KINDS
@@ -115,7 +115,7 @@ def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
     groups = [_group(members, audit) for members in analysis.groups(results)]
     head = groups[0].results[0] if groups else next(iter(results), None)
     notes = [f"{path.name} has no rows yet and is left out" for path, result in everything if not result.rows]
-    config = _config(config_path)
+    config = read_some_config(config_path) if config_path.is_file() else {}
     if config.get("unwrapped"):
         notes.append(
             f"routing was seen, but could not be wrapped, so this is the model as a callable: {config['unwrapped']}"
@@ -127,7 +127,7 @@ def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
         name=name,
         folder=folder,
         config=config,
-        metrics=read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else [],
+        metrics=read_metrics(folder / "metrics.jsonl"),
         results=results,
         groups=groups,
         clean_only=[analysis.evaluation_summary(*result) for result in results if result.header.attack is None],
@@ -169,18 +169,6 @@ def _shown(
     return shown
 
 
-def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object; restore it from the run that made it")
-    return value
-
-
 def _group(results: list[Evaluation], audit: Audit | None) -> Group:
     return Group(
         results=results,
@@ -207,16 +195,16 @@ def _loads(group: Group | None, head: Evaluation | None) -> list[analysis.Load]:
 
 def _examples(kept: list[tuple[Path, Evaluation]], groups: list[Group]) -> list[Example]:
     """Returns the examples of the headline's strongest attack that has some, else of any file."""
-    ranked = [path for path, _ in kept]
+    ranked = [(path, result.header) for path, result in kept]
     if groups:
         group = groups[0]
         order = sorted(
             range(len(group.results)), key=lambda at: (group.summaries[at].robust or group.worst.clean).value
         )
-        first = [path for at in order for path, result in kept if result is group.results[at]]
-        ranked = first + [path for path in ranked if path not in first]
-    for path in ranked:
-        examples = read_examples(examples_path(path)) if examples_path(path).is_file() else []
+        first = [(path, result.header) for at in order for path, result in kept if result is group.results[at]]
+        ranked = first + [each for each in ranked if each not in first]
+    for path, header in ranked:
+        examples = read_examples(examples_path(path), header) if examples_path(path).is_file() else []
         if examples:
             return examples
     return []

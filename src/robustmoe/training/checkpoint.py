@@ -7,7 +7,6 @@ Every write is atomic: a run killed in the middle of one still has the file befo
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from robustmoe.data import Data
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.progress import note
-from robustmoe.records import write_atomic
+from robustmoe.records import read_config, write_atomic
 
 
 def save_weights(path: Path, state: dict[str, Tensor], spec: str) -> None:
@@ -74,27 +73,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
     model.load_state_dict(weights)
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """A run's ``config.json``. Raises UserError where the folder is not a run."""
-    path = run / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{run}: not a run folder (it has no config.json); expected the folder that robustmoe train or --model made"
-        )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: the file is damaged ({error}); expected the JSON that training wrote") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: the file is damaged (not a JSON object); expected the JSON that training wrote")
-    missing = {"model", "num_classes", "image_shape", "mean", "std"} - set(config)
-    if missing:
-        raise UserError(
-            f"{path}: the fields {sorted(missing)} are missing; expected the config.json that training wrote"
-        )
-    return config
-
-
 def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedModel:
     """The model of a run folder, in eval mode: the weights that were best on validation, or those that a model of a
     user's own brings. Needs no model flags.
@@ -131,6 +109,8 @@ def run_data(run: str | Path, config: dict[str, Any]) -> Data:
             f"{run} was trained on images in Python, which no spec builds; expected a data set (robustmoe evaluate RUN "
             "--data SPEC), or robustmoe.evaluate(model, x, y)"
         )
+    if config.get("data") is None:
+        raise UserError(f"{run} does not say on which images it was trained; expected 'data' in its config.json")
     data: Data = specs.build(config["data"], "data")
     return data
 

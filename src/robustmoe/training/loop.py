@@ -25,7 +25,7 @@ from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise, permutation
 from robustmoe.progress import Bar, note, progress
 from robustmoe.recipe import Recipe
-from robustmoe.records import append_json, read_jsonl, write_atomic
+from robustmoe.records import append_json, read_metrics, write_atomic
 from robustmoe.training import checkpoint, health
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
@@ -105,11 +105,7 @@ def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
         if (out / "state.pt").exists():  # else the run was stopped before its first checkpoint
             state = _restore(parts, out / "state.pt")
         if distributed.rank() == 0:
-            kept = (
-                [line for line in read_jsonl(out / "metrics.jsonl") if line["epoch"] <= state.epoch]
-                if (out / "metrics.jsonl").exists()
-                else []
-            )
+            kept = [line for line in read_metrics(out / "metrics.jsonl") if line["epoch"] <= state.epoch]
             write_atomic(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         note(f"going on from epoch {state.epoch + 1}, step {state.step}")
     elif distributed.rank() == 0:

@@ -115,8 +115,7 @@ def check_run(run: str | Path, *, options: CheckOptions) -> Audit:
     given = [build_attack(text) for text in options.attacks or config.get("attacks") or ()]
     chosen = attacks_for(model.run(batch.x[:2]).trace, given, threat_of(config))
     chosen = [seeded(attack, options.seed) for attack in chosen]
-    log = folder / "metrics.jsonl"
-    metrics = records.read_jsonl(log) if log.exists() else []
+    metrics = records.read_metrics(folder / "metrics.jsonl")
     best = [line for line in metrics if line.get("best")]
     more = {"metrics": metrics, "val": data.val.head(config.get("val_limit")), "logged": best[-1] if best else None}
     checks = deep(model, batch, chosen, options.seed, options.only, more)
