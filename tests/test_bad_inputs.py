@@ -295,7 +295,7 @@ def test_a_folder_that_is_no_run(here: Path, refused: Refused) -> None:
     ):
         (here / "else" / "config.json").write_bytes(text.encode("latin1"))
         assert re.search(message, refused("evaluate", "else"))
-    assert "'run' is not empty: add --resume" in refused("train", "tiny.toml", "--out", "run")
+    assert "'run' already holds a run; add --resume" in refused("train", "tiny.toml", "--out", "run")
     assert "'tiny.toml' is a file, not a run folder" in refused("train", "tiny.toml", "--out", "tiny.toml")
 
 

@@ -152,7 +152,7 @@ def test_train_passes_the_recipe_with_overrides(trained: Calls, capsys: pytest.C
 
 def test_train_refuses_a_used_folder_unless_it_resumes(trained: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(["train", "small.toml", "--out", "runs/one"], capsys)
-    assert message == "'runs/one' is not empty: add --resume to go on, or choose another --out"
+    assert message == "'runs/one' already holds a run; add --resume to go on, or choose another --out"
     assert "is a file" in refused(["train", "small.toml", "--out", "small.toml"], capsys)
     assert trained == []
     assert main(["train", "small.toml", "--out", "runs/one", "--resume"]) == 0

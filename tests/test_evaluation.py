@@ -362,7 +362,10 @@ def test_all_rows_but_no_checks_gets_its_checks(tmp_path: Path) -> None:
 def test_one_writer_a_file(tmp_path: Path) -> None:
     file = many(tmp_path)
     before = file.read_bytes()
-    with records.Writer(file, records.read(file).header), pytest.raises(UserError, match="written by another process"):
+    with (
+        records.Writer(file, records.read(file).header),
+        pytest.raises(UserError, match="being written by this process"),
+    ):
         many(tmp_path)
     assert file.read_bytes() == before
 

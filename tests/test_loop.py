@@ -274,7 +274,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
 def test_where_a_run_may_start_and_resume(tmp_path: Path) -> None:
     recipe = Recipe(**{**PLAIN, "max_steps": 1})
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file; expected a folder for the run"):
+    with pytest.raises(UserError, match="is a file, not a run folder; choose another --out"):
         train(recipe, tmp_path / "file")
     with pytest.raises(UserError, match=r"there is no run to resume \(no config.json\); start it without --resume"):
         train(recipe, tmp_path / "run", resume=True)

@@ -160,7 +160,9 @@ def test_a_shorter_file_is_extended(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     with Writer(path, long, shorter) as writer:
         assert (writer.done, writer.checks, writer.seconds, writer.header) == ({0, 1}, None, 3.0, long)
-        with pytest.raises(UserError, match="written by another process"):  # the new file is locked as the old one was
+        with pytest.raises(
+            UserError, match="being written by this process"
+        ):  # the new file is locked as the old one was
             Writer(path, long, shorter)
         writer.write([make_row(2), make_row(3)], 1.0)
         writer.finish([CHECK], 5.0)

@@ -499,6 +499,25 @@ def test_where_the_files_go(tmp_path: Path) -> None:
     assert report([run], run) == run / "report.html"
     assert report([run], tmp_path / "v1.2") == tmp_path / "v1.2.html"
     assert sorted(path.name for path in tmp_path.glob("v1*")) == ["v1.2.html", "v1.2.json", "v1.2.md"]
+    assert report([run], run) == run / "report.html"  # an earlier report may be overwritten
+    (tmp_path / "README.md").write_text("mine")
+    for out, match in (
+        ("README.html", r"README\.md is there, and robustmoe did not write it, so it was left alone"),
+        (
+            "pathway/config.html",
+            r"config\.html: config\.json beside it is the name of a result of a run; choose",
+        ),
+        ("pathway/sweep.html", r"sweep\.json beside it is the name of a result"),
+        ("pathway/certificates/mine.htm", r"mine\.json beside it is the name of a result"),
+    ):
+        (tmp_path / out).parent.mkdir(exist_ok=True)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match=match):
+            report([run], tmp_path / out)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "mine.html").write_text("<html>" + "x" * 1000 + '<meta name="generator" content="robustmoe">')
+    with pytest.raises(UserError, match=r"mine\.html is there, and robustmoe did not write it"):
+        report([run], tmp_path / "mine.html")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a part of that path is a file"):
         report([run], tmp_path / "file" / "x.html")

@@ -11,6 +11,7 @@ from pathlib import Path
 from robustmoe.errors import UserError
 from robustmoe.progress import note
 from robustmoe.recipe import Recipe
+from robustmoe.records import contents, writing
 
 EPS = "linf(0.1)"
 
@@ -67,37 +68,60 @@ def demo(out: str | Path = "runs/demo", seed: int = 1) -> Path:
     """Train a routed model, its dense twin, and a routed model that certificates are for; attack and certify each, and
     write one report; returns its path.
 
-    ``out`` must be empty or not there, or hold an earlier demo, which is then made anew. ``seed``: of all three
-    trainings.
+    ``out`` must be empty or not there, or hold a demo of the same ``seed`` (of all three trainings), which then goes on
+    where it was. Nothing is removed, and nothing but its report is overwritten.
     """
     from robustmoe.evaluation import certify_run, evaluate_run
-    from robustmoe.reporting import report, story, summary_table
+    from robustmoe.reporting import report, report_files, story, summary_table
     from robustmoe.training import train
 
     out = Path(out)
-    recipes = {"pathway": ROUTED, "dense": DENSE, "certified": PROVABLE}
-    folders = [out / name for name in RUNS]
-    _clear(out, folders)
-    for name, certifiers in RUNS.items():
-        folder, recipe = out / name, dataclasses.replace(recipes[name], seed=seed)
-        note(f"\ntraining {recipe.model} on {recipe.data} into {folder}")
-        train(recipe, folder)
-        note(f"attacking {folder}")
-        results = evaluate_run(folder)
-        note(summary_table(results))
-        note(f"certifying {folder}")
-        for record in certify_run(folder, certifiers=certifiers, limit=CERTIFIED):
-            note(f"{record.certifier}:\n{story(record, results)}")
-    return report(folders, out / "report.html")
+    of_seed = {name: dataclasses.replace(recipe, seed=seed) for name, recipe in recipes().items()}
+    started = {name for name, recipe in of_seed.items() if _is_there(out / name, recipe)}
+    _no_strangers(out)
+    report_files(out / "report.html")
+    with writing(out):
+        for name, recipe in of_seed.items():
+            folder = out / name
+            note(f"\ntraining {recipe.model} on {recipe.data} into {folder}")
+            train(recipe, folder, resume=name in started)
+            note(f"attacking {folder}")
+            results = evaluate_run(folder)
+            note(summary_table(results))
+            note(f"certifying {folder}")
+            for record in certify_run(folder, certifiers=RUNS[name], limit=CERTIFIED):
+                note(f"{record.certifier}:\n{story(record, results)}")
+        return report([out / name for name in of_seed], out / "report.html")
 
 
-def _clear(out: Path, folders: list[Path]) -> None:
-    import shutil
+def recipes() -> dict[str, Recipe]:
+    """The recipe of each of the `RUNS`."""
+    return {"pathway": ROUTED, "dense": DENSE, "certified": PROVABLE}
 
+
+def _no_strangers(out: Path) -> None:
+    """UserError where the folder holds other things than a demo."""
     if out.is_file():
         raise UserError(f"{out} is a file; expected a folder for the demo: choose another --out")
-    strangers = set(out.iterdir()) - {*folders, *out.glob("report.*")} if out.is_dir() else set()
+    reports = [f"report{ending}" for ending in (".html", ".md", ".json")]
+    strangers = {path.name for path in contents(out)} - {*RUNS, *reports}
     if strangers:
-        raise UserError(f"{out} holds other things than a demo ({min(strangers).name}); choose another --out")
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"{out} holds other things than a demo ({min(strangers)}); choose another --out")
+
+
+def _is_there(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run was begun. UserError where the folder holds another run, or no run."""
+    from robustmoe.training.checkpoint import read_config
+
+    if not contents(folder):
+        return False
+    config = read_config(folder)
+    for name, value in dataclasses.asdict(recipe).items():
+        there = config.get(name)
+        value = list(value) if isinstance(value, tuple) else value
+        if there != value:
+            raise UserError(
+                f"{folder} is another run than the demo's: its {name} is {there!r}, expected {value!r}; choose another "
+                "--out"
+            )
+    return True

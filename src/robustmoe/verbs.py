@@ -41,10 +41,10 @@ def train(
     """
     settings = recipes.load_recipe(recipe, **fields)
     folder = Path(out) if out is not None else Path("runs") / recipes.resolve(recipe).stem
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is a file, not a run folder; choose another --out")
-    if first_process() and not resume and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{str(folder)!r} is not empty: add --resume to go on, or choose another --out")
+    from robustmoe.records import check_folder
+
+    if first_process():
+        check_folder(folder, resume)
     from robustmoe import training
 
     training.train(settings, folder, resume=resume)
@@ -85,9 +85,12 @@ def audit(
         raise UserError(f"{model} needs images to be attacked on; expected --data, such as --data digits")
     from robustmoe import records
     from robustmoe.evaluation.auditing import audit as made
+    from robustmoe.evaluation.own_run import default_folder
     from robustmoe.reporting import report as write
-    from robustmoe.reporting import summary_table
+    from robustmoe.reporting import report_files, summary_table
 
+    out = out or str(default_folder(spec.canonical(model)))
+    report_files(Path(out) / "report.html")  # not after the work: whether it can be written
     done = made(model, data, out=out, options=options)
     page = write([done.folder], done.folder / "report.html")
     lines = [summary_table(done.results, records.Audit.read(done.folder)), "", f"report: {page}"]
@@ -108,10 +111,11 @@ def check(target: Target, options: CheckOptions) -> str:
     from robustmoe.evaluation.checks.run import check_run
     from robustmoe.reporting.card import card
 
-    audit = check_run(folder, options=options)
     if options.only:
-        return card([answer for answer in audit.checks if answer.id in options.only])
-    audit.write(folder)
+        return card([answer for answer in check_run(folder, options=options).checks if answer.id in options.only])
+    with records.writing(folder):
+        audit = check_run(folder, options=options)
+        audit.write(folder)
     return f"{card(audit.checks)}\nwritten to {records.Audit.path(folder)}; analyze and report show it"
 
 

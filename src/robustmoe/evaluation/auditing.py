@@ -67,17 +67,18 @@ def audit(model: str, data: str, *, options: AuditOptions, out: str | Path | Non
     more = {"unwrapped": unwrapped, "threat": specs.text(threat)}
     folder = own_run(text, data, out or default_folder(specs.canonical(model)), more)
     note(f"run folder: {folder}")
-    shared: dict[str, Any] = {"seed": options.seed, "device": options.device}
-    simple = given or _simple(folder, threat)
-    note("checks")
-    _checked(folder, [seeded(attack, options.seed) for attack in simple], options.limit, shared)
-    note("attacks")
-    suite = () if given else (AutoAttackRouting(threat),)
-    sized = {**shared, "limit": options.limit, "batch_size": options.batch_size}
-    results = evaluate_run(folder, attacks=(*simple, *suite), curve=(), **sized)
-    if results[0].header.routers:
-        note("dissection")
-        dissect_run(folder, attack=PGD(threat, steps=STEPS), **sized)
+    with records.writing(folder):
+        shared: dict[str, Any] = {"seed": options.seed, "device": options.device}
+        simple = given or _simple(folder, threat)
+        note("checks")
+        _checked(folder, [seeded(attack, options.seed) for attack in simple], options.limit, shared)
+        note("attacks")
+        suite = () if given else (AutoAttackRouting(threat),)
+        sized = {**shared, "limit": options.limit, "batch_size": options.batch_size}
+        results = evaluate_run(folder, attacks=(*simple, *suite), curve=(), **sized)
+        if results[0].header.routers:
+            note("dissection")
+            dissect_run(folder, attack=PGD(threat, steps=STEPS), **sized)
     return Audited(folder, results, unwrapped)
 
 

@@ -51,7 +51,7 @@ from robustmoe.models import DualModel, Sharpening
 from robustmoe.models.base import Output
 from robustmoe.models.plain import as_routed
 from robustmoe.options import BlendOptions, takes
-from robustmoe.progress import note, progress
+from robustmoe.progress import first_process, note, progress
 from robustmoe.records import Blend
 from robustmoe.training.checkpoint import read_weights, run_data, save_weights
 
@@ -118,7 +118,9 @@ def blend_run(
     images = data.test.head(options.limit)
     session = Session(halves.build(device), images, device, options, about, folder, data.test)
     place = BlendFolder(folder, halves, data.classes)
-    return _curve(BlendWork(session, base), [halves.standard, halves.robust], data.val, place)
+    with records.writing(folder):
+        out_of(runs, out)  # again: another writer may have been in it until now
+        return _curve(BlendWork(session, base), [halves.standard, halves.robust], data.val, place)
 
 
 def _base(options: BlendOptions, threat: Threat) -> PGD:
@@ -145,13 +147,17 @@ class BlendFolder(NamedTuple):
         return self.folder / f"blend-start-{done}.safetensors"
 
     def save(self, state: BlendState) -> None:
-        """The warm starts first: without them a blend.json could not be gone on from as if it had never stopped."""
+        """The warm starts first: without them a blend.json could not be gone on from as if it had never stopped. Of
+        several processes the first one writes.
+        """
+        if not first_process():
+            return
         keep = None if state.near is None else self.start(state.record.attacked)
         if keep is not None and state.near is not None:
             save_weights(keep, {"near": state.near}, self.halves.model)
         state.record.write(self.folder)
         for old in self.folder.glob("blend-start-*.safetensors"):
-            if old != keep:
+            if old != keep and old.stem.removeprefix("blend-start-").isdigit():
                 old.unlink()
 
     def resume(self, fresh: Blend) -> BlendState | None:
@@ -186,8 +192,9 @@ def _curve(work: BlendWork, names: Sequence[str], val: ImageSet | None, place: B
         for alpha, output in zip(work.alphas, outputs)
     ]
     state = _start(work, _empty(work, names, attacks), val, place)
-    if place is not None:
+    if place is not None and first_process():
         write_run(place.folder, place.halves, state.record.chosen, work.base, place.classes)
+    if place is not None:
         place.save(state)
     if state.record.attacked == len(work.alphas):
         return state.record

@@ -62,8 +62,8 @@ def certify_run(run: str | Path, *, options: CertifyOptions) -> Records[Certific
     the same model, in ``RUN/rows``, breaks what is certified. Under torchrun every process does the whole work.
     """
     certifiers = _certifiers(options, threat_of(read_config(Path(run))))
-    session = on_run(run, options, float32=True)
-    certified = Records(Certifying(session, certifier).run() for certifier in certifiers)
+    with on_run(run, options, float32=True) as session:
+        certified = Records(Certifying(session, certifier).run() for certifier in certifiers)
     for record in certified:
         assert_consistent_with_attacks(record, Path(run))
     return certified
@@ -122,8 +122,7 @@ class Certifying:
             bar.advance(len(images) - len(left))
             for batch in session.batches(left):
                 record = replace(record, rows=record.rows + self._proofs(batch))
-                if session.folder is not None:
-                    record.write(session.folder)
+                session.write(record)
                 bar.advance(len(batch))
         return record
 

@@ -207,7 +207,8 @@ def dissect_run(run: str | Path, *, options: DissectOptions) -> Dissection:
     The attack is by default PGD-20 at the threat the run was trained for. Raises UserError where `dissect` does.
     """
     base = _base(options, threat_of(read_config(Path(run))))
-    return _dissected(on_run(run, options), base)
+    with on_run(run, options) as session:
+        return _dissected(session, base)
 
 
 def _base(options: DissectOptions, threat: Threat) -> PGD:

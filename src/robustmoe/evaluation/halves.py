@@ -18,7 +18,7 @@ from robustmoe.errors import UserError
 from robustmoe.evaluation.choosing import spec_or_repr
 from robustmoe.models import Dual, DualModel, Sharpening, build_model
 from robustmoe.models.dual import Mix
-from robustmoe.records import write_atomic
+from robustmoe.records import contents, write_atomic
 from robustmoe.training.checkpoint import load_weights, read_config, read_weights, run_weights, save_weights
 
 DEFAULT_ALPHA = Dual.alpha
@@ -100,7 +100,7 @@ def out_of(runs: Sequence[Path], out: str | Path | None) -> Path:
     folder = Path(out) if out is not None else Path("runs") / "-".join(["blend", *(run.resolve().name for run in runs)])
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, not a run folder; choose another --out")
-    if folder.is_dir() and any(folder.iterdir()):
+    if contents(folder):
         config = read_config(folder) if (folder / "config.json").is_file() else {}
         if "halves" not in config:
             raise UserError(f"{str(folder)!r} is not empty, and no blend's; choose another --out")

@@ -84,7 +84,8 @@ def lipschitz_run(run: str | Path, *, options: LipschitzOptions) -> Lipschitz:
     Raises UserError where `evaluate` does.
     """
     attack = _attack(options, threat_of(read_config(Path(run))))
-    return _measured(on_run(run, options, float32=True), attack)
+    with on_run(run, options, float32=True) as session:
+        return _measured(session, attack)
 
 
 def _attack(options: LipschitzOptions, threat: Threat) -> Attack:

@@ -14,7 +14,7 @@ from robustmoe import spec as specs
 from robustmoe.data import Data
 from robustmoe.errors import UserError
 from robustmoe.models import OwnModel
-from robustmoe.records import file_stem, write_atomic
+from robustmoe.records import contents, file_stem, write_atomic, writing
 from robustmoe.training.checkpoint import read_config
 from robustmoe.wrapping import WrappedSpec
 
@@ -41,10 +41,15 @@ def own_run(
         raise UserError(f"{str(folder)!r} is a file, not a run folder; choose another --out")
     source: Data = specs.build(data, "data")
     config = {**_config(model, data, source), **more}
-    if _results(folder):
-        _check_same(folder, read_config(folder), config)
-    else:
-        write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    with writing(folder):
+        there = contents(folder)
+        old = read_config(folder) if there else None
+        if old is not None and "brings_weights" not in old:
+            raise UserError(f"{str(folder)!r} holds something else than a model of your own; choose another --out")
+        if old is not None and len(there) > 1:
+            _check_same(folder, old, config)
+        else:
+            write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return folder
 
 
@@ -69,11 +74,6 @@ def _config(model: str, data: str, source: Data) -> dict[str, Any]:
         "commit": provenance.commit(),
         "command": provenance.command(),
     }
-
-
-def _results(folder: Path) -> list[Path]:
-    """What is in the folder beside the description of the model."""
-    return [path for path in folder.iterdir() if path.name != "config.json"] if folder.is_dir() else []
 
 
 def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.norm import at_least_float32
 from robustmoe.models.plain import Plain, as_routed, sharded
 from robustmoe.options import Options
-from robustmoe.progress import note
+from robustmoe.progress import first_process, note
 from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo
 from robustmoe.routing import Tape
 from robustmoe.training.checkpoint import load_model, read_config, run_data
@@ -224,26 +224,33 @@ class Session:
         """The record with the time since the last call added to it, written into the run folder if there is one."""
         old: Any = record  # every record has its seconds; a sixth kind is not listed here
         timed: Timed = replace(old, seconds=old.seconds + self.clock.lap())
-        if self.folder is not None:
-            timed.write(self.folder)
+        self.write(timed)
         return timed
+
+    def write(self, record: Record) -> None:
+        """Write a record into the run folder, if there is one; of several processes, the first one does."""
+        if self.folder is not None and first_process():
+            record.write(self.folder)
 
 
 # ------------------------------------------------------------------------------------------------ where one comes from
 
 
-def on_run(run: str | Path, options: Any, float32: bool = False) -> Session:
-    """A session on the model of a run folder and its first test images. ``float32``: weights in half precision are
-    replaced by a float32 copy. UserError for what is no run folder.
+@contextlib.contextmanager
+def on_run(run: str | Path, options: Any, float32: bool = False) -> Iterator[Session]:
+    """A session on the model of a run folder and its first test images, and the only one to write there meanwhile.
+    ``float32``: weights in half precision are replaced by a float32 copy. UserError for what is no run folder, or one
+    that another process writes.
     """
     folder = Path(run)
     config = read_config(folder)
-    device = device_of(options)
-    model = load_model(folder, device)
-    data = run_data(folder, config)
-    model = in_float32(model) if float32 else model
-    about, images = about_run(folder, config, data), data.test.head(options.limit)
-    return Session(model, images, device, options, about, folder, data.test)
+    with records.writing(folder):
+        device = device_of(options)
+        model = load_model(folder, device)
+        data = run_data(folder, config)
+        model = in_float32(model) if float32 else model
+        about, images = about_run(folder, config, data), data.test.head(options.limit)
+        yield Session(model, images, device, options, about, folder, data.test)
 
 
 @contextlib.contextmanager

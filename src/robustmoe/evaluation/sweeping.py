@@ -72,7 +72,8 @@ def sweep_run(run: str | Path, *, options: SweepOptions) -> Sweep:
     The rest: see `sweep`.
     """
     grid = grid_of(options)
-    return _swept(on_run(run, options), grid)
+    with on_run(run, options) as session:
+        return _swept(session, grid)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked

@@ -12,8 +12,9 @@ from robustmoe.records.certificates import Certificates, Proof
 from robustmoe.records.dissection import Answers, Dissection
 from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
-from robustmoe.records.files import append_json, file_stem, read_jsonl, write_atomic
+from robustmoe.records.files import append_json, assert_ours, file_stem, read_jsonl, write_atomic, write_own
 from robustmoe.records.lipschitz import Lipschitz
+from robustmoe.records.locks import check_folder, contents, writing
 from robustmoe.records.record import Record, Records, Told
 from robustmoe.records.rows import WORK, Writer, difference, merge, read, rows_files, told
 from robustmoe.records.sweep import Override, Sweep, SweepAnswers
@@ -66,6 +67,9 @@ __all__ = [
     "Told",
     "Writer",
     "append_json",
+    "assert_ours",
+    "check_folder",
+    "contents",
     "difference",
     "examples_path",
     "file_stem",
@@ -80,4 +84,6 @@ __all__ = [
     "told",
     "write_atomic",
     "write_examples",
+    "write_own",
+    "writing",
 ]

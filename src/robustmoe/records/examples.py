@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robustmoe.errors import UserError
-from robustmoe.records.files import dump_line, read_jsonl, write_atomic
+from robustmoe.records.files import dump_line, read_jsonl, write_own
 from robustmoe.records.typed import Answer, Count, build
 from robustmoe.records.types import Header, misfits
 
@@ -43,8 +43,9 @@ def examples_path(rows: str | os.PathLike[str]) -> Path:
 
 
 def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
-    """Write the examples file, atomically."""
-    write_atomic(path, b"".join(dump_line(example.to_dict()) for example in examples))
+    """Write the examples file, atomically. UserError where another file stands there."""
+    text = b"".join(dump_line(example.to_dict()) for example in examples).decode()
+    write_own(path, text, '{"index":')
 
 
 def read_examples(path: str | os.PathLike[str], header: Header) -> list[Example]:

@@ -21,26 +21,34 @@ from robustmoe.records.typed import parse
 
 T = TypeVar("T")
 
-_HINTS = {
-    errno.ENOSPC: "free some space or choose another --out",
-    errno.EDQUOT: "free some space or choose another --out",
-    errno.EFBIG: "free some space or choose another --out",
-    errno.EACCES: "choose an --out you may write to",
-    errno.EPERM: "choose an --out you may write to",
-    errno.EROFS: "choose an --out you may write to",
+_NO_ROOM, _NOT_YOURS = "free some space or choose another --out", "choose an --out you may write to"
+_WRITING = {
+    errno.ENOSPC: _NO_ROOM,
+    errno.EDQUOT: _NO_ROOM,
+    errno.EFBIG: _NO_ROOM,
+    errno.EACCES: _NOT_YOURS,
+    errno.EPERM: _NOT_YOURS,
+    errno.EROFS: _NOT_YOURS,
     errno.ENOTDIR: "a part of that path is a file; choose another --out",
     errno.EEXIST: "a part of that path is a file; choose another --out",
+    errno.EISDIR: "that path is a folder; name a file",
+}
+_READING = {
+    errno.EACCES: "ask its owner for the right to read it, or make a copy that you may read",
+    errno.EPERM: "ask its owner for the right to read it, or make a copy that you may read",
+    errno.ENOTDIR: "a part of that path is a file; check the path",
     errno.EISDIR: "that path is a folder; name a file",
 }
 
 
 @contextlib.contextmanager
 def explained(verb: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into a one-line UserError that says what to do."""
+    """Turn an OSError of what is done (``verb``: "read" or "write") into a one-line UserError that says what to do."""
     try:
         yield
     except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "check the path and its permissions")
+        hints = _READING if verb == "read" else _WRITING
+        hint = hints.get(error.errno or 0, "check the path and its permissions")
         raise UserError(f"cannot {verb} {path}: {error.strerror or error}; {hint}") from error
 
 
@@ -67,6 +75,35 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def assert_ours(path: str | os.PathLike[str], mark: str) -> None:
+    """Raise UserError where a file stands at the path that robustmoe did not write: one without ``mark`` in its first
+    kilobyte, white space apart. An empty file is nobody's."""
+    path = Path(path)
+    with explained("read", path):
+        if not os.path.lexists(path) or path.is_dir():
+            return
+        head = b""
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(1024)
+            if not head:
+                return
+    if "".join(mark.split()).encode() not in b"".join(head.split()):
+        raise UserError(
+            f"{path} is there, and robustmoe did not write it, so it was left alone; move it away, or choose another "
+            "--out"
+        )
+
+
+def write_own(path: str | os.PathLike[str], content: str, mark: str) -> None:
+    """Write a whole file, over nothing but an earlier file of ours. ``mark``: what such files, and ``content``, have in
+    their first kilobyte. UserError where another file stands there (see :func:`assert_ours`)."""
+    known = "".join(mark.split()) in "".join(content[:1024].split())
+    assert known or not content, f"{path} would not be known again by {mark!r}"
+    assert_ours(path, mark)
+    write_atomic(path, content)
 
 
 def whole_lines(path: Path) -> list[bytes]:

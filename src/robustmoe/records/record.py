@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from robustmoe.errors import UserError
-from robustmoe.records.files import file_stem, read_json, write_atomic
+from robustmoe.records.files import file_stem, read_json, write_own
 from robustmoe.records.typed import build, check_version, encode
 from robustmoe.records.types import VERSION, Header
 
@@ -118,9 +118,11 @@ class Record(Told):
         return Path(folder) / cls.file.replace("*", file_stem(which))
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the file into a run folder, atomically, and return its path. UserError if it cannot be written."""
+        """Write the file into a run folder, atomically, and return its path. UserError if it cannot be written, or if
+        another file than one of this kind stands there."""
         path = self.path(folder, self.which)
-        write_atomic(path, json.dumps(self.to_dict(), separators=(",", ":"), ensure_ascii=False) + "\n")
+        text = json.dumps(self.to_dict(), separators=(",", ":"), ensure_ascii=False) + "\n"
+        write_own(path, text, f'{{"kind":"{self.kind}"')
         return path
 
     @classmethod

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from robustmoe.errors import UserError
 from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.files import dump_line, explained, parse_line, whole_lines, write_atomic
+from robustmoe.records.locks import writing
 from robustmoe.records.typed import build
 from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row, Time, misfits
 
@@ -175,20 +175,6 @@ def _shown(name: str, value: Any) -> str:
     return repr(value[:12] if name.endswith("_hash") else value)
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    """Lock the file for one writer: two would cut each other's rows. Nothing where the system cannot lock."""
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path} is being written by another process; wait for it, or choose another --out") from None
-    except OSError:
-        return
-
-
 class Writer:
     """Creates a rows file, or resumes the one that is there.
 
@@ -209,11 +195,14 @@ class Writer:
         self.passed: dict[str, set[int]] = {}
         self._rows: dict[int, Row] = {}
         self._descriptor = -1
+        self._held = contextlib.ExitStack()
         if self.path.exists() and not self.path.is_file():
             raise UserError(f"{self.path} is not a regular file; name a .jsonl file")
-        with explained("write", self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent.parent if self.path.parent.name == "rows" else self.path.parent
+        self._held.enter_context(writing(folder, self.path.relative_to(folder).as_posix()))
         try:
+            with explained("write", self.path):
+                self.path.parent.mkdir(exist_ok=True)
             self._open()
             lines = self._resume(shorter)
             # Rows are kept, finishing lines are rewritten: `_end` is where the next batch goes.
@@ -230,14 +219,8 @@ class Writer:
             raise
 
     def _open(self) -> None:
-        """Open the file and lock it. It must still be the one of that name: another writer may have replaced it."""
         with explained("write", self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        _lock(self._descriptor, self.path)
-        with explained("write", self.path):
-            replaced = not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
-        if replaced:
-            raise UserError(f"{self.path} is being written by another process; wait for it, or choose another --out")
 
     def _resume(self, shorter: Callable[[int], Header] | None) -> list[bytes]:
         """Take up what the file holds; its lines of whole batches."""
@@ -275,7 +258,7 @@ class Writer:
         first = dump_line(self.header.to_dict())
         self.checks = None
         write_atomic(self.path, first + b"".join(line + b"\n" for line in kept))
-        self.close()
+        os.close(self._descriptor)
         self._open()
         return whole_lines(self.path)
 
@@ -340,6 +323,7 @@ class Writer:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+        self._held.close()
 
     def __enter__(self) -> Writer:
         return self

@@ -9,16 +9,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from robustmoe.errors import UserError
 from robustmoe.options import several
-from robustmoe.records import write_atomic
+from robustmoe.records import Audit, assert_ours, write_own
 from robustmoe.reporting.collect import collect
-from robustmoe.reporting.kinds import story, text
+from robustmoe.reporting.kinds import KINDS, story, text
 from robustmoe.reporting.markdown import markdown
 from robustmoe.reporting.numbers import numbers
-from robustmoe.reporting.page import page
+from robustmoe.reporting.page import MARK, page
 from robustmoe.reporting.terminal import summary_table
 
 __all__ = ["report", "story", "summary_table", "text"]
+
+
+MARKS = {"": MARK, ".md": "<!-- robustmoe report -->", ".json": '{"kind":"robustmoe report"'}
+"""By its ending ("": the page), what shows that a file is an earlier report's, which a new one may overwrite."""
 
 
 def report(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -26,14 +31,33 @@ def report(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out:
     with ``.md`` and ``.json``; return the page's path. One run may be given alone, several are set
     side by side.
 
-    UserError if a folder is not a run, nothing was measured in it, or the files cannot be written."""
+    UserError if a folder is not a run, nothing was measured in it, or the files cannot be written. Nothing but an
+    earlier report is overwritten."""
+    files = report_files(out)
+    views = collect(several(runs))
+    texts = (
+        page(views),
+        f"{MARKS['.md']}\n{markdown(views)}",
+        json.dumps(numbers(views), indent=1, allow_nan=False) + "\n",
+    )
+    for (path, mark), content in zip(files.items(), texts):
+        write_own(path, content, mark)
+    return next(iter(files))
+
+
+def report_files(out: str | os.PathLike[str]) -> dict[Path, str]:
+    """Returns the files of a report at ``out``, the page first, and the mark of each. UserError where one of them is
+    there and no report's, or would stand in a run folder under the name of a result."""
     path = Path(out)
     if path.is_dir():
         path = path / "report.html"
     elif path.suffix.lower() not in (".html", ".htm"):
         path = path.with_name(path.name + ".html")
-    views = collect(several(runs))
-    write_atomic(path, page(views))
-    write_atomic(path.with_suffix(".md"), markdown(views))
-    write_atomic(path.with_suffix(".json"), json.dumps(numbers(views), indent=1, allow_nan=False) + "\n")
-    return path
+    files = {path if ending == "" else path.with_suffix(ending): mark for ending, mark in MARKS.items()}
+    names = ("config.json", Audit.file, *(str(kind.record.file) for kind in KINDS))
+    in_run = any((f / part).exists() for f in (path.parent, path.parent.parent) for part in ("config.json", "rows"))
+    for file, mark in files.items():
+        if in_run and any(file.match(name) for name in names):
+            raise UserError(f"{path}: {file.name} beside it is the name of a result of a run; choose another --out")
+        assert_ours(file, mark)
+    return files

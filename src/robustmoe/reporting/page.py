@@ -12,6 +12,9 @@ from robustmoe.reporting.panel import section
 from robustmoe.reporting.style import css
 from robustmoe.reporting.words import plural
 
+MARK = '<meta name="generator" content="robustmoe">'
+"""In every page, so that it is known again."""
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -41,6 +44,7 @@ def document(name: str, heading: str, navigation: str, sections: str, foot: str,
     """Returns a whole page in the report's style. ``name`` and ``heading`` are texts; the rest is HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{MARK}"
         f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from robustmoe.records import write_atomic
+from robustmoe.records import write_own
 from robustmoe.records.theory import Chart, Comparison, Experiment
 from robustmoe.reporting.figures import Axes, Series, colour, lines
 from robustmoe.reporting.grid import WIDTH, aligned
-from robustmoe.reporting.page import document
+from robustmoe.reporting.page import MARK, document
 from robustmoe.reporting.words import plural
 
 
@@ -60,7 +60,7 @@ def _counts(rows: Sequence[Comparison]) -> list[str]:
 
 def draw(experiments: Sequence[Experiment], folder: str | os.PathLike[str]) -> Path | None:
     """Writes ``folder``/figures.html, one page with every experiment that has a figure; its path (None: there is no
-    figure). Raises UserError if it cannot be written.
+    figure). Raises UserError if it cannot be written, or if another page than an earlier one of ours stands there.
     """
     drawn = [experiment for experiment in experiments if experiment.charts]
     if not drawn:
@@ -72,7 +72,7 @@ def draw(experiments: Sequence[Experiment], folder: str | os.PathLike[str]) -> P
         for experiment in drawn
     )
     path = Path(folder) / "figures.html"
-    write_atomic(path, document("Theory on synthetic data", "Theory of robust mixtures", "", sections, "").encode())
+    write_own(path, document("Theory on synthetic data", "Theory of robust mixtures", "", sections, ""), MARK)
     return path
 
 

@@ -20,12 +20,11 @@ from torch import Tensor
 from robustmoe import distributed, provenance
 from robustmoe.attacks import NotFiniteError
 from robustmoe.data import Batch, batches
-from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise, permutation
 from robustmoe.progress import Bar, note, progress
 from robustmoe.recipe import Recipe
-from robustmoe.records import append_json, read_metrics, write_atomic
+from robustmoe.records import append_json, check_folder, read_metrics, write_atomic, writing
 from robustmoe.training import checkpoint, health
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
@@ -63,8 +62,10 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = distributed.local_device(provenance.pick_device(recipe.device))
-    _check_folder(out, resume)
-    with distributed.session(device), torch.random.fork_rng(devices=[]):
+    check_folder(out, resume)
+    with distributed.session(device), writing(out), torch.random.fork_rng(devices=[]):
+        if distributed.rank() == 0:
+            check_folder(out, resume)  # another writer may have been in it until now
         torch.manual_seed(recipe.seed)  # for a model's own draws (dropout); ours come from robustmoe.noise
         parts = build_parts(recipe, device, fresh=not (resume and (out / "state.pt").exists()), given=given)
         state = _prepare(parts, out, resume)
@@ -84,15 +85,6 @@ def _take_best(model: RoutedModel, out: Path) -> None:
     if distributed.rank() == 0:
         checkpoint.load_weights(model, checkpoint.read_weights(out / "model.safetensors"), out)
     distributed.broadcast(list(model.state_dict().values()))
-
-
-def _check_folder(out: Path, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; expected a folder for the run: choose another --out")
-    if resume and not (out / "config.json").is_file():
-        raise UserError(f"{out}: there is no run to resume (no config.json); start it without --resume")
-    if not resume and (out / "config.json").exists():
-        raise UserError(f"{out} already holds a run; add --resume to go on, or choose another --out")
 
 
 def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
