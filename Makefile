@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # compiled modules for the next run.
 KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
-.PHONY: demo test test-typed test-slow lint bench recipes crosscheck wild clean
+.PHONY: demo test test-typed test-slow fuzz lint bench recipes crosscheck wild clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
@@ -21,6 +21,12 @@ test-typed: $(VENV)/.dev  ## the same with the shapes of every call checked
 
 test-slow: $(VENV)/.dev  ## claims about training, means over several seeds: minutes
 	$(BIN)/python -m pytest -m slow
+
+# make fuzz SCALE=10: ten times as many cases.
+SCALE ?= 1
+
+fuzz: $(VENV)/.dev  ## 1,900 spoilt files, specs, flags and arrays, each in its own process: one line or taken; minutes
+	$(BIN)/python tests/fuzz --scale $(SCALE)
 
 lint: $(VENV)/.dev  ## style, format and types
 	$(BIN)/ruff check .

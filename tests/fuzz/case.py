@@ -1,0 +1,17 @@
+"""What a section makes: words of a command, or something that is done in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """``change``: what is odd about it, in words; ``work``: the words of a command, or a function that may raise
+    `UserError`; ``valid``: nothing is odd, so that it must be taken.
+    """
+
+    change: str
+    work: list[str] | Callable[[], object]
+    valid: bool = False
