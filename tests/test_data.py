@@ -979,6 +979,7 @@ def test_what_is_no_regular_file_never_holds_a_reader_up(tmp_path: Path, part: s
         (lambda: os.mkfifo(odd), "5.png is not a regular file; remove it"),
         (lambda: os.symlink("/dev/zero", odd), "5.png is a link to nothing|5.png is not a regular file"),
         (lambda: os.symlink(tmp_path / "gone.png", odd), "5.png is a link to nothing; remove it"),
+        (lambda: os.symlink(odd, odd), "5.png is a link to nothing; remove it"),
     ]
     for make, message in makers:
         make()

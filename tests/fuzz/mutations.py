@@ -78,7 +78,8 @@ def change_json(document: Any, draw: Draw, canary: str) -> tuple[Any, str]:
     node, key, way = _descend(document, draw)
     old = node[key]
     numeric = isinstance(old, int | float) and not isinstance(old, bool)
-    actions = ["replace"] * 8 + ["delete", "add", "rename"] + (["scale"] * 4 if numeric else [])
+    actions = ["replace"] * 8 + ["delete", "add"] + (["scale"] * 4 if numeric else [])
+    actions += ["rename"] if isinstance(node, dict) else []
     actions += ["cut", "double", "swap"] * 2 if isinstance(old, list) and old else []
     actions += ["longer"] if isinstance(old, str) else []
     action = draw(st.sampled_from(actions))
@@ -99,7 +100,7 @@ def change_json(document: Any, draw: Draw, canary: str) -> tuple[Any, str]:
         else:
             node.insert(key, new)
         return document, f"add {shown(new)} beside {way.lstrip('.')}"
-    elif action == "rename" and isinstance(node, dict):
+    elif action == "rename":
         node[f"{key}s"] = node.pop(key)
     elif action == "cut":
         node[key] = old[: len(old) // 2]
@@ -139,7 +140,7 @@ def change_bytes(content: bytes, draw: Draw) -> tuple[bytes, str]:
     named = {
         "empty": b"",
         "mark": b"\xef\xbb\xbf" + content,
-        "latin": content.replace(b"e", b"\xe9", 1),
+        "latin": content[:place] + b"\xe9" + content[place:],
         "zero": content[:place] + b"\0" + content[place:],
         "crlf": content.replace(b"\n", b"\r\n"),
         "twice": content + content,

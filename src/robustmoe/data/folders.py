@@ -9,6 +9,7 @@ the order of the numbers ("2" before "10"), others in that of their letters.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -72,12 +73,22 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         raise unreadable(folder, e) from e
 
 
+def _kind(entry: os.DirEntry[str]) -> str:
+    """What an entry is, or what its link leads to: "folder", "file", or what to call the rest."""
+    with contextlib.suppress(OSError):  # a link to itself
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    return "a link to nothing" if entry.is_symlink() else "not a regular file"
+
+
 def _folders(folder: Path, said: _Said | None = None) -> list[str]:
     """Returns the names of the sub-folders in order; ``said``: is told of the files beside them."""
     entries = _scan(folder)
-    names = [entry.name for entry in entries if entry.is_dir()]
+    names = [entry.name for entry in entries if _kind(entry) == "folder"]
     for entry in entries:
-        if said is not None and not entry.is_dir():
+        if said is not None and _kind(entry) != "folder":
             said.leave_out("beside the class folders", entry.name)
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
@@ -100,15 +111,15 @@ def _images(folder: Path, said: _Said) -> list[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
-            path, kind = inner + entry.name, os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
+            path, what, ending = inner + entry.name, _kind(entry), os.path.splitext(entry.name)[1].lower()
+            if what == "folder":
                 todo.append(f"{path}/")
-            elif kind not in _KINDS:
-                said.leave_out(f"{shown(kind)} files" if kind else "files without an ending", f"{folder.name}/{path}")
-            elif entry.is_file():
+            elif ending not in _KINDS:
+                why = f"{shown(ending)} files" if ending else "files without an ending"
+                said.leave_out(why, f"{folder.name}/{path}")
+            elif what == "file":
                 paths.append(path)
             else:
-                what = "a link to nothing" if entry.is_symlink() else "not a regular file"
                 raise UserError(f"{shown(entry.path)} is {what}; remove it from the data set")
     for path in paths:
         if "/" in path:
