@@ -29,7 +29,7 @@ from robustmoe.attacks import (
     linf,
     part_noise,
 )
-from robustmoe.attacks.objectives import Loss, loss_of
+from robustmoe.attacks.losses import Loss, loss_of
 from robustmoe.attacks.views import HalfView, Viewed
 from robustmoe.evaluation.checks import label
 from robustmoe.models import Output, Plain, RoutedModel

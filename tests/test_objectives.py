@@ -11,7 +11,8 @@ from torch import Tensor
 
 from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
 from robustmoe.attacks import OBJECTIVES, ExpertsOnly, Joint, Objective, RouterOnly, RoutingLoss, Score, kl
-from robustmoe.attacks.objectives import Inner, loss_of
+from robustmoe.attacks.losses import loss_of
+from robustmoe.attacks.objectives import Inner
 from robustmoe.attacks.pgd import ascend
 from robustmoe.models import EnsembleModel, PathwayModel, RoutedModel
 from robustmoe.records import ObjectiveInfo

@@ -12,6 +12,7 @@ from robustmoe.attacks.base import Attack, Suite, Wrapped, changed, evaluating, 
 from robustmoe.attacks.fab import FAB
 from robustmoe.attacks.fmn import FMN, accuracy_curve
 from robustmoe.attacks.half import Bf16
+from robustmoe.attacks.losses import kl
 from robustmoe.attacks.objectives import (
     Diluted,
     ExpertsOnly,
@@ -23,7 +24,6 @@ from robustmoe.attacks.objectives import (
     Targeted,
     experts_only,
     joint,
-    kl,
     router_only,
     targeted,
 )

@@ -229,9 +229,9 @@ class APGD(Attack):
 class TargetedAPGD(Attack):
     """`APGD` towards the ``targets`` most likely wrong classes of the clean image in turn (at most all there are).
 
-    An image leaves as soon as a climb has fooled it. ``loss``: the targeted DLR loss (2020, eq. 7; 4 classes or more)
-    or the "margin" between the target's logit and the label's. The rest is as for `APGD`; the result of an image that
-    is not fooled is its iterate of highest loss over all targets.
+    An image leaves as soon as a climb has fooled it. ``loss``: the targeted DLR loss (2020, eq. 7; with fewer than 4
+    classes the margin) or the "margin" between the target's logit and the label's. The rest is as for `APGD`; the
+    result of an image that is not fooled is its iterate of highest loss over all targets.
     """
 
     threat: Threat

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.boundary import dual_size, projection
+from robustmoe.attacks.losses import scale_of
 from robustmoe.attacks.objectives import Joint
 from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.surrogate import Surrogate, missed
@@ -212,9 +213,10 @@ def _ahead(model: RoutedModel, x: Tensor, y: Tensor, rival: Tensor | None, norm:
 def _differentiate(logits: Tensor, at: Tensor, y: Tensor, rival: Tensor | None, norm: Norm) -> _Boundary:
     """The boundary between the label and the ``rival``; without one the nearest of all, by one gradient a class.
 
-    Where no path from the image to the logits is differentiable the slope is zero, and the attack stays where it is.
-    Raises `NotFiniteError`.
+    Extreme logits are scaled (see `losses.EXTREME`): only the boundary counts. Where no path from the image to the
+    logits is differentiable the slope is zero, and the attack stays where it is. Raises `NotFiniteError`.
     """
+    logits = logits * scale_of(logits)[:, None]
     if rival is not None:
         pair = logits.gather(1, torch.stack([rival, y], 1))
         difference = pair[:, 0] - pair[:, 1]

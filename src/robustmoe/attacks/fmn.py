@@ -122,7 +122,7 @@ class FMN(Attack):
             gamma = _cosine(self.gamma, self.final_gamma, step / self.steps)
             length = self.step_size / 100 if self.final_step_size is None else self.final_step_size
             length = _cosine(self.step_size, length, step / self.steps)
-            ahead = score.loss.to(x.dtype).abs() / dual_size(norm, gradient).clamp(min=torch.finfo(x.dtype).tiny)
+            ahead = score.climbed.to(x.dtype).abs() / dual_size(norm, gradient).clamp(min=torch.finfo(x.dtype).tiny)
             grown = torch.where(torch.isfinite(least[rows]), radius * (1 + gamma), distance + ahead)
             radius = torch.where(score.fooled, torch.minimum(radius * (1 - gamma), least[rows]), grown)
             radius = torch.minimum(radius, farthest)

@@ -13,24 +13,28 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from robustmoe.attacks.losses import Ascent, Loss, climb, gate_climb, scale_of, targeted_climb
 from robustmoe.attacks.surrogate import exact_of, missed
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Trace, detach
 
-Loss = Literal["ce", "margin", "dlr", "kl"]
-
 
 class Score(NamedTuple):
     """Per image: ``loss`` (n,), to be maximised, and ``fooled`` (n,) bool, whether the attacked pass misses the
-    label (see `missed`).
+    label (see `missed`). ``other`` (n,): what is differentiated in the loss's place (None: the loss itself).
     """
 
     loss: Tensor
     fooled: Tensor
+    other: Tensor | None = None
+
+    @property
+    def climbed(self) -> Tensor:
+        """What is differentiated: see `losses.climb`."""
+        return self.loss if self.other is None else self.other
 
 
 @runtime_checkable
@@ -75,37 +79,9 @@ class Objective(ABC):
         """The inner function for this batch. The model is in the state the attack left it in (eval mode)."""
 
 
-def loss_of(
-    kind: Loss,
-    logits: Float[Tensor, "n c"],
-    y: Int[Tensor, " n"],
-    clean: Float[Tensor, "n c"] | None = None,
-) -> Float[Tensor, " n"]:
-    """Per image: "ce" cross-entropy; "margin" best wrong logit minus the label's (above 0: fooled); "dlr" the margin
-    over the distance from the best to the third best logit (Croce and Hein 2020, eq. 6; 3 classes or more); "kl"
-    KL(clean || attacked), in log space.
-    """
-    if kind == "ce":
-        return F.cross_entropy(logits, y, reduction="none")
-    if kind == "margin":
-        label = F.one_hot(y, logits.shape[1]).bool()
-        return logits.masked_fill(label, -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
-    if kind == "dlr":
-        if logits.shape[1] < 3:
-            raise ValueError(f"the dlr loss needs 3 classes or more, this model has {logits.shape[1]}; use margin")
-        ordered, order = logits.sort(dim=1)
-        right = (order[:, -1] == y).to(logits.dtype)
-        rival = ordered[:, -2] * right + ordered[:, -1] * (1 - right)
-        return -(logits.gather(1, y[:, None])[:, 0] - rival) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
-    if clean is None:
-        raise ValueError("the kl loss needs the clean logits")
-    return kl(clean, logits)
-
-
-def kl(target: Float[Tensor, "n ... c"], logits: Float[Tensor, "n ... c"]) -> Float[Tensor, "n ..."]:
-    """KL(softmax(target) || softmax(logits)) over the last axis, in log space: finite wherever both logits are."""
-    log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(logits, -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def scored(ascent: Ascent, fooled: Tensor) -> Score:
+    """The score of an image whose loss and what is climbed are told apart."""
+    return Score(ascent.loss, fooled, ascent.climbed)
 
 
 @dataclass(frozen=True)
@@ -122,7 +98,7 @@ class Joint(Objective):
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             logits, label = model.run(x_adv).logits, some(y, rows)
             before = None if clean is None else some(clean, rows)
-            return Score(loss_of(self.loss, logits, label, before), missed(model, x_adv, logits, label))
+            return scored(climb(self.loss, logits, label, before), missed(model, x_adv, logits, label))
 
         return inner
 
@@ -156,17 +132,21 @@ class Diluted(Objective):
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             output, label = model.run(x_adv), some(y, rows)
             before = None if clean is None else some(clean.logits, rows)
-            loss = loss_of(self.loss, output.logits, label, before)
+            loss, climbed = climb(self.loss, output.logits, label, before)
             parts = []
             for name, routing in output.trace.items():
                 if clean is None:
                     target = (label % routing.num_experts)[:, None].expand(routing.logits.shape[:2])
-                    parts.append(F.cross_entropy(routing.logits.movedim(-1, 1), target, reduction="none").mean(-1))
+                    parts.append(climb("ce", routing.logits.flatten(0, 1), target.flatten()))
                 else:
-                    parts.append(kl(some(clean.trace[name].logits, rows), routing.logits).mean(-1))
+                    parts.append(gate_climb(some(clean.trace[name].logits, rows), routing.logits))
             if parts:
-                loss = loss + self.weight * torch.stack(parts).mean(0)
-            return Score(loss, missed(model, x_adv, output.logits, label))
+                of_loss, of_climbed = (
+                    torch.stack([part.reshape(len(x_adv), -1).mean(-1) for part in each]).mean(0)
+                    for each in zip(*parts, strict=True)
+                )
+                loss, climbed = loss + self.weight * of_loss, climbed + self.weight * of_climbed
+            return Score(loss, missed(model, x_adv, output.logits, label), climbed)
 
         return inner
 
@@ -175,8 +155,8 @@ class Diluted(Objective):
 class Targeted(Objective):
     """The whole model, towards the class that is ``rank``-th most likely on the clean image (2: the first rival).
 
-    "dlr": the targeted DLR loss (Croce and Hein 2020, eq. 7; 4 classes or more); "margin": the target's logit minus
-    the label's.
+    "dlr": the targeted DLR loss (Croce and Hein 2020, eq. 7), with fewer than 4 classes the margin; "margin": the
+    target's logit minus the label's.
     """
 
     name: ClassVar[str] = "joint"
@@ -189,18 +169,12 @@ class Targeted(Objective):
         classes = clean.shape[1]
         if not 2 <= self.rank <= classes:
             raise ValueError(f"rank must be from 2 to the number of classes, {classes}; got {self.rank}")
-        if self.loss == "dlr" and classes < 4:
-            raise ValueError(f"the targeted dlr loss needs 4 classes or more, this model has {classes}; use margin")
         target = clean.sort(dim=1).indices[:, -self.rank]
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             logits, label = model.run(x_adv).logits, some(y, rows)
-            pair = logits.gather(1, torch.stack([label, some(target, rows)], 1))
-            loss = -(pair[:, 0] - pair[:, 1])
-            if self.loss == "dlr":
-                ordered = logits.sort(dim=1).values
-                loss = loss / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12)
-            return Score(loss, missed(model, x_adv, logits, label))
+            aimed = targeted_climb(self.loss, logits, label, some(target, rows))
+            return scored(aimed, missed(model, x_adv, logits, label))
 
         return inner
 
@@ -249,7 +223,7 @@ def _on_route(model: RoutedModel, y: Tensor, trace: Trace, kind: Loss, clean: Te
         held, label = some_routes(trace, rows), some(y, rows)
         logits = model.run(x_adv, forced=held).logits
         before = None if clean is None else some(clean, rows)
-        return Score(loss_of(kind, logits, label, before), missed(model, x_adv, logits, label, held))
+        return scored(climb(kind, logits, label, before), missed(model, x_adv, logits, label, held))
 
     return inner
 
@@ -278,17 +252,20 @@ class RouterOnly(Objective):
             output = model.run(x_adv)
             held = some_routes(trace, rows)
             parts = [_departure(routing, output.trace[name].logits) for name, routing in held.items()]
-            return Score(torch.stack(parts).mean(0), missed(model, x_adv, output.logits, some(y, rows)))
+            loss, climbed = (torch.stack(each).mean(0) for each in zip(*parts, strict=True))
+            return Score(loss, missed(model, x_adv, output.logits, some(y, rows)), climbed)
 
         return inner
 
 
-def _departure(clean: Routing, logits: Float[Tensor, "n t e"]) -> Float[Tensor, " n"]:
+def _departure(clean: Routing, logits: Float[Tensor, "n t e"]) -> Ascent:
+    """Of one router, scaled by its clean logits where these are extreme."""
     if clean.k == clean.num_experts:
-        return kl(clean.logits, logits).mean(-1)
-    chosen = clean.chosen()
+        return Ascent(*(each.mean(-1) for each in gate_climb(clean.logits, logits)))
+    chosen, logits = clean.chosen(), logits * scale_of(clean.logits)[:, None, None]
     rival = logits.masked_fill(chosen, -torch.inf).amax(-1)
-    return (rival - logits.masked_fill(~chosen, torch.inf).amin(-1)).mean(-1)
+    loss = (rival - logits.masked_fill(~chosen, torch.inf).amin(-1)).mean(-1)
+    return Ascent(loss, loss)
 
 
 def _clean_logits(model: RoutedModel, x: Tensor) -> Tensor:

@@ -29,17 +29,19 @@ def require_finite(*values: Tensor) -> None:
 
 
 def ascend(inner: Inner, x_adv: Tensor, rows: Tensor | None = None) -> tuple[Score, Tensor]:
-    """The score at x_adv and the gradient of its loss, image by image, in the dtype of x_adv. ``rows``: see `Inner`.
+    """The score at x_adv and the gradient of what it climbs, image by image, in the dtype of x_adv. ``rows``: see
+    `Inner`.
 
     Where no path from the image to the loss is differentiable the gradient is zero, and the attack stays at its start;
     evaluation's check G1 marks what such an attack finds. Raises `NotFiniteError`.
     """
     x_adv = x_adv.detach().requires_grad_(True)
     score = inner(x_adv) if rows is None else inner(x_adv, rows)
-    slope = torch.autograd.grad(score.loss.sum(), x_adv, allow_unused=True)[0] if score.loss.requires_grad else None
+    climbed = score.climbed
+    slope = torch.autograd.grad(climbed.sum(), x_adv, allow_unused=True)[0] if climbed.requires_grad else None
     gradient = torch.zeros_like(x_adv) if slope is None else slope
     require_finite(score.loss, gradient)
-    return Score(score.loss.detach(), score.fooled), gradient
+    return Score(score.loss.detach(), score.fooled, climbed.detach()), gradient
 
 
 @dataclass

@@ -20,7 +20,7 @@ from robustmoe.attacks import (
     joint,
     part_noise,
 )
-from robustmoe.attacks.objectives import loss_of
+from robustmoe.attacks.losses import loss_of
 from robustmoe.certification import Certifier
 from robustmoe.data import ImageSet, batches
 from robustmoe.errors import UserError

@@ -32,7 +32,8 @@ from robustmoe.attacks import (
     linf,
     missed,
 )
-from robustmoe.attacks.objectives import Inner, Loss, loss_of, some, some_routes
+from robustmoe.attacks.losses import Loss, climb
+from robustmoe.attacks.objectives import Inner, scored, some, some_routes
 from robustmoe.attacks.routes import Misroute, Misrouting, countable
 from robustmoe.attacks.routes.regions import decisions, lead
 from robustmoe.data import Batch
@@ -147,9 +148,8 @@ class OneExpert(Objective):
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             fixed, label = some_routes(trace, rows), some(y, rows)
             logits = model.run(x_adv, forced=fixed).logits
-            return Score(
-                loss_of(self.loss, logits, label, some(before, rows)), missed(model, x_adv, logits, label, fixed)
-            )
+            aimed = climb(self.loss, logits, label, some(before, rows))
+            return scored(aimed, missed(model, x_adv, logits, label, fixed))
 
         return inner
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.objectives import loss_of
+from robustmoe.attacks.losses import climb
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.flip import rivals, swapped
 from robustmoe.attacks.routes.reach import DUAL
@@ -229,7 +229,7 @@ class RouteBeam(RouteAttack):
         self, model: RoutedModel, x: Tensor, y: Tensor, nearby: Sites, choice: Tensor, rows: Tensor
     ) -> Float[Tensor, " m"]:
         logits, _ = forced_pass(model, x[rows], nearby[rows].target(choice[rows]))
-        return loss_of(self.loss, logits, y[rows])
+        return climb(self.loss, logits, y[rows]).loss
 
 
 def _where(mask: Bool[Tensor, " n"], value: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.objectives import Inner, Loss, Objective, Score, loss_of, some, some_routes
+from robustmoe.attacks.losses import Loss, climb, loss_of
+from robustmoe.attacks.objectives import Inner, Objective, Score, scored, some, some_routes
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.objectives import departure
 from robustmoe.attacks.routes.regions import (
@@ -80,10 +81,10 @@ class Misrouting(Objective):
             trace = decisions(model, x_adv, names)
             if mixes:
                 logits = model.run(image, forced={name: _smooth(routing) for name, routing in trace.items()}).logits
-                loss = loss_of(self.loss, logits, label, some(clean.logits, rows))
+                aimed = climb(self.loss, logits, label, some(clean.logits, rows))
             else:
-                loss = departure(some_routes(clean.trace, rows), trace, math.inf)
-            return Score(loss, misrouted(model, image, x_adv.detach(), label).fooled)
+                aimed = departure(some_routes(clean.trace, rows), trace, math.inf)
+            return scored(aimed, misrouted(model, image, x_adv.detach(), label).fooled)
 
         return inner
 

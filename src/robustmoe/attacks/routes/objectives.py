@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustmoe.attacks.objectives import Inner, Joint, Objective, Score, kl, loss_of, some, some_routes
+from robustmoe.attacks.losses import Ascent, climb, gate_climb
+from robustmoe.attacks.objectives import Inner, Joint, Objective, Score, scored, some, some_routes
 from robustmoe.attacks.routes.regions import RouteLoss, lead, spread
 from robustmoe.attacks.surrogate import exact_of, missed
 from robustmoe.attacks.threat import size
@@ -53,8 +54,8 @@ class RouterHinge(Objective):
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             output = model.run(x_adv)
-            loss = departure(some_routes(trace, rows), output.trace, self.cap)
-            return Score(loss, missed(model, x_adv, output.logits, some(y, rows)))
+            away = departure(some_routes(trace, rows), output.trace, self.cap)
+            return scored(away, missed(model, x_adv, output.logits, some(y, rows)))
 
         return inner
 
@@ -82,12 +83,12 @@ class JointNormalised(Objective):
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             output, label = model.run(x_adv), some(y, rows)
-            loss = loss_of(self.loss, output.logits, label)
+            loss, climbed = climb(self.loss, output.logits, label)
             if trace and x_adv.requires_grad and torch.is_grad_enabled():
-                away = departure(some_routes(trace, rows), output.trace, float("inf"))
-                ratio = self.weight * _ratio(loss, away, x_adv)
-                loss = loss + torch.where(ratio > 0, ratio * (away - away.detach()), torch.zeros_like(away))
-            return Score(loss, missed(model, x_adv, output.logits, label))
+                away = departure(some_routes(trace, rows), output.trace, float("inf")).climbed
+                ratio = self.weight * _ratio(climbed, away, x_adv)
+                climbed = climbed + torch.where(ratio > 0, ratio * (away - away.detach()), torch.zeros_like(away))
+            return Score(loss, missed(model, x_adv, output.logits, label), climbed)
 
         return inner
 
@@ -97,19 +98,20 @@ def _clean(model: RoutedModel, x: Tensor) -> Trace:
         return detach(exact_of(model).run(x).trace)
 
 
-def departure(clean: Trace, after: Trace, cap: float) -> Tensor:
+def departure(clean: Trace, after: Trace, cap: float) -> Ascent:
     """(n,): how far the routers have left their ``clean`` decisions, in deviations of an item's logits, each item's
     lead at most ``cap``: the mean over routers of the mean over items.
     """
-    return torch.stack([_of_items(routing, after[name].logits, cap).mean(-1) for name, routing in clean.items()]).mean(
-        0
-    )
+    parts = [_of_items(routing, after[name].logits, cap) for name, routing in clean.items()]
+    return Ascent(*(torch.stack([items.mean(-1) for items in each]).mean(0) for each in zip(*parts, strict=True)))
 
 
-def _of_items(clean: Routing, logits: Tensor, cap: float) -> Tensor:
+def _of_items(clean: Routing, logits: Tensor, cap: float) -> Ascent:
+    """For comparison and for the gradient."""
     if clean.k == clean.num_experts:
-        return kl(clean.logits, logits)
-    return (-lead(logits, clean.index) / spread(clean.logits)).clamp(max=cap)
+        return gate_climb(clean.logits, logits)
+    away = (-lead(logits, clean.index) / spread(clean.logits)).clamp(max=cap)
+    return Ascent(away, away)
 
 
 def _ratio(loss: Tensor, away: Tensor, x_adv: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.objectives import loss_of
+from robustmoe.attacks.losses import climb, scale_of
 from robustmoe.attacks.pgd import NotFiniteError
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Threat
@@ -147,7 +147,10 @@ def lead(logits: Float[Tensor, "n t e"], index: Int[Tensor, "n t k"]) -> Float[T
 
 def spread(logits: Float[Tensor, "n t e"]) -> Float[Tensor, "n t"]:
     """The deviation of an item's logits over the experts, a constant: the yardstick of its margins."""
-    return logits.detach().std(-1, unbiased=False).clamp(min=torch.finfo(logits.dtype).tiny ** 0.5)
+    logits = logits.detach()
+    factor = scale_of(logits)[:, None]  # its squares cannot overflow
+    deviation = (logits * factor[..., None]).std(-1, unbiased=False) / factor
+    return deviation.clamp(min=torch.finfo(logits.dtype).tiny ** 0.5)
 
 
 def margin(target: Target, fresh: Trace) -> Float[Tensor, " n"]:
@@ -263,7 +266,7 @@ class Steering:
         """
         at = now.detach().requires_grad_(True)
         logits, fresh = forced_pass(model, at, target)
-        values = [loss_of(self.loss, logits, y)]
+        values = [climb(self.loss, logits, y).climbed]
         if target:
             values.append(margin(target, fresh))
         gradients = gradients_of(values, at)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from robustmoe.attacks import Attack, evaluating
-from robustmoe.attacks.objectives import Loss, loss_of
+from robustmoe.attacks.losses import Loss, climb, loss_of
+from robustmoe.attacks.objectives import Inner
 from robustmoe.attacks.threat import Threat
 from robustmoe.data import Batch
 from robustmoe.evaluation.checks.registry import Answer, check
@@ -44,19 +46,32 @@ def gradients(case: Subject) -> Answer:
 
 def flat_share(model: RoutedModel, attack: Attack, batch: Batch) -> float:
     """The share of images at which the loss that ``attack`` climbs has no gradient, at its random start (a KL is flat
-    at the clean image).
+    at the clean image). Of an image that is missed already, clean or there, it is the margin that must have one: where
+    its target is the label itself, the loss is 0 - 0.
     """
     with evaluating(model):
         inner = attack.objective(model, batch.x, batch.y)
         start = attack.threat.start(batch.x, Noise.of(batch.index, attack.seed))
-        flat = is_flat(gradient(lambda x: inner(x).loss, start))
+        flat = is_flat(gradient(lambda x: inner(x).climbed, start))
+        if bool(flat.any()):
+            flat &= flat_where_missed(model, inner, batch, start)
     return float(flat.float().mean())
 
 
+def flat_where_missed(model: RoutedModel, inner: Inner, batch: Batch, start: Tensor) -> Tensor:
+    """(n,) bool: False for an image that is missed, clean or at ``start``, and whose margin has a gradient there."""
+    with torch.no_grad():
+        missed = inner(batch.x).fooled | inner(start).fooled
+    if not bool(missed.any()):
+        return ~missed
+    margin = gradient(lambda x: climb("margin", model.run(x).logits, batch.y).climbed, start)
+    return ~missed | is_flat(margin)
+
+
 def is_flat(slope: Tensor) -> Tensor:
-    """(n,) bool: a gradient that is zero, or not a number."""
-    total = slope.flatten(1).abs().sum(1)
-    return (total == 0) | ~torch.isfinite(total)
+    """(n,) bool: a gradient that is zero (to the precision of its numbers), or not a number."""
+    largest = slope.flatten(1).abs().amax(1)
+    return (largest < torch.finfo(slope.dtype).tiny) | ~torch.isfinite(largest)
 
 
 def losses_of(model: RoutedModel, x: Tensor) -> list[Loss]:
@@ -76,14 +91,15 @@ def flat_along(case: Subject) -> Answer:
     left = case.outcome(case.main)
     shares: dict[str, float] = {}
     worst = 0
+
+    def value(loss: Loss, at: Tensor) -> Tensor:
+        return climb(loss, case.model.run(at).logits, y).climbed
+
     with evaluating(case.model):
+        wrong, margin_flat = case.wrong(start), is_flat(gradient(partial(value, "margin"), start))
         for loss in losses_of(case.model, x):
-
-            def value(at: Tensor, loss: Loss = loss) -> Tensor:
-                return loss_of(loss, case.model.run(at).logits, y)
-
-            at_start = is_flat(gradient(value, start))
-            at_end = is_flat(gradient(value, left.x_adv)) & ~left.broken
+            at_start = is_flat(gradient(partial(value, loss), start)) & (margin_flat | ~wrong)
+            at_end = is_flat(gradient(partial(value, loss), left.x_adv)) & ~left.broken
             shares[f"{loss}, start"], shares[f"{loss}, end"] = (float(f.float().mean()) for f in (at_start, at_end))
             worst = max(worst, int(at_start.sum()), int(at_end.sum()))
     which = max(shares, key=lambda name: shares[name])

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustmoe.attacks import Attack, RouterOnly, Targeted, evaluating
-from robustmoe.attacks.objectives import Objective, loss_of
+from robustmoe.attacks.losses import climb
+from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.routes import ExpertTransition, RouteFlip
 from robustmoe.attacks.routes.regions import narrowed
 from robustmoe.attacks.views import ExpertView, Soft, StraightThrough, View, Viewed, attack_view
 from robustmoe.data import Batch
-from robustmoe.evaluation.checks.gradients import flat_share
+from robustmoe.evaluation.checks.gradients import is_flat
 from robustmoe.evaluation.checks.planted import PlantedRoute
 from robustmoe.evaluation.checks.registry import Answer, check, not_run
 from robustmoe.evaluation.checks.subject import (
@@ -63,7 +64,7 @@ def _in_sight(model: RoutedModel, attack: Attack, batch: Batch, trace: Trace) ->
     with evaluating(model):
         if objective.needs_router:
             both = objective.aims_at_experts  # the routers' own logits are a part of what is climbed
-            share = 1.0 - (_router_flat(model, attack, batch) if both else flat_share(model, attack, batch))
+            share = 1.0 - _flat(model, RouterOnly() if both else objective, attack, batch)
             text = f"the routers' own logits move with {100 * share:.3g} % of the images"
             return Answer("pass" if share > 0.5 else "warn" if share > 0 else "fail", share, text)
         whole, fixed = (gradient(_loss(climbed, batch.y, forced), batch.x) for forced in (None, trace))
@@ -75,11 +76,11 @@ def _in_sight(model: RoutedModel, attack: Attack, batch: Batch, trace: Trace) ->
     return Answer("pass" if share >= FAINT else "warn", share, text)
 
 
-def _router_flat(model: RoutedModel, attack: Attack, batch: Batch) -> float:
-    """The share of images at which the routers' departure has no gradient."""
-    inner = RouterOnly()(model, batch.x, batch.y)
+def _flat(model: RoutedModel, objective: Objective, attack: Attack, batch: Batch) -> float:
+    """The share of images at which the objective has no gradient."""
+    inner = objective(model, batch.x, batch.y)
     start = attack.threat.start(batch.x, Noise.of(batch.index, attack.seed))
-    flat = gradient(lambda x: inner(x).loss, start).flatten(1).abs().sum(1) == 0
+    flat = is_flat(gradient(lambda x: inner(x).climbed, start))
     return float(flat.float().mean())
 
 
@@ -255,7 +256,7 @@ def _reference(model: RoutedModel, objective: Objective, x: Tensor, at: Tensor, 
     if isinstance(objective, Targeted) or of_routing or loss in (None, "kl"):
         return None
     forced = None if objective.aims_at_router else detach(model.run(x).trace)
-    return loss_of(loss, model.run(at, forced=forced).logits, y)
+    return climb(loss, model.run(at, forced=forced).logits, y).loss
 
 
 class ScaledRouter(RoutedModel):

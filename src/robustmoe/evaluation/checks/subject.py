@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustmoe.analysis import ball_limit
 from robustmoe.attacks import PGD, Attack, Joint, changed, missed, size
-from robustmoe.attacks.objectives import loss_of
+from robustmoe.attacks.losses import loss_of
 from robustmoe.attacks.threat import Threat
 from robustmoe.data import Batch
 from robustmoe.models.base import Output, RoutedModel
