@@ -69,7 +69,7 @@ def test_cyclic_is_the_schedule_of_rt_ers_released_code() -> None:
     "text", ["sgd(lr=0.0)", "adamw(lr=-1.0)", "sgd(weight_decay=-0.1)", "adamw(weight_decay=-1.0)"]
 )
 def test_a_learning_rate_or_decay_out_of_range_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="lr must be above 0 and weight_decay 0 or more"):
+    with pytest.raises(UserError, match="lr must be above 0, weight_decay 0 or more"):
         spec.build(text, "optimizer")
 
 

@@ -180,7 +180,7 @@ def make_training(run: Path, routed: bool, routers: list[str], epochs: int = 6) 
     config = {
         "model": "pathway(resnet18, experts=4)", "data": "cifar10", "method": "advmoe(pgd(linf(8/255), steps=10))",
         "optimizer": "sgd(momentum=0.9)", "schedule": "one_cycle(0.1)", "epochs": epochs, "batch_size": 128,
-        "augment": "crop+flip", "precision": "bf16", "ema": 0.0, "clip": 1.0, "seed": 3,
+        "augment": "crop+flip", "precision": "bf16", "ema": None, "clip": 1.0, "seed": 3,
         "val_attack": "pgd(linf(8/255), steps=10)",
         "num_classes": 10, "image_shape": [3, 32, 32], "classes": CLASSES, "parameters": 11_173_962,
         "versions": {"torch": "2.13.0"}, "commit": "0123abc", "data_hash": "d0d0cafe",

@@ -19,7 +19,7 @@ from typing import Any
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 from robustmoe.flags import parse, summary
-from robustmoe.progress import first_process
+from robustmoe.progress import first_process, show
 from robustmoe.verbs import STOPPED, VERBS
 
 
@@ -44,7 +44,10 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_NO_PLACE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+REPORT = "This is a fault of robustmoe; please report it, with the command and this text."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +66,7 @@ def _answered(argv: Sequence[str], stopped: str) -> int:
     try:
         text = _run(argv)
         if first_process():
-            print(text, flush=True)
+            show(text, sys.stdout)
         return 0
     except SystemExit as e:  # --help
         return e.code if isinstance(e.code, int) else 0
@@ -76,16 +79,28 @@ def _answered(argv: Sequence[str], stopped: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in _NO_PLACE:
-            return _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror), 2)
-        blamed = spec.blamed(e)
-        if blamed is None:
+        told = spec.blamed(e) or _no_fault(e)
+        if told is None:
+            e.add_note(REPORT)
             raise
-        return _fail(blamed, 2)
+        return _fail(told, 2)
+
+
+def _no_fault(error: Exception) -> str | None:
+    """Returns, in one line, what of this machine was not enough: its memory, its disk, the length of its names; None
+    for an error that is a fault of ours.
+    """
+    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        return f"{error.strerror}: {error.filename!s:.200}" if error.filename else str(error.strerror)
+    first = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
+    words = ("can't allocate memory", "out of memory", "could not allocate")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in first for w in words)):
+        return f"out of memory ({first:.200}); expected something smaller: the model, the images or --batch-size"
+    return None
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"robustmoe: {message}", file=sys.stderr)
+    show(f"robustmoe: {message}", sys.stderr)
     return code
 
 

@@ -1,8 +1,9 @@
-"""The one error type a user's own mistake raises."""
+"""The one error type a user's own mistake raises, and text that a terminal shows and does not obey."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -12,7 +13,16 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
+
+
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tab and new line, marks that turn the direction of writing, and halves of characters."""
+
+
+def printable(text: str) -> str:
+    """Returns the text with what a terminal would obey, and not show, written as an escape, such as ``\\x1b``."""
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

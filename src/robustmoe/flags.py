@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -85,11 +86,18 @@ class Flag:
             return text
         if types.NoneType in arms and text.lower() == "none":
             return None
+        kind = int if int in arms else float if float in arms else str
+        wanted = spec.hint_text(self.hint)
         try:
-            number = int if int in arms else float if float in arms else str
-            return spec.conform(number(text), typing.get_args(self.hint)[0] if self.repeated else self.hint)
-        except (TypeError, ValueError):
-            raise UserError(f"{self.option} must be {spec.hint_text(self.hint)}; got {text!r}") from None
+            value = kind(text)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TypeError("expected a finite number")
+            return spec.conform(value, typing.get_args(self.hint)[0] if self.repeated else self.hint)
+        except ValueError:
+            pass
+        except TypeError as error:
+            wanted = str(error).removeprefix("expected ")
+        raise UserError(f"{self.option} must be {wanted}; got {text[:80]!r}")
 
 
 _UNSAID = (None, (), inspect.Parameter.empty)

@@ -7,6 +7,7 @@ git repository at 78fcc9e (2025-03-31): `benchmark` in robustbench/eval.py, `upd
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -242,7 +243,7 @@ def _threat(dataset: str, threat_model: str, eps: float | None) -> Threat:
 def _data(dataset: str, data_dir: str | Path | None) -> Data:
     if data_dir is None and dataset == "imagenet":
         raise UserError("imagenet cannot be downloaded; give data_dir, the folder that holds train/ and val/")
-    if data_dir is not None and not Path(data_dir).expanduser().exists():
+    if data_dir is not None and not os.path.exists(os.path.expanduser(data_dir)):
         raise UserError(
             f"there is no data_dir {str(data_dir)!r}; give the folder of the data set"
             + ("" if dataset == "imagenet" else ", or data_dir=None to download it from the hub")

@@ -115,8 +115,8 @@ def _conform(name: str, value: Any, annotated: Any) -> Any:
     hint = typing.get_args(annotated)[0]
     try:
         value = spec.conform(value, hint)
-    except TypeError:
-        raise UserError(f"{name} must be {spec.hint_text(hint)}; got {value!r}") from None
+    except TypeError as error:  # "expected int or None"
+        raise UserError(f"{name} must be {str(error).removeprefix('expected ')}; got {value!r}") from None
     if name == "certified" and not isinstance(value, Mapping | None):
         got = type(value).__name__
         raise UserError(f"certified must be a mapping, index to radius, as Certificates.radii() gives; got {got}")

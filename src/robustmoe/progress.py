@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
+from robustmoe.errors import printable
+
 T = TypeVar("T")
 
 _display: Any = None  # the one rich.progress.Progress on the screen; bars are its tasks
@@ -22,14 +24,20 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def show(text: str, file: Any) -> None:
+    """Print text, with what the terminal would obey, or cannot show, written as escapes: it may come from a file."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
 def note(text: str) -> None:
     """Print a plain line to stderr, above the bar if there is one."""
     if not first_process():
         return
     if _display is not None:
-        _display.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _display.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
     else:
-        print(text, file=sys.stderr, flush=True)
+        show(text, sys.stderr)
 
 
 class Bar(Generic[T]):
@@ -40,7 +48,7 @@ class Bar(Generic[T]):
     """
 
     def __init__(self, items: Iterable[T], total: int | None, description: str, unit: str) -> None:
-        self.items, self.total, self.description, self.unit = items, total, description, unit
+        self.items, self.total, self.description, self.unit = items, total, printable(description), unit
         self._display: Any = None
         self._task: Any = None
 
@@ -88,7 +96,7 @@ class Bar(Generic[T]):
     def say(self, text: str) -> None:
         """Show ``text`` at the end of the bar: a loss, a count."""
         if self._display is not None:
-            self._display.update(self._task, extra=text)
+            self._display.update(self._task, extra=printable(text))
 
 
 @overload

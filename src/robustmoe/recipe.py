@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -15,6 +16,9 @@ from typing import Annotated, Any, Literal
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 from robustmoe.options import hints_of
+
+THREADS = 1024
+"""More than any machine has cores; where threads cannot be made, OpenMP ends the process."""
 
 SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack", "val_certifier")
 
@@ -68,6 +72,9 @@ class Recipe:
             _require(value is None or value >= 1, name, "at least 1", value)
         for name in ("checkpoint_every", "clip", "seed"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(self.threads is None or self.threads <= THREADS, "threads", f"at most {THREADS}", self.threads)
+        _require(self.clip < math.inf, "clip", "a finite number", self.clip)
+        _require(self.seed < 2**63, "seed", "below 2**63", self.seed)
         _require(0 <= self.ema < 1, "ema", "at least 0 and below 1", self.ema)
 
 
@@ -92,8 +99,10 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     file = resolve(path)
     try:
         fields = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except ValueError as e:  # also bytes that are not UTF-8, and an integer of thousands of digits
         raise UserError(f"{file} is not a TOML file: {e}") from None
+    except RecursionError:
+        raise UserError(f"{file} is nested too deeply; expected one field a line, such as epochs = 10") from None
     try:
         return Recipe(**_typed({**fields, **overrides}))
     except UserError as e:

@@ -17,6 +17,7 @@ from robustmoe.models.conversion import MoefiedModel, moefy
 from robustmoe.models.densenet import DenseNet, densenet40, densenet121
 from robustmoe.models.dual import SHARPENINGS, Dual, DualModel, Nuts, Scaled, Sharpening, blend_logits
 from robustmoe.models.ensemble import Ensemble, EnsembleModel
+from robustmoe.models.memory import fitting_memory
 from robustmoe.models.mixing import mix_reference, mix_sparse, run_sparse
 from robustmoe.models.norm import BatchNorm2d, Normalise
 from robustmoe.models.own import OwnModel
@@ -86,7 +87,8 @@ def build_model(
         torch.manual_seed(seed)
         normalise = Normalise(mean or (0.5,) * channels, std or (0.5,) * channels)
         try:
-            model = described.build(num_classes, image_shape, normalise)
+            with fitting_memory():
+                model = described.build(num_classes, image_shape, normalise)
         except UserError:
             raise
         except ValueError as error:  # what a spec alone cannot know: the images' size

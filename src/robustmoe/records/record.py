@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from robustmoe.errors import UserError
+from robustmoe.errors import UserError, printable
 from robustmoe.records.files import file_stem, read_json, write_own
 from robustmoe.records.typed import build, check_version, encode
 from robustmoe.records.types import VERSION, Header
@@ -30,7 +30,7 @@ class Told:
 
     def __str__(self) -> str:
         """Returns what the record says and its numbers, as lines of at most 80 columns."""
-        return str(_telling().text(self))
+        return printable(_telling().text(self))
 
     def _repr_html_(self) -> str:
         """Returns the record as the report shows it, for a notebook."""
@@ -46,7 +46,7 @@ class Records(tuple[T, ...]):
 
     def __str__(self) -> str:
         """Returns the records one after the other; evaluations of one model in one table, with their worst case."""
-        return str(_telling().together(self))
+        return printable(_telling().together(self))
 
     def _repr_html_(self) -> str:
         """Returns the records as the report shows them, for a notebook."""

@@ -12,7 +12,8 @@ import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -153,10 +154,18 @@ def _misfits(data: Mapping[str, Any], hint: Any) -> Iterator[tuple[str, Any, str
 
 def _inner(hint: Any, name: str) -> Any:
     """Returns the type of a field, or of the items of a list or an object."""
-    arms = [hint, *get_args(hint)]
     if name:
-        return get_type_hints(next(filter(is_dataclass, arms)), include_extras=True)[name]
-    return next(get_args(arm)[-1] for arm in arms if get_origin(arm) in (list, dict))
+        return get_type_hints(next(filter(is_dataclass, _arms(hint))), include_extras=True)[name]
+    return next(get_args(arm)[-1] for arm in _arms(hint) if get_origin(arm) in (list, dict))
+
+
+def _arms(hint: Any) -> Iterator[Any]:
+    """Yields the members of a union, without the marks of ranges."""
+    if get_origin(hint) in (Annotated, Union, UnionType):
+        for arm in get_args(hint):
+            yield from _arms(arm)
+    else:
+        yield hint
 
 
 def _wanted(hint: Any, what: str) -> str:
@@ -168,5 +177,6 @@ def _wanted(hint: Any, what: str) -> str:
     if what.endswith(str(sys.float_info.max)) or "out of range" in what:
         return "a finite number"
     expected = re.sub(r"`([^`]+)`", lambda kinds: " or ".join(map(_WORDS.__getitem__, kinds[1].split(" | "))), what)
+    expected = re.sub(r"of length ([<>]=) (\d+)", r"\1 \2 entries", expected)
     expected = re.sub(r"[<>]=|>", lambda sign: _WORDS[sign[0]], expected)
     return expected.removeprefix("Expected ").partition(", got ")[0]

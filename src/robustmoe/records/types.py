@@ -80,7 +80,7 @@ class Header:
     attack: str | None
     objective: ObjectiveInfo | None
     norm: Annotated[str, one_of(NORMS)]
-    eps: Length
+    eps: Annotated[float, Meta(ge=0)]
     role: Annotated[str, one_of(ROLES)]
     method: str | None
     n: Count

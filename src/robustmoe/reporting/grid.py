@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 from robustmoe.analysis import Rate
+from robustmoe.errors import printable
 from robustmoe.reporting.words import interval, percent
 
 WIDTH = 80
@@ -111,6 +112,7 @@ def aligned(table: list[list[str]], last: bool = True) -> list[str]:
     """Returns columns of equal width, at most 80 in all, with a rule below the head and, with ``last``, above the last
     row. Where they do not fit, the names of the rows are broken; where that is not enough, a name stands on its own
     line above its values; where the values alone do not fit, there are several tables, one below the other."""
+    table = [[printable(text.replace("\n", " ")) for text in row] for row in table]  # names may come from a file
     widths = [max(len(text) for text in column) for column in zip(*table, strict=True)]
     if _total(widths) <= WIDTH:
         return _ruled([_line(row, widths) for row in table], _total(widths), last)

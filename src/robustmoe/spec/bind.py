@@ -34,6 +34,27 @@ AT_BUILDING = ("num_classes", "image_shape")
 """Arguments of a model of a user's own that are known when it is built; a text need not give them."""
 
 
+SIZES = frozenset(
+    (
+        "channels",
+        "cutout",
+        "depth",
+        "experts",
+        "growth",
+        "heads",
+        "hidden",
+        "padding",
+        "patch",
+        "size",
+        "slots",
+        "width",
+    )
+)
+LARGEST = 4096
+"""Arguments of our own names that say how large a thing is made, and the largest that they may be: beyond it memory
+would be full before anything is known to be wrong."""
+
+
 class CallReader:
     """Builds the calls of one text. Names are looked up in the kind asked for, then in the others.
 
@@ -172,7 +193,9 @@ class CallReader:
             elif parameter.kind is parameter.VAR_KEYWORD:
                 bound.arguments[key] = {k: self._argument(item, parameter, where) for k, item in given.items()}
             else:
-                bound.arguments[key] = self._argument(given, parameter, where)
+                value = bound.arguments[key] = self._argument(given, parameter, where)
+                if key in SIZES and isinstance(value, int) and value > LARGEST and not is_own(name):
+                    raise UserError(f"{where}: argument {key!r}: expected at most {LARGEST}, got {value}")
         return bound
 
     def _argument(self, node: ast.expr, parameter: inspect.Parameter, where: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 SEQUENCES = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 SCALARS = (bool, int, float, str, types.NoneType)
 ANYTHING = inspect.Parameter.empty
+MOST = 2**63
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,13 @@ def arms_of(hint: Any) -> tuple[Any, ...]:
 def conform(value: Any, hint: Any) -> Any:
     """``value`` as the annotation ``hint`` wants it (an int becomes a float, a list a tuple); else a `TypeError`.
 
-    int excludes bool. Annotations other than scalars, None, Union, Literal, sequences and classes are not checked.
+    int excludes bool. Annotations other than scalars, None, Union, Literal, sequences and classes are not checked. No
+    argument takes a whole number of more than 64 bits (generators and tensors do not), nor a text with a zero byte.
     """
+    if isinstance(value, int) and not -MOST <= value < MOST:
+        raise TypeError("expected a number below 2**63")
+    if isinstance(value, str) and "\0" in value:
+        raise TypeError("expected a text without a zero byte")
     arms = arms_of(hint)
     if len(arms) == 1:
         return _conform_one(value, arms[0])

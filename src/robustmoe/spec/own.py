@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def blamed(error: BaseException) -> str | None:
 
 
 def _file(path: str) -> Path:
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))  # which leaves a user who is not there as it is written
     if file.is_dir():
         raise UserError(f"{path!r} is a folder; expected a Python file, such as {FORM}")
     if not file.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import posixpath
 import re
@@ -30,7 +31,10 @@ def numbers(text: str) -> tuple[float, ...]:
     items = node.elts if isinstance(node, ast.Tuple | ast.List) else [node]
     if not all(_is_arithmetic(item) for item in items):
         raise UserError(f"{short(text)!r} is not a list of numbers, such as '0, 2/255, 4/255'")
-    return tuple(float(number(item)) for item in items)
+    values = tuple(float(number(item)) for item in items)
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{short(text)!r} holds a number that is not finite")
+    return values
 
 
 def canonical(text: str) -> str:
@@ -111,16 +115,16 @@ def own_names(text: str) -> list[str]:
 
 
 def _validate(tree: ast.expr, text: str) -> None:
-    stack: list[tuple[ast.AST, int]] = [(tree, 1)]
-    while stack:
-        node, depth = stack.pop()
+    nodes: list[tuple[ast.AST, int]] = [(tree, 1)]
+    for node, depth in nodes:  # grows as it is gone through
         if depth > _MAX_DEPTH:
             raise UserError(f"{short(text)!r} is nested too deeply")
+        nodes += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
+    for node, _ in nodes:
         forbidden = _forbidden(node)
         if forbidden:
             allowed = "calls of known names, numbers, strings and lists"
             raise UserError(f"{forbidden} is not allowed in {short(text)!r}: write {allowed}")
-        stack += [(child, depth + 1) for child in ast.iter_child_nodes(node)]
 
 
 def _forbidden(node: ast.AST) -> str:

@@ -21,9 +21,12 @@ class OptimizerSpec(ABC):
         """Returns a fresh optimiser over ``parameters``."""
 
 
-def _check_lr(lr: float, weight_decay: float) -> None:
-    if not lr > 0 or not weight_decay >= 0:
-        raise ValueError(f"lr must be above 0 and weight_decay 0 or more; got {lr} and {weight_decay}")
+def _check(lr: float, weight_decay: float, **shares: float) -> None:
+    if not 0 < lr < math.inf or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"lr must be above 0, weight_decay 0 or more, both finite; got {lr} and {weight_decay}")
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1; got {share}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class SGD(OptimizerSpec):
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        _check_lr(self.lr, self.weight_decay)
+        _check(self.lr, self.weight_decay, momentum=self.momentum)
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
 
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
@@ -54,7 +59,7 @@ class AdamW(OptimizerSpec):
     beta2: float = 0.999
 
     def __post_init__(self) -> None:
-        _check_lr(self.lr, self.weight_decay)
+        _check(self.lr, self.weight_decay, beta1=self.beta1, beta2=self.beta2)
 
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
