@@ -205,7 +205,25 @@ def test_a_damaged_image_is_told_of_before_anything_is_computed(here: Path, refu
         file.write_bytes(whole[file])
         if file.name == "1.png":
             break
-    assert not (here / "other").exists()
+    assert not (here / "other" / "config.json").exists()
+
+
+def test_a_data_set_that_has_changed_since_the_training(
+    here: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder_of_images(here / "images", 3, 8)
+    assert main(["train", "tiny.toml", "--data", data, "--out", "mine"]) == 0
+    evaluate = ["evaluate", "mine", *EVALUATE]
+    capsys.readouterr()
+    assert main(evaluate) == 0
+    assert "have changed" not in capsys.readouterr().err
+    shutil.copy(here / "images/class1/0.png", here / "images/class1/9.png")
+    assert main(evaluate) == 0
+    assert "warning: the training images of folder(root='images', channels=1) have changed" in capsys.readouterr().err
+    (here / "images/class2").rename(here / "images/class0b")
+    message = refused("evaluate", "mine", *EVALUATE)
+    assert "trained on other classes than" in message
+    assert "(such as 'class1', now 'class0b')" in message
 
 
 def test_an_image_that_is_damaged(here: Path, refused: Refused) -> None:

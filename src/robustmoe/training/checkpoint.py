@@ -103,7 +103,9 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedMod
 
 
 def run_data(run: str | Path, config: dict[str, Any]) -> Data:
-    """The data set of a run folder."""
+    """The data set of a run folder. UserError where its classes are no longer those that the run was trained on; a note
+    where its training images are not.
+    """
     if "data" in (config.get("in_python") or ()):
         raise UserError(
             f"{run} was trained on images in Python, which no spec builds; expected a data set (robustmoe evaluate RUN "
@@ -112,6 +114,18 @@ def run_data(run: str | Path, config: dict[str, Any]) -> Data:
     if config.get("data") is None:
         raise UserError(f"{run} does not say on which images it was trained; expected 'data' in its config.json")
     data: Data = specs.build(config["data"], "data")
+    before, now = config.get("classes"), list(data.classes)
+    if before is not None and before != now:
+        odd = next((pair for pair in zip(before, now) if pair[0] != pair[1]), (len(before), len(now)))
+        raise UserError(
+            f"{run} was trained on other classes than {config['data']} has now (such as {odd[0]!r}, now {odd[1]!r}), "
+            "so labels would mean others; restore them, or name another data set with --data"
+        )
+    if config.get("data_hash") not in (None, data.train.fingerprint):
+        note(
+            f"warning: the training images of {config['data']} have changed since {run} was trained; where test images "
+            "are cut from the same folder, some may have been trained on"
+        )
     return data
 
 
