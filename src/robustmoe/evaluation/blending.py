@@ -175,6 +175,10 @@ class BlendFolder(NamedTuple):
         if other is not None:
             note(f"{path} is of another {other}; it is made anew")
             return None
+        header, words = records.taken_up(old.header, fresh.header, old.attacked)
+        if words and old.attacked < len(old.alphas):
+            note(f"{path} goes on under other versions: {words}")
+            old = replace(old, header=header)
         return BlendState(old, read_weights(self.start(old.attacked))["near"] if left else None)
 
 

@@ -138,7 +138,13 @@ class Certifying:
         there = asked if old.header.n == asked.n else self.header(self.session.source.head(old.header.n))
         other = records.difference(old.header, there)
         if other is None and old.certifier == spec:
-            return old if old.header.n >= asked.n else replace(old, header=asked)
+            left = set(self.session.images.index.tolist()) - {row.index for row in old.rows}
+            header, words = records.taken_up(old.header, asked, len(old.rows))
+            if left and words:
+                note(f"{old.path(folder, spec)} goes on under other versions: {words}")
+            if asked.n > old.header.n:
+                header = replace(header, n=asked.n, index_hash=asked.index_hash)
+            return replace(old, header=header) if left else old
         differs = "certifier" if other is None else records.told(other, old.header, there)
         note(f"{old.path(folder, old.which)} is of another {differs}; it is made anew")
         return None

@@ -225,7 +225,9 @@ def _dissected(session: Session, base: PGD) -> Dissection:
         raise UserError("the model has no router, so there is nothing to take apart; robustmoe evaluate attacks it")
     header = session.attack_header(base)
     attacks = parts_of(base, output.trace)
-    record = session.resume(Dissection, header) or session.keep(measure_clean(session, header, base.threat))
+    record = session.resume(Dissection, header, lambda old: len(old.under)) or session.keep(
+        measure_clean(session, header, base.threat)
+    )
     todo = {name: attack for name, attack in attacks.items() if name not in record.under}
     if not todo:
         return record

@@ -103,7 +103,7 @@ def _measured(session: Session, attack: Attack) -> Lipschitz:
     header = session.attack_header(attack)
     whole = session.output.logits.shape[1] <= WHOLE_CLASSES
     bench = Bench(session.model, attack, None if whole else STEPS)
-    record = session.resume(Lipschitz, header) or bench.empty(header)
+    record = session.resume(Lipschitz, header, lambda old: len(old.index)) or bench.empty(header)
     if record.done:
         return record
     climbed = session.surrogate()

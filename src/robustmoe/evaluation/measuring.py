@@ -151,6 +151,8 @@ def attack_images(session: Session, attack: Attack, path: Path, role: str = "mai
     with contextlib.ExitStack() as stack:
         writer = peers.only_first(lambda: stack.enter_context(Writer(path, header(len(images)), header)))
         ledger = peers.first(lambda: _ledger(writer, len(images)))
+        if writer is not None and writer.resumed:
+            note(f"{path} goes on under other versions: {writer.resumed}")
         if ledger is not None:
             before = peers.first(lambda: checks.before(session.model, attack, session.probe, session.output))
             fingerprint, meter = checks.fingerprint(session.model), Meter()

@@ -111,6 +111,7 @@ class Session:
         self.options, self.about, self.folder = options, about, folder
         self.source = images if source is None else source
         self.clock = Clock()
+        self._changed = ""  # versions that are others than those of the record that goes on, in words
         self._copy: tuple[tuple[str, str], Surrogate] | None = None
 
     # -------------------------------------------------------------------------------------------- the first images
@@ -206,8 +207,10 @@ class Session:
             **work,
         )
 
-    def resume(self, kind: type[Timed], header: Header) -> Timed | None:
-        """Returns the record that is in the run folder, if it is of the same work; else a note says of which other."""
+    def resume(self, kind: type[Timed], header: Header, done: Callable[[Timed], int]) -> Timed | None:
+        """Returns the record that is in the run folder, if it is of the same work; else a note says of which other.
+        Where other versions wrote it, its header says so from now on. ``done``: how much of the work is in a record.
+        """
         if self.folder is None:
             return None
         old: Any = kind.read(self.folder)
@@ -217,13 +220,17 @@ class Session:
         if other is not None:
             note(f"{kind.path(self.folder)} is of another {records.told(other, old.header, header)}; it is made anew")
             return None
-        same: Timed = old
+        header, self._changed = records.taken_up(old.header, header, done(old))
+        same: Timed = replace(old, header=header)
         return same
 
     def keep(self, record: Timed) -> Timed:
         """The record with the time since the last call added to it, written into the run folder if there is one."""
         old: Any = record  # every record has its seconds; a sixth kind is not listed here
         timed: Timed = replace(old, seconds=old.seconds + self.clock.lap())
+        if self._changed and self.folder is not None:
+            note(f"{timed.path(self.folder)} goes on under other versions: {self._changed}")
+            self._changed = ""
         self.write(timed)
         return timed
 

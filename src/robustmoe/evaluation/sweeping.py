@@ -135,7 +135,7 @@ def _swept(session: Session, grid: EpsGrid) -> Sweep:
     def keep(record: Sweep) -> Sweep:
         return session.keep(replace(record, done=not grid.left(record)))
 
-    record = session.resume(Sweep, header) or keep(measure_clean(session, header))
+    record = session.resume(Sweep, header, lambda old: len(old.points)) or keep(measure_clean(session, header))
     if options.draws not in (0, record.draws):
         overrides, sentences = redundancy(session)
         record = keep(replace(record, draws=options.draws, overrides=overrides, left_out=sentences))

@@ -30,10 +30,12 @@ from robustmoe.records.types import (
     Header,
     ObjectiveInfo,
     Passed,
+    Resumed,
     RouterInfo,
     Row,
     Time,
 )
+from robustmoe.records.versions import taken_up
 
 __all__ = [
     "NORMS",
@@ -59,6 +61,7 @@ __all__ = [
     "Proof",
     "Record",
     "Records",
+    "Resumed",
     "RouterInfo",
     "Row",
     "Sweep",
@@ -81,6 +84,7 @@ __all__ = [
     "read_metrics",
     "read_some_config",
     "rows_files",
+    "taken_up",
     "told",
     "write_atomic",
     "write_examples",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from robustmoe.records.files import dump_line, explained, parse_line, whole_line
 from robustmoe.records.locks import writing
 from robustmoe.records.typed import build
 from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row, Time, misfits
+from robustmoe.records.versions import taken_up
 
 # Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
 # words stand before hashes, so that a difference is named in the words that the user wrote.
@@ -181,7 +182,8 @@ class Writer:
     ``done`` holds the indices of the images that have a row, ``passed`` those that a part of a suite did not break (by
     the part's name), ``checks`` the checks of a finished file (else None), ``seconds`` and ``queries`` what was spent
     so far. What a killed writer left of a batch is cut. ``shorter(n)`` gives the header that the same work would have
-    on its first n images: a file of those is extended. UserError if the file holds other work, is being written by
+    on its first n images: a file of those is extended. ``resumed``: what versions are others than those that wrote so
+    far, in words; the header says so too. UserError if the file holds other work, is being written by
     another process, or cannot be read or written."""
 
     def __init__(
@@ -193,6 +195,7 @@ class Writer:
         self.seconds = 0.0
         self.queries = 0
         self.passed: dict[str, set[int]] = {}
+        self.resumed = ""
         self._rows: dict[int, Row] = {}
         self._descriptor = -1
         self._held = contextlib.ExitStack()
@@ -247,7 +250,12 @@ class Writer:
             raise UserError(f"{self.path} holds other work: {differs}; choose another --out or delete the file")
         self._rows, self.passed = contents.rows, contents.passed
         self.seconds, self.queries = contents.seconds, contents.queries
-        if longer:
+        header, words = taken_up(old, self.header, len(self._rows))
+        if longer or (words and self.checks is None):
+            self.resumed = words
+            if longer:
+                header = replace(self.header, versions=header.versions, commit=header.commit, resumed=header.resumed)
+            self.header = header
             return self._under_this_header(lines)
         self.header = old
         return lines

@@ -15,6 +15,7 @@ from msgspec import Meta
 from robustmoe.errors import UserError
 from robustmoe.records.files import explained, parse_line, whole_lines
 from robustmoe.records.typed import Count, Finite, Length, Positive, Radius, Share, build, parse
+from robustmoe.records.types import Resumed
 
 Side = Annotated[int, Meta(ge=1, le=65536)]
 Channels = Annotated[list[Finite], Meta(min_length=1)]
@@ -70,6 +71,7 @@ class Config:
     brings_weights: bool = False
     unwrapped: str | None = None
     halves: dict[str, str] | None = None
+    resumed: list[Resumed] | None = None
 
     def problems(self) -> Iterator[str]:
         """Yields a normalisation that is not of the images' channels."""

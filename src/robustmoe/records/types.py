@@ -64,6 +64,17 @@ class ObjectiveInfo:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """Other versions, or another commit, that took work up at a time (``started``, ISO 8601), when ``done`` of its
+    images, points, attacks or steps were done."""
+
+    versions: dict[str, str]
+    commit: str | None
+    started: str
+    done: Count
+
+
+@dataclass(frozen=True)
 class Header:
     """What was evaluated, against what, where and how. ``eps`` is in pixels of [0, 1]; ``n`` is the number of images
     planned; ``started`` is ISO 8601; ``attack`` is None for a clean evaluation, ``routers`` is {} for a dense model.
@@ -71,7 +82,8 @@ class Header:
     ``precision`` is what the attack climbed: a frozen copy in float32 ("strict") or in half precision ("fast"), or the
     model itself ("fp32"). ``parts`` are the names of a suite's attacks, in order; [] for a simple attack.
     ``certified_hash`` is of the images that were not attacked because a certificate covers them; "" without any.
-    ``files``: the SHA-256 of each file of a user's own that a part comes from, by its path as it is written."""
+    ``files``: the SHA-256 of each file of a user's own that a part comes from, by its path as it is written.
+    ``resumed``: who went on with it later, where that was not under these ``versions`` and this ``commit``."""
 
     run: str
     model: str
@@ -102,6 +114,7 @@ class Header:
     parts: list[str] = field(default_factory=list)
     certified_hash: str = ""
     files: dict[str, str] = field(default_factory=dict)
+    resumed: list[Resumed] = field(default_factory=list)
     kind: Literal["header"] = field(default="header", kw_only=True)
     version: Literal[3] = field(default=VERSION, kw_only=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from robustmoe import analysis
-from robustmoe.records import Check, Header
+from robustmoe.records import Check, Header, Resumed
 from robustmoe.reporting.collect import RunView
 from robustmoe.reporting.figures import colour
 from robustmoe.reporting.kinds import KINDS
@@ -147,6 +147,11 @@ def _times(view: RunView) -> list[tuple[str, str]]:
     return [(f"time, {kind.title}", duration(seconds)) for kind, seconds in took if seconds]
 
 
+def _resumed(entry: Resumed) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in entry.versions.items())
+    return f"after {entry.done}, by {versions}, commit {(entry.commit or 'unknown')[:12]}"
+
+
 def _files(headers: Sequence[Header]) -> list[tuple[str, str]]:
     """Returns the hashes of the files that parts of a user's own came from."""
     files = {path: sha256 for header in headers for path, sha256 in header.files.items()}
@@ -184,6 +189,7 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         ("started", header.started),
         ("versions", plain(header.versions)),
         ("commit", header.commit or "unknown"),
+        ("resumed", "; ".join(_ordered(_resumed(each) for header in headers for each in header.resumed))),
         ("model hash", header.model_hash),
         ("data hash", header.data_hash),
         ("image list hash", header.index_hash),
