@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -48,7 +49,8 @@ def test_a_saved_model_comes_back_bit_for_bit(
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     assert torch.equal(loaded(images(6)), model(images(6)))
     with safetensors.safe_open(run / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"model": SPEC}
+        assert file.metadata()["model"] == SPEC
+        assert sorted(file.metadata()) == ["model", "sha256"]
 
 
 def test_equal_weights_are_equal_files(run: Path, tiny: Callable[..., RoutedModel]) -> None:
@@ -155,6 +157,7 @@ STATE = {
     "average": None,
     "rng": torch.get_rng_state(),
     "progress": {},
+    "run": "0",
 }
 
 
@@ -163,14 +166,45 @@ def test_a_state_comes_back_and_a_damaged_one_does_not(tmp_path: Path) -> None:
     save_state(path, STATE)
     assert torch.equal(read_state(path)["model"]["w"], STATE["model"]["w"])
     whole = path.read_bytes()
-    for damaged in (b"", whole[:1], whole[: len(whole) // 2], whole[:-1], b"not a checkpoint"):
+    for damaged in (
+        b"",
+        whole[:1],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        b"not a checkpoint",
+        whole + b"x",
+        whole[85:],
+    ):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"state\.pt: the checkpoint is (damaged|broken)"):
+        with pytest.raises(UserError, match=r"state\.pt: the checkpoint is damaged \(its SHA-256 is not the one"):
             read_state(path)
-    for other in ([1, 2], {"model": {}}, torch.zeros(2)):
-        torch.save(other, path)
-        with pytest.raises(UserError, match=r"state\.pt: the checkpoint is (damaged|broken)"):
+    for other in ([1, 2], {"model": {}}, torch.zeros(2), {**STATE, "more": 1}):
+        save_state(path, {"state": other} if not isinstance(other, dict) else other)
+        with pytest.raises(UserError, match=r"state\.pt: the checkpoint is damaged \(it has not the fields"):
             read_state(path)
+    save_state(path, {**STATE, "model": Trap()})
+    with pytest.raises(UserError, match=r"state\.pt: the checkpoint is damaged \(UnpicklingError\)"):
+        read_state(path)
+
+
+def test_every_flipped_bit_of_weights_and_state_is_noticed(run: Path) -> None:
+    """One bit of each byte of the beginning, and of some of the rest."""
+    save_state(run / "state.pt", STATE)
+    for name, read in (("model.safetensors", read_weights), ("state.pt", read_state)):
+        path = run / name
+        whole = bytearray(path.read_bytes())
+        for at in [*range(120), *range(120, len(whole), 1 + len(whole) // 100)]:
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+            with pytest.raises(UserError, match=r"(model\.safetensors: the file|state\.pt: the checkpoint) is damaged"):
+                read(path)
+        path.write_bytes(whole)
+        read(path)
+
+
+def test_weights_of_another_tool_need_no_digest(tmp_path: Path) -> None:
+    for metadata in (None, {"format": "pt"}):
+        safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors", metadata)
+        assert torch.equal(read_weights(tmp_path / "w.safetensors")["w"], torch.ones(2))
 
 
 def test_no_space_leaves_the_file_before_it(run: Path, tiny: Callable[..., RoutedModel]) -> None:

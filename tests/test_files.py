@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 
 from forks import fork
+from robustmoe import provenance
 from robustmoe.cli import main
 from robustmoe.errors import UserError
-from robustmoe.records import contents, locks, writing
+from robustmoe.records import contents, locks, read, record, writing
 from robustmoe.records.files import explained, write_own
 
 TRAINING = ["--model", "small_cnn(width=2)", "--method", "standard", "--val-limit", "8", "--threads", "1"]
@@ -265,6 +267,77 @@ def test_of_two_trainings_into_one_folder_one_runs(run: Path, tmp_path: Path) ->
     assert weights[0] == weights[1]
     assert json.loads((tmp_path / "both" / "config.json").read_text())["seed"] == winner
     assert len((tmp_path / "both" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------ other versions
+
+FILES = {"sweep": "sweep.json", "lipschitz": "lipschitz.json", "certify": "certificates/*.json", "blend": "blend.json"}
+MORE = {
+    "sweep": ["--attack", ATTACK, "--eps", "0.1", "--draws", "0"],
+    "lipschitz": ["--batch-size", "1", "--attack", ATTACK],
+    "certify": ["--batch-size", "1", "--certifier", "bounds(linf(0.1), search=0)"],
+    "blend": ["--attack", ATTACK, "--alphas", "0.5,1"],
+}
+
+
+@pytest.mark.parametrize("verb", FILES)
+def test_work_that_other_versions_take_up_says_so_and_keeps_it(
+    verb: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    if verb != "blend":
+        shutil.copytree(run, folder)
+    command = [*commands(run, folder)[verb], *MORE[verb]]
+    now = provenance.versions()
+    written: list[Any] = []
+
+    def write(path: Path, *given: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_own(path, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "versions", lambda: {**now, "torch": "2.1.0"})
+        patch.setattr(record, "write_own", write)
+        assert main(command) == 130
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert len(re.findall(r"goes on under other versions: torch 2\.1\.0 then, \S+ now \(\d done before\)\n", said)) == 1
+    (file,) = folder.glob(FILES[verb])
+    header = json.loads(file.read_text())["header"]
+    assert header["versions"]["torch"] == "2.1.0"
+    assert [entry["versions"]["torch"] for entry in header["resumed"]] == [now["torch"]]
+    before = file.read_bytes()
+    assert main(command) == 0  # all is done: nobody takes anything up
+    assert "other versions" not in capsys.readouterr().err
+    assert json.loads(file.read_text())["header"] == json.loads(before)["header"]
+
+
+def test_a_training_and_an_evaluation_that_other_versions_take_up(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "rows", ignore_errors=True)
+    now = provenance.versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "versions", lambda: {**now, "robustmoe": "9.9"})
+        assert main([*commands(run, folder)["train"], "--max-steps", "2"]) == 0
+        assert main([*commands(run, folder)["evaluate"], "--curve", "0.05"]) == 0
+        rows = folder / ROWS
+        rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:1]))
+    said = f"robustmoe {now['robustmoe']} then, 9.9 now (1 done before)\n"
+    assert f"{folder} goes on under other versions: {said}" in capsys.readouterr().err
+    assert main(commands(run, folder)["evaluate"]) == 0
+    said = f"goes on under other versions: robustmoe 9.9 then, {now['robustmoe']} now (0 done before)\n"
+    assert f"{rows} {said}" in capsys.readouterr().err
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["versions"], [entry["versions"]["robustmoe"] for entry in config["resumed"]]) == (now, ["9.9"])
+    header = read(rows).header
+    assert header.versions["robustmoe"] == "9.9"
+    assert [(entry.versions["robustmoe"], entry.done) for entry in header.resumed] == [(now["robustmoe"], 0)]
 
 
 # ------------------------------------------------------------------------------------------------ words

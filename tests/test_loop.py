@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from robustmoe.errors import UserError
 from robustmoe.recipe import Recipe
 from robustmoe.records import read_jsonl
 from robustmoe.training import TrainingStopped, load_model, train
-from robustmoe.training.checkpoint import read_state, read_weights
+from robustmoe.training.checkpoint import read_state, read_weights, save_state
 
 STEPS = 20
 """Batches of 64 in an epoch of `PLAIN`: 1295 training images."""
@@ -331,9 +332,83 @@ def test_resume_from_a_truncated_checkpoint_is_one_line(keep: float, stopped: Pa
 def test_resume_from_the_checkpoint_of_another_architecture_names_the_tensor(stopped: Path, tmp_path: Path) -> None:
     run = copy(stopped, tmp_path / "run")
     other = train(Recipe(**{**PLAIN, "model": "small_cnn(width=5)", "max_steps": 1}), tmp_path / "other")
+    identity = read_state(run / "state.pt")["run"]
     (run / "state.pt").write_bytes((other / "state.pt").read_bytes())
+    with pytest.raises(UserError, match=r"state\.pt is the checkpoint of another run than config\.json beside it says"):
+        train(Recipe(**PLAIN), run, resume=True)
+    save_state(run / "state.pt", {**read_state(other / "state.pt"), "run": identity})
     with pytest.raises(UserError, match=r"another architecture: 'network\.conv1\.weight' has shape \(5, 1, 3, 3\)"):
         train(Recipe(**PLAIN), run, resume=True)
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "epoch -1": (lambda s: s["progress"].update(epoch=-1), "'epoch' must be a whole number of at least 0, got -1"),
+    "epoch 3": (lambda s: s["progress"].update(epoch=3), "it is at epoch 3, step 3, of 2 epochs of 20 steps"),
+    "step 21": (lambda s: s["progress"].update(step=21), "it is at epoch 0, step 21, of 2 epochs of 20 steps"),
+    "step 1.5": (lambda s: s["progress"].update(step=1.5), "'step' must be a whole number, got 1.5"),
+    "best nan": (lambda s: s["progress"].update(best=math.nan), "'best' must be .*, got nan"),
+    "best 2": (lambda s: s["progress"].update(best=2.0), "'best' must be a number of at most 1.0, got 2.0"),
+    "no best": (lambda s: s["progress"].clear() or s["progress"].update(more=1), "unknown field 'more'"),
+    "progress": (lambda s: s.update(progress=[]), "expected an object"),
+    "sums": (lambda s: s["progress"].update(sums={"all": 3}), "'sums.all.' must be an object, got 3"),
+    "no optimiser": (lambda s: s.update(optimisers=[]), "it has not the 1 optimisers of the method"),
+    "two optimisers": (lambda s: s["optimisers"].append(s["optimisers"][0]), "it has not the 1 optimisers"),
+    "no groups": (lambda s: s["optimisers"][0].clear(), "it has not the 1 optimisers"),
+    "other groups": (lambda s: s["optimisers"][0]["param_groups"][0].pop("params"), "AdamW does not take its state"),
+    "fewer": (lambda s: s["optimisers"][0]["param_groups"][0]["params"].pop(), "AdamW does not take its state"),
+    "average": (lambda s: s.update(average={"steps": 1, "state": {}}), "its averaged weights are not those"),
+    "rng": (lambda s: s.update(rng=s["rng"][:8]), "its random state is none of torch's"),
+    "rng None": (lambda s: s.update(rng=None), "its random state is none of torch's"),
+    "model": (lambda s: s.update(model=[1]), "it holds something else than tensors"),
+    "model None": (lambda s: s["model"].update({"network.conv1.weight": None}), "it holds something else than tensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_with_a_field_out_of_range_is_one_line_and_changes_nothing(
+    damage: str, stopped: Path, tmp_path: Path
+) -> None:
+    """Also where its digest is right: the fields are looked at before anything is changed."""
+    change, said = DAMAGES[damage]
+    run = copy(stopped, tmp_path / "run")
+    state = read_state(run / "state.pt")
+    change(state)
+    save_state(run / "state.pt", state)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(UserError, match=said) as error:
+        train(Recipe(**PLAIN), run, resume=True)
+    assert str(error.value).startswith(f"{run}/state.pt: ")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("metrics.jsonl", b"{}\n", "line 1: epoch: field 'epoch' is missing"),
+        ("metrics.jsonl", b"[1]\n", "line 1: not a JSON object"),
+        ("metrics.jsonl", b'{"epoch":1}\n{"epoch":1}\n', r"its epochs are not in order \(\[1, 1\]\)"),
+        ("model.safetensors", None, "no such file; expected the weights of a run"),
+        ("model.safetensors", b"x", "the file is damaged"),
+    ],
+)
+def test_a_damaged_file_beside_the_checkpoint_is_one_line_and_changes_nothing(
+    name: str, text: bytes | None, said: str, whole_epoch: Path, tmp_path: Path
+) -> None:
+    run = copy(whole_epoch, tmp_path / "run")
+    if text is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_bytes(text)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(UserError, match=rf"{re.escape(name)}[:,] {said}"):
+        train(Recipe(**PLAIN), run, resume=True)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def whole_epoch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `PLAIN`, stopped after its first epoch."""
+    return train(Recipe(**{**PLAIN, "max_steps": STEPS}), tmp_path_factory.mktemp("whole_epoch") / "run")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null"])

@@ -6,7 +6,9 @@ Every write is atomic: a run killed in the middle of one still has the file befo
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,46 @@ from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.progress import note
 from robustmoe.records import read_config, write_atomic
+from robustmoe.records.files import explained
 
 
 def save_weights(path: Path, state: dict[str, Tensor], spec: str) -> None:
-    """The weights as safetensors, with the model's spec in the file's metadata (one entry: safetensors writes several
-    in random order, and equal weights should be equal files).
+    """The weights as safetensors, with the model's spec and the SHA-256 of all that they are in the file's metadata.
+    Equal weights are equal files.
     """
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    write_atomic(path, safetensors.torch.save(plain, metadata={"model": spec}))
+    header, start, content = _split(safetensors.torch.save(plain, metadata={"model": spec}))
+    header["__metadata__"]["sha256"] = _digest(header, io.BytesIO(content[start:]))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomic(path, len(text).to_bytes(8, "little") + text + content[start:])
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], int, bytes]:
+    """Returns the header of a safetensors file, and where its tensors start."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), start, content
+
+
+def _digest(header: dict[str, Any], tensors: io.BufferedIOBase) -> str:
+    """Returns the SHA-256 of a safetensors file's header, without the entry that holds it, and of its tensors."""
+    metadata = {name: value for name, value in header["__metadata__"].items() if name != "sha256"}
+    start = json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode()
+    hashed = hashlib.sha256(start)
+    while piece := tensors.read(1 << 20):
+        hashed.update(piece)
+    return hashed.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file holds what it was written with; True of a file that does not say, such as another
+    tool's.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = header.get("__metadata__") or {}
+        ours = "sha256" in metadata or ("model" in metadata and len(metadata) > 1)  # also where that name is damaged
+        return not ours or metadata.get("sha256") == _digest(header, file)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -38,7 +72,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: no such file; expected the weights of a run (model.safetensors), or another safetensors file"
         )
     try:
-        return safetensors.torch.load_file(path)
+        with explained("read", path):
+            path.open("rb").close()
+        weights = safetensors.torch.load_file(path)
+        if not _is_whole(path):
+            raise ValueError("its SHA-256 is not the one that it was written with")
+        return weights
+    except UserError:
+        raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         with path.open("rb") as file:
             pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
@@ -49,27 +90,39 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             ) from error
         raise UserError(
             f"{path}: the file is damaged ({error}); expected the safetensors file that training wrote. Copy it again, "
-            "or train with --resume"
+            "or train anew"
         ) from error
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Every tensor into its place, exactly. Raises UserError naming the first that is missing, unknown or of another
-    shape.
-    """
+def misfits(model: nn.Module, weights: Any) -> list[str]:
+    """What of a state does not fit the model, in words: tensors that are missing, unknown, or of another shape."""
     own = model.state_dict()
-    problems = [f"{name!r} is missing" for name in own if name not in weights]
-    problems += [f"{name!r} is not part of the model" for name in weights if name not in own]
-    problems += [
-        f"{name!r} has shape {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        return ["it holds something else than tensors"]
+    return [
+        *(f"{name!r} is missing" for name in own if name not in weights),
+        *(f"{name!r} is not part of the model" for name in weights if name not in own),
+        *(
+            f"{name!r} has shape {tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ),
     ]
+
+
+def check_weights(model: nn.Module, weights: Any, source: Path) -> None:
+    """Raises UserError naming the first tensor that does not fit the model (see `misfits`)."""
+    problems = misfits(model, weights)
     if problems:
         raise UserError(
             f"{source}: these are the weights of another architecture: {problems[0]} ({len(problems)} "
             "differences); check the run's config.json"
         )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Every tensor into its place, exactly. Raises UserError where one does not fit; the model is then as before."""
+    check_weights(model, weights, source)
     model.load_state_dict(weights)
 
 
@@ -137,25 +190,45 @@ def run_weights(run: str | Path) -> dict[str, Tensor]:
     return read_weights(path / "model.safetensors")
 
 
+_FIELDS = {"model", "optimisers", "average", "rng", "progress", "run"}
+
+
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """The state of a training run: tensors, numbers, strings and containers of them only."""
+    """The state of a training run: tensors, numbers, strings and containers of them only. The file is what torch.save
+    writes, after a line with its SHA-256.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, _signature(buffer.getvalue()) + buffer.getvalue())
+
+
+def _signature(content: bytes) -> bytes:
+    return f"robustmoe state 1, sha256 {hashlib.sha256(content).hexdigest()}\n".encode()
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A state as `save_state` wrote it, loaded without running code. Raises UserError where it is missing or broken."""
+    """A state as `save_state` wrote it, loaded without running code. Raises UserError where it is missing or is not, to
+    the last bit, what was written.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint to resume from; start the run without --resume")
+    with explained("read", path):
+        content = path.read_bytes()
+    start = len(_signature(b""))
+    if content[:start] != _signature(content[start:]):
+        raise damaged(path, "its SHA-256 is not the one that it was written with")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "optimisers", "average", "rng", "progress"} - set(state)
-        if missing:
-            raise ValueError(f"{sorted(missing)} are missing")
-        return state
-    except Exception as error:  # torch raises many types for damaged files; all mean the same to the user
-        raise UserError(
-            f"{path}: the checkpoint is damaged ({type(error).__name__}); expected the file that "
-            "training wrote. Start the run anew in another --out"
-        ) from error
+        state = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for what it does not load; all mean the same to the user
+        raise damaged(path, type(error).__name__) from error
+    if not isinstance(state, dict) or set(state) != _FIELDS:
+        raise damaged(path, "it has not the fields of a checkpoint")
+    return state
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """What is said of a checkpoint that no run can go on from."""
+    return UserError(
+        f"{path}: the checkpoint is damaged ({why}); expected the file that training wrote. Start the run anew in "
+        "another --out"
+    )

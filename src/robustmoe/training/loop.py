@@ -10,7 +10,6 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,20 @@ from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise, permutation
 from robustmoe.progress import Bar, note, progress
 from robustmoe.recipe import Recipe
-from robustmoe.records import append_json, check_folder, read_metrics, write_atomic, writing
+from robustmoe.records import Resumed, append_json, check_folder, write_atomic, writing
+from robustmoe.records.versions import entries
 from robustmoe.training import checkpoint, health
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
 from robustmoe.training.parts import Given, RunParts, build_parts, check_same_run, config_of
 from robustmoe.training.phases import MiniBatch, StepResult, TrainingStopped, train_step
+from robustmoe.training.resuming import TrainingState, examined, restore
 
 ORDER, AUGMENT, TRAIN = 1, 2, 3
 """Keys under which a run draws its random numbers, beside its seed and the epoch (see `robustmoe.noise`)."""
 
 SECOND = 1
 """Further key of a step's second mini-batch."""
-
-
-@dataclass
-class TrainingState:
-    """Where a run is: ``step`` batches of epoch ``epoch`` (both from 0) are done; the sums, ``seconds`` and what the
-    routers did (largest gradient norm; whether they moved) are of this epoch.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    best: float = -1.0
-    sums: dict[str, dict[str, float]] = field(default_factory=dict)
-    correct: float = 0.0
-    seen: float = 0.0
-    seconds: float = 0.0
-    router_grad: dict[str, float] = field(default_factory=dict)
-    router_moved: dict[str, bool] = field(default_factory=dict)
 
 
 def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
@@ -94,11 +78,13 @@ def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
     if resume:
         old = checkpoint.read_config(out)
         check_same_run(out, old, config)
-        if (out / "state.pt").exists():  # else the run was stopped before its first checkpoint
-            state = _restore(parts, out / "state.pt")
+        there = examined(parts, out, old)
+        state = there.state
+        if there.saved is not None:
+            restore(parts, there.saved, out / "state.pt")
         if distributed.rank() == 0:
-            kept = [line for line in read_metrics(out / "metrics.jsonl") if line["epoch"] <= state.epoch]
-            write_atomic(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            _take_up(out, old, config, state.epoch * parts.steps + state.step)
+            write_atomic(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in there.lines))
         note(f"going on from epoch {state.epoch + 1}, step {state.step}")
     elif distributed.rank() == 0:
         write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
@@ -106,15 +92,13 @@ def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
     return state
 
 
-def _restore(parts: RunParts, path: Path) -> TrainingState:
-    saved = checkpoint.read_state(path)
-    checkpoint.load_weights(parts.model, saved["model"], path)
-    for optimiser, own in zip(parts.optimisers, saved["optimisers"]):
-        optimiser.load_state_dict(own)
-    if parts.average is not None:
-        parts.average.load_state_dict(saved["average"])
-    torch.set_rng_state(saved["rng"])
-    return TrainingState(**saved["progress"])
+def _take_up(out: Path, old: dict[str, Any], new: dict[str, Any], done: int) -> None:
+    """Says, and writes into ``config.json``, that other versions go on after ``done`` steps, where they do."""
+    resumed, words = entries([Resumed(**each) for each in old.get("resumed") or ()], old, new, done)
+    if words:
+        note(f"{out} goes on under other versions: {words}")
+        config = {**old, "resumed": [dataclasses.asdict(each) for each in resumed]}
+        write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _save(parts: RunParts, state: TrainingState, out: Path) -> None:
@@ -128,6 +112,7 @@ def _save(parts: RunParts, state: TrainingState, out: Path) -> None:
                 "average": parts.average.state_dict() if parts.average is not None else None,
                 "rng": torch.get_rng_state(),
                 "progress": progress,
+                "run": parts.run_hash,
             },
         )
 

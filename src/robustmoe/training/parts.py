@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,11 @@ class RunParts:
     @property
     def batch_size(self) -> int:
         return min(self.recipe.batch_size, len(self.data.train))
+
+    @cached_property
+    def run_hash(self) -> str:
+        """See `run_hash`."""
+        return run_hash({**dataclasses.asdict(self.recipe), "data_hash": self.data.train.fingerprint})
 
     @property
     def steps(self) -> int:
@@ -167,9 +176,20 @@ def _files(recipe: Recipe, given: Given) -> dict[str, str]:
     return specs.files(*texts, *recipe.attacks)
 
 
+def compared() -> list[str]:
+    """The fields of ``config.json`` in which a run and its continuation agree."""
+    return sorted({item.name for item in dataclasses.fields(Recipe)} - FREE | {"data_hash"})
+
+
+def run_hash(config: Mapping[str, Any]) -> str:
+    """The SHA-256 of what makes a run this run and no other, in its ``config.json``."""
+    known = {name: config.get(name) for name in compared()}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    names = {item.name for item in dataclasses.fields(Recipe)} - FREE | {"data_hash"}
-    for name in sorted(names):
+    """UserError where the run in ``out`` is another one than this command's."""
+    for name in compared():
         before, now = old.get(name), new[name]
         if before != now:
             raise UserError(
