@@ -218,7 +218,7 @@ def test_a_data_set_that_has_changed_since_the_training(
     assert main(evaluate) == 0
     assert "have changed" not in capsys.readouterr().err
     shutil.copy(here / "images/class1/0.png", here / "images/class1/9.png")
-    assert main(evaluate) == 0
+    assert main([*evaluate, "--out", "again"]) == 0
     assert "warning: the training images of folder(root='images', channels=1) have changed" in capsys.readouterr().err
     (here / "images/class2").rename(here / "images/class0b")
     message = refused("evaluate", "mine", *EVALUATE)
