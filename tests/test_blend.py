@@ -421,7 +421,7 @@ def test_what_cannot_be_blended(images: Callable[..., Tensor], labels: Callable[
     four, five = build_model("linear", 4, (3, 8, 8)), build_model("linear", 5, (3, 8, 8))
     with pytest.raises(UserError, match="the halves have 4 and 5 classes"):
         blend(four, five, x, y)
-    with pytest.raises(UserError, match="the model fails on these images"):
+    with pytest.raises(UserError, match="the model fails on images"):
         blend(four, build_model("linear", 4, (1, 8, 8)), x, y)
     with pytest.raises(UserError, match="a blend makes its attacks from one pgd on the whole model; got square"):
         blend(four, four, x, y, attack="square(linf(0.1))")

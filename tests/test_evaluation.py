@@ -475,14 +475,14 @@ def test_modes_are_left_as_found(fail: str) -> None:
 @pytest.mark.parametrize(
     "model, message",
     [
-        (Mixed("raise"), r"the model fails on these images \(RuntimeError: mat1 and mat2\); expected a function from "),
+        (Mixed("raise"), r"the model fails on images \(4, 1, 1, 2\) \(RuntimeError: mat1 and mat2\); expected a fun"),
         (
             Told((LABELS, None)),
-            r"the model gives a tuple; expected .*\(4, 1, 1, 2\) .* one tensor of logits \(4, classes",
+            r"the model gives a tuple of 2; expected .*\(n, ch, h, w\) .* one tensor of logits \(n, classes",
         ),
         (Told({"logits": LABELS}), r"the model gives a dict; expected"),
-        (Told(torch.zeros(())), r"the model gives a tensor of shape \(\); expected"),
-        (Told(torch.zeros(3, 2)), r"the model gives a tensor of shape \(3, 2\); expected"),
+        (Told(torch.zeros(())), r"the model gives a tensor of shape \(\) for images \(4, 1, 1, 2\); expected"),
+        (Told(torch.zeros(3, 2)), r"the model gives a tensor of shape \(3, 2\) for images \(4, 1, 1, 2\); expected"),
     ],
 )
 def test_a_model_that_is_none(model: nn.Module, message: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ MODULES = {
 
 LAYERS = [
     {"compat", "errors", "noise"},
-    {"distributed", "progress", "provenance", "records", "routing", "spec"},
+    {"arrays", "distributed", "progress", "provenance", "records", "routing", "spec"},
     {"options"},
     {"analysis", "data", "models", "recipe"},
     {"attacks", "reporting"},

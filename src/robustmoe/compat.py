@@ -22,7 +22,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def compiled(model: object) -> nn.Module | None:
     """Returns the module that torch.compile was given, where ``model`` is what it made of it; else None."""
-    inner = vars(model).get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None
+    inner = dict(model.named_children()).get("_orig_mod") if isinstance(model, nn.Module) else None
     return inner if isinstance(inner, nn.Module) else None
 
 

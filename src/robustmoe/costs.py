@@ -56,7 +56,7 @@ class _Body(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        return self.model.body(x, tape)
+        return self.model.ask(x, tape)
 
 
 def costs(model: str | ModelSpec | RoutedModel, num_classes: int = 10, image_shape: ImageShape = (3, 32, 32)) -> Costs:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from robustmoe.arrays import as_images, as_labels
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.surrogate import missed
 from robustmoe.attacks.threat import Threat
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.foreign import awaited, blaming_backward, require_weights
 from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 
@@ -25,22 +29,47 @@ from robustmoe.noise import Noise
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every submodule is in eval mode inside and in its own former mode afterwards; gradients are enabled, also within
-    `torch.no_grad` and `torch.inference_mode`. Buffers cannot move meanwhile. Raises UserError for weights that were
-    made in inference mode, which no gradient passes.
+    `torch.no_grad` and `torch.inference_mode`. Buffers cannot move meanwhile. Raises UserError for weights that cannot
+    be used (see `require_weights`), and where a gradient cannot be taken through a foreign model.
     """
-    if any(weight.is_inference() for weight in itertools.chain(model.parameters(), model.buffers())):
-        raise UserError(
-            "the model's weights were made inside torch.inference_mode(), so that no gradient passes them; make (or "
-            "load, or move) the model outside of it"
-        )
+    require_weights(model)
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), blaming_backward(model):
             yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+_LOOKED: ContextVar[bool] = ContextVar("looked", default=False)
+
+
+@contextlib.contextmanager
+def looked_at() -> Iterator[None]:
+    """Inside, attacks do not look at their images, labels and model once more: whoever calls them has done it, as an
+    evaluation, a training and the attack around them have.
+    """
+    token = _LOOKED.set(True)
+    try:
+        yield
+    finally:
+        _LOOKED.reset(token)
+
+
+def given(model: RoutedModel, x: Any, y: Any) -> tuple[Float[Tensor, "n ch h w"], Int64[Tensor, " n"]]:
+    """Copies of a user's own images and labels, as an attack relies on them: in float32 (float64 where the weights are,
+    too), inside [0, 1], each with a label. UserError where `robustmoe.evaluate` raises one.
+    """
+    if isinstance(x, Tensor) and x.ndim == 4 and len(x) == 0:
+        return x.detach().clone(), torch.zeros(0, dtype=torch.int64, device=x.device)
+    x = as_images(x)
+    y = as_labels(y, len(x), None, "the batch")
+    kinds = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    wide = x.dtype == torch.float64 and kinds <= {torch.float64}
+    x = x.to(torch.float64 if wide else torch.float32, copy=True)
+    return x, y.to(x.device, copy=True)
 
 
 def ordinary(value: Tensor) -> Tensor:
@@ -49,8 +78,8 @@ def ordinary(value: Tensor) -> Tensor:
 
 
 class Attack(ABC):
-    """attack(model, x, y) -> x_adv, inside the threat's ball and the box, same shape, dtype and device as x; nothing
-    else changes.
+    """attack(model, x, y) -> x_adv, inside the threat's ball and the box, same shape and device as x; nothing else
+    changes.
 
     Every attack has a ``threat``, the ``objective`` it climbs and a ``seed``. Subclasses are frozen dataclasses that
     write `perturb`. An attack is never trusted: `robustmoe.evaluation` measures the ball and asks the exact model
@@ -65,6 +94,11 @@ class Attack(ABC):
     def needs_router(self) -> bool:
         """Whether the attack has nothing to say of a model without a router."""
         return self.objective.needs_router
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it climbs, so that on a model without a gradient it stays where it starts."""
+        return True
 
     def parts(self, output: Output) -> list[tuple[str, Attack]]:
         """What the attack consists of, by name, for a model that gave ``output``: each part sees the images that the
@@ -81,24 +115,39 @@ class Attack(ABC):
     def __call__(
         self,
         model: Callable[[Tensor], Tensor],
-        x: Float[Tensor, "n ch h w"],
-        y: Int[Tensor, " n"],
+        x: Tensor | np.ndarray,
+        y: Tensor | np.ndarray | list[int],
         noise: Noise | None = None,
     ) -> Float[Tensor, "n ch h w"]:
-        """The attacked images. ``model``: a `RoutedModel` or any callable from images to logits (n, c).
+        """The attacked images, in float32 (float64 where images and weights are). ``model``: a `RoutedModel` or any
+        callable from images to logits (n, c). ``x``: images (n, ch, h, w) in [0, 1], ``y``: labels (n,), as
+        `robustmoe.evaluate` takes them, and with its errors (UserError); neither is changed.
 
         ``noise``: one random stream an image (default: by position in the batch and ``seed``). A stream an image of
         its own makes the result independent of the batch it stands in.
         """
-        if noise is None:
-            noise = Noise.of(torch.arange(len(x), device=x.device), self.seed)
-        if len(noise) != len(x):
-            raise ValueError(f"there are {len(x)} images and {len(noise)} streams of noise; one an image is needed")
-        if len(x) == 0:
-            return x.clone()
         routed = as_routed(model)
-        with evaluating(routed):
-            return self.perturb(routed, ordinary(x), ordinary(y), noise).detach()
+        with self.entered(routed, x, y, noise) as (x, y, noise):
+            return self.perturb(routed, x, y, noise).detach() if len(x) else x
+
+    @contextlib.contextmanager
+    def entered(
+        self, model: RoutedModel, x: Any, y: Any, noise: Noise | None
+    ) -> Iterator[tuple[Tensor, Tensor, Noise]]:
+        """What the caller gave, as `perturb` takes it (see `given`); inside, the model is as an attack needs it, and
+        looked at in its first pass.
+        """
+        known = _LOOKED.get()
+        with torch.inference_mode(False):
+            x, y = (ordinary(x), ordinary(y)) if known else given(model, x, y)
+            if noise is None:
+                noise = Noise.of(torch.arange(len(x), device=x.device), self.seed)
+        if len(noise) != len(x):
+            raise UserError(f"there are {len(x)} images and {len(noise)} streams of noise; expected one an image")
+        highest = -1 if known or len(y) == 0 else int(y.max())
+        look = contextlib.nullcontext() if known else awaited(model, highest, self.needs_gradient)
+        with look, looked_at(), evaluating(model):
+            yield x, y, noise
 
     @abstractmethod
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
@@ -161,6 +210,10 @@ class Wrapped(Attack):
     @property
     def needs_router(self) -> bool:
         return self.attack.needs_router
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.attack.needs_gradient
 
     def around(self, attack: Attack) -> Attack:
         """The same about another attack."""

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from robustmoe.attacks.base import Attack, evaluating, ordinary
+from robustmoe.attacks.base import Attack
 from robustmoe.attacks.boundary import dual_size, into_ball
 from robustmoe.attacks.objectives import Joint, Objective
 from robustmoe.attacks.pgd import ascend
-from robustmoe.attacks.threat import Images, Threat, size
+from robustmoe.attacks.threat import Threat, size
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
@@ -72,22 +73,16 @@ class FMN(Attack):
     def distances(
         self,
         model: Callable[[Tensor], Tensor],
-        x: Images,
-        y: Int[Tensor, " n"],
+        x: Tensor | np.ndarray,
+        y: Tensor | np.ndarray | list[int],
         noise: Noise | None = None,
     ) -> Float[Tensor, " n"]:
         """The smallest adversarial distance found of each image, in ``threat.norm``: 0 where it is misclassified, inf
         where none was found. An upper bound of the true distance. ``model`` and ``noise`` as for the attack.
         """
-        if noise is None:
-            noise = Noise.of(torch.arange(len(x), device=x.device), self.seed)
-        if len(noise) != len(x):
-            raise ValueError(f"there are {len(x)} images and {len(noise)} streams of noise; one an image is needed")
-        if len(x) == 0:
-            return x.new_zeros(0)
         routed = as_routed(model)
-        with evaluating(routed):
-            return self._search(routed, ordinary(x), ordinary(y), noise)[1]
+        with self.entered(routed, x, y, noise) as (x, y, noise):
+            return self._search(routed, x, y, noise)[1] if len(x) else x.new_zeros(0)
 
     def _search(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """The nearest broken image found (n, ch, h, w) and its distance (n,). Misclassified images leave at once.

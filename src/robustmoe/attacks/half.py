@@ -27,7 +27,7 @@ class LowPrecision(RoutedModel):
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # the cache outlives an optimiser step
-            return self.model.body(x.float(), tape)
+            return self.model.ask(x.float(), tape)
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,10 @@ class Square(Attack):
         """The loss of the whole model: random search needs no declared gradient, so no router hides from it."""
         return Joint(self.loss)
 
+    @property
+    def needs_gradient(self) -> bool:
+        return False
+
     def queries(self, output: Output) -> int:
         return 1 + self.restarts * (1 + self.steps)
 

@@ -41,7 +41,7 @@ class Surrogate(RoutedModel):
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         if self.on_pass is not None:
             self.on_pass(len(x), torch.is_grad_enabled() and x.requires_grad)
-        return self.climbed.body(x, tape)
+        return self.climbed.ask(x, tape)
 
     @torch.no_grad()
     def confirm(

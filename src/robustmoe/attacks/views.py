@@ -26,7 +26,6 @@ from robustmoe.attacks.surrogate import Surrogate, exact_of
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.dual import DualModel
-from robustmoe.models.norm import at_least_float32
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, Trace, soft
 
@@ -74,7 +73,7 @@ class View(ABC):
         """The logits seen. ``count(n, gradient)`` is called for every pass after the first. ``sole``: the model's
         `sole_router`.
         """
-        return model.body(x, RuleTape(self.rule, tape))
+        return model.ask(x, RuleTape(self.rule, tape))
 
     def of(self, model: RoutedModel, count: Count) -> RoutedModel:
         """The model seen. A dual model is seen half by half, and blended as it was at this moment; bf16 stays bf16."""
@@ -140,18 +139,18 @@ class Soft(View):
 
     def body(self, model: RoutedModel, x: Tensor, tape: Tape, count: Count, sole: str | None) -> Float[Tensor, "n c"]:
         if sole is None:
-            return model.body(x, RuleTape(self.rule, tape))
+            return model.ask(x, RuleTape(self.rule, tape))
         first = RuleTape(ExpertView(0).rule)
-        outputs = [at_least_float32(model.body(x, first))]
+        outputs = [model.ask(x, first)]
         given = self.rule(sole, first.fresh[sole])
         used = tape(sole, given)
         gradient = torch.is_grad_enabled() and x.requires_grad
         if used is not given:  # the route is held from outside
             count(len(x), gradient)
-            return model.body(x, Tape({sole: used}))
+            return model.ask(x, Tape({sole: used}))
         for expert in range(1, given.num_experts):
             count(len(x), gradient)
-            outputs.append(at_least_float32(model.body(x, RuleTape(ExpertView(expert).rule))))
+            outputs.append(model.ask(x, RuleTape(ExpertView(expert).rule)))
         gate = torch.log_softmax(given.logits[:, 0] / self.temperature, -1)
         return torch.logsumexp(gate[:, :, None] + torch.log_softmax(torch.stack(outputs, 1), -1), 1)
 

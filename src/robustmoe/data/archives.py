@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustmoe.data.base import as_labels
+from robustmoe.arrays import as_labels
 from robustmoe.data.reading import GIB, check_file, read_file, shown
 from robustmoe.data.stream import decode_all
 from robustmoe.errors import UserError

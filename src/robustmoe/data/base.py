@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from robustmoe.arrays import as_images, as_labels, as_tensor
 from robustmoe.data.split import hold_out
 from robustmoe.errors import UserError
 
@@ -199,61 +200,6 @@ def mean_std(images: InMemory) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple((mean / scale).tolist()), tuple(std.tolist())
 
 
-def _check_images(x: Tensor) -> None:
-    if x.ndim != 4:
-        raise UserError(
-            f"the images have shape {tuple(x.shape)}, expected four axes (images, channels, height, width); "
-            "add the missing axis with x[None] (one image) or x[:, None] (one channel)"
-        )
-    if x.numel() == 0:
-        raise UserError(f"there are no images: the shape is {tuple(x.shape)}; pass at least one")
-    if not x.is_floating_point():
-        raise UserError(
-            f"the images are {x.dtype}, expected floating point in [0, 1]; pass x / 255 if the levels are 0 to 255"
-        )
-    low, high = float(x.min()), float(x.max())
-    if not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
-        raise UserError(
-            f"image {bad} holds a value that is not finite, expected every pixel in [0, 1]; remove or repair it"
-        )
-    if low < 0 or high > 1:
-        raise UserError(
-            f"the images range from {low:.6g} to {high:.6g}, expected [0, 1]; pass raw pixels, "
-            "divided by 255 if they are 0 to 255: normalisation belongs inside the model"
-        )
-
-
-def as_labels(y: Any, num_images: int, num_classes: int | None, source: str) -> Int64[Tensor, " n"]:
-    """``y`` as a tensor of int64; `UserError` unless it is (num_images,) integers in 0..num_classes-1. ``source`` says
-    whose labels they are.
-    """
-    if num_images == 0:
-        raise UserError(f"{source} holds no images, expected at least one; give another file or folder")
-    labels = _tensor(y, f"the labels of {source}", "integers, one an image")
-    if labels.ndim != 1 or len(labels) != num_images:
-        raise UserError(
-            f"{source} has {num_images} images and labels of shape {tuple(labels.shape)}, expected ({num_images},)"
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise UserError(
-            f"the labels of {source} are {labels.dtype}, expected integers; convert them, for example with y.long()"
-        )
-    labels = labels.to(torch.int64)
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        top = "0 or above" if num_classes is None else f"0 to {num_classes - 1} ({num_classes} classes)"
-        raise UserError(f"the labels of {source} range from {low} to {high}, expected {top}; number the classes from 0")
-    return labels
-
-
-def _tensor(values: Any, name: str, wanted: str) -> Tensor:
-    try:
-        return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as e:  # texts, objects, rows of unequal length
-        raise UserError(f"{name} cannot be made a tensor ({e}); expected {wanted}") from None
-
-
 def from_arrays(
     x: Tensor | np.ndarray,
     y: Tensor | np.ndarray | list[int],
@@ -262,15 +208,14 @@ def from_arrays(
 ) -> InMemory:
     """Returns a user's own images as a split: ``x`` (N, ch, h, w) floating point in [0, 1], ``y`` (N,) integers from 0.
 
-    The values are kept as float32, not quantised. ``index`` (N,) are stable names of the images, by default 0..N-1.
-    `UserError` on images of another rank, outside [0, 1] or not finite, on labels outside 0..num_classes-1, on
-    lengths that differ.
+    The values are kept as float32, not quantised; rounding outside [0, 1] is clipped. ``index`` (N,) are stable names
+    of the images, by default 0..N-1. `UserError` on images of another rank, outside [0, 1] or not finite, on labels
+    outside 0..num_classes-1, on lengths that differ.
     """
-    x = _tensor(x, "the images", "floating point in [0, 1]").detach()
-    _check_images(x)
+    x = as_images(x)
     y = as_labels(y, len(x), num_classes, "the set")
     if index is not None:
-        index = _tensor(index, "index", "integers, one an image")
+        index = as_tensor(index, "index", "integers, one an image")
         if index.shape != y.shape or index.is_floating_point() or index.is_complex():
             raise UserError(
                 f"index is {index.dtype} of shape {tuple(index.shape)}, expected integers of shape {tuple(y.shape)}"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from robustmoe.arrays import as_labels
 from robustmoe.data.archives import Arrays, hub_folder, parquet_files, read_cifar, read_idx, read_parquet
-from robustmoe.data.base import Data, InMemory, as_labels, mean_std
+from robustmoe.data.base import Data, InMemory, mean_std
 from robustmoe.data.folders import folder, imagenet, tiny_imagenet
 from robustmoe.data.reading import existing
 from robustmoe.data.split import TEST, hold_out

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from robustmoe.analysis import inside
 from robustmoe.attacks import Attack, NotFiniteError, Threat, size
+from robustmoe.attacks.base import looked_at
 from robustmoe.attacks.objectives import some_routes
 from robustmoe.data import Batch
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.norm import answers
 from robustmoe.noise import Noise
 from robustmoe.records import Example, Row
 from robustmoe.routing import Routing, Trace, rerouted
@@ -76,7 +78,8 @@ def attacked_images(model: RoutedModel, attack: Attack, batch: Batch, noise: Noi
     one image for each.
     """
     try:
-        x_adv = attack(model, batch.x.clone(), batch.y.clone(), noise)
+        with looked_at():
+            x_adv = attack(model, batch.x.clone(), batch.y.clone(), noise)
     except NotFiniteError as error:
         raise UserError(f"the attack on {attack.objective.name.replace('_', ' ')} stopped: {error}") from error
     if x_adv.shape != batch.x.shape:
@@ -137,9 +140,8 @@ def rows_of(model: RoutedModel, done: Attacked, part: str = "") -> list[Row]:
 
 
 def predictions(output: Output) -> list[int]:
-    """The class of each image; -1, which is no class and so always wrong, where a logit is not finite."""
-    finite = torch.isfinite(output.logits).all(1)
-    classes: list[int] = torch.where(finite, output.logits.argmax(1), -1).tolist()
+    """The class of each image; -1, which is no class and so always wrong, where the logits name none."""
+    classes: list[int] = torch.where(answers(output.logits), output.logits.argmax(1), -1).tolist()
     return classes
 
 

@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -154,7 +155,7 @@ def attack_images(session: Session, attack: Attack, path: Path, role: str = "mai
         if writer is not None and writer.resumed:
             note(f"{path} goes on under other versions: {writer.resumed}")
         if ledger is not None:
-            before = peers.first(lambda: checks.before(session.model, attack, session.probe, session.output))
+            before = peers.first(partial(_before, session, attack))
             fingerprint, meter = checks.fingerprint(session.model), Meter()
             _same_everywhere(peers, fingerprint, images)
             climbed = session.surrogate(meter, options.precision)
@@ -173,6 +174,12 @@ def _ledger(writer: Writer | None, n: int) -> engine.Ledger | None:
     assert writer is not None
     finished = len(writer.done) == n and writer.checks is not None
     return None if finished else engine.Ledger.of(writer, examples_path(writer.path))
+
+
+def _before(session: Session, attack: Attack) -> list[Check]:
+    """The checks that need no attack."""
+    classes = len(session.about.classes)
+    return checks.before(session.model, attack, session.probe, session.output, classes)
 
 
 def _finish(writer: Writer | None, before: list[Check], changed: tuple[str, str], threat: Threat, clock: Clock) -> None:

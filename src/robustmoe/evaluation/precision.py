@@ -20,7 +20,7 @@ from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import Output, RoutedModel, to_channels_last
 from robustmoe.models.block import replace
 from robustmoe.models.convolution import Segments, folded
-from robustmoe.models.norm import Foldable
+from robustmoe.models.norm import Foldable, difference, largest
 from robustmoe.models.plain import Plain
 from robustmoe.models.pruned import PrunedConv
 from robustmoe.routing import Tape, Trace, detach, to_expert
@@ -170,7 +170,7 @@ class _Compact(RoutedModel):
         self.model = model
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        return self.model.body(to_channels_last(x), tape)
+        return self.model.ask(to_channels_last(x), tape)
 
 
 def _deviation(made: RoutedModel, answers: list[_Answer]) -> Float[Tensor, " m"]:
@@ -184,8 +184,8 @@ def _deviation(made: RoutedModel, answers: list[_Answer]) -> Float[Tensor, " m"]
             raise ValueError(f"the copy's routers are {sorted(copied.trace)}, the model's {sorted(expected.trace)}")
         pairs = [(copied.logits, expected.logits)]
         pairs += [(copied.trace[name].logits, routing.logits) for name, routing in expected.trace.items()]
-        largest = [b.abs().max().clamp(min=torch.finfo(b.dtype).tiny) for _, b in pairs]
-        off.append(torch.stack([(a - b).abs().flatten(1).amax(1) / c for (a, b), c in zip(pairs, largest)]).amax(0))
+        most = [largest(b).clamp(min=torch.finfo(b.dtype).tiny) for _, b in pairs]
+        off.append(torch.stack([difference(a, b).flatten(1).amax(1) / c for (a, b), c in zip(pairs, most)]).amax(0))
     return torch.cat(off)
 
 

@@ -23,7 +23,6 @@ from robustmoe.evaluation.session import (
     Session,
 )
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.norm import at_least_float32
 from robustmoe.noise import Noise
 from robustmoe.progress import progress
 from robustmoe.records import Override
@@ -129,7 +128,7 @@ def _weights(gating: Gating, logits: Float[Tensor, "n t e"], index: Int[Tensor, 
 def overridden(model: RoutedModel, x: Float[Tensor, "n ch h w"], rule: Rule) -> Output:
     """The model's answer with ``rule`` between each router and its layer."""
     tape = RuleTape(rule)
-    return Output(at_least_float32(model.body(x, tape)), tape.trace)
+    return Output(model.ask(x, tape), tape.trace)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked

@@ -32,12 +32,11 @@ from robustmoe.evaluation.engine import Plan, plan_of
 from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.norm import at_least_float32
+from robustmoe.models.foreign import blaming, blaming_backward, check_classes, require_weights
 from robustmoe.models.plain import Plain, as_routed, sharded
 from robustmoe.options import Options
 from robustmoe.progress import first_process, note
 from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo
-from robustmoe.routing import Tape
 from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 Timed = TypeVar("Timed", bound=Record)
@@ -113,6 +112,7 @@ class Session:
         self.clock = Clock()
         self._changed = ""  # versions that are others than those of the record that goes on, in words
         self._copy: tuple[tuple[str, str], Surrogate] | None = None
+        self._told = False  # of what is strange about the model
 
     # -------------------------------------------------------------------------------------------- the first images
 
@@ -123,8 +123,18 @@ class Session:
 
     @cached_property
     def output(self) -> Output:
-        """The model's answer to the probe, asked once. UserError where it cannot be measured (see `validate_model`)."""
-        return validate_model(self.model, self.probe, self.images)
+        """The model's answer to the probe, asked once. UserError where it cannot be measured (see `validate_model`); a
+        note where it has more outputs than there are classes.
+        """
+        output = validate_model(self.model, self.probe, self.images)
+        outputs, classes = output.logits.shape[1], len(self.about.classes)
+        if outputs > classes > 0 and not self._told:
+            note(
+                f"the model has {outputs} outputs, the data {classes} classes: output k is read as class k, and one "
+                f"above {classes - 1} is wrong; if they mean other classes, pick them: lambda x: model(x)[:, columns]"
+            )
+        self._told = True
+        return output
 
     def surrogate(self, meter: Meter | None = None, precision: str = "strict") -> Surrogate:
         """What an attack climbs in the model's place: "strict" a frozen copy in float32, "fast" one in half precision
@@ -148,7 +158,7 @@ class Session:
     def on(self, images: ImageSet) -> Session:
         """The same on the first ``images`` of the set; what is known of the model is kept."""
         other = Session(self.model, images, self.device, self.options, self.about, self.folder, self.source)
-        other._copy = self._copy
+        other._copy, other._told = self._copy, self._told
         if min(PROBE, len(images)) == len(self.probe):
             other.probe, other.output = self.probe, self.output
         return other
@@ -288,11 +298,12 @@ def in_hand(
             model=name or type(routed if not isinstance(routed, Plain) else model).__name__,
             data=x if isinstance(x, str) else source.name if isinstance(source, Data) else "arrays",
             split=split,
-            classes=tuple(source.classes) if isinstance(source, Data) else (),
+            classes=tuple(source.classes) if isinstance(source, Data) else tuple(map(str, range(num_classes or 0))),
             files=specs.files(x if isinstance(x, str) else None),
         )
         routed = in_float32(routed) if float32 else routed
-        with eval_mode_on(device, routed):
+        require_weights(routed)
+        with eval_mode_on(device, routed), blaming_backward(routed):
             yield Session(routed, images, device, options, about)
 
 
@@ -344,26 +355,10 @@ def validate_model(model: RoutedModel, probe: Batch, images: ImageSet) -> Output
     """The model's answer to ``probe``, the first of the images. UserError unless it takes them, gives logits (n, c),
     and has an output for each label.
     """
-    x, tape = probe.x, Tape()
-    expected = (
-        f"expected a function from images {tuple(x.shape)} in float32 to one tensor of logits ({len(x)}, classes)"
-    )
-    try:
-        with torch.no_grad():
-            logits: Any = model.eval().body(x, tape)
-    except Exception as error:  # whatever it is, it comes from the user's own model, whose traceback stays chained
-        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
-        raise UserError(f"the model fails on these images ({said}); {expected}") from error
-    if not isinstance(logits, Tensor):
-        raise UserError(f"the model gives a {type(logits).__name__}; {expected}")
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise UserError(f"the model gives a tensor of shape {tuple(logits.shape)}; {expected}")
-    highest, classes = int(images.labels.max()), logits.shape[1]
-    if highest >= classes:
-        raise UserError(
-            f"label {highest} is out of range: the model has {classes} classes; expected labels 0 to {classes - 1}"
-        )
-    return Output(at_least_float32(logits), tape.trace)
+    with blaming(model, probe.x, whoever=True), torch.no_grad():
+        output = model.eval().run(probe.x)
+    check_classes(output.logits, int(images.labels.max()))
+    return output
 
 
 def class_names(about: About, output: Output) -> list[str]:

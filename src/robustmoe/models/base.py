@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.errors import UserError
+from robustmoe.models.foreign import blaming, first_look, foreign_pass, is_foreign
 from robustmoe.models.norm import Normalise, at_least_float32
 from robustmoe.models.parts import Leaf, Part, through
 from robustmoe.models.token_layers import TokenLayer
@@ -73,6 +74,24 @@ class RoutedModel(nn.Module, ABC):
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         """Returns the logits of the images; each routing decision goes through ``tape``."""
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it runs code that is not of this package."""
+        return is_foreign(self)
+
+    def ask(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        """Returns the logits of `body` in float32 or wider. Everything here that runs a model calls this, or `run`.
+
+        A foreign model cannot change the images, gives (1, c) also where it squeezes one image, and fails in one line:
+        see `robustmoe.models.foreign`.
+        """
+        look = None if torch.compiler.is_compiling() else first_look(self)
+        with contextlib.nullcontext() if look is None else blaming(self, x):
+            logits = at_least_float32(foreign_pass(self, x, tape) if self.foreign else self.body(x, tape))
+        if look is not None:
+            look.see(x, logits)
+        return logits
+
     def run(
         self,
         x: Float[Tensor, "n ch h w"],
@@ -88,9 +107,9 @@ class RoutedModel(nn.Module, ABC):
         outer = None if torch.compiler.is_compiling() else _CARRIED.get()
         if outer is not None and forced is None and noise is None:
             tape = outer.next(len(x))
-            return Output(at_least_float32(self.body(x, tape)), tape.trace)
+            return Output(self.ask(x, tape), tape.trace)
         tape = Tape(forced, noise)
-        logits = at_least_float32(self.body(x, tape))
+        logits = self.ask(x, tape)
         unknown = set(tape.forced) - set(tape.trace)
         if unknown:
             raise ValueError(f"forced routing for {sorted(unknown)}, but this model's routers are {sorted(tape.trace)}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import Dense, ImageShape, RoutedModel
 from robustmoe.models.block import LayeredModel, LayerRouter, RoutedLayer, check_experts, layer_router, replace
-from robustmoe.models.norm import BatchNorm2d
+from robustmoe.models.norm import BatchNorm2d, difference, largest
 from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
 from robustmoe.routing import Gate, Tape
@@ -204,7 +204,7 @@ def _channels(name: str, layer: nn.Module, calls: list[tuple[tuple[Any, ...], An
 
 def _check_equal(model: RoutedModel, x: Tensor, expected: Tensor, names: list[str]) -> None:
     with torch.no_grad():
-        off = _off(model.body(x, Tape()), expected)
+        off = _off(model.ask(x, Tape()), expected)
     if not off <= TOLERANCE:
         raise UserError(
             f"with {', '.join(names)} as experts the network's logits change by {off:.2g} of the largest; a layer may "
@@ -216,8 +216,8 @@ def _off(answer: Tensor, expected: Tensor) -> float:
     """Returns the largest difference, relative to the largest value expected."""
     if answer.shape != expected.shape:
         return float("inf")
-    largest = expected.abs().amax().clamp(min=torch.finfo(expected.dtype).tiny)
-    return float((answer - expected).abs().amax() / largest)
+    scale = largest(expected).clamp(min=torch.finfo(expected.dtype).tiny)
+    return float(difference(answer, expected).amax() / scale)
 
 
 @torch.no_grad()

@@ -148,8 +148,8 @@ class DualModel(RoutedModel):
         return other
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        standard = at_least_float32(self.standard.body(x, tape.under("standard")))
-        robust = at_least_float32(self.robust.body(x, tape.under("robust")))
+        standard = self.standard.ask(x, tape.under("standard"))
+        robust = self.robust.ask(x, tape.under("robust"))
         return self.blended(x, standard, robust)
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:

@@ -8,7 +8,7 @@ import contextlib
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from robustmoe import distributed
@@ -19,6 +19,23 @@ def at_least_float32(x: Tensor) -> Tensor:
     not.
     """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def answers(logits: Float[Tensor, "n c"]) -> Bool[Tensor, " n"]:
+    """Returns which rows name a class: no NaN, none that is +inf, one that is finite. A class at -inf is masked by the
+    model: it is never chosen.
+    """
+    return (logits < torch.inf).all(1) & logits.isfinite().any(1)
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """Returns |a - b|, which is 0 also where both are -inf."""
+    return torch.where(a == b, torch.zeros_like(a), (a - b).abs())
+
+
+def largest(values: Tensor) -> Tensor:
+    """Returns the largest absolute value, -inf (a class that is masked) left out."""
+    return values.abs().masked_fill(values == -torch.inf, 0.0).max()
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from torch import nn
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel
+from robustmoe.models.foreign import require_weights
 from robustmoe.models.norm import Normalise
 from robustmoe.models.plain import as_routed
 
@@ -30,8 +31,11 @@ class OwnModel(specs.Written, NetworkSpec):
     make: Callable[..., Any] = field(compare=False, repr=False)
 
     def made(self, num_classes: int, image_shape: ImageShape) -> Any:
-        """Returns what the user's own code gives."""
-        return self.make(num_classes=num_classes, image_shape=image_shape)
+        """Returns what the user's own code gives. UserError for a module whose weights hold no numbers."""
+        made = self.make(num_classes=num_classes, image_shape=image_shape)
+        if isinstance(made, nn.Module):
+            require_weights(made)
+        return made
 
     def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
         made = self.made(num_classes, image_shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,7 +33,12 @@ class Plain(RoutedModel):
         self.function = function
         self.eager = eager
 
-    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+    @property
+    def foreign(self) -> bool:
+        return True
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Any:
+        """Returns what the function gives, whatever that is: `ask` makes logits of it."""
         slow = torch.compiler.set_stance("force_eager") if self.eager else contextlib.nullcontext()
         with slow, carrying(tape, len(x)):
             return self.function(x)

@@ -17,7 +17,6 @@ from torch import Tensor
 from robustmoe.attacks import PGD, Attack, Diluted, Held, Joint, changed, evaluating, kl, linf
 from robustmoe.attacks.views import RuleTape
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.norm import at_least_float32
 from robustmoe.noise import Noise, permutation
 from robustmoe.routing import Routing, Tape, Trace
 from robustmoe.training.auxiliary import BalanceLoss, check_balance_loss
@@ -176,4 +175,4 @@ def _without_gradient(name: str, fresh: Routing) -> Routing:
 def _run(model: RoutedModel, x: Tensor, forced: Trace, noise: Noise) -> Output:
     """Runs one pass whose logits give the routers no gradient; those of the trace do."""
     tape = RuleTape(_without_gradient, Tape(forced, router_noise(noise)))
-    return Output(at_least_float32(model.body(x, tape)), tape.trace)
+    return Output(model.ask(x, tape), tape.trace)

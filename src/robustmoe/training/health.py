@@ -14,7 +14,7 @@ from robustmoe.attacks import Attack
 from robustmoe.certification import Certifier
 from robustmoe.data import Batch, ImageSet, batches
 from robustmoe.models.base import RoutedModel
-from robustmoe.models.norm import full_precision
+from robustmoe.models.norm import answers, full_precision
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing
 
@@ -98,7 +98,7 @@ def _answers(
 
 
 def _right(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+    return (logits.argmax(1) == y) & answers(logits)
 
 
 def _proven(model: RoutedModel, batch: Batch, right: Tensor, certifier: Certifier | None, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robustmoe import distributed, provenance
 from robustmoe.attacks import NotFiniteError
+from robustmoe.attacks.base import looked_at
 from robustmoe.data import Batch, batches
 from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise, permutation
@@ -47,7 +48,7 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
         torch.set_num_threads(recipe.threads)
     device = distributed.local_device(provenance.pick_device(recipe.device))
     check_folder(out, resume)
-    with distributed.session(device), writing(out), torch.random.fork_rng(devices=[]):
+    with distributed.session(device), writing(out), torch.random.fork_rng(devices=[]), looked_at():
         if distributed.rank() == 0:
             check_folder(out, resume)  # another writer may have been in it until now
         torch.manual_seed(recipe.seed)  # for a model's own draws (dropout); ours come from robustmoe.noise

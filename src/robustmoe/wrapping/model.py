@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.norm import at_least_float32
+from robustmoe.models.foreign import left_alone
 from robustmoe.models.token_layers import TokenLayer
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, detach
@@ -63,6 +63,10 @@ class WrappedModel(RoutedModel):
         self.notes = tuple(notes)
         self.training = model.training  # not train(): the model's parts keep their own modes
 
+    @property
+    def foreign(self) -> bool:
+        return True
+
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         """The logits of the model itself.
 
@@ -91,7 +95,7 @@ class WrappedModel(RoutedModel):
         if gates == "given":
             return super().run(x, forced, noise)
         tape = OwnGates(forced)
-        logits = at_least_float32(self.body(x, tape))
+        logits = self.ask(x, tape)
         if unknown := set(tape.forced) - set(tape.trace):
             raise ValueError(f"forced routing for {sorted(unknown)}, but this model's are {sorted(tape.trace)}")
         return Output(logits, tape.trace)
@@ -117,8 +121,8 @@ class WrappedModel(RoutedModel):
 
     def _pass(self, x: Tensor, tape: Tape) -> Tensor:
         with Pass(self.model, self.sites, tape, len(x)):
-            output = self.model(x)
-        return picked(output, self.output)
+            output = left_alone(self, x, self.model)
+        return picked(output, self.output, len(x))
 
     @contextlib.contextmanager
     def _training(self, paths: Sequence[str]) -> Iterator[None]:
@@ -135,12 +139,14 @@ class WrappedModel(RoutedModel):
                     module.training = was
 
 
-def picked(output: Any, pick: Pick) -> Tensor:
-    """The logits (n, c) in a model's output. UserError where there are none."""
+def picked(output: Any, pick: Pick, images: int) -> Tensor:
+    """The logits (n, c) in a model's output for so many images. UserError where there are none."""
     try:
         logits = _pick(output, pick)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"output={pick!r} is not in what the model gives, {described(output)}: {error}") from error
+    if isinstance(logits, Tensor) and logits.ndim == images == 1:  # squeezed
+        logits = logits[None]
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise UserError(
             f"the model gives {described(output)}; expected logits (images, classes), or output= to pick them: a "

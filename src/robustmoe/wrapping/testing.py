@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from robustmoe.attacks.base import evaluating
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output
+from robustmoe.models.norm import difference, largest
 from robustmoe.routing import Routing, Trace, detach, to_expert
 from robustmoe.wrapping.codecs import CallCodec, FunctionsCodec, explains, text_of
 from robustmoe.wrapping.finding import seen_of
@@ -83,8 +84,8 @@ class Trial:
 
     def off(self, logits: Tensor, other: Tensor) -> float:
         """The largest difference, relative to the largest logit."""
-        scale = other.abs().max().clamp(min=torch.finfo(other.dtype).tiny)
-        return float(((logits - other).abs().max() / scale).nan_to_num(nan=torch.inf))
+        scale = largest(other).clamp(min=torch.finfo(other.dtype).tiny)
+        return float((difference(logits, other).max() / scale).nan_to_num(nan=torch.inf))
 
     # -------------------------------------------------------------------------------------------- the same model
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robustmoe.models.foreign import hearable
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -157,7 +159,7 @@ def watch(model: Callable[[Tensor], Any], x: Tensor, tensors: bool = False) -> S
     """
     watcher = Watcher()
     with torch.inference_mode(False), torch.enable_grad():
-        at = x.detach().clone().requires_grad_(x.is_floating_point())
+        at = x.detach().requires_grad_(x.is_floating_point()).clone()  # no leaf: a model may write into its images
         watcher.image(at)
         with entering(model, watcher), watcher:
             output = model(at)
@@ -389,7 +391,7 @@ def entering(model: Any, watcher: Watcher) -> Iterator[None]:
         return lambda module, args, kwargs: watcher.enter(path, module, args, kwargs)
 
     try:
-        for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        for path, module in hearable(model) if isinstance(model, nn.Module) else ():
             hooks.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
             hooks.append(module.register_forward_hook(lambda module, args, output: watcher.leave(output)))
         yield

@@ -20,7 +20,6 @@ from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Threat
 from robustmoe.attacks.views import RuleTape
 from robustmoe.models.base import RoutedModel
-from robustmoe.models.norm import at_least_float32
 from robustmoe.routing import Routing, Trace
 
 RouteLoss = Literal["ce", "margin"]
@@ -51,7 +50,7 @@ def decisions(model: RoutedModel, x: Float[Tensor, "n ch h w"], names: Collectio
 
     tape = RuleTape(stop)
     try:
-        model.body(x, tape)
+        model.ask(x, tape)
     except _Decided:
         return tape.fresh
     if names is not None and not set(names) <= set(tape.fresh):
@@ -177,7 +176,7 @@ def reached(target: Target, fresh: Trace, like: Tensor) -> Bool[Tensor, " n"]:
 def forced_pass(model: RoutedModel, x: Float[Tensor, "n ch h w"], target: Target) -> tuple[Float[Tensor, "n c"], Trace]:
     """The logits with the forced items sent to the target, all else free, and what each router itself said there."""
     tape = RuleTape(lambda name, fresh: target[name].force(fresh) if name in target else fresh)
-    logits = at_least_float32(model.body(x, tape))
+    logits = model.ask(x, tape)
     return logits, tape.fresh
 
 

@@ -15,6 +15,7 @@ from robustmoe.attacks.half import LowPrecision
 from robustmoe.evaluation.checks.fingerprints import fingerprint
 from robustmoe.evaluation.checks.registry import Answer, check, not_run
 from robustmoe.evaluation.checks.subject import Finished, Subject, doubled, few, graded, in_ball_and_box, percent
+from robustmoe.models.norm import answers, difference, largest
 from robustmoe.noise import Noise, permutation
 
 PASSES = 5
@@ -24,15 +25,19 @@ LOG_POINTS, ROUNDING_POINTS = 1.0, 0.1
 
 @check("H1", "input range", "model", "cheap")
 def input_range(case: Subject) -> Answer:
-    """Images are float32 in [0, 1], and the model has an output for every label."""
+    """Images are float32 in [0, 1], and the model has an output for every label, and no more than there are classes."""
     batch, logits = case.whole, case.output.logits
-    classes = logits.shape[1] if logits.ndim == 2 else None
+    classes = logits.shape[1]
     low, high = float(batch.x.min()), float(batch.x.max())
     fine = low >= 0 and high <= 1 and batch.x.dtype == torch.float32
     text = f"images are {batch.x.dtype} in [{low:.3g}, {high:.3g}]" + ("" if fine else "; expected float32 in [0, 1]")
     first, last = int(batch.y.min()), int(batch.y.max())
-    if classes is not None and not 0 <= first <= last < classes:
+    if not 0 <= first <= last < classes:
         fine, text = False, f"{text}; labels go from {first} to {last}, the model has {classes} classes"
+    known = case.run.get("classes", 0)
+    if fine and classes > known > 0:
+        text = f"{text}; the model has {classes} outputs, the data {known} classes: one above {known - 1} is wrong"
+        return Answer("warn", [low, high], text)
     return Answer("pass" if fine else "fail", [low, high], text)
 
 
@@ -99,13 +104,13 @@ def alone(case: Subject) -> Answer:
         moved = model.run(batch.x[order]).logits[torch.argsort(order)]
         mixed = model.run(torch.stack([strangers, batch.x], 1).flatten(0, 1)).logits[1::2]
     except Exception as error:  # such as BatchNorm in train mode: the model takes these images, but not one of them
-        return Answer("fail", n, f"the model fails on an image alone ({type(error).__name__})")
+        return Answer("fail", n, f"the model fails on an image alone ({type(error.__cause__ or error).__name__})")
     other = [(logits.argmax(1) != together.argmax(1)) for logits in (single, moved, mixed)]
     counts = [int(changed.sum()) for changed in other]
-    apart = max(float((together - logits).abs().max()) for logits in (single, moved, mixed))
-    apart = apart if bool(torch.isfinite(single).all()) else float("nan")
+    apart = max(float(difference(together, logits).max()) for logits in (single, moved, mixed))
+    apart = apart if bool(answers(single).all()) else float("nan")
     changed = int(torch.stack(other).any(0).sum())
-    fine = not changed and apart <= 1e-3 * (float(together.abs().max()) + 1.0)  # False for NaN too
+    fine = not changed and apart <= 1e-3 * (float(largest(together)) + 1.0)  # False for NaN too
     text = (
         f"{counts[0]} of {n} predictions change when an image stands alone, {counts[1]} in another order, {counts[2]} "
         f"among random images; logits differ by at most {apart:.2g}"
@@ -138,18 +143,16 @@ def training_log(case: Subject) -> Answer:
 @torch.no_grad()
 def outputs(case: Subject) -> Answer:
     """The model gives one finite logits tensor, finite router logits, and logits rather than probabilities."""
-    batch, output = case.whole, case.output
-    logits = output.logits
-    if logits.ndim != 2 or len(logits) != len(batch):
-        text = f"the model gives a tensor of shape {tuple(logits.shape)}, expected (n, c)"
-        return Answer("fail", list(logits.shape), text)
+    output, logits = case.output, case.output.logits
     broken = [name for name, routing in output.trace.items() if not torch.isfinite(routing.logits).all()]
-    if not torch.isfinite(logits).all() or broken:
+    if not answers(logits).all() or broken:
         where = f"the logits of router {broken[0]!r}" if broken else "the logits"
         return Answer("fail", None, f"{where} are not finite: every attack on this model is blind")
     if logits.shape[1] > 1 and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
         return Answer("warn", None, "the outputs look like probabilities; attacks expect logits")
-    return Answer("pass", float(logits.abs().max()), "logits and router logits are finite, one tensor (n, c)")
+    masked = int((logits == -torch.inf).any(0).sum())
+    text = f"{masked} of {logits.shape[1]} classes are masked (-inf), never chosen; the others" if masked else "logits"
+    return Answer("pass", float(largest(logits)), f"{text} and router logits are finite, one tensor (n, c)")
 
 
 @check("H7", "determinism", "model", "cheap")
@@ -158,8 +161,8 @@ def determinism(case: Subject, passes: int = PASSES) -> Answer:
     """The model gives the same logits in several passes."""
     model, batch = case.model, case.whole
     first = case.output.logits
-    apart = max(float((model.run(batch.x).logits - first).abs().max()) for _ in range(passes - 1))
-    fine = apart <= 1e-4 * float(first.abs().max())  # False for NaN too
+    apart = max(float(difference(model.run(batch.x).logits, first).max()) for _ in range(passes - 1))
+    fine = apart <= 1e-4 * float(largest(first))  # False for NaN too
     text = f"{passes} passes differ by at most {apart:.2g} in the logits"
     text += "" if fine else "; a random model needs attacks over its randomness"
     return Answer("pass" if fine else "fail", apart, text)

@@ -20,6 +20,7 @@ from robustmoe.evaluation.checks.inside import Inside, built_in, called, innermo
 from robustmoe.evaluation.checks.registry import Answer, check
 from robustmoe.evaluation.checks.subject import Subject
 from robustmoe.models.base import RoutedModel
+from robustmoe.models.foreign import hearable
 from robustmoe.routing import Routing, Trace, detach
 from robustmoe.wrapping import find_routers
 from robustmoe.wrapping.codecs import text_of
@@ -273,9 +274,7 @@ def _steps(inside: Inside, x: Tensor) -> dict[str, Counter[tuple[int, ...]]]:
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(noting(path), with_kwargs=True)
-        for path, module in inside.named_modules()
-        if path
+        module.register_forward_pre_hook(noting(path), with_kwargs=True) for path, module in hearable(inside) if path
     ]
     try:
         inside(x)

@@ -22,6 +22,8 @@ from robustmoe.evaluation.checks.subject import (
     percent,
 )
 from robustmoe.models.base import RoutedModel
+from robustmoe.models.foreign import hearable
+from robustmoe.models.norm import difference, largest
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Trace, detach, to_expert
 from robustmoe.wrapping import Draw, watch
@@ -120,7 +122,7 @@ def _spoken(model: RoutedModel, x: Tensor) -> list[Spoken]:
 
         return hook
 
-    parts = [(path, module) for path, module in Inside.of(model).named_modules() if path]
+    parts = [(path, module) for path, module in hearable(Inside.of(model)) if path]
     hooks = [module.register_forward_hook(hear(called(path, type(module).__name__))) for path, module in parts]
     try:
         output = model.run(x)
@@ -138,7 +140,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    return bool(((a - b).abs() <= 1e-4 * a.abs().max().clamp(min=1e-30)).all()) if a.numel() else True
+    return bool((difference(a, b) <= 1e-4 * largest(a).clamp(min=1e-30)).all()) if a.numel() else True
 
 
 @check("R13", "stale route", "model")

@@ -268,7 +268,7 @@ class ScaledRouter(RoutedModel):
         self.scale = scale
 
     def body(self, x: Tensor, tape: Tape) -> Tensor:
-        return self.inner.body(x, tape) * self.scale
+        return self.inner.ask(x, tape) * self.scale
 
 
 @check("R12", "logit scale", "attack")

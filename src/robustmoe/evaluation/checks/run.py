@@ -10,6 +10,7 @@ import torch
 
 from robustmoe import provenance, records
 from robustmoe.attacks import Attack, NotFiniteError, build_attack, evaluating
+from robustmoe.attacks.base import looked_at
 from robustmoe.data import Batch
 from robustmoe.errors import UserError, nearest
 from robustmoe.evaluation.checks import gradients, harness, hidden, passing, published, routers, routing, strength  # noqa: F401
@@ -29,12 +30,14 @@ FIRST, LAST = "H6", "H3"
 """Where the logits are not finite (H6) no attack is run; whether the model is as it was (H3) is asked after all."""
 
 
-def before(model: RoutedModel, attack: Attack, batch: Batch, output: Output | None = None) -> list[Check]:
+def before(
+    model: RoutedModel, attack: Attack, batch: Batch, output: Output | None = None, classes: int = 0
+) -> list[Check]:
     """The cheap checks: they ask the model on one small batch (n, ch, h, w), and do not run the attack. ``output``:
-    what the model answered to the batch, where it was asked already.
+    what the model answered to the batch, where it was asked already. ``classes``: of the data, 0 where not known.
     """
-    case = Subject(model, (attack,), batch, batch, answered=output)
-    with torch.no_grad():
+    case = Subject(model, (attack,), batch, batch, run={"classes": classes}, answered=output)
+    with evaluating(model), torch.no_grad():
         return [CHECKS[id].asked["cheap"](case) for id in ids("cheap")]
 
 
@@ -54,10 +57,10 @@ def deep(
     """Every check on the images of ``batch`` (64 are enough), in the order of `ids`.
 
     ``attacks``: those of the evaluation; the first on the whole model is the main one. ``only``: ids of the checks to
-    run (default: all); the others answer "not run". What more is known of a ``run`` (``logged``, ``val``, ``metrics``:
-    see `check_run`) makes H5 and R10 possible. Where the logits are not finite (H6) no attack is run. The model is in
-    eval mode meanwhile and is left as it was (H3 says whether it is). Raises UserError without an attack, or for an
-    unknown id.
+    run (default: all); the others answer "not run". What more is known of a ``run`` (``logged``, ``val``, ``metrics``,
+    ``classes``: see `check_run`) makes H5 and R10 possible. Where the logits are not finite (H6) no attack is run. The
+    model is in eval mode meanwhile and is left as it was (H3 says whether it is). Raises UserError without an attack,
+    or for an unknown id.
     """
     if not attacks:
         raise UserError("no attack to check; expected at least one, such as pgd(linf(8/255), steps=20)")
@@ -65,7 +68,7 @@ def deep(
     asked = ids("model", "attack")
     order = [FIRST, *(id for id in asked if id not in (FIRST, LAST)), LAST]
     checks: dict[str, Check] = {}
-    with evaluating(model), torch.no_grad(), progress(len(order), "checks", unit="checks") as bar:
+    with evaluating(model), looked_at(), torch.no_grad(), progress(len(order), "checks", unit="checks") as bar:
         case = Subject.of(model, attacks, batch, seed, run, fingerprint(model))
         for id in order:
             bar.say(id)
@@ -117,6 +120,11 @@ def check_run(run: str | Path, *, options: CheckOptions) -> Audit:
     chosen = [seeded(attack, options.seed) for attack in chosen]
     metrics = records.read_metrics(folder / "metrics.jsonl")
     best = [line for line in metrics if line.get("best")]
-    more = {"metrics": metrics, "val": data.val.head(config.get("val_limit")), "logged": best[-1] if best else None}
+    more = {
+        "classes": data.num_classes,
+        "metrics": metrics,
+        "val": data.val.head(config.get("val_limit")),
+        "logged": best[-1] if best else None,
+    }
     checks = deep(model, batch, chosen, options.seed, options.only, more)
     return Audit(weights_hash(model), [spec_or_repr(attack) for attack in chosen], len(images), options.seed, checks)

@@ -18,6 +18,8 @@ from robustmoe.attacks.losses import loss_of
 from robustmoe.attacks.threat import Threat
 from robustmoe.data import Batch
 from robustmoe.models.base import Output, RoutedModel
+from robustmoe.models.foreign import check_classes
+from robustmoe.models.norm import answers
 from robustmoe.noise import Noise
 from robustmoe.records import Row
 from robustmoe.routing import Tape
@@ -87,10 +89,11 @@ class Subject:
         run: dict[str, Any] | None = None,
         fingerprint: str = "",
     ) -> Subject:
-        """The subject on these images; the right ones are picked here."""
+        """The subject on these images; the right ones are picked here. UserError for a label without an output."""
         with torch.no_grad():
             logits = model.run(batch.x).logits
-        right = torch.nonzero((logits.argmax(1) == batch.y) & torch.isfinite(logits).all(1))[:, 0]
+        check_classes(logits, int(batch.y.max()))
+        right = torch.nonzero((logits.argmax(1) == batch.y) & answers(logits))[:, 0]
         return cls(model, tuple(attacks), batch, batch[right], seed, run or {}, fingerprint)
 
     @property
@@ -215,7 +218,7 @@ class Watched(RoutedModel):
         self.margins: list[Tensor] = []
 
     def body(self, x: Tensor, tape: Tape) -> Tensor:
-        logits = self.inner.body(x, tape)
+        logits = self.inner.ask(x, tape)
         if not tape.forced:
             self._note(x.detach(), logits.detach())
         return logits
