@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -390,3 +391,28 @@ def test_a_look_costs_no_pass() -> None:
         runs.append(list(counted))
     assert runs[0] == runs[1]
     assert len(runs[0]) > 3
+
+
+# ------------------------------------------------------------------------------------------------ trained
+
+
+def trained(model: nn.Module, out: Path) -> Path:
+    x, y = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(3)), torch.arange(20) % 4
+    method = f"at(pgd(linf({EPS}), steps=1))"
+    return rm.train(model, x, y, out=out, method=method, epochs=1, batch_size=8, augment=None, device="cpu")
+
+
+def test_a_model_that_writes_is_trained_as_one_that_does_not(tmp_path: Path) -> None:
+    writes, tidy = Habit(_written), Habit(_tidy)
+    for name, model in (("writes", writes), ("tidy", tidy)):
+        trained(model, tmp_path / name)
+    assert torch.equal(writes.net[1].weight, tidy.net[1].weight)
+    assert not torch.equal(writes.net[1].weight, linear()[1].weight)
+
+
+@pytest.mark.parametrize("name", ["a tuple", "int", "a score", "few classes", "half", "meta", "fails"])
+def test_what_cannot_be_trained_is_told_before_there_is_a_folder(name: str, tmp_path: Path) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(rm.UserError, match=message):
+        trained(make(), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -200,7 +200,7 @@ def test_after_an_error_nothing_is_left(images: Callable[..., Tensor]) -> None:
             raise RuntimeError("an expert fails")
 
         hooks = [expert.register_forward_pre_hook(fail) for expert in model.moe.experts]
-        with pytest.raises(RuntimeError, match="an expert fails"):
+        with pytest.raises(rm.UserError, match=r"the model fails on images .*RuntimeError: an expert fails"):
             routed.run(x)
         for hook in hooks:
             hook.remove()

@@ -190,8 +190,10 @@ def _deviation(made: RoutedModel, answers: list[_Answer]) -> Float[Tensor, " m"]
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
+    """What went wrong, in the words of the model's own error where there is one."""
+    first = error.__cause__ or error
+    text = " ".join(str(first).split())
+    return f"{type(first).__name__}: {text[:160]}"
 
 
 # ------------------------------------------------------------------------------------------------ folding

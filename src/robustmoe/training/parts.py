@@ -16,11 +16,12 @@ from torch import nn
 
 from robustmoe import distributed, provenance
 from robustmoe import spec as specs
-from robustmoe.attacks import Attack
+from robustmoe.attacks import Attack, evaluating
 from robustmoe.certification import Certifier
 from robustmoe.data import Data, ImageSet
 from robustmoe.errors import UserError
 from robustmoe.models import BatchNorm2d, ModelSpec, RoutedModel, build_model
+from robustmoe.models.foreign import blaming, check_classes, is_foreign, require_weights
 from robustmoe.recipe import SPECS, Recipe
 from robustmoe.training import starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
@@ -94,6 +95,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     model = described if isinstance(described, RoutedModel) else _fresh_model(described, recipe, data)
     if distributed.world() > 1:
         given.switched.update(share_statistics(model))
+    require_weights(model)
     model = model.to(device)
     if recipe.init is not None and fresh:
         starting.start_from(model, recipe.init)
@@ -119,7 +121,19 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
             "expected a multiple of that number"
         )
     data.verify()  # a damaged image is told of before the first step, not in the last epoch
+    look_at(model, data, device)
     return parts
+
+
+def look_at(model: RoutedModel, data: Data, device: torch.device) -> None:
+    """UserError for a model with code of a user's own that does not answer images of the data with an output for each
+    class. The models of this package were built for them.
+    """
+    if not (model.foreign or any(map(is_foreign, model.modules()))):
+        return
+    x = data.train.batch([0, 1] if len(data.train) > 1 else [0]).x.to(device)
+    with evaluating(model), torch.no_grad(), blaming(model, x):
+        check_classes(model.run(x).logits, data.num_classes - 1)
 
 
 def _fresh_model(described: ModelSpec, recipe: Recipe, data: Data) -> RoutedModel:
