@@ -221,15 +221,16 @@ def test_a_config_that_does_not_fit(field: str, value: Any, message: str, tmp_pa
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{}", "field 'epoch' is missing"),
-        ('{"epoch":0}', "field 'epoch' must be a whole number of at least 1, got 0"),
-        ('{"epoch":1,"val_clean":2}', "field 'val_clean' must be a number of at most 1.0, got 2"),
-        ('{"epoch":1,"routers":{"r":{"load":3}}}', r"field 'routers\[r\].load' must be a list or null, got 3"),
+        ("{}", "epoch: field 'epoch' is missing"),
+        ('{"epoch":1}', "epoch 1 comes after epoch 1"),
+        ('{"epoch":0}', "epoch: field 'epoch' must be a whole number of at least 1, got 0"),
+        ('{"epoch":1,"val_clean":2}', "epoch: field 'val_clean' must be a number of at most 1.0, got 2"),
+        ('{"epoch":1,"routers":{"r":{"load":3}}}', r"epoch: field 'routers\[r\].load' must be a list or null, got 3"),
     ],
 )
 def test_metrics_that_do_not_fit(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"epoch":1,"loss":{{"all":NaN}}}}\n{line}\n{{"epo')
-    with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: epoch: {message}.*; delete that line or the file"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: {message}.*; delete that line or the file"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

@@ -145,13 +145,15 @@ def read_some_config(path: Path) -> dict[str, Any]:
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the lines of a ``metrics.jsonl``, without a half-written last one; none where there is no file. UserError
-    names the line that is damaged."""
+    names the line that is damaged, or that tells an epoch a second time."""
     path = Path(path)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for number, line in enumerate(whole_lines(path) if path.exists() else [], 1):
         value = parse_line(line, path, number)
         try:
-            build(Epoch, value)
+            epoch = build(Epoch, value).epoch
+            if lines and epoch <= lines[-1]["epoch"]:
+                raise UserError(f"epoch {epoch} comes after epoch {lines[-1]['epoch']}")
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}; delete that line or the file") from None
         lines.append(value)
