@@ -199,10 +199,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomic(path, _signature(buffer.getvalue()) + buffer.getvalue())
+    write_atomic(path, _signature(buffer.getbuffer()) + buffer.getbuffer())
 
 
-def _signature(content: bytes) -> bytes:
+def _signature(content: bytes | memoryview) -> bytes:
     return f"robustmoe state 1, sha256 {hashlib.sha256(content).hexdigest()}\n".encode()
 
 
@@ -215,10 +215,11 @@ def read_state(path: Path) -> dict[str, Any]:
     with explained("read", path):
         content = path.read_bytes()
     start = len(_signature(b""))
-    if content[:start] != _signature(content[start:]):
+    saved = memoryview(content)[start:]
+    if content[:start] != _signature(saved):
         raise damaged(path, "its SHA-256 is not the one that it was written with")
     try:
-        state = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for what it does not load; all mean the same to the user
         raise damaged(path, type(error).__name__) from error
     if not isinstance(state, dict) or set(state) != _FIELDS:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +73,7 @@ def examined(parts: RunParts, out: Path, config: Mapping[str, Any]) -> Checkpoin
         if state.best >= 0:
             weights = out / "model.safetensors"
             checkpoint.check_weights(parts.model, checkpoint.read_weights(weights), weights)
-        lines = _log(out / "metrics.jsonl", state.epoch)
+        lines = [line for line in read_metrics(out / "metrics.jsonl") if line["epoch"] <= state.epoch]
     return Checkpoint(state, saved, lines)
 
 
@@ -133,12 +132,3 @@ def _progress(parts: RunParts, progress: Any, path: Path) -> TrainingState:
             path, f"it is at epoch {state.epoch}, step {state.step}, of {epochs} epochs of {parts.steps} steps"
         )
     return state
-
-
-def _log(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The lines of the epochs that are done. UserError where the log is damaged."""
-    lines = [line for line in read_metrics(path) if line["epoch"] <= epochs]
-    order = [line["epoch"] for line in lines]
-    if any(later <= earlier for earlier, later in itertools.pairwise(order)):
-        raise UserError(f"{path}: its epochs are not in order ({order}); delete the lines that are too many")
-    return lines
