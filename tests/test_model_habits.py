@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import robustmoe as rm
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Suite, Threat, linf
 from robustmoe.attacks.base import looked_at
+from robustmoe.cli import main
 from robustmoe.evaluation.attacked import predictions
 from robustmoe.models import Output, RoutedModel, as_routed
 from robustmoe.models.norm import answers
@@ -101,32 +102,40 @@ def _function(before: Net) -> Net:
     return lambda x: net(before(x))
 
 
-def measured(model: Any, y: Tensor, every: bool) -> dict[str, Any]:
-    """What an evaluation and an attack say, on a batch of 5 and one of 1; and ``every`` other measurement."""
-    x, more = pictures(), {"batch_size": 5, "device": "cpu"}
+def predicted(model: Any, x: Tensor, y: Tensor, verbs: tuple[str, ...]) -> dict[str, Any]:
+    """What the attack and these measurements say, on a batch of 5 and one of 1."""
+    more = {"batch_size": 5, "device": "cpu"}
     attack = rm.build_attack(PGD_3)
-    rows = rm.evaluate(model, x, y, attacks=[PGD_3], curve=(), **more)[0].rows
-    values: dict[str, Any] = {
-        "evaluate": [(row.clean, row.adversarial) for row in rows],
-        "attack": attack(model, x, y).mul(1e4).round().tolist(),
-        "attack on one": attack(model, x[:1], y[:1]).mul(1e4).round().tolist(),
+    asked: dict[str, Callable[[], Any]] = {
+        "evaluate": lambda: [
+            (row.clean, row.adversarial) for row in rm.evaluate(model, x, y, attacks=[PGD_3], curve=(), **more)[0].rows
+        ],
+        "certify": lambda: [
+            (proof.prediction, round(proof.radius, 4))
+            for proof in rm.certify(model, x, y, certifiers=["smoothing(sigma=0.2, n=100, n0=10)"], **more)[0].rows
+        ],
+        "sweep": lambda: rm.sweep(model, x, y, attacks=[PGD_3], eps=[0.1], draws=0, **more).points[0].predicted,
+        "blend": lambda: rm.blend(model, linear(), x, y, alphas=[0, 1], attack=PGD_3, **more).broken,
+        "lipschitz": lambda: {
+            name: [round(value, 3) for value in column]
+            for name, column in rm.measure_lipschitz(model, x, y, attack=PGD_3, **more).model.items()
+        },
+        "dissect": lambda: {
+            name: answers.predicted for name, answers in rm.dissect(model, x, y, attack=PGD_3, **more).under.items()
+        },
     }
-    if not every:
-        return values
-    smooth = rm.certify(model, x, y, certifiers=["smoothing(sigma=0.2, n=100, n0=10)"], **more)[0].rows
-    sweep = rm.sweep(model, x, y, attacks=[PGD_3], eps=[0.1], draws=0, **more)
-    blend = rm.blend(model, linear(), x, y, alphas=[0, 0.5, 1], attack=PGD_3, **more)
-    slope = rm.measure_lipschitz(model, x, y, attack=PGD_3, **more)
-    values |= {
-        "certify": [(proof.prediction, round(proof.radius, 4)) for proof in smooth],
-        "sweep": (sweep.predicted, sweep.points[0].predicted),
-        "blend": (blend.predicted, blend.broken),
-        "lipschitz": {name: [round(v, 3) for v in column] for name, column in slope.model.items()},
-    }
-    if isinstance(model, RoutedModel):
-        under = rm.dissect(model, x, y, attack=PGD_3, **more).under
-        values["dissect"] = {name: answers.predicted for name, answers in under.items()}
-    return values
+    values = {"attack on one": attack(model, x[:1], y[:1]).mul(1e4).round().tolist()}
+    return values | {"attack": attack(model, x, y).mul(1e4).round().tolist()} | {verb: asked[verb]() for verb in verbs}
+
+
+VERBS = {
+    "written": ("evaluate", "certify", "sweep", "blend", "lipschitz"),
+    "written through .data": ("certify",),
+    "squeezed": ("evaluate", "certify", "sweep", "blend"),
+    "routed, written, squeezed": ("certify", "dissect"),
+    "scripted": ("evaluate",),
+}
+"""What is compared, beside the attack."""
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -137,8 +146,8 @@ def test_a_habit_changes_no_number(name: str) -> None:
     x = pictures()
     with torch.no_grad():
         y = tidy(x.clone()).argmax(1)
-    every = name in ("written", "squeezed", "routed, written, squeezed")
-    assert measured(habit, y, every) == measured(tidy, y, every)
+    verbs = VERBS.get(name, ())
+    assert predicted(habit, x, y, verbs) == predicted(tidy, x, y, verbs)
     kept = pictures()
     rm.build_attack(PGD_3)(habit, kept, y)
     assert torch.equal(kept, pictures())
@@ -259,6 +268,8 @@ def test_classes_at_minus_infinity_are_never_chosen() -> None:
         rm.certify(model, x, y, certifiers=["smoothing(n=100, n0=10)"], **more)[0].rows for model in (plain, masked)
     ]
     assert [(p.prediction, p.radius) for p in proofs[0]] == [(p.prediction, p.radius) for p in proofs[1]]
+    with pytest.raises(rm.UserError, match="2 of the 6 classes have logits that are not finite, which have no slope"):
+        rm.measure_lipschitz(masked, x, y, attack=PGD_3, device="cpu")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -361,8 +372,12 @@ def test_a_model_without_gradient_is_told_of(capsys: pytest.CaptureFixture[str])
     for text, told in ((PGD_3, True), (f"square(linf({EPS}), steps=3)", False)):
         rm.build_attack(text)(Habit(after=Tensor.detach), x, y)
         assert ("the model's logits have no gradient" in capsys.readouterr().err) == told
+    rm.sweep(Habit(after=Tensor.detach), x, y, attacks=[PGD_3], eps=[0.1], draws=0, device="cpu")
+    assert "the model's logits have no gradient" in capsys.readouterr().err
     rm.build_attack(PGD_3)(Habit(), x, y)
     assert capsys.readouterr().err == ""
+    with pytest.raises(rm.UserError, match="the attack's loss or gradient is not finite"):
+        rm.build_attack(PGD_3)(Habit(after=lambda z: z * torch.nan), x, y)
 
 
 @dataclass(frozen=True)
@@ -416,3 +431,68 @@ def test_what_cannot_be_trained_is_told_before_there_is_a_folder(name: str, tmp_
     with pytest.raises(rm.UserError, match=message):
         trained(make(), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ from a file
+
+FILE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, after):
+        super().__init__()
+        self.net, self.after, self.passes = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), after, 0
+
+    def forward(self, x):
+        self.passes += 1
+        return self.after(self.net(x), self.passes)
+
+class Freed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        raise RuntimeError("no way back")
+
+def written(logits, passes):
+    raised = logits.exp()
+    return raised * 2 + raised.zero_() + logits
+
+def integers():
+    return Net(lambda logits, passes: logits.long())
+
+def rows_later():
+    return Net(lambda logits, passes: logits if passes < 4 else logits[1:])
+
+def backward():
+    return Net(lambda logits, passes: Freed.apply(logits))
+
+def spoilt():
+    return Net(written)
+
+def meta():
+    return Net(None).to("meta")
+"""
+
+
+@pytest.mark.parametrize(
+    "verb, name, message",
+    [
+        ("check", "integers", "the model gives a tensor of torch.int64"),
+        ("evaluate", "rows_later", r"the model gives a tensor of shape \(3, 10\) for images \(4, 1, 8, 8\)"),
+        ("evaluate", "backward", "no gradient can be taken through the model .RuntimeError: no way back."),
+        ("check", "spoilt", "no gradient can be taken through the model .RuntimeError: one of the variables needed"),
+        ("sweep", "meta", "the model's weight 'net.1.weight' is on the meta device"),
+    ],
+)
+def test_a_model_of_a_file_that_fails_is_one_line(
+    verb: str, name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FILE)
+    assert main([verb, "--model", f"mine.py:{name}", "--data", "digits", "--limit", "4", "--device", "cpu"]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if not text.startswith("run folder")]
+    assert re.search(message, line)

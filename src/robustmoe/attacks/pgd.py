@@ -11,11 +11,12 @@ from torch import Tensor
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
 from robustmoe.attacks.threat import Threat
+from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(UserError):
     """An attack met a loss or gradient that is not finite: the robust accuracy it gave would mean nothing."""
 
 

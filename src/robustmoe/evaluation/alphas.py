@@ -28,9 +28,7 @@ from robustmoe.evaluation.attacked import attacked_images, check_inside, predict
 from robustmoe.evaluation.choosing import climb_of
 from robustmoe.evaluation.meters import Meter
 from robustmoe.evaluation.precision import frozen_copy
-from robustmoe.evaluation.session import (
-    Session,
-)
+from robustmoe.evaluation.session import Session, tell_of_gradient
 from robustmoe.models import DualModel
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.dual import SHIFT
@@ -146,6 +144,8 @@ def classes_of(logits: Tensor) -> list[int]:
 def climbed_halves(work: BlendWork) -> DualModel:
     """Frozen copies of both halves, blended alike."""
     dual, probe = work.dual, work.session.probe.x
+    for half in (dual.standard, dual.robust):
+        tell_of_gradient(half, probe)
     standard, robust = (frozen_copy(half, probe).climbed for half in (dual.standard, dual.robust))
     return DualModel(standard, robust, mix=dual.mix, sharpen=dual.sharpen, mixer=dual.mixer).eval()
 

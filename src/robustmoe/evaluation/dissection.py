@@ -47,6 +47,7 @@ from robustmoe.evaluation.session import (
     Session,
     in_hand,
     on_run,
+    tell_of_gradient,
 )
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -232,6 +233,7 @@ def _dissected(session: Session, base: PGD) -> Dissection:
     if not todo:
         return record
     meter = Meter()
+    tell_of_gradient(session.model, session.probe.x)
     climbed = session.surrogate(meter)
     costs = {name: attack.queries(output) * len(session.images) for name, attack in todo.items()}
     with progress(sum(costs.values()), "dissect", unit="passes") as bar:

@@ -25,6 +25,7 @@ from robustmoe.evaluation.session import (
     Session,
     in_hand,
     on_run,
+    tell_of_gradient,
 )
 from robustmoe.lipschitz import norms
 from robustmoe.lipschitz.inputs import layer_inputs
@@ -101,11 +102,18 @@ def _attack(options: LipschitzOptions, threat: Threat) -> Attack:
 def _measured(session: Session, attack: Attack) -> Lipschitz:
     """Measures all images; those that are in the folder's file are not measured again."""
     header = session.attack_header(attack)
-    whole = session.output.logits.shape[1] <= WHOLE_CLASSES
+    classes = session.output.logits.shape[1]
+    if masked := int((~session.output.logits.isfinite()).any(0).sum()):
+        raise UserError(
+            f"{masked} of the {classes} classes have logits that are not finite, which have no slope; expected finite "
+            "ones: of a model that masks classes, pick the others (lambda x: model(x)[:, columns])"
+        )
+    whole = classes <= WHOLE_CLASSES
     bench = Bench(session.model, attack, None if whole else STEPS)
     record = session.resume(Lipschitz, header, lambda old: len(old.index)) or bench.empty(header)
     if record.done:
         return record
+    tell_of_gradient(session.model, session.probe.x)
     climbed = session.surrogate()
     with progress(len(session.images), "lipschitz", unit="images") as bar:
         bar.advance(len(record.index))

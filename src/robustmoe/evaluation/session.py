@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from robustmoe import distributed, provenance, records
 from robustmoe import spec as specs
 from robustmoe.attacks import Attack, Surrogate
-from robustmoe.attacks.base import ordinary
+from robustmoe.attacks.base import evaluating, ordinary
 from robustmoe.data import Batch, Data, ImageSet, batches, from_arrays
 from robustmoe.errors import UserError
 from robustmoe.evaluation import checks
@@ -32,7 +32,7 @@ from robustmoe.evaluation.engine import Plan, plan_of
 from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.foreign import blaming, blaming_backward, check_classes, require_weights
+from robustmoe.models.foreign import awaited, blaming, blaming_backward, check_classes, require_weights
 from robustmoe.models.plain import Plain, as_routed, sharded
 from robustmoe.options import Options
 from robustmoe.progress import first_process, note
@@ -359,6 +359,14 @@ def validate_model(model: RoutedModel, probe: Batch, images: ImageSet) -> Output
         output = model.eval().run(probe.x)
     check_classes(output.logits, int(images.labels.max()))
     return output
+
+
+def tell_of_gradient(model: RoutedModel, x: Tensor) -> None:
+    """A note where the model's logits have no gradient, so that what is measured by climbing is no measure. (In an
+    evaluation the checks say it.)
+    """
+    with evaluating(model), awaited(model, -1, True):
+        model.run(x[:2].clone().requires_grad_())
 
 
 def class_names(about: About, output: Output) -> list[str]:

@@ -28,6 +28,7 @@ from robustmoe.evaluation.session import (
     Session,
     in_hand,
     on_run,
+    tell_of_gradient,
 )
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -143,6 +144,7 @@ def _swept(session: Session, grid: EpsGrid) -> Sweep:
     if not todo:
         return record if record.done else keep(record)
     meter = Meter()
+    tell_of_gradient(session.model, session.probe.x)
     climbed = session.surrogate(meter)
     costs = [grid.attacks[name].queries(session.output) * len(session.images) for name, _ in todo]
     with progress(sum(costs), "sweep", unit="passes") as bar:
