@@ -185,6 +185,21 @@ def test_nesting_without_end_is_one_line(tmp_path: Path) -> None:
         report([run], tmp_path / "page.html")
 
 
+@pytest.mark.parametrize("text", ["\\ud800", "\\uDFFF", "\\ud83d", "\udcff"])
+def test_half_of_a_character_is_one_line(text: str, tmp_path: Path) -> None:
+    """JSON may spell half a surrogate pair, which no text file can hold: neither a page nor another record."""
+    run = make_run(tmp_path, n=4, curve=False)
+    path = run / "rows/attack0.jsonl"
+    whole = path.read_bytes()
+    assert b'"model":"' in whole
+    path.write_bytes(whole.replace(b'"model":"', b'"model":"' + text.encode("utf-8", "surrogatepass"), 1))
+    with pytest.raises(UserError, match=r"attack0.jsonl, line 1: .*half of a character|not a JSON object"):
+        report([run], tmp_path / "page.html")
+    path.write_bytes(whole.replace(b'"model":"', b'"model":"\\ud83d\\ude00', 1))  # a whole one
+    report([run], tmp_path / "page.html")
+    assert "\U0001f600" in (tmp_path / "page.html").read_text()
+
+
 CONFIG = {
     "model": "linear", "data": "digits", "num_classes": 10, "image_shape": [1, 8, 8], "mean": [0.3], "std": [0.3],
     "attacks": [],

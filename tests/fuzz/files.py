@@ -141,6 +141,8 @@ def state(folder: Path, draw: Draw, canary: str) -> Case:
     """Bits of state.pt, a hostile pickle in its place, or other values inside it."""
     import torch
 
+    from robustmoe.training.checkpoint import read_state, save_state
+
     file = folder / "run" / "state.pt"
     way = draw(st.integers(0, 9))
     if way == 0:
@@ -153,16 +155,18 @@ def state(folder: Path, draw: Draw, canary: str) -> Case:
             st.sampled_from(["a hostile pickle", "a hostile pickle in a zip", "a hostile value", "a whole model"])
         )
         evil: Any = Evil(canary)
+        saved = {"a whole model": torch.nn.Linear(2, 2), "a hostile value": {"model": evil}}.get(words, evil)
         if words == "a hostile pickle":
             file.write_bytes(pickle.dumps(evil))
-        elif words == "a whole model":
-            torch.save(torch.nn.Linear(2, 2), file)
+        elif draw(st.booleans()):
+            torch.save(saved, file)
         else:
-            torch.save({"model": evil} if words == "a hostile value" else evil, file)
+            save_state(file, saved)
+            words += " with its digest"
     else:
-        saved = torch.load(file, weights_only=False)
+        saved = read_state(file)
         words = _change_state(saved, draw, canary)
-        torch.save(saved, file)
+        save_state(file, saved)  # with a digest that is right: nothing else would be read
     return _case(words, [RESUME], draw)
 
 
@@ -227,7 +231,8 @@ def _picture(kind: str, mode: str, size: tuple[int, int]) -> bytes:
     from PIL import Image
 
     out = io.BytesIO()
-    Image.effect_noise(size, 60).convert(mode).save(out, kind)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(out, kind)
     return out.getvalue()
 
 

@@ -49,11 +49,20 @@ Value = Plain | list[_Deep] | dict[str, _Deep]
 """What a check may answer: a plain value, or lists and objects of them, three deep at most."""
 
 
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""What half a surrogate pair may look like in JSON, and a whole one too."""
+
+
 def parse(text: bytes | str) -> Any:
-    """Returns the value that JSON stands for (NaN and Infinity are numbers). UserError where it is no JSON, or nested
-    too deeply."""
+    """Returns the value that JSON stands for (NaN and Infinity are numbers). UserError where it is no JSON, nested too
+    deeply, or has text that no file can hold."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if _HALVES.search(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise UserError(f"it has half of a character (\\u{ord(error.object[error.start]):04x}) in a text") from None
     except RecursionError:
         raise UserError("it is nested too deeply to be one of our files") from None
     except ValueError as error:  # also an integer of thousands of digits
