@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,10 @@ def test_no_text_of_a_run_reaches_the_terminal_as_it_is(tmp_path: Path, capfd: p
     rows.write_text("".join(json.dumps(line) + "\n" for line in planted(lines, (0, "attack"))))
     assert cli.main(["analyze", str(run)]) == 0
     assert "\\x1b]0;pwned\\x07" in capfd.readouterr().out, "it is shown, escaped"
+    text = "".join(json.dumps(line) + "\n" for line in renamed(planted(lines, (0, "command")), "router"))
+    rows.write_text(text)
+    for file in (page := report([run], tmp_path / "page.html"), page.with_suffix(".md"), page.with_suffix(".json")):
+        assert not set("\x1b\x07\u202e\x9b") & set(file.read_text()), "nor a file that a person may print there"
 
 
 def test_text_that_a_terminal_cannot_show() -> None:
@@ -200,6 +205,22 @@ def test_half_of_a_character_is_one_line(text: str, tmp_path: Path) -> None:
     assert "\U0001f600" in (tmp_path / "page.html").read_text()
 
 
+def test_a_link_to_nowhere_and_a_pipe_are_no_files(tmp_path: Path) -> None:
+    """Left out in silence, the strongest attack would be missing from the worst case."""
+    run = make_run(tmp_path, n=8, curve=False)
+    for kind in ("rows/attack0.jsonl", "sweep.json", "checks.json", "metrics.jsonl"):
+        path = run / kind
+        before = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        for make in (lambda path: path.symlink_to("gone"), os.mkfifo):
+            make(path)
+            with pytest.raises(UserError, match=rf"{path.name}( is not a regular file|;|: No such file)"):
+                report([run], tmp_path / "page.html")
+            path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+
+
 CONFIG = {
     "model": "linear", "data": "digits", "num_classes": 10, "image_shape": [1, 8, 8], "mean": [0.3], "std": [0.3],
     "attacks": [],
@@ -275,6 +296,7 @@ LONG = "n" * 300
         (["analyze", LONG], "File name too long"),
         (["sweep", ".", "--eps", "1e999"], "holds a number that is not finite"),
         (["blend", ".", "--clean", "nan"], "--clean must be a finite number"),
+        (["train", "r.toml", "--out", "r\udcff"], "--out must be a text in UTF-8 (rename the file or folder)"),
         (["check", ".", "--device", "\x1b[2J"], "config.json"),
     ],
 )

@@ -135,6 +135,8 @@ def read_json(path: Path, make: Callable[[Any], T], remedy: str) -> T | None:
     """Returns what ``make`` builds of the JSON in a file; None without one. UserError if the file cannot be read, is no
     JSON or is refused by ``make`` (ValueError); ``remedy`` says what to do then."""
     if not path.is_file():
+        if os.path.lexists(path):
+            raise UserError(f"{path} is not a regular file, or a link to none; {remedy}")
         return None
     with explained("read", path):
         text = path.read_bytes()

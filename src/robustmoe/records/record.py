@@ -133,7 +133,8 @@ class Record(Told):
     @classmethod
     def read_all(cls: type[R], folder: str | os.PathLike[str]) -> list[R]:
         """Returns every record of this kind in a run folder, by the name of its file."""
-        every = (cls._read(path) for path in sorted(Path(folder).glob(cls.file)))
+        paths = sorted(Path(folder).glob(cls.file)) if "*" in cls.file else [cls.path(folder)]
+        every = (cls._read(path) for path in paths)
         return [record for record in every if record is not None]
 
     @classmethod

@@ -58,9 +58,10 @@ def read(path: str | os.PathLike[str]) -> Evaluation:
 
 
 def rows_files(run: str | os.PathLike[str]) -> list[Path]:
-    """Returns the rows files of a run folder, by name; those in which nothing is yet are left out."""
+    """Returns the rows files of a run folder, by name; those in which nothing is yet are left out. (What is no file,
+    such as a link to one that is gone, is told when it is read.)"""
     files = sorted(path for path in (Path(run) / "rows").glob("*.jsonl") if not path.name.endswith(".examples.jsonl"))
-    return [path for path in files if path.stat().st_size > 0]
+    return [path for path in files if not path.is_file() or path.stat().st_size > 0]
 
 
 _LINES: dict[str, type[Row | Passed | Time | Checks]] = {"row": Row, "part": Passed, "time": Time, "checks": Checks}

@@ -148,7 +148,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     names the line that is damaged, or that tells an epoch a second time."""
     path = Path(path)
     lines: list[dict[str, Any]] = []
-    for number, line in enumerate(whole_lines(path) if path.exists() else [], 1):
+    for number, line in enumerate(whole_lines(path) if os.path.lexists(path) else [], 1):
         value = parse_line(line, path, number)
         try:
             epoch = build(Epoch, value).epoch

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustmoe.errors import UserError
+from robustmoe.errors import UserError, printable
 from robustmoe.options import several
 from robustmoe.records import Audit, assert_ours, write_own
 from robustmoe.reporting.collect import collect
@@ -36,8 +36,8 @@ def report(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out:
     files = report_files(out)
     views = collect(several(runs))
     texts = (
-        page(views),
-        f"{MARKS['.md']}\n{markdown(views)}",
+        printable(page(views)),
+        printable(f"{MARKS['.md']}\n{markdown(views)}"),
         json.dumps(numbers(views), indent=1, allow_nan=False) + "\n",
     )
     for (path, mark), content in zip(files.items(), texts):

@@ -59,12 +59,15 @@ def conform(value: Any, hint: Any) -> Any:
     """``value`` as the annotation ``hint`` wants it (an int becomes a float, a list a tuple); else a `TypeError`.
 
     int excludes bool. Annotations other than scalars, None, Union, Literal, sequences and classes are not checked. No
-    argument takes a whole number of more than 64 bits (generators and tensors do not), nor a text with a zero byte.
+    argument takes a whole number of more than 64 bits (generators and tensors do not), nor a text with a zero byte, or
+    with bytes that are not UTF-8 (nothing could load weights from there).
     """
     if isinstance(value, int) and not -MOST <= value < MOST:
         raise TypeError("expected a number below 2**63")
     if isinstance(value, str) and "\0" in value:
         raise TypeError("expected a text without a zero byte")
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise TypeError("expected a text in UTF-8 (rename the file or folder)")
     arms = arms_of(hint)
     if len(arms) == 1:
         return _conform_one(value, arms[0])
