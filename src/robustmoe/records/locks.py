@@ -150,7 +150,7 @@ def _pass(path: Path, what: str) -> None:
         theirs = str(other.get("what", WHOLE))
         if WHOLE in (what, theirs) or what == theirs:
             raise UserError(
-                f"{path.parent / (theirs or what)} is being written by another process ({_told(other)}); wait for it, "
+                f"{path.parent / theirs} is being written by another process ({_told(other)}); wait for it, "
                 "or choose another --out"
             ) from None
 

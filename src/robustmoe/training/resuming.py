@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from msgspec import Meta
@@ -31,6 +31,8 @@ class TrainingState:
     routers did (largest gradient norm; whether they moved) are of this epoch. ``best``: the highest accuracy in
     validation so far; -1 before the first whole epoch.
     """
+
+    kind: ClassVar[str] = "progress"
 
     epoch: Count = 0
     step: Count = 0
