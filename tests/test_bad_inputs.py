@@ -386,3 +386,14 @@ def test_no_space_message(here: Path, refused: Refused) -> None:
     with no_file_larger_than(2000):
         message = refused("report", "run", "--out", "page.html")
     assert message.startswith("cannot write page.html: File too large")
+
+
+@pytest.mark.parametrize("wrong", ["exit(3)", "(_ for _ in ()).throw(BaseException('x'))"])
+def test_a_model_that_leaves_the_program_is_one_line(
+    wrong: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = f"import torch\n\n\ndef make():\n    return lambda x: {wrong}\n"
+    (here / "leaving.py").write_text(source)
+    assert main(["evaluate", "--model", "leaving.py:make", "--data", "digits", *EVALUATE]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"robustmoe: .*(SystemExit: 3|BaseException: x).*leaving.py, line 5\)", said[-1])

@@ -492,12 +492,22 @@ ONE = torch.full((2, 1, 2, 2), 0.5)
         (ONE, np.array([0, 2**70]), "the labels of the set cannot be made a tensor"),
         (ONE, np.array([0, 70_000], np.uint32), "labels of the set range from 0 to 70000"),
         (np.array([["a"]]), [0], "the images cannot be made a tensor"),
+        (ONE.to("meta"), [0, 1], "the images are on the meta device, without plain values; expected floating point"),
+        (ONE.to_sparse(), [0, 1], "the images are torch.sparse_coo, without plain values"),
+        (ONE, torch.tensor([0, 1], device="meta"), "the labels of the set are on the meta device"),
     ],
 )
 def test_from_arrays_says_what_is_wrong(x: torch.Tensor, y: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         data.from_arrays(x, y, num_classes=3)
     assert "\n" not in str(caught.value)
+
+
+def test_arrays_that_may_not_be_written_to_are_taken() -> None:
+    x, y = ONE.numpy().copy(), np.array([0, 1], ">i4")
+    x.flags.writeable = False
+    assert torch.equal(data.from_arrays(x, y).images, ONE)  # no warning of torch either
+    assert data.from_arrays(x, y).labels.tolist() == [0, 1]
 
 
 def test_from_arrays_index_must_fit() -> None:

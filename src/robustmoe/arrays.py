@@ -18,9 +18,16 @@ ROUNDING = 1e-5
 def as_tensor(values: Any, name: str, wanted: str) -> Tensor:
     """``values`` as a tensor, cut from its graph. UserError where they are none; ``name``: what they are called."""
     try:
-        return torch.as_tensor(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values).detach()
+        if isinstance(values, np.ndarray):
+            # a copy only where torch would warn (read only) or refuse (another order of bytes, negative strides)
+            values = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])
+        tensor = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:  # texts, objects, rows of unequal length
         raise UserError(f"{name} cannot be made a tensor ({e}); expected {wanted}") from None
+    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "on the meta device" if tensor.is_meta else "quantised" if tensor.is_quantized else f"{tensor.layout}"
+        raise UserError(f"{name} are {kind}, without plain values; expected {wanted}")
+    return tensor
 
 
 def as_images(x: Any) -> Float[Tensor, "n ch h w"]:

@@ -68,8 +68,9 @@ def _answered(argv: Sequence[str], stopped: str) -> int:
         if first_process():
             show(text, sys.stdout)
         return 0
-    except SystemExit as e:  # --help
-        return e.code if isinstance(e.code, int) else 0
+    except SystemExit as e:  # --help, or a file of a user's own that calls exit
+        told = spec.blamed(e)
+        return _fail(told, 2) if told else e.code if isinstance(e.code, int) else 0
     except UserError as e:
         return _fail(str(e), 2)
     except (KeyboardInterrupt, _Terminated) as e:
@@ -78,7 +79,7 @@ def _answered(argv: Sequence[str], stopped: str) -> int:
     except BrokenPipeError:  # the reader has seen enough; point stdout elsewhere, so that the exit is quiet too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as e:
+    except BaseException as e:
         told = spec.blamed(e) or _no_fault(e)
         if told is None:
             e.add_note(REPORT)
@@ -86,7 +87,7 @@ def _answered(argv: Sequence[str], stopped: str) -> int:
         return _fail(told, 2)
 
 
-def _no_fault(error: Exception) -> str | None:
+def _no_fault(error: BaseException) -> str | None:
     """Returns, in one line, what of this machine was not enough: its memory, its disk, the length of its names; None
     for an error that is a fault of ours.
     """

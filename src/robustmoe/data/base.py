@@ -188,7 +188,7 @@ def mean_std(images: InMemory) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels, in float64. A constant channel gets deviation 1."""
     total = torch.zeros(images.image_shape[0], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for chunk in images.images.split(2048):
+    for chunk in images.images.split(max(1, 2**23 // images.images[0].numel())):  # 64 MiB as float64
         x = chunk.cpu().to(torch.float64)
         total += x.sum((0, 2, 3))
         squares += x.square().sum((0, 2, 3))
