@@ -397,3 +397,12 @@ def test_a_model_that_leaves_the_program_is_one_line(
     assert main(["evaluate", "--model", "leaving.py:make", "--data", "digits", *EVALUATE]) == 2
     said = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"robustmoe: .*(SystemExit: 3|BaseException: x).*leaving.py, line 5\)", said[-1])
+
+
+def test_a_run_whose_checkpoint_is_lost_does_not_start_anew(here: Path, refused: Refused) -> None:
+    (here / "run" / "state.pt").unlink()
+    metrics = here / "run" / "metrics.jsonl"
+    line = json.loads(metrics.read_text())
+    metrics.write_text("".join(json.dumps({**line, "epoch": epoch}) + "\n" for epoch in (1, 2)))
+    message = refused("train", "tiny.toml", "--out", "run", "--resume")
+    assert "metrics.jsonl tells of 2 epochs, and run/state.pt is not there" in message

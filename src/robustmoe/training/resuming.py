@@ -75,7 +75,14 @@ def examined(parts: RunParts, out: Path, config: Mapping[str, Any]) -> Checkpoin
         if state.best >= 0:
             weights = out / "model.safetensors"
             checkpoint.check_weights(parts.model, checkpoint.read_weights(weights), weights)
-        lines = [line for line in read_metrics(out / "metrics.jsonl") if line["epoch"] <= state.epoch]
+        lines = read_metrics(out / "metrics.jsonl")
+        if len(lines) > state.epoch + 1:  # one may have been written after the last checkpoint
+            raise UserError(
+                f"{out / 'metrics.jsonl'} tells of {len(lines)} epochs, and {path} "
+                f"{'is not there' if saved is None else f'of {state.epoch}'}: the checkpoint is lost or old; put "
+                "it back, or start anew in another --out"
+            )
+        lines = [line for line in lines if line["epoch"] <= state.epoch]
     return Checkpoint(state, saved, lines)
 
 
