@@ -41,6 +41,27 @@ def make_model():
     torch.manual_seed(1)
     return nn.Sequential(nn.Flatten(), Layer())
 
+class Told(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make_model()
+
+    def forward(self, x):
+        return {"logits": self.net(x.sub_(0.5)).squeeze()}
+
+def told():
+    return Told()
+
+def tidy():
+    net = make_model()
+    class Tidy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+        def forward(self, x):
+            return self.net(x - 0.5)
+    return Tidy()
+
 def dense():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
@@ -65,6 +86,24 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the checks, which take seconds, one."""
     real = auditing.check_run
     monkeypatch.setattr(auditing, "check_run", lambda run, **given: real(run, only="H4", **given))
+
+
+def test_a_mixture_that_writes_squeezes_and_gives_a_dict_is_wrapped_as_one_that_does_not() -> None:
+    """Equal logits and routes, on a batch and on one image, which stay as they are."""
+    data = spec.build("digits", "data")
+    made = [spec.build(f"mine.py:{name}", "model").made(10, (1, 8, 8)) for name in ("told", "tidy")]
+    assert not any(auditing._tells(model, data) for model in made), "and neither is asked before it is wrapped"
+    x = data.test.batch(list(range(4))).x
+    told, tidy = (rm.wrap(model, example=x) for model in made)
+    for images in (x, x[:1]):
+        kept = images.clone()
+        a, b = told.run(images), tidy.run(images)
+        assert torch.equal(images, kept)
+        assert torch.equal(a.logits, b.logits)
+        assert [routing.index.tolist() for routing in a.trace.values()] == [
+            routing.index.tolist() for routing in b.trace.values()
+        ]
+        assert len(a.trace) == 1
 
 
 def test_from_a_file_to_a_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from robustmoe.evaluation.dissection import dissect_run
 from robustmoe.evaluation.measuring import evaluate_run
 from robustmoe.evaluation.own_run import default_folder, own_run
 from robustmoe.evaluation.session import device_of
-from robustmoe.models import OwnModel
+from robustmoe.models import OwnModel, RoutedModel
 from robustmoe.models.plain import as_routed
 from robustmoe.options import AuditOptions, takes
 from robustmoe.progress import note
@@ -122,7 +122,9 @@ def _described(model: str, data: str, options: AuditOptions) -> tuple[str, str]:
 
 
 def _tells(made: nn.Module, source: Data) -> bool:
-    """Whether a model tells of its routers by itself."""
+    """Whether a model tells of its routers by itself. (Of any other the output may have to be picked first.)"""
+    if not any(isinstance(module, RoutedModel) for module in made.modules()):
+        return False
     routed = as_routed(made).eval()
     with torch.no_grad():
         return bool(routed.run(source.test.batch([0, 1]).x).trace)
