@@ -130,7 +130,7 @@ def a_training_stopped_anywhere(place: str) -> None:
         assert all(equal(state[part], again[part]) for part in ("model", "optimisers", "average", "rng")), point
         assert contents(folder) == sorted(folder.iterdir()), f"{point}: something is left"
     print(f"{sum(points.values())} points, {points}; {len(states)} states", *states, sep="\n")
-    assert len(states) >= 23
+    assert len(states) >= 20  # how many differ hangs on the length of a time in the log
     assert (points["fsync"], points["os.rename"]) == (8, 6), points
 
 
