@@ -307,13 +307,24 @@ def test_only_forward_passes() -> None:
     Square(linf(0.1), steps=20)(Watching(SHAPE, 2.0), grey(2), zeros(2))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 3), (1, 8, 12), (5, 12, 7)])
+@pytest.mark.parametrize("shape", [(1, 3, 3), (1, 8, 12), (5, 12, 7), (1, 64, 2), (2, 28, 4), (1, 4, 60), (1, 9, 1)])
 def test_images_of_any_shape(threat: Threat, shape: tuple[int, int, int]) -> None:
     x = grey(3, shape)
     for rng in ("image", "autoattack"):
         x_adv = Square(threat, steps=30, rng=rng)(Curved(shape, 0.5), x, zeros(3))
         assert x_adv.shape == x.shape
         assert threat.size(x_adv - x).max() <= threat.eps * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 2), (1, 28, 4)])
+def test_the_start_of_a_tall_image_fills_its_ball(threat: Threat, shape: tuple[int, int, int]) -> None:
+    """With one query the start is all there is: where it fools, it lies on the sphere, not at the clean image."""
+    x = grey(1, shape)
+    for rng in ("image", "autoattack"):
+        x_adv = Square(threat, steps=1, rng=rng)(
+            lambda at: torch.stack([-(at - x[:1]).abs().sum((1, 2, 3)), torch.full((len(at),), -1e-3)], 1), x, zeros(1)
+        )
+        torch.testing.assert_close(threat.size(x_adv - x), torch.full((1,), threat.eps), rtol=1e-3, atol=0)
 
 
 def test_eps_zero_changes_nothing() -> None:

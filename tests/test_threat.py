@@ -28,7 +28,7 @@ def test_names_make_their_norm() -> None:
     assert {name: make(0.5) for name, make in THREATS.items()} == {name: Threat(name, 0.5) for name in THREATS}
 
 
-@pytest.mark.parametrize("eps", [-0.1, float("nan")])
+@pytest.mark.parametrize("eps", [-0.1, float("nan"), float("inf"), 1e30])
 def test_eps_is_checked(eps: float) -> None:
     with pytest.raises(ValueError, match=r"eps must be 0 or more, in pixels of \[0, 1\] \(write 8/255\)"):
         l2(eps)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.climbing import Climbing, Collected, as_column, length_of
-from robustmoe.attacks.l1 import onto_l1
+from robustmoe.attacks.l1 import fitted, onto_l1
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score, Targeted
 from robustmoe.attacks.pgd import ascend
 from robustmoe.attacks.surrogate import missed
@@ -131,7 +131,8 @@ class APGD(Attack):
                 still = left[rows]
                 every = None if len(rows) == len(left) else rows
                 result.take(still, self._restart(inner, x[still], every, noise[still].fold(number, restart), generator))
-        return result.x_adv.clamp(0.0, 1.0)
+        x_adv = result.x_adv.clamp(0.0, 1.0)
+        return fitted(x, x_adv, self.threat.eps) if self.threat.norm == "l1" else x_adv
 
     def _restart(
         self, inner: Inner, x: Tensor, rows: Tensor | None, noise: Noise, generator: torch.Generator | None

@@ -121,6 +121,10 @@ class AutoAttackRouting(Suite):
     rng: Literal["image", "autoattack"] = "image"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for temperature in self.temperatures:
+            Soft(temperature)  # says what is wrong with it before anything is attacked
+
     @property
     def needs_router(self) -> bool:
         return False

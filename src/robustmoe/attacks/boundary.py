@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from robustmoe.attacks.l1 import l1_excess
 from robustmoe.attacks.threat import Norm, size
 
 TINY_WEIGHT = 1e-8
@@ -114,13 +115,7 @@ def into_ball(norm: Norm, delta: Float[Tensor, "n ch h w"], radius: Float[Tensor
         return torch.minimum(torch.maximum(delta, -wide), wide)
     if norm == "l2":
         return delta * (wide / size("l2", delta).clamp(min=1e-12)[:, None, None, None]).clamp(max=1.0)
-    flat = delta.flatten(1).abs()  # Duchi et al. 2008: soft-threshold at the level where the norm is the radius
-    ordered = flat.sort(dim=1, descending=True).values
-    counts = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
-    levels = (ordered.cumsum(1) - radius[:, None]) / counts
-    last = ((ordered > levels).sum(1, keepdim=True) - 1).clamp(min=0)
-    level = levels.gather(1, last).clamp(min=0.0)
-    return ((flat - level).clamp(min=0.0)).view_as(delta) * delta.sign()
+    return (delta - l1_excess(None, delta, radius)) * (wide > 0)  # a ball of radius 0 is a point to the bit
 
 
 def dual_size(norm: Norm, gradient: Float[Tensor, "n ch h w"]) -> Float[Tensor, " n"]:

@@ -4,6 +4,7 @@ by projecting onto linearised decision boundaries. Untargeted, or FAB-T, the par
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from robustmoe.attacks.objectives import Joint
 from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Norm, Threat, size
+from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 
@@ -69,8 +71,8 @@ class FAB(Attack):
             raise ValueError(f"targets must be 0 (untargeted) or the number of wrong classes; got {self.targets}")
         if not 0 <= self.alpha_max <= 1:
             raise ValueError(f"alpha_max must be from 0 to 1; got {self.alpha_max}")
-        if not self.eta >= 1:
-            raise ValueError(f"eta must be at least 1 (no overshoot); got {self.eta}")
+        if not 1 <= self.eta < math.inf:
+            raise UserError(f"eta must be a number, at least 1 (no overshoot); got {self.eta}")
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta must be above 0 and at most 1; got {self.beta}")
 

@@ -19,6 +19,7 @@ from robustmoe.attacks.boundary import dual_size, into_ball
 from robustmoe.attacks.objectives import Joint, Objective
 from robustmoe.attacks.pgd import ascend
 from robustmoe.attacks.threat import Threat, size
+from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
@@ -53,8 +54,8 @@ class FMN(Attack):
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
-        if not self.step_size > 0:
-            raise ValueError(f"step_size must be above 0, in pixels of [0, 1]; got {self.step_size}")
+        if not 0 < self.step_size < math.inf:
+            raise UserError(f"step_size must be above 0, in pixels of [0, 1]; got {self.step_size}")
         if self.final_step_size is not None and not 0 < self.final_step_size <= self.step_size:
             raise ValueError(f"final_step_size must be above 0 and at most step_size; got {self.final_step_size}")
         if not 0 < self.final_gamma <= self.gamma < 1:

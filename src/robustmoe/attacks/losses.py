@@ -138,9 +138,14 @@ def gate_climb(clean: Float[Tensor, "n t e"], logits: Float[Tensor, "n t e"]) ->
     """KL(softmax(clean) || softmax(logits)) of each item (n, t), for comparison and for the gradient: see `climb`, with
     the expert that is best on the clean image in the label's place.
     """
-    best = clean.argmax(-1).flatten()
-    loss, climbed = climb("kl", logits.flatten(0, 1), best, clean.flatten(0, 1))
-    return Ascent(loss.view(logits.shape[:2]), climbed.view(logits.shape[:2]))
+    best, flat = clean.argmax(-1), logits.flatten(0, 1)
+    return Ascent(*(each.view(best.shape) for each in climb("kl", flat, best.flatten(), clean.flatten(0, 1))))
+
+
+def gate_residue(logits: Float[Tensor, "n t e"], expert: Int[Tensor, " n"]) -> Ascent:
+    """The cross-entropy of each item (n, t) towards ``expert``, as `climb` has it."""
+    target = expert[:, None].expand(logits.shape[:2])
+    return Ascent(*(each.view(target.shape) for each in climb("ce", logits.flatten(0, 1), target.flatten())))
 
 
 def scale_of(logits: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:

@@ -8,6 +8,7 @@ An objective is called once with the clean batch, and gives the inner function t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -16,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from robustmoe.attacks.losses import Ascent, Loss, climb, gate_climb, scale_of, targeted_climb
+from robustmoe.attacks.losses import Ascent, Loss, climb, gate_climb, gate_residue, scale_of, targeted_climb
 from robustmoe.attacks.surrogate import exact_of, missed
+from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Trace, detach
 
@@ -120,8 +122,8 @@ class Diluted(Objective):
     weight: float = 6.0
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight must be 0 or more; got {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"weight must be a number, 0 or more; got {self.weight}")
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         clean = None
@@ -136,14 +138,12 @@ class Diluted(Objective):
             parts = []
             for name, routing in output.trace.items():
                 if clean is None:
-                    target = (label % routing.num_experts)[:, None].expand(routing.logits.shape[:2])
-                    parts.append(climb("ce", routing.logits.flatten(0, 1), target.flatten()))
+                    parts.append(gate_residue(routing.logits, label % routing.num_experts))
                 else:
                     parts.append(gate_climb(some(clean.trace[name].logits, rows), routing.logits))
             if parts:
                 of_loss, of_climbed = (
-                    torch.stack([part.reshape(len(x_adv), -1).mean(-1) for part in each]).mean(0)
-                    for each in zip(*parts, strict=True)
+                    torch.stack([part.mean(-1) for part in each]).mean(0) for each in zip(*parts, strict=True)
                 )
                 loss, climbed = loss + self.weight * of_loss, climbed + self.weight * of_climbed
             return Score(loss, missed(model, x_adv, output.logits, label), climbed)
@@ -168,7 +168,7 @@ class Targeted(Objective):
         clean = _clean_logits(model, x)
         classes = clean.shape[1]
         if not 2 <= self.rank <= classes:
-            raise ValueError(f"rank must be from 2 to the number of classes, {classes}; got {self.rank}")
+            raise UserError(f"rank must be from 2 to the number of classes, {classes}; got {self.rank}")
         target = clean.sort(dim=1).indices[:, -self.rank]
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
@@ -246,7 +246,7 @@ class RouterOnly(Objective):
         with torch.no_grad():
             trace = detach(exact_of(model).run(x).trace)
         if not trace:
-            raise ValueError("router_only needs a model with a router; this model is dense")
+            raise UserError("router_only needs a model with a router; this model is dense")
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             output = model.run(x_adv)

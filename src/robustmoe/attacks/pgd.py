@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,8 +83,8 @@ class PGD(Attack):
     def __post_init__(self) -> None:
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"steps and restarts must be at least 1; got {self.steps} and {self.restarts}")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size must be above 0, in pixels of [0, 1]; got {self.step_size}")
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
+            raise UserError(f"step_size must be above 0, in pixels of [0, 1]; got {self.step_size}")
 
     def _step_size(self) -> float:
         if self.step_size is not None:

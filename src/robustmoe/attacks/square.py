@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustmoe.attacks.base import Attack
-from robustmoe.attacks.l1 import l1_excess
+from robustmoe.attacks.l1 import fitted, l1_excess
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
 from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.threat import Norm, Threat
@@ -118,7 +118,8 @@ class ByBatch:
                 turned[:, i, j] = self._rand(1) > 0.5
                 sign[:, :, i, j] = _signs(self._rand(n, c))
         offset = (h - side * 5) // 2
-        return Tiles(sign.to(rows.device), turned.to(rows.device), offset, offset)
+        top, left = (offset, offset) if side == h // 5 else (h % side // 2, w % side // 2)
+        return Tiles(sign.to(rows.device), turned.to(rows.device), top, left)
 
     def draws(self, rows: Tensor, shape: torch.Size, stretch: Stretch) -> Draws:
         (c, h, w), n, side = shape, len(rows), stretch.side
@@ -321,7 +322,7 @@ class Square(Attack):
         if self.threat.norm == "linf":
             return (x + eps * numbers.stripes(rows, x.shape[1:]).to(x.dtype)).clamp(0.0, 1.0)
         h, w = x.shape[2:]
-        side = max(1, h // 5)
+        side = max(1, min(h // 5, w))  # the original has no tile for an image that is more than five times as high
         tiles = numbers.tiles(rows, x.shape[1:], side)
         i, j = torch.arange(h, device=x.device) - tiles.top, torch.arange(w, device=x.device) - tiles.left
         down, across = tiles.turned.shape[1:]
@@ -337,7 +338,8 @@ class Square(Attack):
         if self.threat.norm == "l2":
             length = delta.square().sum((1, 2, 3), keepdim=True).sqrt()
             return (x + delta / (length + 1e-12) * self.threat.eps).clamp(0.0, 1.0)
-        return (x + (delta - l1_excess(x, delta, self.threat.eps * (1 - 1e-6), wide=False))).clamp(0.0, 1.0)
+        eps = self.threat.eps
+        return fitted(x, (x + (delta - l1_excess(x, delta, eps * (1 - 1e-6), wide=False))).clamp(0.0, 1.0), eps)
 
     def _propose(self, x: Tensor, best: Tensor, place: Tensor, sign: Tensor, turned: Tensor, side: int) -> Tensor:
         """The proposals (m, ch, h, w): for linf a window set to a corner of the ball.

@@ -12,10 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from robustmoe.attacks.l1 import onto_l1
+from robustmoe.errors import UserError
 from robustmoe.noise import Noise
 
 Norm = Literal["linf", "l2", "l1"]
 Images = Float[Tensor, "n ch h w"]
+
+LARGEST = 1e9
+"""No image of less than 10^9 pixels is farther from another; the squares of longer steps would overflow in float32."""
 
 L1_SPARSITY = 0.05
 """Share of coordinates an l1 step moves (Tramèr and Boneh 2019, SLIDE, move between 1 and 20 %)."""
@@ -31,10 +35,12 @@ class Threat:
     eps: float
 
     def __post_init__(self) -> None:
-        if not self.eps >= 0:
-            raise ValueError(f"eps must be 0 or more, in pixels of [0, 1] (write 8/255); got {self.eps}")
+        if not 0 <= self.eps <= LARGEST:
+            raise UserError(
+                f"eps must be 0 or more, in pixels of [0, 1] (write 8/255), and at most {LARGEST:g}; got {self.eps}"
+            )
         if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"an linf eps above 1 leaves the pixel range [0, 1] (write 8/255, not 8); got {self.eps}")
+            raise UserError(f"an linf eps above 1 leaves the pixel range [0, 1] (write 8/255, not 8); got {self.eps}")
 
     def size(self, delta: Images) -> Float[Tensor, " n"]:
         """The norm of each image's perturbation."""

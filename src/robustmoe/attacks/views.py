@@ -9,6 +9,7 @@ a `Surrogate`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.dual import DualModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, Trace, soft
+
+COLDEST = 1e-9
+"""The lowest temperature of a soft gate: logits over it stay finite."""
 
 Rule = Callable[[str, Routing], Routing]
 """(router's name, what it decided) -> what to use instead."""
@@ -131,8 +135,8 @@ class Soft(View):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0; got {self.temperature}")
+        if not COLDEST <= self.temperature < math.inf:
+            raise UserError(f"temperature must be above 0, a number from {COLDEST:g}; got {self.temperature}")
 
     def rule(self, name: str, fresh: Routing) -> Routing:
         return soft(fresh.logits, self.temperature)
@@ -170,7 +174,7 @@ class ExpertView(View):
 
     def rule(self, name: str, fresh: Routing) -> Routing:
         if not 0 <= self.k < fresh.num_experts:
-            raise ValueError(f"expert {self.k} does not exist at {name!r}: it has experts 0 to {fresh.num_experts - 1}")
+            raise UserError(f"expert {self.k} does not exist at {name!r}: it has experts 0 to {fresh.num_experts - 1}")
         ones = torch.ones_like(fresh.logits[..., :1])
         return Routing(fresh.logits, torch.full_like(ones, self.k, dtype=torch.long), ones)
 

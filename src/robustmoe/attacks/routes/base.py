@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.routes.objectives import RoutingLoss
 from robustmoe.attacks.routes.regions import RouteLoss, Steering
+from robustmoe.errors import UserError
 
 
 class RouteAttack(Attack):
@@ -31,7 +34,7 @@ class RouteAttack(Attack):
         """ValueError for numbers that no such attack can have."""
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"steps and restarts must be at least 1; got {self.steps} and {self.restarts}")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size must be above 0, in pixels of [0, 1]; got {self.step_size}")
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
+            raise UserError(f"step_size must be above 0, in pixels of [0, 1]; got {self.step_size}")
         if not self.grid or list(self.grid) != sorted(self.grid) or not self.grid[0] >= 0:
             raise ValueError(f"grid must be numbers from 0 up, in rising order; got {self.grid}")

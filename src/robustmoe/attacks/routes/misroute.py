@@ -138,7 +138,7 @@ class Misroute(RouteAttack):
         with torch.no_grad():
             trace = exact_of(model).run(x).trace
         if not countable(trace):
-            raise ValueError(f"misroute needs routers of whole images, one expert each, and at most {ROUTES} routes")
+            raise UserError(f"misroute needs routers of whole images, one expert each, and at most {ROUTES} routes")
         promised, routes = _promises(model, x, y, trace)
         x_adv, best = x.clone(), misrouted(model, x, x, y)
         loss, fooled = best.loss, best.fooled

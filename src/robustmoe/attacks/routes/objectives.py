@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from robustmoe.attacks.objectives import Inner, Joint, Objective, Score, scored,
 from robustmoe.attacks.routes.regions import RouteLoss, lead, spread
 from robustmoe.attacks.surrogate import exact_of, missed
 from robustmoe.attacks.threat import size
+from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Trace, detach
 
@@ -47,10 +49,14 @@ class RouterHinge(Objective):
     needs_router: ClassVar[bool] = True
     cap: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not self.cap >= 0:
+            raise UserError(f"cap must be 0 or more: below it nothing would be climbed; got {self.cap}")
+
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         trace = _clean(model, x)
         if not trace:
-            raise ValueError("router_hinge needs a model with a router; this model is dense")
+            raise UserError("router_hinge needs a model with a router; this model is dense")
 
         def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
             output = model.run(x_adv)
@@ -75,8 +81,8 @@ class JointNormalised(Objective):
     loss: RouteLoss = "ce"
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight must be 0 or more; got {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"weight must be a number, 0 or more; got {self.weight}")
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         trace = _clean(model, x)

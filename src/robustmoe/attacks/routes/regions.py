@@ -19,6 +19,7 @@ from robustmoe.attacks.pgd import NotFiniteError
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Threat
 from robustmoe.attacks.views import RuleTape
+from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Trace
 
@@ -54,7 +55,7 @@ def decisions(model: RoutedModel, x: Float[Tensor, "n ch h w"], names: Collectio
     except _Decided:
         return tape.fresh
     if names is not None and not set(names) <= set(tape.fresh):
-        raise ValueError(f"there is no router {sorted(set(names) - set(tape.fresh))}, only {sorted(tape.fresh)}")
+        raise UserError(f"there is no router {sorted(set(names) - set(tape.fresh))}, only {sorted(tape.fresh)}")
     return tape.fresh
 
 
@@ -318,7 +319,7 @@ def free_trace(model: RoutedModel, x: Tensor, attack: str) -> Trace:
     with torch.no_grad():
         trace = decisions(model, x)
     if not trace:
-        raise ValueError(f"{attack} needs a model with a router; this model is dense")
+        raise UserError(f"{attack} needs a model with a router; this model is dense")
     return trace
 
 
