@@ -253,7 +253,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
               ["--epochs", "--batch_size", "--seed", "--threads", "--ema", "--clip", "--val_limit",
               "--checkpoint_every", "--device", "--precision",
                "--init", "--out", "--attacks", "--resume", "--augment", "--data"]),
-    "evaluate": (["run", "--limit", "2", "--curve", "none"],
+    "evaluate": (["run", "--limit", "6", "--curve", "none"],
                  ["--limit", "--batch-size", "--curve", "--split", "--precision", "--seed", "--device", "--out",
                  "--data", "--attack"]),
     "certify": (["run", "--limit", "1", "--certifier", "bounds(linf(0.01), search=0)"], ["--limit", "--batch-size",

@@ -192,6 +192,8 @@ def _move(
 
 def _gradients(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Returns the loss's gradients by name, averaged over the processes; zero where a parameter took no part."""
+    if not loss.requires_grad:
+        raise UserError("the loss has no gradient: nothing that torch follows leads from it to the weights")
     raw = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
     gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
