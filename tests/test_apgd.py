@@ -489,9 +489,10 @@ def test_an_image_broken_at_one_target_is_not_attacked_at_the_next() -> None:
     assert model.asked == classes + clean + climb + again
 
 
-def test_targeted_dlr_needs_four_classes() -> None:
-    with pytest.raises(ValueError, match="needs 4 classes or more, this model has 2; use margin"):
-        TargetedAPGD(linf(0.1), steps=2)(Hump(), torch.full((1, 1, 1, 1), 0.5), zeros(1))
+def test_targeted_dlr_is_the_margin_with_fewer_than_four_classes() -> None:
+    x = torch.full((1, 1, 1, 1), 0.5)
+    dlr, margin = (TargetedAPGD(linf(0.1), steps=5, loss=loss)(Hump(), x, zeros(1)) for loss in ("dlr", "margin"))
+    assert torch.equal(dlr, margin)
 
 
 # ------------------------------------------------------------------------------------------------ settings

@@ -80,7 +80,7 @@ def test_the_table_makes_every_view() -> None:
         ExpertView,
         HalfView,
     ]
-    with pytest.raises(ValueError, match="temperature must be above 0; got 0"):
+    with pytest.raises(ValueError, match="temperature must be above 0, a number from 1e-09; got 0"):
         Soft(0.0)
 
 

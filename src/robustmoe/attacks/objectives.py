@@ -123,7 +123,7 @@ class Diluted(Objective):
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
-            raise UserError(f"weight must be a number, 0 or more; got {self.weight}")
+            raise UserError(f"weight must be 0 or more, and finite; got {self.weight}")
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         clean = None
