@@ -475,6 +475,11 @@ def spoilt():
 
 def meta():
     return Net(None).to("meta")
+
+def no_modes():
+    net = Net(None)
+    net.train = None
+    return net
 """
 
 
@@ -486,6 +491,7 @@ def meta():
         ("evaluate", "backward", "no gradient can be taken through the model .RuntimeError: no way back."),
         ("check", "spoilt", "no gradient can be taken through the model .RuntimeError: one of the variables needed"),
         ("sweep", "meta", "the model's weight 'net.1.weight' is on the meta device"),
+        ("certify", "no_modes", r"no_modes gives a module whose eval\(\) fails: TypeError: 'NoneType' object is not"),
     ],
 )
 def test_a_model_of_a_file_that_fails_is_one_line(

@@ -31,10 +31,16 @@ class OwnModel(specs.Written, NetworkSpec):
     make: Callable[..., Any] = field(compare=False, repr=False)
 
     def made(self, num_classes: int, image_shape: ImageShape) -> Any:
-        """Returns what the user's own code gives. UserError for a module whose weights hold no numbers."""
+        """Returns what the user's own code gives, a module in eval mode. UserError for one that cannot be put in it, or
+        whose weights hold no numbers.
+        """
         made = self.make(num_classes=num_classes, image_shape=image_shape)
         if isinstance(made, nn.Module):
             require_weights(made)
+            try:
+                made.eval()
+            except Exception as error:  # whatever it is, it is the user's own
+                raise UserError(f"{self.text} gives a module whose eval() fails: {specs.said(error)}") from error
         return made
 
     def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:

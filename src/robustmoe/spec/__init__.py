@@ -20,7 +20,7 @@ from robustmoe.spec.hints import conform, hint_text
 from robustmoe.spec.listing import entries
 from robustmoe.spec.offered import packages as offering
 from robustmoe.spec.offered import parts_offered
-from robustmoe.spec.own import OwnPart, Written, blamed, called, sha256_of
+from robustmoe.spec.own import OwnPart, Written, blamed, called, said, sha256_of
 from robustmoe.spec.parse import canonical, numbers, own_names, tree_of
 from robustmoe.spec.write import CallWriter
 
@@ -40,6 +40,7 @@ __all__ = [
     "numbers",
     "own_names",
     "packages",
+    "said",
     "text",
 ]
 
