@@ -125,6 +125,7 @@ COLUMNS = {
     "hidden": lambda each: COLUMNS["as_callable"](each) - COLUMNS["wrapped"](each),
 }
 """Per cent of the images, of one job: what a callable keeps, what is left when routing attacks join, the difference."""
+SHOWN = [name for name in COLUMNS if name != "hidden"]
 
 
 def hidden_of_all(jobs: list[dict[str, Any]]) -> dict[str, float]:
@@ -134,7 +135,7 @@ def hidden_of_all(jobs: list[dict[str, Any]]) -> dict[str, float]:
     count = round(sum(IMAGES * COLUMNS["hidden"](each) / 100 for each in jobs))
     share = analysis.Rate(count, IMAGES * len(jobs))
     low, high = share.interval
-    return {"mean": 100 * share.value, "low": 100 * low, "high": 100 * high, "n": share.n}
+    return {"value": 100 * share.value, "low": 100 * low, "high": 100 * high}
 
 
 def table(jobs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,15 +150,14 @@ def table(jobs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rows(numbers: dict[str, Any]) -> str:
-    """The rows of docs/studies/reaudit.md: means, and the least and the largest of the seeds."""
+    """The rows of docs/studies/reaudit.md: means, and the least and the largest of the seeds; last what was hidden."""
     lines = []
     for training, nets in numbers.items():
-        lines.append(f"\n{training}")
         for name, row in nets.items():
-            cells = [f"{row[each]['mean']:.0f} ({row[each]['min']:.0f}–{row[each]['max']:.0f})" for each in COLUMNS]
+            cells = [f"{row[key]['mean']:.1f} ({row[key]['min']:.0f}-{row[key]['max']:.0f})" for key in SHOWN]
             total = row["hidden_of_all"]
-            cells.append(f"{total['mean']:.1f} ({total['low']:.1f}–{total['high']:.1f})")
-            lines.append(f"| {PUBLIC[name].title} | {' | '.join(cells)} |")
+            cells.append(f"{total['value']:.1f} ({total['low']:.1f}-{total['high']:.1f})")
+            lines.append(f"| {PUBLIC[name].title} | {training} | {row['clean']['n']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -95,7 +95,7 @@ def check_classes(logits: Tensor, highest: int) -> None:
     if classes < 2:
         raise UserError(
             f"the model gives logits of shape {tuple(logits.shape)}; expected a column for each class, two at least: "
-            "of a model with a single score, torch.cat([0 * score, score], 1)"
+            "of a model with a single score, torch.cat([-score, score], 1) / 2"
         )
     if highest >= classes:
         raise UserError(
