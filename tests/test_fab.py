@@ -321,7 +321,7 @@ def test_one_class_is_refused(images: Callable[..., Tensor]) -> None:
         ({"restarts": 0}, "steps and restarts must be at least 1; got 100 and 0"),
         ({"targets": -1}, "targets must be 0 .untargeted. or the number of wrong classes; got -1"),
         ({"alpha_max": 1.5}, "alpha_max must be from 0 to 1; got 1.5"),
-        ({"eta": 0.9}, "eta must be at least 1 .no overshoot.; got 0.9"),
+        ({"eta": 0.9}, "eta must be a number, at least 1 .no overshoot.; got 0.9"),
         ({"beta": 0.0}, "beta must be above 0 and at most 1; got 0.0"),
     ],
 )
