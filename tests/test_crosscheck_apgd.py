@@ -21,7 +21,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted, L1_projec
 
 from robustmoe.attacks import Joint, Targeted, Threat  # noqa: E402
 from robustmoe.attacks.apgd import APGD, TargetedAPGD  # noqa: E402
-from robustmoe.attacks.l1 import l1_excess  # noqa: E402
+from robustmoe.attacks.l1 import fitted, l1_excess  # noqa: E402
 from robustmoe.models.plain import Plain  # noqa: E402
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -104,7 +104,9 @@ def test_targeted_apgd_is_autoattacks(
 def test_the_best_iterate_of_an_image_that_holds_is_theirs(
     norm: str, rho: float, attacked: tuple[nn.Module, Tensor, Tensor]
 ) -> None:
-    """`perturb` of the original returns it clean; its single run tells."""
+    """`perturb` of the original returns it clean; its single run tells. In l1 its sums in float32 leave the ball by more
+    than check H2 allows, where ours are trimmed.
+    """
     model, x, y = attacked[0], attacked[1][2:], attacked[2][2:]
     threat = Threat(norm, EPS[norm] / 2)
     theirs = APGDAttack(**peer(model, threat, n_iter=40, loss="ce", rho=rho))
@@ -113,7 +115,12 @@ def test_the_best_iterate_of_an_image_that_holds_is_theirs(
     best, held, _, _ = theirs.attack_single_run(x, y)
     ours = APGD(threat, 40, rho=rho, keep="best", largereps=False, rng="autoattack", seed=SEED)(model, x, y)
     assert int(held.sum()) > 4
-    assert torch.equal(ours[held], best[held].clamp(0, 1))
+    best = best.clamp(0, 1)
+    if norm == "l1":
+        over = (best - x).flatten(1).abs().sum(1, dtype=torch.float64) / threat.eps - 1
+        assert 1e-5 < float(over[held].max()) < 1e-4
+        best = fitted(x, best, threat.eps)
+    assert torch.equal(ours[held], best[held])
 
 
 class Trembling(nn.Module):
