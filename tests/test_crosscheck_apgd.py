@@ -104,7 +104,7 @@ def test_targeted_apgd_is_autoattacks(
 def test_the_best_iterate_of_an_image_that_holds_is_theirs(
     norm: str, rho: float, attacked: tuple[nn.Module, Tensor, Tensor]
 ) -> None:
-    """`perturb` of the original returns it clean; its single run tells. In l1 its sums in float32 leave the ball by more
+    """`perturb` of the original returns it clean; its single run tells. In l1 its float32 sums leave the ball by more
     than check H2 allows, where ours are trimmed.
     """
     model, x, y = attacked[0], attacked[1][2:], attacked[2][2:]

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 SLACK = 5e-6
-"""By this share of the radius an image may leave its ball, before moves are undone (see `fitted`): half of what check H2
-allows, and more than the roundings of a small image come to, so that there the original's results stay its own."""
+"""By this share of the radius an image may leave its ball, before moves are undone (see `fitted`): half of what check
+H2 allows, and more than the roundings of a small image come to, so that there the original's results stay its own."""
 
 
 def l1_excess(
