@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robustmoe import compat
+from robustmoe import spec as specs
 from robustmoe.errors import UserError
 from robustmoe.progress import note
 
@@ -173,7 +174,7 @@ def blaming(model: nn.Module, x: Tensor, whoever: bool = False) -> Iterator[None
         if isinstance(error, UserError) or (_ours(error) and not whoever):
             raise
         raise UserError(
-            f"the model fails on images {tuple(x.shape)} ({_said(error)}); {EXPECTED}{_hint(model, x)}"
+            f"the model fails on images {tuple(x.shape)} ({specs.said(error)}); {EXPECTED}{_hint(model, x)}"
         ) from error
 
 
@@ -186,8 +187,8 @@ def blaming_backward(model: nn.Module) -> Iterator[None]:
         if _ours(error) or not _in_backward(error) or not any(map(is_foreign, model.modules())):
             raise
         raise UserError(
-            f"no gradient can be taken through the model ({_said(error)}); expected one that torch can differentiate: "
-            "look for in-place changes, gradients that are freed, or a backward pass of its own"
+            f"no gradient can be taken through the model ({specs.said(error)}); expected one that torch can "
+            "differentiate: look for in-place changes, gradients that are freed, or a backward pass of its own"
         ) from error
 
 
@@ -216,11 +217,6 @@ def require_weights(model: nn.Module) -> None:
                 f"the model's weight {name!r} is on the meta device and holds no numbers; make it on a real device "
                 "(model.to_empty(device='cpu')), and load the weights"
             )
-
-
-def _said(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first:.200}" if first else type(error).__name__
 
 
 def _modules_passed(error: BaseException) -> list[str]:
