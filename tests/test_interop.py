@@ -139,7 +139,7 @@ def test_benchmark_measures_writes_and_resumes(
     cifar.train()
     entry = tmp_path / "model_info/cifar10/Linf/Noise2026Linear.json"
     entry.parent.mkdir(parents=True)
-    entry.write_text('{"venue": "Unpublished", "clean_acc": "99", "corruptions_acc": null}')
+    entry.write_text('{"link": null, "venue": "Unpublished", "clean_acc": "99", "corruptions_acc": null}')
     found = interop.benchmark(
         cifar, model_name="Noise2026Linear", to_disk=True, aa_state_path="state", log_path="logs/aa.txt"
     )
@@ -197,6 +197,39 @@ def test_what_benchmark_refuses(
     with pytest.raises(UserError, match=message) as error:
         interop.benchmark(**{"model": nn.Flatten(), **arguments})  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"version": 3, "model": "resnet18"}',
+        b'{"clean_acc": "99"}',
+        b'{"link": null, "authors": null}',
+        b"{}",
+        b"[1]",
+        b"no JSON",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"",
+    ],
+)
+def test_another_file_is_neither_written_over_nor_found_out_about_too_late(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal comes before the data set is opened and the model asked, and the file stays as it was."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "model_info/cifar10/Linf/config.json"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+
+    def asked(x: Tensor) -> Tensor:
+        raise AssertionError("the attack has begun")
+
+    with pytest.raises(UserError, match=r"Linf/config.json: .*; move it away, or give another model_name") as error:
+        interop.benchmark(asked, to_disk=True, model_name="config", data_dir=".")
+    assert "\n" not in str(error.value)
+    assert file.read_bytes() == content
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 # ------------------------------------------------------------------------------------------------ entries

@@ -25,7 +25,7 @@ from robustmoe.models.plain import as_routed
 from robustmoe.options import EvaluateOptions
 from robustmoe.progress import note
 from robustmoe.records import Evaluation
-from robustmoe.records.files import explained
+from robustmoe.records.files import explained, read_json
 
 EPS: dict[tuple[str, str], float] = {
     ("cifar10", "Linf"): 8 / 255,
@@ -123,8 +123,9 @@ def benchmark(
     `cifar100` or `imagenet`, and None downloads CIFAR from the hub; ``device`` None is where the model's weights are;
     ``aa_state_path`` is a folder of rows, from which a killed run goes on (at the same batch size). Corruptions,
     preprocessing and several models at once are refused. A failed check is said on stderr. ``to_disk`` writes
-    model_info/DATASET/THREAT/NAME.json, keeping what was filled in by hand there; the images of ImageNet are not
-    RobustBench's list of 5,000, so that is refused for them. ``log_path``: lines are added as AutoAttack's.
+    model_info/DATASET/THREAT/NAME.json, keeping what was filled in by hand there, and over no other file; the images
+    of ImageNet are not RobustBench's list of 5,000, so that is refused for them. ``log_path``: lines are added as
+    AutoAttack's.
     """
     threat = _threat(dataset, threat_model, eps)
     if isinstance(model, Sequence) or not isinstance(device, str | torch.device | None):
@@ -134,6 +135,9 @@ def benchmark(
     if corruptions_data_dir is not None:
         raise UserError("benchmark evaluates no corruptions; leave corruptions_data_dir out")
     _check_places(to_disk, model_name, dataset, aa_state_path)
+    entry = Path("model_info") / dataset / threat_model / f"{model_name}.json"
+    if to_disk:
+        _entry_in(entry)  # refused now, and not after the attack
     from robustmoe.evaluation import evaluate
 
     data, attack = _data(dataset, data_dir), AutoAttack(threat)
@@ -147,7 +151,7 @@ def benchmark(
     if log_path is not None:
         _log(Path(log_path), result)
     if to_disk:
-        _to_disk(Path("model_info") / dataset / threat_model / f"{model_name}.json", robustbench_json([result]))
+        _to_disk(entry, robustbench_json([result]))
     numbers = result.summary()
     return numbers.clean.value, numbers.robust.value
 
@@ -293,16 +297,17 @@ def _log(path: Path, result: Evaluation) -> None:
 
 
 def _to_disk(path: Path, entry: dict[str, Any]) -> None:
-    """Writes the entry; what a file that is there holds beside it, filled in by hand, is kept."""
-    old: dict[str, Any] = {}
-    if path.exists():
-        with explained("read", path):
-            text = path.read_text(encoding="utf-8")
-        try:
-            old = json.loads(text)
-        except ValueError:
-            old = {}
-        if not old or not isinstance(old, dict):
-            raise UserError(f"{path} is there and holds no JSON object; move it away")
-    kept = {key: value for key, value in old.items() if entry.get(key) is None}
+    """Writes the entry; what one that is there holds beside it, filled in by hand, is kept."""
+    kept = {key: value for key, value in _entry_in(path).items() if entry.get(key) is None}
     records.write_atomic(path, json.dumps({**entry, **kept}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _entry_in(path: Path) -> dict[str, Any]:
+    """The leaderboard entry in a file; {} without a file. UserError for any other file: it is not written over."""
+    return read_json(path, _as_entry, "move it away, or give another model_name") or {}
+
+
+def _as_entry(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not {"link", "clean_acc"} <= value.keys():
+        raise UserError("no leaderboard entry, which has both 'link' and 'clean_acc'")
+    return value
