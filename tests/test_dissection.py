@@ -381,7 +381,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
         (("header",), 3, "field 'header' must be an object"),
         (("under",), {}, "field 'under' must begin with 'clean'"),
         (("under", "margin", "routes"), {}, r"under\['margin'\].routes is of the routers \[\], expected \['router'\]"),
-        (("under", "margin", "routes", "router"), [[1]] * 4, r"routes\['router'\] must have 2 numbers an image"),
+        (("under", "margin", "routes", "router"), [[1]] * 4, r"routes\['router'\]\[0\] must have 2 numbers, got 1"),
         (("under", "flip", "routing_fixed"), [1], r"under\['flip'\].routing_fixed has 1 entries, expected 4"),
         (("under", "flip", "size"), "big", r"field 'under\[flip\].size' must be a list"),
         (("labels",), [0, 1, 2, 10], "field 'labels' must be from 0 to 9"),

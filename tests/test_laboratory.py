@@ -578,7 +578,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
         (("model", "jacobian"), [1.0], r"model\['jacobian'\] has 1 entries, expected 4"),
         (("model", "jacobian"), "big", r"field 'model\[jacobian\]' must be a list"),
         (("layers",), {}, r"field 'layers' is of the routers \[\], expected \['router'\]"),
-        (("load", "router"), [[1]] * 4, r"load\['router'\] must have 2 numbers an image"),
+        (("load", "router"), [[1]] * 4, r"load\['router'\]\[0\] must have 2 numbers, got 1"),
         (("boundary", "router"), [[1.0]] * 4, "field 'boundary' must have 8 numbers an image"),
         (("kinds", "jacobian"), "sure", r"field 'kinds\[jacobian\]' must be one of exact, lower bound"),
         (("header", "n"), 2, "it has 4 images, more than the 2 it is about"),

@@ -224,6 +224,8 @@ def _start(work: BlendWork, empty: Blend, val: ImageSet | None, place: BlendFold
     certifier = None if options.certifier is None else build_certifier(options.certifier)
     bounds = None if options.margins is None else bounds_of(work, options.margins)
     state = None if place is None else place.resume(empty)
+    if state is not None and place is not None:
+        work.session.recognise(Blend.path(place.folder), state.record.images())
     state = state or BlendState(measure_clean(work, empty, val))
     state.record = _chosen(replace(state.record, wanted=options.clean))
     if bounds is not None:

@@ -138,6 +138,7 @@ class Certifying:
         there = asked if old.header.n == asked.n else self.header(self.session.source.head(old.header.n))
         other = records.difference(old.header, there)
         if other is None and old.certifier == spec:
+            self.session.recognise(old.path(folder, spec), old.images())
             left = set(self.session.images.index.tolist()) - {row.index for row in old.rows}
             header, words = records.taken_up(old.header, asked, len(old.rows))
             if left and words:

@@ -151,7 +151,7 @@ def attack_images(session: Session, attack: Attack, path: Path, role: str = "mai
     clock = Clock()
     with contextlib.ExitStack() as stack:
         writer = peers.only_first(lambda: stack.enter_context(Writer(path, header(len(images)), header)))
-        ledger = peers.first(lambda: _ledger(writer, len(images)))
+        ledger = peers.first(lambda: _ledger(writer, session))
         if writer is not None and writer.resumed:
             note(f"{path} goes on under other versions: {writer.resumed}")
         if ledger is not None:
@@ -169,10 +169,11 @@ def attack_images(session: Session, attack: Attack, path: Path, role: str = "mai
         return peers.first(lambda: _result(writer))
 
 
-def _ledger(writer: Writer | None, n: int) -> engine.Ledger | None:
+def _ledger(writer: Writer | None, session: Session) -> engine.Ledger | None:
     """What is done already; None where all is."""
     assert writer is not None
-    finished = len(writer.done) == n and writer.checks is not None
+    session.recognise(writer.path, ((row.index, row.label) for row in writer.result.rows))
+    finished = len(writer.done) == len(session.images) and writer.checks is not None
     return None if finished else engine.Ledger.of(writer, examples_path(writer.path))
 
 

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -230,9 +230,23 @@ class Session:
         if other is not None:
             note(f"{kind.path(self.folder)} is of another {records.told(other, old.header, header)}; it is made anew")
             return None
+        self.recognise(kind.path(self.folder), old.images())
         header, self._changed = records.taken_up(old.header, header, done(old))
         same: Timed = replace(old, header=header)
         return same
+
+    def recognise(self, path: Path, said: Iterable[tuple[int, int]]) -> None:
+        """UserError unless the images that a file goes on from, as (index, label), are in the data set, with these
+        labels.
+        """
+        labels = dict(zip(self.source.index.tolist(), self.source.labels.tolist()))
+        for at, (index, label) in enumerate(said):
+            if labels.get(index) != label:
+                there = f"is of class {labels[index]}" if index in labels else "is not there"
+                raise UserError(
+                    f"{path}: entry {at} is image {index} of class {label}, but in {self.about.data} image {index} "
+                    f"{there}: the file was changed; restore it, or delete it to measure anew"
+                )
 
     def keep(self, record: Timed) -> Timed:
         """The record with the time since the last call added to it, written into the run folder if there is one."""

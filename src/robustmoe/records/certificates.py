@@ -80,6 +80,9 @@ class Certificates(Record, kind="certificates", file="certificates/*.json", vers
             )
         return {row.index: row.radius for row in self.rows if row.right}
 
+    def images(self) -> list[tuple[int, int]]:
+        return [(row.index, row.label) for row in self.rows]
+
     def answers(self) -> Iterator[tuple[str, Sequence[int]]]:
         yield "the predictions of the rows", [row.prediction for row in self.rows]
 

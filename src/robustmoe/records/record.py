@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from robustmoe.errors import UserError, printable
 from robustmoe.records.files import file_stem, read_json, write_own
 from robustmoe.records.typed import build, check_version, encode
-from robustmoe.records.types import VERSION, Header
+from robustmoe.records.types import VERSION, Header, miscounts
 
 Column = tuple[str, Sequence[Any], int]
 R = TypeVar("R", bound="Record")
@@ -74,6 +74,10 @@ class Record(Told):
     def which(self) -> str:
         """Returns what tells the records of one kind in a folder apart; "" where there is only one."""
         return ""
+
+    def images(self) -> list[tuple[int, int]]:
+        """Returns (index in the data set, label) of each image that is done, in the order of the file."""
+        return list(zip(getattr(self, "index", ()), getattr(self, "labels", ())))
 
     def columns(self) -> Iterator[Column]:
         """Returns the lists that must have a certain length: (name, list, length)."""
@@ -165,8 +169,8 @@ def strange_routers(name: str, table: Mapping[str, object], header: Header) -> I
         yield f"{name} is of a router {router!r}, expected {sorted(header.routers)}"
 
 
-def per_expert(name: str, table: Mapping[str, Sequence[Sequence[int]]], header: Header) -> Iterator[str]:
-    """Returns the problem that a router's table has not a number for each of its experts, if it has not."""
+def per_expert(name: str, table: Mapping[str, Sequence[list[int]]], header: Header) -> Iterator[str]:
+    """Yields what cannot be: numbers of items that a router gives its experts, a list an image."""
     for router, rows in table.items():
-        if router in header.routers and any(len(row) != header.routers[router].experts for row in rows):
-            yield f"{name}[{router!r}] must have {header.routers[router].experts} numbers an image"
+        for at, counts in enumerate(rows):
+            yield from miscounts(f"{name}[{router!r}][{at}]", counts, header.routers.get(router))

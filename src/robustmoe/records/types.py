@@ -235,6 +235,19 @@ class Passed:
         return {"kind": self.kind, **vars(self)}
 
 
+def miscounts(name: str, counts: list[int], router: RouterInfo | None) -> Iterator[str]:
+    """Yields why ``counts``, of the items of one image that each expert got, cannot come from the router: an expert
+    gets an item once at most, and an item goes to k experts at most (fewer where they are full)."""
+    if router is None:  # that is told elsewhere
+        return
+    if len(counts) != router.experts:
+        yield f"{name} must have {router.experts} numbers, got {len(counts)}"
+    elif max(counts) > router.items:
+        yield f"{name} gives one expert {max(counts)} items, an image has {router.items}"
+    elif sum(counts) > router.items * router.k:
+        yield f"{name} is of {sum(counts)} choices, expected at most {router.items} x {router.k} (items x k)"
+
+
 def misfits(row: Any, header: Header) -> Iterator[str]:
     """Yields what of a row, or of an example to show, is not of the header's classes, norm and routers."""
     last = len(header.classes) - 1
@@ -248,8 +261,6 @@ def misfits(row: Any, header: Header) -> Iterator[str]:
             yield f"field {name!r} is of the routers {sorted(table)}, expected {sorted(header.routers)}"
     for name in ("route_clean", "route_adversarial"):
         for router, counts in getattr(row, name).items():
-            experts = header.routers[router].experts if router in header.routers else len(counts)
-            if len(counts) != experts:
-                yield f"field '{name}[{router}]' must have {experts} numbers, got {len(counts)}"
+            yield from miscounts(f"field '{name}[{router}]'", counts, header.routers.get(router))
     if header.norm not in getattr(row, "size", (header.norm,)):
         yield f"field 'size' has no {header.norm}, the norm of the header"
