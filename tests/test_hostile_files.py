@@ -125,7 +125,7 @@ def changed(path: Path, at: int, **fields: Any) -> None:
         (1, {"rerouted": {"router": 1.5}}, r"field 'rerouted\[router\]' must be a number of at most 1.0, got 1.5"),
         (1, {"route_clean": {"router": [1]}}, r"field 'route_clean\[router\]' must have 4 numbers, got 1"),
         (1, {"route_clean": {"router": [1, 0, 0, -1]}}, r"field 'route_clean\[router\]\[3\]' must be a whole number"),
-        (1, {"route_clean": {"router": [2, 0, 0, 0]}}, r"route_clean\[router\]' gives one expert 2 items, an image has 1"),
+        (1, {"route_clean": {"router": [2, 0, 0, 0]}}, r"router\]' gives one expert 2 items, an image has 1"),
         (1, {"route_adversarial": {"router": [1, 1, 0, 0]}}, r"is of 2 choices, expected at most 1 x 1 \(items x k\)"),
         (1, {"size": {"l2": 1.0}}, "field 'size' has no linf, the norm of the header"),
         (1, {"size": {"linf": -1.0}}, "field 'size' must be of numbers of at least 0"),
