@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from robustmoe import compat
 from robustmoe import spec as specs
 from robustmoe.attacks.base import evaluating
-from robustmoe.models import ImageShape, ModelSpec, Normalise, RoutedModel
+from robustmoe.models import AffineNorm, ImageShape, ModelSpec, Normalise, RoutedModel
 from robustmoe.routing import Routing, Tape
 
 
@@ -85,7 +85,7 @@ def _counted(model: RoutedModel, x: Tensor) -> Costs:
     if x.is_meta:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, nn.BatchNorm2d):
+                if isinstance(child, nn.BatchNorm2d) and not isinstance(child, AffineNorm):
                     setattr(parent, name, _Identity())
     tape = _First()
     counts = {compat.grouped_product(): _grouped_flops}

@@ -19,7 +19,7 @@ from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import Output, RoutedModel, to_channels_last
 from robustmoe.models.block import replace
-from robustmoe.models.convolution import Segments, folded
+from robustmoe.models.convolution import Handed, folded
 from robustmoe.models.norm import Foldable, difference, largest
 from robustmoe.models.plain import Plain
 from robustmoe.models.pruned import PrunedConv
@@ -202,7 +202,7 @@ def _reason(error: Exception) -> str:
 class _Folded(nn.Module):
     """What stands in the place of a BatchNorm that is part of the convolution before it."""
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return x
 
 

@@ -10,6 +10,7 @@ import torch
 
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
+from robustmoe.models.affine import AffineExperts, AffineMixture, AffineModel, AffineNorm, PooledRouter
 from robustmoe.models.backbone import Backbone, Slim, StagedNetwork
 from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, RoutedModel
 from robustmoe.models.block import BlockMoE, ConvMoE, LayeredModel, RoutedLayer
@@ -21,6 +22,7 @@ from robustmoe.models.memory import fitting_memory
 from robustmoe.models.mixing import mix_reference, mix_sparse, run_sparse
 from robustmoe.models.norm import BatchNorm2d, Normalise
 from robustmoe.models.own import OwnModel
+from robustmoe.models.patch_resnet import PatchResNet
 from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
 from robustmoe.models.plain import Plain, as_routed
 from robustmoe.models.pruned import Pruned
@@ -64,6 +66,8 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
     "block_moe": BlockMoE,
     "conv_moe": ConvMoE,
     "dual": Dual,
+    "affine": AffineMixture,
+    "patch_resnet": PatchResNet,
 }
 
 
@@ -102,6 +106,10 @@ __all__ = [
     "MODELS",
     "SHARPENINGS",
     "VGG16",
+    "AffineExperts",
+    "AffineMixture",
+    "AffineModel",
+    "AffineNorm",
     "Backbone",
     "BatchNorm2d",
     "BlockMoE",
@@ -124,9 +132,11 @@ __all__ = [
     "Nuts",
     "Output",
     "OwnModel",
+    "PatchResNet",
     "Pathway",
     "PathwayModel",
     "Plain",
+    "PooledRouter",
     "Pruned",
     "ResNet",
     "Resized",

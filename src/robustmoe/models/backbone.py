@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from robustmoe.models.base import ImageShape, NetworkSpec
-from robustmoe.models.convolution import DENSE, Layers, Segments
+from robustmoe.models.convolution import DENSE, Handed, Layers
 
 
 class Stage(nn.ModuleList):
     """Blocks one after the other, each called as block(x, segments)."""
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         for block in self:
             x = block(x, segments)
         return x
@@ -35,10 +35,10 @@ class StagedNetwork(nn.Module, ABC):
         """(n, ch, h, w) normalised images -> what enters the first stage."""
 
     @abstractmethod
-    def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def exit(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         """Returns what leaves the last stage -> (n, classes) logits."""
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         x = self.entry(x)
         for stage in self.stages:
             x = stage(x, segments)

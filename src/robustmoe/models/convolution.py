@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from robustmoe.models.norm import BatchNorm2d, Foldable, enters_empty
 
 
+class Handed:
+    """What a pass hands down to every layer of a backbone beside the feature map; a layer that it is not meant for
+    leaves it alone.
+    """
+
+
 @dataclass(frozen=True)
-class Segments:
+class Segments(Handed):
     """A batch sorted by expert: ``sizes`` images for each expert in turn, and each image's weight (n,), which is 1 in
     value.
     """
@@ -82,7 +88,7 @@ class Conv(Foldable, nn.Conv2d, foldable=True):
         super().__init__(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
         self.takes_pixels_first = kernel == 1 and stride > 1 and inputs < WIDEST_VECTOR
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return self.convolved(x, self.weight)
 
     def convolved(self, x: Float[Tensor, "n d h w"], weight: Float[Tensor, "f d kh kw"]) -> Tensor:
@@ -100,7 +106,7 @@ class Conv(Foldable, nn.Conv2d, foldable=True):
 class Norm(BatchNorm2d, foldable=True):
     """One BatchNorm for all experts: in train mode over the whole re-assembled batch (AdvMoE's)."""
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return super().forward(x)
 
 
@@ -146,8 +152,8 @@ class RoutedConv(Foldable, nn.Module, foldable=True):
         super().__init__()
         self.experts = nn.ModuleList(Conv(inputs, outputs, kernel, stride) for _ in range(experts))
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        if segments is None:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
+        if not isinstance(segments, Segments):
             raise ValueError("a routed convolution needs the batch's segments")
         return weighted(segments.through(self.experts, x), segments.weight)
 
@@ -203,8 +209,8 @@ class RoutedNorm(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(BatchNorm2d(channels) for _ in range(experts))
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        if segments is None:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
+        if not isinstance(segments, Segments):
             raise ValueError("a routed BatchNorm needs the batch's segments")
         return segments.through(self.experts, x, every=enters_empty(self))
 

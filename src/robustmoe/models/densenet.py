@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustmoe.models.backbone import Backbone, Stage, scaled
 from robustmoe.models.base import ImageShape
-from robustmoe.models.convolution import DENSE, Layers, Segments
+from robustmoe.models.convolution import DENSE, Handed, Layers
 from robustmoe.models.resnet import Stem, halved, stem_size
 from robustmoe.models.wide_resnet import PreactivationNetwork
 
@@ -30,7 +30,7 @@ class Layer(nn.Module):
         self.norm1, self.conv1 = layers.norm(inputs), layers.conv(inputs, between, 1, 1)
         self.norm2, self.conv2 = layers.norm(between), layers.conv(between, growth, 3, 1)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         out = self.conv1(F.relu(self.norm1(x, segments)), segments)
         new: Tensor = self.conv2(F.relu(self.norm2(out, segments)), segments)
         return new
@@ -39,7 +39,7 @@ class Layer(nn.Module):
 class DenseBlock(nn.ModuleList):
     """Layers that each read all channels so far; (n, inputs, h, w) -> (n, inputs + layers * growth, h, w)."""
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         channels = [x]
         for layer in self:
             channels.append(layer(torch.cat(channels, 1), segments))
@@ -55,7 +55,7 @@ class Transition(nn.Module):
         super().__init__()
         self.norm, self.conv = layers.norm(inputs), layers.conv(inputs, outputs, 1, 1)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return F.avg_pool2d(self.conv(F.relu(self.norm(x, segments)), segments), 2, ceil_mode=True)
 
 

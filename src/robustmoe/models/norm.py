@@ -8,6 +8,7 @@ import contextlib
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -91,16 +92,38 @@ class BatchNorm2d(Foldable, nn.BatchNorm2d, foldable=True):
     """
 
     def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n d h w"]:
-        if not self.training:
-            return super().forward(x)
-        values = x.numel() // x.shape[1]
-        if not distributed.active() and values != 1:
-            return super().forward(x) if values else x
-        weight = x.new_ones(x.shape[1]) if self.weight is None else self.weight
-        bias = x.new_zeros(x.shape[1]) if self.bias is None else self.bias
+        return self.scaled(x, self.weight, self.bias)
+
+    def unit(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n d h w"]:
+        """Returns x with mean 0 and variance 1 a channel, without the scale and the shift."""
+        return self.scaled(x, None, None)
+
+    def scaled(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Returns x normalised, times ``weight`` plus ``bias`` in the place of its own."""
+        running, rate = self.running_mean is not None, 0.0
+        if self.training:
+            values = x.numel() // x.shape[1]
+            if distributed.active() or values == 1:
+                return self._global(x, weight, bias)
+            if not values:
+                return x
+            if running and self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+                rate = self._rate()
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, weight, bias, self.training or not running, rate, self.eps
+        )
+
+    def _global(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        weight = x.new_ones(x.shape[1]) if weight is None else weight
+        bias = x.new_zeros(x.shape[1]) if bias is None else bias
         out, mean, var, count = _GlobalBatchNorm.apply(x, weight, bias, self.eps)
         self._update(mean, var, float(count))
         return out
+
+    def _rate(self) -> float:
+        """Returns the share of the newest batch in the running statistics."""
+        return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked or 1)
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, count: float) -> None:
@@ -108,7 +131,7 @@ class BatchNorm2d(Foldable, nn.BatchNorm2d, foldable=True):
         if count == 0 or self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked += 1
-        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        momentum = self._rate()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         if count > 1:
             self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), momentum)

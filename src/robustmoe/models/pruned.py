@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustmoe.models.backbone import Backbone, check_ratio
 from robustmoe.models.base import ImageShape, NetworkSpec
-from robustmoe.models.convolution import Conv, Layers, Segments
+from robustmoe.models.convolution import Conv, Handed, Layers
 
 
 class PrunedConv(Conv):
@@ -50,7 +50,7 @@ class PrunedConv(Conv):
         size = self.score.abs()
         return mask + (size - size.detach())
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         if self.training:
             return self.convolved(x, self.weight * self.factor())
         kept = self.kept()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustmoe.models.backbone import Backbone, Stage, StagedNetwork, initialise, scaled
 from robustmoe.models.base import ImageShape
-from robustmoe.models.convolution import DENSE, Conv, Layers, Norm, Segments
+from robustmoe.models.convolution import DENSE, Conv, Handed, Layers, Norm
 
 BLOCKS = {
     8: (1, 1, 1),
@@ -54,7 +54,7 @@ def halved(size: int) -> int:
 class Same(nn.Module):
     """The input itself."""
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return x
 
 
@@ -66,7 +66,7 @@ class Projection(nn.Module):
         self.conv = layers.conv(inputs, outputs, 1, stride)
         self.norm = layers.norm(outputs)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         out: Tensor = self.norm(self.conv(x, segments), segments)
         return out
 
@@ -80,7 +80,7 @@ class Pad(nn.Module):
         self.before = (outputs - inputs) // 2
         self.after = outputs - inputs - self.before
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
@@ -104,7 +104,7 @@ class Basic(nn.Module):
         self.conv2, self.norm2 = layers.conv(width, width, 3, 1), layers.norm(width)
         self.shortcut = shortcut_of(spec, inputs, width, stride, layers)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x, segments), segments))
         out = self.norm2(self.conv2(out, segments), segments)
         return F.relu(out + self.shortcut(x, segments))
@@ -122,7 +122,7 @@ class Bottleneck(nn.Module):
         self.conv3, self.norm3 = layers.conv(width, 4 * width, 1, 1), layers.norm(4 * width)
         self.shortcut = shortcut_of(spec, inputs, 4 * width, stride, layers)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x, segments), segments))
         out = F.relu(self.norm2(self.conv2(out, segments), segments))
         out = self.norm3(self.conv3(out, segments), segments)
@@ -163,7 +163,7 @@ class ResNetNetwork(StagedNetwork):
     def entry(self, x: Tensor) -> Tensor:
         return stem_pool(self.begins, F.relu(self.norm(self.stem(x))))
 
-    def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def exit(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         logits: Tensor = self.head(x.mean((2, 3)))
         return logits
 

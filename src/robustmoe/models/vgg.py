@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustmoe.models.backbone import Backbone, Stage, StagedNetwork, initialise, scaled
 from robustmoe.models.base import ImageShape
-from robustmoe.models.convolution import DENSE, Conv, Layers, Norm, Segments
+from robustmoe.models.convolution import DENSE, Conv, Handed, Layers, Norm
 from robustmoe.models.resnet import halved
 
 GROUPS = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
@@ -26,14 +26,14 @@ class VGGBlock(nn.Module):
         super().__init__()
         self.conv, self.norm = layers.conv(inputs, outputs, 3, 1), layers.norm(outputs)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return F.relu(self.norm(self.conv(x, segments), segments))
 
 
 class Pool(nn.Module):
     """2x2 max-pooling of stride 2; an odd side is rounded up, so that no image is too small."""
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return F.max_pool2d(x, 2, ceil_mode=True)
 
 
@@ -70,7 +70,7 @@ class VGGNetwork(StagedNetwork):
     def entry(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.stem(x)))
 
-    def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def exit(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         logits: Tensor = self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
         return logits
 

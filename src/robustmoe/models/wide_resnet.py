@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustmoe.models.backbone import Backbone, Stage, StagedNetwork, initialise, scaled
 from robustmoe.models.base import ImageShape
-from robustmoe.models.convolution import DENSE, Layers, Norm, Segments
+from robustmoe.models.convolution import DENSE, Handed, Layers, Norm
 from robustmoe.models.resnet import Stem, halved, stem_conv, stem_pool, stem_size
 
 
@@ -35,7 +35,7 @@ class PreactivationNetwork(StagedNetwork):
         x = self.stem(x)
         return x if self.norm is None else stem_pool(self.begins, F.relu(self.norm(x)))
 
-    def exit(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def exit(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         logits: Tensor = self.head(F.relu(self.last(x, segments)).mean((2, 3)))
         return logits
 
@@ -53,7 +53,7 @@ class Preactivation(nn.Module):
         self.norm2, self.conv2 = layers.norm(width), layers.conv(width, width, 3, 1)
         self.shortcut = None if stride == 1 and inputs == width else layers.conv(inputs, width, 1, stride)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         active = F.relu(self.norm1(x, segments))
         out = F.relu(self.norm2(self.conv1(active, segments), segments))
         out = self.conv2(out, segments)

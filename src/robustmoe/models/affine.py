@@ -1,0 +1,256 @@
+"""Affine experts: conditional normalisation as a mixture of experts. An expert is a scale and a shift for every channel
+of some BatchNorms; a router on what enters a residual block mixes or picks them, image by image.
+
+The family of Xu et al. 2020 (arXiv 2006.00387) and FiLM (Perez et al. 2018), written as a routed model, so that its
+gates can be held, pushed and replaced like any other route.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from robustmoe.models.backbone import Backbone, StagedNetwork
+from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
+from robustmoe.models.block import check_experts, replace
+from robustmoe.models.convolution import Handed, Norm
+from robustmoe.models.norm import BatchNorm2d, Normalise, at_least_float32, full_precision
+from robustmoe.routing import Gate, Routing, Tape, Trace, choose, straight_through
+
+
+class PooledRouter(nn.Module):
+    """Router logits of feature maps (n, d, h, w) -> (n, e): averages over ``pool`` x ``pool`` fields, BatchNorm, a
+    linear layer, over the ``temperature``; in float32 also under autocast.
+    """
+
+    def __init__(self, channels: int, experts: int, pool: int, temperature: float) -> None:
+        super().__init__()
+        self.pool = pool
+        self.temperature = temperature
+        self.norm = BatchNorm2d(channels * pool * pool)
+        self.head = nn.Linear(channels * pool * pool, experts)
+
+    def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n e"]:
+        with full_precision(x):
+            x = at_least_float32(x)
+            fields = x.mean((2, 3)) if self.pool == 1 else F.adaptive_avg_pool2d(x, self.pool).flatten(1)
+            logits: Tensor = self.head(self.norm(fields[:, :, None, None])[:, :, 0, 0])
+            return logits if self.temperature == 1 else logits / self.temperature
+
+
+@dataclass(frozen=True)
+class Numbers(Handed):
+    """What is added to the scale and the shift of BatchNorms, image by image: (n, 2, d) by the norm's place.
+
+    ``fused``: scale, shift and statistics may be put together first, so that a norm takes one pass over its feature
+    map; without it each number stands where bounds of it are closest.
+    """
+
+    added: Mapping[int, Float[Tensor, "n 2 d"]]
+    fused: bool
+
+
+class AffineNorm(BatchNorm2d):
+    """A BatchNorm whose scale and shift are its own and what ``numbers`` adds for each image, at its ``place``."""
+
+    def __init__(self, channels: int, place: int) -> None:
+        super().__init__(channels)
+        self.place = place
+
+    def forward(self, x: Float[Tensor, "n d h w"], numbers: Handed | None = None) -> Float[Tensor, "n d h w"]:
+        """Without ``numbers`` it is the BatchNorm alone."""
+        if not isinstance(numbers, Numbers) or x.shape[0] == 0:
+            return super().forward(x)
+        added = numbers.added[self.place]
+        scale, shift = added[:, 0] + self.weight, added[:, 1] + self.bias
+        if numbers.fused and not self.training and x.dtype == scale.dtype:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            scale = scale * torch.rsqrt(self.running_var + self.eps)
+            shift = shift - scale * self.running_mean
+        else:
+            x = self.unit(x)
+        return torch.addcmul(shift[:, :, None, None].to(x.dtype), x, scale[:, :, None, None].to(x.dtype))
+
+
+class AffineExperts(nn.Module):
+    """A router on a feature map, and ``experts`` (e, numbers), one row an expert: for each of the norms at ``places``
+    the scales, then the shifts, of its ``widths`` channels. All rows are 0 at first.
+
+    The mixture is times ``gain``, the root of how many experts are in it, so that an expert learns as fast as were it
+    alone.
+    """
+
+    def __init__(self, router: PooledRouter, experts: int, places: dict[int, int], k: int, gate: Gate) -> None:
+        super().__init__()
+        self.router = router
+        self.places = places
+        self.k = k
+        self.gate: Gate = gate
+        self.gain = math.sqrt(experts if gate == "soft" else k)
+        self.experts = nn.Parameter(torch.zeros(experts, 2 * sum(places.values())))
+
+    def decide(self, logits: Float[Tensor, "n e"]) -> Routing:
+        """Returns the router's decision; straight-through gates have the softmax's gradient."""
+        if self.gate == "straight_through":
+            return straight_through(logits[:, None], self.k, surrogate="softmax")
+        return choose(logits[:, None], self.gate, self.k)
+
+    def mixed(self, routing: Routing) -> Float[Tensor, "n numbers"]:
+        """Returns the weighted sum of the experts chosen."""
+        index, weight = routing.index[:, 0].to(self.experts.device), routing.weight[:, 0]
+        if routing.k == len(self.experts):
+            return self.shared(torch.zeros_like(weight).scatter_add(1, index, weight))
+        with full_precision(weight):
+            return torch.bmm(self.gain * weight[:, None].to(self.experts.dtype), self.experts[index])[:, 0]
+
+    def shared(self, weight: Float[Tensor, "n e"]) -> Float[Tensor, "n numbers"]:
+        """Returns the sum of all experts, expert by expert times its weight."""
+        with full_precision(weight):
+            return F.linear(weight.to(self.experts.dtype), self.gain * self.experts.t())
+
+    def at(self, numbers: Float[Tensor, "n numbers"]) -> dict[int, Tensor]:
+        """Returns (n, 2, d) of every place."""
+        parts, start = {}, 0
+        for place, width in self.places.items():
+            parts[place] = numbers[:, start : start + 2 * width].unflatten(1, (2, width))
+            start += 2 * width
+        return parts
+
+
+Mix = Callable[[int, AffineExperts, Tensor], Tensor]
+"""(number of a router, its experts, its logits) -> the experts' mixture (n, numbers)."""
+
+
+class AffineModel(RoutedModel):
+    """A backbone's network some of whose BatchNorms are `AffineNorm`s; ``affine``: the routers and their experts, in
+    the trace as ``affine.I.router``. ``before``: which of them decide on what enters each block, stage by stage.
+
+    Loaded with a dense network's weights a fresh one answers as that network does.
+    """
+
+    def __init__(
+        self,
+        network: StagedNetwork,
+        affine: list[AffineExperts],
+        before: list[list[list[int]]],
+        normalise: Normalise,
+    ) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.network = network
+        self.affine = nn.ModuleList(affine)
+        self.before = before
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        return self._walk(x, lambda i, each, logits: each.mixed(tape(_name(i), each.decide(logits))), fused=True)
+
+    def _walk(self, x: Tensor, mix: Mix, fused: bool) -> Tensor:
+        """Returns the logits, ``mix`` saying what becomes of each router's."""
+        x = self.network.entry(to_channels_last(self.normalise(x)))
+        added: dict[int, Tensor] = {}
+        for stage, before in zip(self.network.stages, self.before, strict=True):
+            assert isinstance(stage, nn.ModuleList)
+            for block, numbers in zip(stage, before, strict=True):
+                for number in numbers:
+                    experts = self.affine[number]
+                    assert isinstance(experts, AffineExperts)
+                    added = added | experts.at(mix(number, experts, experts.router(x)))
+                x = block(x, Numbers(added, fused))
+        return self.network.exit(x)
+
+    def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
+        return self.run(x).trace
+
+
+def _name(number: int) -> str:
+    return f"affine.{number}.router"
+
+
+Routers = Literal["block", "norm", "image"]
+
+
+@dataclass(frozen=True)
+class AffineMixture(ModelSpec):
+    """Conditional normalisation: in the blocks of ``backbone`` each BatchNorm's scale and shift are its own plus a
+    mixture of ``experts``, each of two numbers a channel.
+
+    A router sees what enters its block, averaged to ``pool`` x ``pool`` fields. ``routers``: one a "block"; one for
+    each "norm" of it, on the same features; or one for the whole "image", before the first block. ``gate``: "soft",
+    all experts by the softmax; else the ``k`` best: "straight_through" (1/k each, with the softmax's gradient),
+    "renormalised", "vmoe" or "hard" (the router gets no gradient). ``temperature``: the router's logits are over it.
+    ``stages``: 1 is the first; () are all. BatchNorms of stem, shortcuts and of a last layer stay as they are.
+
+    Experts are 0 at first, so a dense run of the backbone upcycles exactly (a recipe's ``init``).
+    """
+
+    backbone: Backbone
+    experts: int = 64
+    k: int = 1
+    gate: Gate = "soft"
+    pool: int = 2
+    routers: Routers = "block"
+    temperature: float = 1.0
+    stages: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_experts(self.experts, self.k)
+        if self.pool < 1:
+            raise ValueError(f"pool must be at least 1; got {self.pool}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, and finite; got {self.temperature}")
+
+    def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
+        network = self.backbone.make(num_classes, image_shape)
+        wrong = [number for number in self.stages if not 1 <= number <= len(network.stages)]
+        if wrong:
+            raise ValueError(f"stages must be between 1 and {len(network.stages)} here; got {wrong[0]}")
+        groups, before = self._groups(network)
+        if not groups:
+            raise ValueError("these stages have no BatchNorm; expected others")
+        affine = [self._experts(channels, norms) for channels, norms in groups]
+        return AffineModel(network, affine, before, normalise)
+
+    def _groups(self, network: StagedNetwork) -> tuple[list[tuple[int, dict[int, int]]], list[list[list[int]]]]:
+        """Puts an `AffineNorm` in the place of every BatchNorm chosen. Returns of each router the channels that it sees
+        and the widths of its norms by place, and which routers stand before each block.
+        """
+        groups: list[tuple[int, dict[int, int]]] = []
+        before: list[list[list[int]]] = []
+        for position, stage in enumerate(network.stages, 1):
+            before.append([])
+            assert isinstance(stage, nn.ModuleList)
+            for block in stage:
+                start = len(groups)
+                for norm in _norms(block) if position in self.stages or not self.stages else []:
+                    place = sum(len(norms) for _, norms in groups)
+                    replace(network, norm, AffineNorm(norm.num_features, place))
+                    if self.routers == "norm" or len(groups) == (0 if self.routers == "image" else start):
+                        groups.append((_inputs(block), {}))
+                    groups[-1][1][place] = norm.num_features
+                before[-1].append(list(range(start, len(groups))))
+        return groups, before
+
+    def _experts(self, channels: int, norms: dict[int, int]) -> AffineExperts:
+        router = PooledRouter(channels, self.experts, self.pool, self.temperature)
+        return AffineExperts(router, self.experts, norms, self.k, self.gate)
+
+
+def _norms(block: nn.Module) -> list[Norm]:
+    """Returns the BatchNorms of a block, its shortcut's left out."""
+    return [
+        norm for path, norm in block.named_modules() if isinstance(norm, Norm) and "shortcut" not in path.split(".")
+    ]
+
+
+def _inputs(block: nn.Module) -> int:
+    """Returns the channels of what enters a block."""
+    first = next(module for module in block.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d))
+    return first.in_channels if isinstance(first, nn.Conv2d) else first.num_features
