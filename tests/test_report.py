@@ -694,3 +694,11 @@ def test_words() -> None:
     assert route_text({"a": [12, 0, 0, 4], "b": [1, 1]}) == "a: e0 ×12, e3 ×4; b: expert 0+1"
     assert ticks(0.0, 100.0) == [0, 25, 50, 75, 100]
     assert ticks(3.0, 3.0) == [3]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tex", "x.PDF", "x.md", "x.json"])
+def test_a_report_is_not_written_as_another_kind_of_file(name: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, examples=False, curve=False, training=False)
+    with pytest.raises(UserError, match="a report is one HTML page"):
+        report([run], tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["pathway"]

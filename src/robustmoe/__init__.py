@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from robustmoe.recipe import Recipe as Recipe
     from robustmoe.recipe import load_recipe as load_recipe
     from robustmoe.reporting import report as report
+    from robustmoe.reporting.comparison import compare as compare
+    from robustmoe.reporting.frame import frame as frame
     from robustmoe.routing import Routing as Routing
     from robustmoe.routing import Tape as Tape
     from robustmoe.routing import Trace as Trace

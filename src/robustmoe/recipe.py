@@ -20,6 +20,9 @@ from robustmoe.options import hints_of
 THREADS = 1024
 """More than any machine has cores; where threads cannot be made, OpenMP ends the process."""
 
+SEEDS = 1000
+"""More trainings than anybody starts at once; a slip such as 0..10**9 must not fill the memory."""
+
 SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack", "val_certifier")
 
 
@@ -159,3 +162,16 @@ def resolve(name: str | Path) -> Path:
     near.update(Path(close).stem for close in difflib.get_close_matches(file_name, inner, n=4))  # they are many
     hint = nearest(str(path), near) if near else "there are no recipes beside it; give the path of a .toml file"
     raise UserError(f"there is no recipe {str(name)!r}; {hint}")
+
+
+def seeded(recipe: Recipe, folder: Path, text: str) -> dict[Path, Recipe]:
+    """Returns one training a seed, and its folder: ``folder`` with "-seed0" and so on. ``text``: "0..4" (both ends) or
+    "0,3,7"."""
+    try:
+        parts = [[int(end) for end in part.split("..", 1)] for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{text!r} are no seeds; expected such as 0..4 or 0,3,7") from None
+    seeds = [seed for first, *last in parts for seed in range(first, min((last or [first])[0], first + SEEDS) + 1)]
+    if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > SEEDS:
+        raise UserError(f"{text!r} are no seeds; expected each once, at most {SEEDS}, such as 0..4 or 0,3,7")
+    return {folder.with_name(f"{folder.name}-seed{seed}"): dataclasses.replace(recipe, seed=seed) for seed in seeds}

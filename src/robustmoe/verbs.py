@@ -34,6 +34,9 @@ def train(
     fields: Annotated[Mapping[str, Any], recipes.Recipe] = {},
     out: Annotated[str | None, "the run folder (default: runs/ and the recipe's name)"] = None,
     resume: Annotated[bool, "go on from the last checkpoint in the run folder"] = False,
+    seeds: Annotated[
+        str | None, "several seeds, such as 0..4 or 0,3,7: one training each, in OUT-seed0, OUT-seed3, ..."
+    ] = None,
 ) -> str:
     """Train a model as a recipe says; each field of the recipe is a flag.
 
@@ -41,14 +44,22 @@ def train(
     """
     settings = recipes.load_recipe(recipe, **fields)
     folder = Path(out) if out is not None else Path("runs") / recipes.resolve(recipe).stem
+    if seeds is not None and "seed" in fields:
+        raise UserError("--seed and --seeds both say the seed; expected one of them")
+    trainings = {folder: settings} if seeds is None else recipes.seeded(settings, folder, seeds)
     from robustmoe.records import check_folder
 
-    if first_process():
-        check_folder(folder, resume)
+    begun = {where: resume and (seeds is None or (where / "config.json").is_file()) for where in trainings}
+    for where, goes_on in begun.items():
+        if first_process():
+            check_folder(where, goes_on)
     from robustmoe import training
 
-    training.train(settings, folder, resume=resume)
-    return f"run folder: {folder}\nnext: robustmoe evaluate {folder}"
+    for where, each in trainings.items():
+        training.train(each, where, resume=begun[where])
+    places = "\n".join(f"run folder: {where}" for where in trainings)
+    then = "" if seeds is None else f", for each of them; then robustmoe compare {folder}-seed*"
+    return f"{places}\nnext: robustmoe evaluate {next(iter(trainings))}{then}"
 
 
 def evaluate(target: EvaluateTarget, options: EvaluateOptions) -> str:
@@ -234,6 +245,33 @@ def report(
     return str(write(folders, Path(out)))
 
 
+def compare(
+    runs: Annotated[
+        tuple[str, ...],
+        "run folders that were evaluated; the others are compared with the first recipe",
+        Mark.POSITIONAL,
+    ],
+    out: Annotated[str | None, "also write the tables: a file that ends in .md, .csv, .tex or .json"] = None,
+) -> str:
+    """Compare recipes over their seeds, image by image.
+
+    Runs that differ in their seed alone are one row: mean, deviation, interval. Each later recipe is compared with the
+    first on the same images.
+
+    Example: robustmoe compare runs/dense-seed* runs/pathway-seed* --out table.tex
+    """
+    folders = [_run_folder(run) for run in runs]
+    from robustmoe.reporting.comparison import compare as compared
+    from robustmoe.reporting.formats import table_file, write_table
+
+    path = None if out is None else table_file(out)
+    comparison = compared(folders)
+    if path is None:
+        return str(comparison)
+    write_table(path, comparison.grids(), comparison.numbers())
+    return f"{comparison}\n\nwritten to {path}"
+
+
 def theory(
     experiments: Annotated[
         tuple[str, ...], "X1, X1b, X1c, X2 to X11 (default: all, in about a minute)", Mark.POSITIONAL
@@ -338,6 +376,7 @@ VERBS: dict[str, Verb] = {
     "blend": blend,
     "analyze": analyze,
     "report": report,
+    "compare": compare,
     "theory": theory,
     "list": list_names,
 }

@@ -4,7 +4,7 @@ An image counts as robust when the exact model is right on the clean image and o
 the worst case: an image survives only if it survives every attack of the same threat. Rates are in [0, 1].
 """
 
-from robustmoe.analysis.blend import AlphaPoint, BlendSummary, Paired, alpha_change, blend_summary
+from robustmoe.analysis.blend import AlphaPoint, BlendSummary, alpha_change, blend_summary
 from robustmoe.analysis.certificates import (
     OBSTACLES,
     Against,
@@ -27,11 +27,21 @@ from robustmoe.analysis.evaluation import EvaluationSummary, evaluation_summary
 from robustmoe.analysis.labels import attack_name, names, router_names
 from robustmoe.analysis.lipschitz import LayerPart, LipschitzSummary, Middle, lipschitz_summary
 from robustmoe.analysis.load import Load, load_by_class
+from robustmoe.analysis.paired import Paired, Spread, paired, paired_bootstrap, welch
 from robustmoe.analysis.parts import AUTOATTACK_PARTS, Part, by_part, routing_gap
 from robustmoe.analysis.rates import BALL_TOLERANCE, Rate, ball_limit, inside, largest, right, robust, wilson
 from robustmoe.analysis.sweep import Spare, SweepCurve, SweepPoint, SweepSummary, sweep_summary
 from robustmoe.analysis.verdict import Verdict, judge, worst_answers
-from robustmoe.analysis.worst import SAME_IMAGES, SAME_THREAT, Adds, WorstCase, groups, worst_case
+from robustmoe.analysis.worst import (
+    SAME_IMAGES,
+    SAME_THREAT,
+    Adds,
+    ImagesLeft,
+    WorstCase,
+    groups,
+    worst_case,
+    worst_images,
+)
 
 __all__ = [
     "AUTOATTACK_PARTS",
@@ -49,6 +59,7 @@ __all__ = [
     "DissectionSummary",
     "EvaluationSummary",
     "ExpertPart",
+    "ImagesLeft",
     "LayerPart",
     "LipschitzSummary",
     "Load",
@@ -59,6 +70,7 @@ __all__ = [
     "Refuted",
     "RouterPart",
     "Spare",
+    "Spread",
     "SweepCurve",
     "SweepPoint",
     "SweepSummary",
@@ -81,6 +93,8 @@ __all__ = [
     "lipschitz_summary",
     "load_by_class",
     "names",
+    "paired",
+    "paired_bootstrap",
     "refuted",
     "right",
     "robust",
@@ -90,7 +104,9 @@ __all__ = [
     "sweep_summary",
     "warnings",
     "weaker_part",
+    "welch",
     "wilson",
     "worst_answers",
     "worst_case",
+    "worst_images",
 ]

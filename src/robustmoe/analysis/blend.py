@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from robustmoe.analysis.paired import Paired, paired
 from robustmoe.analysis.rates import Rate, rate
 from robustmoe.records import Blend
 
 DEFAULT_ALPHA = 0.7  # the paper's, and that of `models.dual`
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two alphas on the same ``n`` images: how many the second has and the first lacks (``gained``), and the reverse
-    (``lost``)."""
-
-    gained: int
-    lost: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        """Returns the second's share minus the first's; nan without images."""
-        return (self.gained - self.lost) / self.n if self.n else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Returns the 95 % interval of that difference, from the images on which the two differ: Wald's with 1/2 added
-        to each of the four cells (A. Agresti and Y. Min, Statistics in Medicine 24, 2005, 729-740), inside [-1, 1]."""
-        gained, lost, n = self.gained + 0.5, self.lost + 0.5, self.n + 2
-        centre = (gained - lost) / n
-        half = 1.959964 * math.sqrt(max(0.0, gained + lost - n * centre * centre)) / n
-        return max(-1.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True)
@@ -118,12 +95,6 @@ def _threshold(alpha: float, mix: str) -> float | None:
     if mix == "logits":
         return 0.0 if alpha == 1 else None
     return (1 - alpha) / alpha if alpha > 0 else math.inf
-
-
-def paired(first: Iterable[bool], second: Iterable[bool]) -> Paired:
-    """Returns two lists of hits on the same images, compared image by image."""
-    pairs = list(zip(first, second, strict=True))
-    return Paired(sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs), len(pairs))
 
 
 def _attacked(blend: Blend, at: int) -> bool:

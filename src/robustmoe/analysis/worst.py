@@ -49,8 +49,24 @@ def groups(results: Sequence[Evaluation]) -> list[list[Evaluation]]:
     ]
 
 
-def worst_case(files: Sequence[tuple[Header, Sequence[Row]]]) -> WorstCase:
-    """Returns the per-image worst over several attacks.
+@dataclass(frozen=True)
+class ImagesLeft:
+    """What several attacks left of the ``seen`` images: those that are right when ``clean``, and for each attack the
+    ``broken`` ones among them.
+    """
+
+    seen: set[int]
+    clean: set[int]
+    broken: tuple[set[int], ...]
+
+    @property
+    def kept(self) -> set[int]:
+        """Returns the images that are right under every attack."""
+        return self.clean - set().union(*self.broken)
+
+
+def worst_images(files: Sequence[tuple[Header, Sequence[Row]]]) -> ImagesLeft:
+    """Returns which images several attacks left.
 
     Taken over the images that every finished file has (if none is finished, that every file has). An unfinished attack
     counts with the images that it has broken already. UserError if the files differ in model, images or threat."""
@@ -66,20 +82,27 @@ def worst_case(files: Sequence[tuple[Header, Sequence[Row]]]) -> WorstCase:
                 )
     tables = [{row.index: row for row in rows} for _, rows in files]
     whole = [table for (header, _), table in zip(files, tables, strict=True) if len(table) >= header.n]
-    images = set.intersection(*(set(table) for table in whole or tables))
-    clean = {i for i in images if all(right(table[i]) for table in tables if i in table)}
-    broken = [{i for i in clean & set(table) if not robust(table[i])} for table in tables]
-    every = set().union(*broken)
+    seen = set.intersection(*(set(table) for table in whole or tables))
+    clean = {i for i in seen if all(right(table[i]) for table in tables if i in table)}
+    return ImagesLeft(seen, clean, tuple({i for i in clean & set(table) if not robust(table[i])} for table in tables))
+
+
+def worst_case(files: Sequence[tuple[Header, Sequence[Row]]]) -> WorstCase:
+    """Returns the per-image worst over several attacks, on the images of :func:`worst_images`."""
+    images = worst_images(files)
     adds = []
     labels = names([header for header, _ in files])
     for position, name in enumerate(labels):
-        others = set().union(*(part for at, part in enumerate(broken) if at != position))
-        adds.append(Adds(name, len(broken[position]), len(broken[position] - others)))
+        others = set().union(*(part for at, part in enumerate(images.broken) if at != position))
+        adds.append(Adds(name, len(images.broken[position]), len(images.broken[position] - others)))
+    header = files[0][0]
     return WorstCase(
-        norm=first.norm,
-        eps=first.eps,
-        clean=Rate(len(clean), len(images)),
-        robust=Rate(len(clean - every), len(images)),
+        norm=header.norm,
+        eps=header.eps,
+        clean=Rate(len(images.clean), len(images.seen)),
+        robust=Rate(len(images.kept), len(images.seen)),
         adds=tuple(adds),
-        partial=tuple(name for name, table in zip(labels, tables, strict=True) if not images <= set(table)),
+        partial=tuple(
+            name for name, (_, rows) in zip(labels, files, strict=True) if not images.seen <= {r.index for r in rows}
+        ),
     )

@@ -26,6 +26,10 @@ MARKS = {"": MARK, ".md": "<!-- robustmoe report -->", ".json": '{"kind":"robust
 """By its ending ("": the page), what shows that a file is an earlier report's, which a new one may overwrite."""
 
 
+NOT_PAGES = (".md", ".json", ".csv", ".tex", ".txt", ".pdf", ".png", ".svg", ".xlsx", ".docx")
+"""Endings of files that a report is not written as."""
+
+
 def report(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Write ``out`` (``.html`` is added if it is missing; a folder gets ``report.html``) and beside it the same name
     with ``.md`` and ``.json``; return the page's path. One run may be given alone, several are set
@@ -49,6 +53,11 @@ def report_files(out: str | os.PathLike[str]) -> dict[Path, str]:
     """Returns the files of a report at ``out``, the page first, and the mark of each. UserError where one of them is
     there and no report's, or would stand in a run folder under the name of a result."""
     path = Path(out)
+    if path.suffix.lower() in NOT_PAGES:
+        raise UserError(
+            f"{path}: a report is one HTML page, with the same numbers as .md and .json beside it; expected an --out "
+            "that ends in .html (robustmoe compare writes tables as .csv and .tex)"
+        )
     if path.is_dir():
         path = path / "report.html"
     elif path.suffix.lower() not in (".html", ".htm"):
