@@ -120,6 +120,8 @@ def test_weights_of_another_architecture_name_the_first_tensor(run: Path, tiny: 
         load_weights(model, {**state, "extra": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=rf"'{first}' has shape \(2, 2\), the model's is"):
         load_weights(model, {**state, first: torch.zeros(2, 2)}, path)
+    with pytest.raises(UserError, match=rf"'{first}' is of torch\.bool, the model's of torch\.float32"):
+        load_weights(model, {**state, first: state[first] > 0}, path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     save_weights(path, tiny("dense").state_dict(), "resnet8(width=4)")
     with pytest.raises(UserError, match=r"model\.safetensors: these are the weights of another architecture: '"):

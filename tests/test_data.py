@@ -865,6 +865,32 @@ def test_bad_tiny_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             load()
 
 
+@pytest.mark.parametrize(
+    "text, names, said",
+    [
+        ("n01\tgoldfish\nn02\ttench\nn03\tmore\n", ("goldfish", "tench"), ""),
+        ("n01\tgold", ("gold", "n02"), "names 1 of 2 classes, and 0 of its 1 lines have no tab"),
+        ("n", ("n01", "n02"), "names 0 of 2 classes, and 1 of its 1 lines have no tab"),
+        ("n01\tgoldfish\nn02\t \n", ("goldfish", "n02"), "names 1 of 2 classes"),
+        ("n01\tgoldfish\nn02\ttench\n\0\0", ("goldfish", "tench"), "names 2 of 2 classes, and 1 of its 3 lines"),
+    ],
+)
+def test_words_of_tiny_imagenet_that_are_damaged(
+    text: str,
+    names: tuple[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load = make_tiny(tmp_path, monkeypatch).load
+    (tmp_path / "words.txt").write_text(text)
+    assert load().classes == names
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == bool(said)
+
+
 def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "own"
     load = make_folder(root, monkeypatch).load

@@ -127,7 +127,8 @@ def changed(path: Path, at: int, **fields: Any) -> None:
         (1, {"route_clean": {"router": [1, 0, 0, -1]}}, r"field 'route_clean\[router\]\[3\]' must be a whole number"),
         (1, {"route_clean": {"router": [2, 0, 0, 0]}}, r"router\]' gives one expert 2 items, an image has 1"),
         (1, {"route_adversarial": {"router": [1, 1, 0, 0]}}, r"is of 2 choices, expected at most 1 x 1 \(items x k\)"),
-        (1, {"size": {"l2": 1.0}}, "field 'size' has no linf, the norm of the header"),
+        (1, {"size": {"l2": 1.0}}, r"field 'size' is of \['l2'\], expected linf, l2, l1, box"),
+        (1, {"part": "1"}, r"field 'part' must be one of \('', 'clean', 'certified'\), got '1'"),
         (1, {"size": {"linf": -1.0}}, "field 'size' must be of numbers of at least 0"),
         (0, {"classes": []}, "line 1: header: field 'classes' must be a list of at least 1 entries, got "),
         (0, {"n": 3}, "line 5: this is row 4 of the 3 images that the file is about"),
@@ -215,7 +216,7 @@ def test_half_of_a_character_is_one_line(text: str, tmp_path: Path) -> None:
 def test_a_link_to_nowhere_and_a_pipe_are_no_files(tmp_path: Path) -> None:
     """Left out in silence, the strongest attack would be missing from the worst case."""
     run = make_run(tmp_path, n=8, curve=False)
-    for kind in ("rows/attack0.jsonl", "sweep.json", "checks.json", "metrics.jsonl"):
+    for kind in ("rows/attack0.jsonl", "sweep.json", "checks.json", "metrics.jsonl", "config.json"):
         path = run / kind
         before = path.read_bytes() if path.exists() else None
         path.unlink(missing_ok=True)

@@ -231,6 +231,53 @@ def test_a_run_killed_between_last_step_and_validation_does_not_blame_its_router
     assert "got no gradient" not in capsys.readouterr().err
 
 
+def spoilt(run: Path, what: str) -> None:
+    """A run whose first epoch is done, with one of its files changed."""
+    if what == "classes":
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**config, "classes": [*config["classes"][:9], "ten"]}))
+    elif what == "metrics gone":
+        (run / "metrics.jsonl").unlink()
+    elif what.startswith("state"):
+        state = run / "state.pt"
+        saved = read_state(state)
+        state.unlink()
+        if what == "state is a link":
+            state.symlink_to("nowhere")
+        elif what == "state lacks a field":
+            del saved["progress"]["seen"]
+            save_state(state, saved)
+
+
+@pytest.mark.parametrize(
+    "what, code, message",
+    [
+        ("nothing", 0, "going on from epoch 2, step 2\n"),
+        ("classes", 2, "was trained on other classes than digits has now (such as 'ten', now '9')"),
+        ("metrics gone", 0, "metrics.jsonl tells of 0 of the 1 epochs that are done; it goes on without the others"),
+        ("state is gone", 2, "metrics.jsonl tells of 2 epochs, and"),
+        ("state is a link", 2, "state.pt: no checkpoint to resume from"),
+        ("state lacks a field", 2, "state.pt: the checkpoint is damaged (progress: field 'seen' is missing)"),
+    ],
+)
+def test_a_resume_with_a_file_that_was_changed(
+    what: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = toml(tmp_path / "r.toml", PLAIN), tmp_path / "run"
+    assert main(["train", recipe, "--out", str(run), "--max-steps", str(STEPS + 2)]) == 0
+    spoilt(run, what)
+    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    capsys.readouterr()
+    assert main(["train", recipe, "--out", str(run), "--resume"]) == code
+    assert message in capsys.readouterr().err
+    if code:
+        assert before == {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    else:
+        assert [line["epoch"] for line in read_jsonl(run / "metrics.jsonl")] == (
+            [2] if what == "metrics gone" else [1, 2]
+        )
+
+
 # ------------------------------------------------------------------------------------------------ no space
 
 

@@ -42,6 +42,15 @@ def test_overrides_win_and_types_are_made_exact(tmp_path: Path) -> None:
     assert hash(recipe)
 
 
+@pytest.mark.parametrize("value", ["-1", "'none.such'", "[0, 0]", str(2**64)])
+def test_a_field_that_a_flag_overrides_is_looked_at_too(value: str, tmp_path: Path) -> None:
+    path = write(tmp_path, BASE + f"max_steps = {value}\n")
+    with pytest.raises(UserError, match="max_steps"):
+        load_recipe(path, max_steps=1)
+    path = write(tmp_path, BASE.replace("epochs = 3", ""))
+    assert load_recipe(path, epochs=2).epochs == 2, "what a flag says need not stand in the file"
+
+
 def test_fields_survive_a_round_trip_through_a_dict(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path), attacks=["a", "b(1)"], val_limit=7)
     assert Recipe(**dataclasses.asdict(recipe)) == recipe

@@ -54,9 +54,9 @@ def make_header(**changes: Any) -> Header:
 
 def make_row(index: int, **changes: Any) -> Row:
     values: dict[str, Any] = {
-        "index": index, "label": 1, "clean": 1, "adversarial": 0, "size": {"linf": 0.03, "l2": 0.5, "l1": 9.0},
-        "rerouted": {"router": 1.0}, "router_exposed": 1, "experts_exposed": 0, "route_clean": {"router": [1, 0]},
-        "route_adversarial": {"router": [0, 1]},
+        "index": index, "label": 1, "clean": 1, "adversarial": 0,
+        "size": {"linf": 0.03, "l2": 0.5, "l1": 9.0, "box": 0.0}, "rerouted": {"router": 1.0}, "router_exposed": 1,
+        "experts_exposed": 0, "route_clean": {"router": [1, 0]}, "route_adversarial": {"router": [0, 1]},
     }  # fmt: skip
     return Row(**{**values, **changes})
 
@@ -105,7 +105,7 @@ def test_resume_after_a_kill_at_every_byte_of_a_batch(tmp_path: Path) -> None:
     """A batch counts from its last byte on: rows and part lines without the line that ends them are cut."""
     path = tmp_path / "rows.jsonl"
     batch = [make_row(1, part="one")], 1.5, [Passed(2, "one"), Passed(3, "one")], 7
-    with Writer(path, make_header()) as writer:
+    with Writer(path, make_header(parts=["one"])) as writer:
         writer.write([make_row(0)])
         first = len(path.read_bytes())
         writer.write(*batch)
@@ -116,13 +116,13 @@ def test_resume_after_a_kill_at_every_byte_of_a_batch(tmp_path: Path) -> None:
         done = end == len(whole)
         row_is_whole = b"\n" in whole[first:end]
         assert [row.index for row in read(path).rows] == [0, 1][: 1 + row_is_whole]  # a reader may see it before
-        with Writer(path, make_header()) as writer:
+        with Writer(path, make_header(parts=["one"])) as writer:
             assert writer.done == ({0, 1} if done else {0})
             assert writer.passed == ({"one": {2, 3}} if done else {})
             assert (writer.seconds, writer.queries) == ((1.5, 7) if done else (0.0, 0))
             writer.write(*batch)  # done already: nothing is written twice
         assert path.read_bytes() == whole
-    with Writer(path, make_header()) as writer:
+    with Writer(path, make_header(parts=["one"])) as writer:
         writer.finish([CHECK], 9.0)
     assert read(path).checks == Checks([CHECK], 9.0, 7)
 

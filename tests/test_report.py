@@ -94,7 +94,7 @@ def make_rows(header: Header, strength: float, seed: int = 1, n: int | None = No
             rerouted[name] = float(away != home)
         beside = (label + 1) % len(header.classes)
         exposed = (clean if luck.random() < 0.8 else beside, clean if luck.random() < 0.6 else beside)
-        size = {"linf": header.eps, "l2": 1.2, "l1": 55.0}
+        size = {"linf": header.eps, "l2": 1.2, "l1": 55.0, "box": 0.0}
         rows.append(Row(index, label, clean, adversarial, size, rerouted,
                         exposed[0] if header.routers else None, exposed[1] if header.routers else None,
                         route_clean, route_adversarial))  # fmt: skip
@@ -578,9 +578,9 @@ def make_suite(**changes: Any) -> tuple[Header, list[Row]]:
         **{"attack": "autoattack_routing(linf(8/255))", "objective": ROUTING, "n": 10, "parts": [p[0] for p in SUITE],
            "precision": "strict", "batch_size": 5, **changes}
     )  # fmt: skip
-    route = {"router": [1, 0, 0, 0]} if header.routers else {}
+    route, size = {"router": [1, 0, 0, 0]} if header.routers else {}, {"linf": EPS, "l2": 1.0, "l1": 9.0, "box": 0.0}
     rows = [
-        Row(i, 0, int(part == "clean"), int(bool(part)), {"linf": EPS}, dict.fromkeys(route, 0.0), 0, 0, route, route,
+        Row(i, 0, int(part == "clean"), int(bool(part)), size, dict.fromkeys(route, 0.0), 0, 0, route, route,
             part)
         for i, part in enumerate(broke)
     ]  # fmt: skip

@@ -161,6 +161,23 @@ def test_bad_sources_are_named(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.complex64])
+def test_weights_that_are_no_real_numbers(dtype: torch.dtype, made: Callable[..., Path]) -> None:
+    """A tensor of truth values would be taken as zeros and ones; half precision is taken."""
+    file = made("dense", DENSE) / "model.safetensors"
+    weights = read_weights(file)
+    name = "network.stem.weight"
+    model = build_model(DENSE, 4, (3, 8, 8))
+    safetensors.torch.save_file({**weights, name: weights[name].to(dtype)}, file)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=rf"'{name}' is of {dtype}, the model's of torch.float32; .*the same kind"):
+        start_from(model, file)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    safetensors.torch.save_file({key: value.half() for key, value in weights.items() if "num_" not in key}, file)
+    start_from(model, file)
+    assert torch.equal(model.state_dict()[name], weights[name].half().float())
+
+
 def test_a_run_is_not_adapted(made: Callable[..., Path]) -> None:
     """Its head of other classes is an error, as before; its file, given as such, may differ there."""
     run = made("dense", DENSE)

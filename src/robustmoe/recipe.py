@@ -107,6 +107,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     except RecursionError:
         raise UserError(f"{file} is nested too deeply; expected one field a line, such as epochs = 10") from None
     try:
+        Recipe(**_typed({**overrides, **fields}))  # so that what the file says is looked at, also where it does not win
         return Recipe(**_typed({**fields, **overrides}))
     except UserError as e:
         raise UserError(f"{file}: {e}") from None

@@ -302,6 +302,20 @@ def _wnids(base: Path, said: _Said) -> list[str]:
     return _several(file, wnids)
 
 
+def _words(file: Path, wnids: list[str]) -> list[str]:
+    """Returns the name of each class. One that ``file`` does not name goes by its wnid, which is said."""
+    lines = _lines(file)
+    words = {fields[0]: fields[1].strip() for fields in lines if len(fields) > 1}
+    nameless = [wnid for wnid in wnids if not words.get(wnid)]
+    torn = sum(len(fields) < 2 for fields in lines)
+    if nameless or torn:
+        note(
+            f"warning: {shown(str(file))} is damaged: it names {len(wnids) - len(nameless)} of {len(wnids)} classes, "
+            f"and {torn} of its {len(lines)} lines have no tab; a class without a name goes by its wnid"
+        )
+    return [words.get(wnid) or wnid for wnid in wnids]
+
+
 def tiny_imagenet(root: str | Path, val: float = 0.1, in_memory: bool = False) -> Data:
     """Tiny ImageNet (Stanford CS231n, 2015) as unpacked: 100,000 + 10,000 images, 3 x 64 x 64, 200 classes.
 
@@ -313,9 +327,9 @@ def tiny_imagenet(root: str | Path, val: float = 0.1, in_memory: bool = False) -
     base = existing(root)
     said = _Said()
     wnids = _wnids(base, said)
-    words = {fields[0]: fields[-1].strip() for fields in _lines(base / "words.txt")}
+    words = _words(base / "words.txt", wnids)
     shape = (3, 64, 64)
     train = _streamed(base, _list_classes(base, "train", wnids, said, "images"), shape, None)
     test = _streamed(base, _tiny_test(base, wnids, said), shape, None)
     said.speak(base)
-    return _data("tiny_imagenet", train, test, [words.get(wnid, wnid) for wnid in wnids], val, in_memory)
+    return _data("tiny_imagenet", train, test, words, val, in_memory)

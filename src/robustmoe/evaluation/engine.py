@@ -31,9 +31,7 @@ from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.progress import progress
 from robustmoe.records import Example, Passed, Row, Writer
-
-CLEAN, CERTIFIED = "clean", "certified"
-"""Parts of a row that are no attack: wrong from the start; covered by a certificate."""
+from robustmoe.records.types import CERTIFIED, CLEAN
 
 EXAMPLES = 10
 

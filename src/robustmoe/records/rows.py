@@ -19,7 +19,7 @@ from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.files import dump_line, explained, parse_line, whole_lines, write_atomic
 from robustmoe.records.locks import writing
 from robustmoe.records.typed import build
-from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row, Time, misfits
+from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row, Time, misfits, unknown_part
 from robustmoe.records.versions import taken_up
 
 # Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
@@ -93,6 +93,8 @@ class _Contents:
         if isinstance(line, Row):
             self._take(line)
         elif isinstance(line, Passed):
+            for problem in unknown_part(line.part, self.header):
+                raise UserError(f"part: {problem}")
             self.passed.setdefault(line.part, set()).add(line.index)
         elif isinstance(line, Checks):
             self.checks = line

@@ -132,6 +132,8 @@ def read_config(run: str | os.PathLike[str]) -> dict[str, Any]:
 def read_some_config(path: Path) -> dict[str, Any]:
     """Returns what a ``config.json`` says, be it all that a run's does or not. UserError where the file is damaged."""
     with explained("read", path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file; put back the config.json that training wrote")
         text = path.read_bytes()
     try:
         config = parse(text)

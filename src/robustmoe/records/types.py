@@ -31,6 +31,10 @@ PRECISIONS = ("strict", "fast", "fp32")
 NORMS = ("linf", "l2", "l1")
 ROLES = ("main", "curve")
 STATUSES = ("pass", "not run", "warn", "fail")  # best first
+CLEAN, CERTIFIED = "clean", "certified"
+"""Parts of a row that are no attack: wrong from the start; covered by a certificate."""
+SIZES = (*NORMS, "box")
+"""What is measured of a perturbation: in each norm, and how far the attacked image leaves [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class Header:
 @dataclass(frozen=True)
 class Row:
     """One image: its index in the data set, its label, the exact model's predictions on the clean and the attacked
-    image, the perturbation's size in each norm (pixels of [0, 1]), the share of its items that changed expert, and how
+    image, the perturbation's :data:`SIZES` (pixels of [0, 1]), the share of its items that changed expert, and how
     many items each expert got. ``router_exposed``: the attacked route on the clean image; ``experts_exposed``: the
     clean route on the attacked image; both None for a dense model.
 
@@ -249,7 +253,7 @@ def miscounts(name: str, counts: list[int], router: RouterInfo | None) -> Iterat
 
 
 def misfits(row: Any, header: Header) -> Iterator[str]:
-    """Yields what of a row, or of an example to show, is not of the header's classes, norm and routers."""
+    """Yields what of a row, or of an example to show, is not of the header's classes, parts and routers."""
     last = len(header.classes) - 1
     for name in ("label", "clean", "adversarial", "router_exposed", "experts_exposed"):
         value, least = getattr(row, name, None), 0 if name == "label" else -1
@@ -262,5 +266,14 @@ def misfits(row: Any, header: Header) -> Iterator[str]:
     for name in ("route_clean", "route_adversarial"):
         for router, counts in getattr(row, name).items():
             yield from miscounts(f"field '{name}[{router}]'", counts, header.routers.get(router))
-    if header.norm not in getattr(row, "size", (header.norm,)):
-        yield f"field 'size' has no {header.norm}, the norm of the header"
+    size = getattr(row, "size", SIZES)
+    if set(size) != set(SIZES):
+        yield f"field 'size' is of {sorted(size)}, expected {', '.join(SIZES)}"
+    yield from unknown_part(getattr(row, "part", ""), header)
+
+
+def unknown_part(part: str, header: Header) -> Iterator[str]:
+    """Yields that a part is none of the header's, if it is none."""
+    parts = ("", CLEAN, CERTIFIED, *header.parts)
+    if part not in parts:
+        yield f"field 'part' must be one of {parts}, got {part!r:.80}"

@@ -115,7 +115,7 @@ def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
     groups = [_group(members, audit) for members in analysis.groups(results)]
     head = groups[0].results[0] if groups else next(iter(results), None)
     notes = [f"{path.name} has no rows yet and is left out" for path, result in everything if not result.rows]
-    config = read_some_config(config_path) if config_path.is_file() else {}
+    config = read_some_config(config_path) if os.path.lexists(config_path) else {}
     if config.get("unwrapped"):
         notes.append(
             f"routing was seen, but could not be wrapped, so this is the model as a callable: {config['unwrapped']}"
@@ -204,7 +204,7 @@ def _examples(kept: list[tuple[Path, Evaluation]], groups: list[Group]) -> list[
         first = [(path, result.header) for at in order for path, result in kept if result is group.results[at]]
         ranked = first + [each for each in ranked if each not in first]
     for path, header in ranked:
-        examples = read_examples(examples_path(path), header) if examples_path(path).is_file() else []
+        examples = read_examples(examples_path(path), header) if os.path.lexists(examples_path(path)) else []
         if examples:
             return examples
     return []

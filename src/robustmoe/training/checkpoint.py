@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def misfits(model: nn.Module, weights: Any) -> list[str]:
-    """What of a state does not fit the model, in words: tensors that are missing, unknown, or of another shape."""
+    """What of a state does not fit the model, in words: tensors missing, unknown, or of another shape or kind."""
     own = model.state_dict()
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         return ["it holds something else than tensors"]
@@ -107,7 +108,19 @@ def misfits(model: nn.Module, weights: Any) -> list[str]:
             for name in own
             if name in weights and weights[name].shape != own[name].shape
         ),
+        *(
+            f"{name!r} is of {weights[name].dtype}, the model's of {own[name].dtype}"
+            for name in own
+            if name in weights and other_kind(weights[name], own[name])
+        ),
     ]
+
+
+def other_kind(given: Tensor, own: Tensor) -> bool:
+    """Whether one of them holds real numbers and the other truth values, whole or complex numbers, so that a copy would
+    mean something else.
+    """
+    return given.is_floating_point() != own.is_floating_point()
 
 
 def check_weights(model: nn.Module, weights: Any, source: Path) -> None:
@@ -167,19 +180,24 @@ def run_data(run: str | Path, config: dict[str, Any]) -> Data:
     if config.get("data") is None:
         raise UserError(f"{run} does not say on which images it was trained; expected 'data' in its config.json")
     data: Data = specs.build(config["data"], "data")
-    before, now = config.get("classes"), list(data.classes)
-    if before is not None and before != now:
-        odd = next((pair for pair in zip(before, now) if pair[0] != pair[1]), (len(before), len(now)))
-        raise UserError(
-            f"{run} was trained on other classes than {config['data']} has now (such as {odd[0]!r}, now {odd[1]!r}), "
-            "so labels would mean others; restore them, or name another data set with --data"
-        )
+    check_classes(run, config, data, "restore them, or name another data set with --data")
     if config.get("data_hash") not in (None, data.train.fingerprint):
         note(
             f"warning: the training images of {config['data']} have changed since {run} was trained; where test images "
             "are cut from the same folder, some may have been trained on"
         )
     return data
+
+
+def check_classes(run: str | Path, config: Mapping[str, Any], data: Data, remedy: str) -> None:
+    """UserError where the classes that a run was trained on are not those of its data set."""
+    before, now = config.get("classes"), list(data.classes)
+    if before is not None and before != now:
+        odd = next((pair for pair in zip(before, now) if pair[0] != pair[1]), (len(before), len(now)))
+        raise UserError(
+            f"{run} was trained on other classes than {config.get('data')} has now (such as {odd[0]!r}, now "
+            f"{odd[1]!r}), so labels would mean others; {remedy}"
+        )
 
 
 def run_weights(run: str | Path) -> dict[str, Tensor]:

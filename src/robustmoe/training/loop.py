@@ -86,7 +86,8 @@ def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
         if distributed.rank() == 0:
             _take_up(out, old, config, state.epoch * parts.steps + state.step)
             write_atomic(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in there.lines))
-        note(f"going on from epoch {state.epoch + 1}, step {state.step}")
+        again = " (there is no state.pt: from the first step again)" if there.saved is None else ""
+        note(f"going on from epoch {state.epoch + 1}, step {state.step}{again}")
     elif distributed.rank() == 0:
         write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
     distributed.broadcast(list(parts.model.state_dict().values()))

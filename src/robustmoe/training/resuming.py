@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from robustmoe import distributed
 from robustmoe.errors import UserError
+from robustmoe.progress import note
 from robustmoe.records import read_metrics
 from robustmoe.records.typed import Count, Finite, Length, build
 from robustmoe.training import checkpoint
@@ -58,8 +60,9 @@ class Checkpoint:
 
 def examined(parts: RunParts, out: Path, config: Mapping[str, Any]) -> Checkpoint:
     """What the run in ``out`` goes on from. UserError where a file is damaged, missing or of another run."""
+    checkpoint.check_classes(out, config, parts.data, "restore them to resume, or choose another --out")
     path, saved, state = out / "state.pt", None, TrainingState()
-    if path.exists():  # else the run was stopped before its first checkpoint
+    if os.path.lexists(path):  # else the run was stopped before its first checkpoint
         saved = checkpoint.read_state(path)
         if saved["run"] != run_hash(config):
             raise UserError(
@@ -83,6 +86,11 @@ def examined(parts: RunParts, out: Path, config: Mapping[str, Any]) -> Checkpoin
                 "it back, or start anew in another --out"
             )
         lines = [line for line in lines if line["epoch"] <= state.epoch]
+        if len(lines) < state.epoch:
+            note(
+                f"warning: {out / 'metrics.jsonl'} tells of {len(lines)} of the {state.epoch} epochs that are done; it "
+                "goes on without the others"
+            )
     return Checkpoint(state, saved, lines)
 
 
@@ -133,6 +141,9 @@ def _is_average(parts: RunParts, average: Any) -> bool:
 def _progress(parts: RunParts, progress: Any, path: Path) -> TrainingState:
     try:
         state = build(TrainingState, progress)
+        for each in fields(TrainingState):
+            if each.name not in progress:
+                raise UserError(f"progress: field {each.name!r} is missing")
     except UserError as error:
         raise checkpoint.damaged(path, str(error)) from None
     epochs = parts.recipe.epochs

@@ -18,7 +18,7 @@ from robustmoe.models.pruned import reset_scores
 from robustmoe.models.tokens import Experts
 from robustmoe.models.vit import Positioned, resample_positions
 from robustmoe.progress import note
-from robustmoe.training.checkpoint import read_weights, run_weights
+from robustmoe.training.checkpoint import other_kind, read_weights, run_weights
 
 
 class _Source(NamedTuple):
@@ -165,6 +165,11 @@ def _fitted(
     value, place = source.weights[name], own[target]
     owner_path, _, last = target.rpartition(".")
     owner = model.get_submodule(owner_path)
+    if other_kind(value, place):
+        raise UserError(
+            f"init: {source.file}: {name!r} is of {value.dtype}, the model's of {place.dtype}; expected numbers of "
+            "the same kind (quantised weights: written out as float32)"
+        )
     copied = isinstance(owner, Experts) and last in owner.dense and not name.endswith(last)
     if copied:
         place = place[0].t()
