@@ -354,7 +354,9 @@ def test_a_folder_without_permission(here: Path, refused: Refused, monkeypatch: 
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     (here / "closed").mkdir(mode=0o500)
-    assert "choose an --out you may write to" in refused("evaluate", "run", *EVALUATE, "--out", "closed/other")
+    assert "ask for the right to write there, or write to another place (--out" in refused(
+        "evaluate", "run", *EVALUATE, "--out", "closed/other"
+    )
 
 
 def test_no_space_keeps_the_rows_that_are_there_and_goes_on_when_there_is_room(here: Path, refused: Refused) -> None:
@@ -379,7 +381,9 @@ def test_no_space_keeps_the_rows_that_are_there_and_goes_on_when_there_is_room(h
 def test_no_space_message(here: Path, refused: Refused) -> None:
     with no_file_larger_than(500):  # the header does not fit
         message = refused("evaluate", "run", *EVALUATE, "--out", "part", new=True)
-    assert re.fullmatch(r"cannot write part/rows/\S+: File too large; free some space or choose another --out", message)
+    assert re.fullmatch(
+        r"cannot write part/rows/\S+: File too large; free some space, or write to another place \(.+\)", message
+    )
     with no_file_larger_than(500):
         message = refused("train", "tiny.toml", "--out", "run2", new=True)
     assert message.startswith("cannot write run2/config.json: File too large")

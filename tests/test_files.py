@@ -159,7 +159,7 @@ def test_every_pair_of_verbs_on_one_folder(
     *_, said = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         rf"robustmoe: {re.escape(str(place))}\S* is being written by another process \(process {os.getpid()} on \S+, "
-        r"since 20\d\d-\S+ \S+: .+\); wait for it, or choose another --out",
+        r"since 20\d\d-\S+ \S+: .+\); wait for it, or write to another place \(--out, or a copy of the run\)",
         said,
     )
     assert asked == [ROWS if verb == "evaluate" else locks.WHOLE]
@@ -347,9 +347,9 @@ def test_a_training_and_an_evaluation_that_other_versions_take_up(
     "verb, number, said",
     [
         ("read", errno.EACCES, "Permission denied; ask its owner for the right to read it"),
-        ("write", errno.EACCES, "Permission denied; choose an --out you may write to"),
-        ("write", errno.EROFS, "Read-only file system; choose an --out you may write to"),
-        ("write", errno.ENOSPC, "No space left on device; free some space or choose another --out"),
+        ("write", errno.EACCES, "Permission denied; ask for the right to write there, or write to another place"),
+        ("write", errno.EROFS, "Read-only file system; write to another place"),
+        ("write", errno.ENOSPC, "No space left on device; free some space, or write to another place"),
         ("read", errno.EIO, "Input/output error; check the path and its permissions"),
     ],
 )
@@ -358,12 +358,16 @@ def test_what_failed_and_what_to_do(verb: str, number: int, said: str) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def test_where_the_system_cannot_lock_nothing_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_system_cannot_lock_nothing_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import fcntl
 
     def flock(*given: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with writing(tmp_path):
-        (tmp_path / "state.pt").touch()
+    for _ in range(2):
+        with writing(tmp_path):
+            (tmp_path / "state.pt").touch()
+    assert capsys.readouterr().err.count(f"warning: the file system of {tmp_path} cannot lock files") == 1, "once"

@@ -17,7 +17,8 @@ MODULES = {
 
 LAYERS = [
     {"compat", "errors", "noise"},
-    {"arrays", "distributed", "progress", "provenance", "records", "routing", "spec"},
+    {"progress"},
+    {"arrays", "distributed", "provenance", "records", "routing", "spec"},
     {"options"},
     {"analysis", "data", "models", "recipe"},
     {"attacks", "reporting"},

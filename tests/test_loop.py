@@ -300,7 +300,7 @@ def test_no_space_for_a_checkpoint_is_one_line_and_the_run_can_go_on(
     assert main(["train", recipe, "--out", str(run), "--resume"]) == 2
     file_size(resource.RLIM_INFINITY)
     *_, error = capsys.readouterr().err.splitlines()
-    full = f"{os.strerror(errno.EFBIG)}; free some space or choose another --out"
+    full = f"{os.strerror(errno.EFBIG)}; free some space, or write to another place (--out, or a copy of the run)"
     assert error == f"robustmoe: cannot write {run}/state.pt: {full}"
     after = {file.name: file.read_bytes() for file in run.iterdir()}
     assert set(after) == set(before)  # no temporary file is left
@@ -312,7 +312,7 @@ def test_no_space_for_a_checkpoint_is_one_line_and_the_run_can_go_on(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(UserError, match=r"cannot write .*locked/run: Permission denied; choose an --out"):
+    with pytest.raises(UserError, match=r"cannot write .*locked/run: Permission denied; ask for the right"):
         train(Recipe(**PLAIN), tmp_path / "locked" / "run")
 
 

@@ -399,7 +399,7 @@ def test_write_atomic(tmp_path: Path) -> None:
 
 
 def test_no_space(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device; free some space or choose"):
+    with pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device; free some space, or write"):
         append_json("/dev/full", {"epoch": 1})
     with pytest.raises(UserError, match="is not a regular file"):
         Writer("/dev/full", make_header())
@@ -416,7 +416,7 @@ def test_no_space(tmp_path: Path) -> None:
 
 def test_a_path_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="a part of that path is a file; choose another --out"):
+    with pytest.raises(UserError, match="a part of that path is a file; move it away"):
         Writer(tmp_path / "file" / "rows.jsonl", make_header())
     with pytest.raises(UserError, match="is not a regular file"):
         Writer(tmp_path, make_header())

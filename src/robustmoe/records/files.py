@@ -21,16 +21,19 @@ from robustmoe.records.typed import parse
 
 T = TypeVar("T")
 
-_NO_ROOM, _NOT_YOURS = "free some space or choose another --out", "choose an --out you may write to"
+ELSEWHERE = "write to another place (--out, or a copy of the run)"
+"""What helps where a place cannot be written: verbs that go on in a run have no --out."""
+_NO_ROOM, _NOT_YOURS = f"free some space, or {ELSEWHERE}", f"ask for the right to write there, or {ELSEWHERE}"
+_NO_FOLDER = f"a part of that path is a file; move it away, or {ELSEWHERE}"
 _WRITING = {
     errno.ENOSPC: _NO_ROOM,
     errno.EDQUOT: _NO_ROOM,
     errno.EFBIG: _NO_ROOM,
     errno.EACCES: _NOT_YOURS,
     errno.EPERM: _NOT_YOURS,
-    errno.EROFS: _NOT_YOURS,
-    errno.ENOTDIR: "a part of that path is a file; choose another --out",
-    errno.EEXIST: "a part of that path is a file; choose another --out",
+    errno.EROFS: ELSEWHERE,
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
     errno.EISDIR: "that path is a folder; name a file",
 }
 _READING = {
@@ -92,8 +95,7 @@ def assert_ours(path: str | os.PathLike[str], mark: str) -> None:
                 return
     if "".join(mark.split()).encode() not in b"".join(head.split()):
         raise UserError(
-            f"{path} is there, and robustmoe did not write it, so it was left alone; move it away, or choose another "
-            "--out"
+            f"{path} is there, and robustmoe did not write it, so it was left alone; move it away, or {ELSEWHERE}"
         )
 
 

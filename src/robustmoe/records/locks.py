@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import functools
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from robustmoe.errors import UserError
-from robustmoe.records.files import explained
+from robustmoe.progress import note
+from robustmoe.records.files import ELSEWHERE, explained
 
 GATE = ".robustmoe.lock"
 WHOLE = ""
@@ -71,7 +73,7 @@ def writing(folder: str | os.PathLike[str], what: str = WHOLE) -> Iterator[None]
     """Be the writer of a folder, or of the file ``what`` in it, for the length of a ``with`` block. Inside the block of
     a whole folder, the same thread may ask for it again. The folder is made where it is missing; halves of files that a
     killed writer left in it are removed. The processes that torchrun starts are one writer: the first one locks. Where
-    the system cannot lock files, nothing is locked.
+    the system cannot lock files, nothing is locked, which is said.
 
     UserError where another writer is at work there: it says which process, where, doing what, since when."""
     folder = Path(folder)
@@ -95,6 +97,7 @@ def writing(folder: str | os.PathLike[str], what: str = WHOLE) -> Iterator[None]
         except UserError as error:
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _NO_LOCKS:
                 raise
+            _tell_of_no_locks(folder)
         _mine[key] = {**held, what: own}
         try:
             yield
@@ -102,6 +105,14 @@ def writing(folder: str | os.PathLike[str], what: str = WHOLE) -> Iterator[None]
             del _mine[key][what]
             if not _mine[key]:
                 del _mine[key]
+
+
+@functools.cache
+def _tell_of_no_locks(folder: Path) -> None:
+    note(
+        f"warning: the file system of {folder} cannot lock files: nothing keeps a second command from writing there at "
+        "the same time, so run one at a time"
+    )
 
 
 @contextlib.contextmanager
@@ -113,7 +124,7 @@ def _gate(folder: Path) -> Iterator[None]:
     try:
         gate.acquire(timeout=_PATIENCE)
     except Timeout:
-        raise UserError(f"{folder} is being written by another process; wait for it, or choose another --out") from None
+        raise UserError(f"{folder} is being written by another process; wait for it, or {ELSEWHERE}") from None
     try:
         yield
     finally:
@@ -150,8 +161,8 @@ def _pass(path: Path, what: str) -> None:
         theirs = str(other.get("what", WHOLE))
         if WHOLE in (what, theirs) or what == theirs:
             raise UserError(
-                f"{path.parent / theirs} is being written by another process ({_told(other)}); wait for it, "
-                "or choose another --out"
+                f"{path.parent / theirs} is being written by another process ({_told(other)}); wait for it, or "
+                f"{ELSEWHERE}"
             ) from None
 
 
