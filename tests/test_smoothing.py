@@ -226,7 +226,7 @@ def assert_smoothed(model: RoutedModel, x: Tensor, said: Tensor, size: Tensor) -
         toward.append(gradient)
     for direction in [torch.cat(toward), *(streams(len(x), 20 + s).normal(*x.shape[1:]) for s in range(3))]:
         unit = F.normalize(direction.flatten(1)).view_as(x)
-        moved = x + 0.95 * size[:, None, None, None] * unit
+        moved = (x + 0.95 * size[:, None, None, None] * unit).clamp(0.0, 1.0)
         assert predict(model, moved, streams(len(x), 5), Smoothing(SIGMA, n=500, alpha=0.5)).tolist() == said.tolist()
 
 

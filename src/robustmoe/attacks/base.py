@@ -8,7 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -58,23 +58,78 @@ def looked_at() -> Iterator[None]:
         _LOOKED.reset(token)
 
 
-def given(model: RoutedModel, x: Any, y: Any) -> tuple[Float[Tensor, "n ch h w"], Int64[Tensor, " n"]]:
-    """Copies of a user's own images and labels, as an attack relies on them: in float32 (float64 where the weights are,
-    too), inside [0, 1], each with a label. UserError where `robustmoe.evaluate` raises one.
-    """
-    if isinstance(x, Tensor) and x.ndim == 4 and len(x) == 0:
-        return x.detach().clone(), torch.zeros(0, dtype=torch.int64, device=x.device)
-    x = as_images(x)
-    y = as_labels(y, len(x), None, "the batch")
-    kinds = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    wide = x.dtype == torch.float64 and kinds <= {torch.float64}
-    x = x.to(torch.float64 if wide else torch.float32, copy=True)
-    return x, y.to(x.device, copy=True)
-
-
 def ordinary(value: Tensor) -> Tensor:
     """The tensor, cut from its graph; a copy where it was made in inference mode, and could take no gradient."""
     return value.clone() if value.is_inference() else value.detach()
+
+
+UNASKED: Any = object()
+"""In the place of labels: what is called has none."""
+
+
+class Taken(NamedTuple):
+    """What a direct call was given, as the code relies on it: the ``model`` as a routed one, images ``x`` (n, ch, h,
+    w), labels ``y`` (n,), or (0,) where none were asked for, and one random stream an image.
+    """
+
+    model: RoutedModel
+    x: Tensor
+    y: Tensor
+    noise: Noise
+
+
+@contextlib.contextmanager
+def entered(
+    model: Callable[[Tensor], Tensor],
+    x: Any,
+    y: Any = UNASKED,
+    noise: Noise | None = None,
+    seed: int = 0,
+    climbs: bool = False,
+) -> Iterator[Taken]:
+    """How everything begins that a user can call with a model and images: inside, these are as `robustmoe.evaluate`
+    takes them, with its errors (UserError), and the caller's own stay as they are (see `evaluating` for the model).
+
+    Images and labels are copies, in float32 (float64 where the weights are, too) and int64, unless the caller has
+    looked at them (`looked_at`). The model's first pass is looked at: it has an output for each label and, if it
+    ``climbs``, a gradient. ``noise``: by default by position in the batch and ``seed``.
+    """
+    routed, known = as_routed(model), _LOOKED.get()
+    with torch.inference_mode(False):
+        x = ordinary(x) if known else _given_images(routed, x)
+        y = ordinary(y) if known and y is not UNASKED else _given_labels(y, x)
+        noise = Noise.of(torch.arange(len(x), device=x.device), seed) if noise is None else noise
+    _require_streams(noise, len(x))
+    highest = -1 if known or len(y) == 0 else int(y.max())
+    look = contextlib.nullcontext() if known else awaited(routed, highest, climbs)
+    with look, looked_at(), evaluating(routed):
+        yield Taken(routed, x, y, noise)
+
+
+def _given_images(model: RoutedModel, x: Any) -> Float[Tensor, "n ch h w"]:
+    x = as_images(x)
+    kinds = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    wide = x.dtype == torch.float64 and kinds <= {torch.float64}
+    return x.to(torch.float64 if wide else torch.float32, copy=True)
+
+
+def _given_labels(y: Any, x: Tensor) -> Int64[Tensor, " n"]:
+    if y is UNASKED:
+        return torch.zeros(0, dtype=torch.int64, device=x.device)
+    return as_labels(y, len(x), None, "the batch").to(x.device, copy=True)
+
+
+def _require_streams(noise: Any, n: int) -> None:
+    """UserError unless there is one random stream an image."""
+    if not isinstance(noise, Noise):
+        raise UserError(f"the noise is a {type(noise).__name__}; expected robustmoe.noise.Noise.of(torch.arange({n}))")
+    if len(noise) != n:
+        raise UserError(f"there are {n} images and {len(noise)} streams of noise; expected one an image")
+
+
+def no_images(x: Any) -> TypeGuard[Tensor]:
+    """Whether a batch of images is an empty one, which an attack gives back."""
+    return isinstance(x, Tensor) and x.ndim == 4 and len(x) == 0
 
 
 class Attack(ABC):
@@ -126,28 +181,10 @@ class Attack(ABC):
         ``noise``: one random stream an image (default: by position in the batch and ``seed``). A stream an image of
         its own makes the result independent of the batch it stands in.
         """
-        routed = as_routed(model)
-        with self.entered(routed, x, y, noise) as (x, y, noise):
-            return self.perturb(routed, x, y, noise).detach() if len(x) else x
-
-    @contextlib.contextmanager
-    def entered(
-        self, model: RoutedModel, x: Any, y: Any, noise: Noise | None
-    ) -> Iterator[tuple[Tensor, Tensor, Noise]]:
-        """What the caller gave, as `perturb` takes it (see `given`); inside, the model is as an attack needs it, and
-        looked at in its first pass.
-        """
-        known = _LOOKED.get()
-        with torch.inference_mode(False):
-            x, y = (ordinary(x), ordinary(y)) if known else given(model, x, y)
-            if noise is None:
-                noise = Noise.of(torch.arange(len(x), device=x.device), self.seed)
-        if len(noise) != len(x):
-            raise UserError(f"there are {len(x)} images and {len(noise)} streams of noise; expected one an image")
-        highest = -1 if known or len(y) == 0 else int(y.max())
-        look = contextlib.nullcontext() if known else awaited(model, highest, self.needs_gradient)
-        with look, looked_at(), evaluating(model):
-            yield x, y, noise
+        if no_images(x):
+            return x.detach().clone()
+        with entered(model, x, y, noise, self.seed, self.needs_gradient) as given:
+            return self.perturb(*given).detach()
 
     @abstractmethod
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:

@@ -14,14 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from robustmoe.attacks.base import Attack
+from robustmoe.attacks.base import Attack, entered, no_images
 from robustmoe.attacks.boundary import dual_size, into_ball
 from robustmoe.attacks.objectives import Joint, Objective
 from robustmoe.attacks.pgd import ascend
 from robustmoe.attacks.threat import Threat, size
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 
 
@@ -81,9 +80,10 @@ class FMN(Attack):
         """The smallest adversarial distance found of each image, in ``threat.norm``: 0 where it is misclassified, inf
         where none was found. An upper bound of the true distance. ``model`` and ``noise`` as for the attack.
         """
-        routed = as_routed(model)
-        with self.entered(routed, x, y, noise) as (x, y, noise):
-            return self._search(routed, x, y, noise)[1] if len(x) else x.new_zeros(0)
+        if no_images(x):
+            return x.new_zeros(0)
+        with entered(model, x, y, noise, self.seed, climbs=True) as given:
+            return self._search(*given)[1]
 
     def _search(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """The nearest broken image found (n, ch, h, w) and its distance (n,). Misclassified images leave at once.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.base import entered
 from robustmoe.attacks.threat import Norm, Threat
 from robustmoe.certification.bounds import Ball, Bounding
 from robustmoe.certification.graph import check, record
@@ -67,11 +69,19 @@ class Certifier(ABC):
     def subject(self) -> Literal["model", "smoothed model"]:
         return "model"
 
-    @abstractmethod
-    def __call__(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
-        """One an image, of images in [0, 1]; ``noise``: one random stream an image. The model's modes, weights and
-        buffers are as before.
+    def __call__(
+        self, model: Callable[[Tensor], Tensor], x: Tensor | np.ndarray, noise: Noise | None = None
+    ) -> list[Certificate]:
+        """One an image. ``model``: a `RoutedModel` or any callable from images to logits (n, c); ``x``: images (n, ch,
+        h, w) in [0, 1]; UserError where `robustmoe.certify` raises one. Both are as before afterwards. ``noise``: one
+        random stream an image (default: by position in the batch).
         """
+        with entered(model, x, noise=noise) as given, torch.no_grad():
+            return self.certify(given.model, given.x, given.noise)
+
+    @abstractmethod
+    def certify(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
+        """The certificates; the model is in eval mode, and gradients are off."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +126,10 @@ class Bounds(Searched):
     region_steps: int = 20
     dtype: Literal["float64", "float32"] = "float64"
 
-    @torch.no_grad()
-    def __call__(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
-        with evaluating(model):
-            y = model(x).argmax(1)
-            dtype = {"float64": torch.float64, "float32": torch.float32}[self.dtype]
-            exact = copy.deepcopy(model).to(dtype)
-        x = x.to(dtype)
-        part = exact.parts()
+    def certify(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
+        y = model(x).argmax(1)
+        dtype = {"float64": torch.float64, "float32": torch.float32}[self.dtype]
+        part, x = copy.deepcopy(model).to(dtype).parts(), x.to(dtype)
         for each in leaves(part):
             check(record(each, x), each, (x + self.eps * (2 * noise.uniform(*x.shape[1:]).to(x) - 1)).clamp(0.0, 1.0))
         asked = torch.full((len(x),), self.eps, dtype=torch.float64)  # in float32 0.03 is less than 0.03

@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from robustmoe.certification.functions import RULES
 from robustmoe.certification.operations import Operation, Slot, Unbounded
 from robustmoe.errors import UserError
+from robustmoe.models.foreign import ours
 from robustmoe.models.norm import full_precision
+from robustmoe.spec import said
 
 Network = Callable[[Tensor], Tensor]
 
@@ -123,6 +125,14 @@ def record(network: Network, x: Tensor) -> Graph:
                 f"no bounds are known through {error}; expected convolutions, linear layers, BatchNorm, ReLU, "
                 "GELU, pooling and sums. smoothing(...) certifies any model"
             ) from None
+        except Exception as error:  # whatever it is, where it comes from the user's own network
+            if isinstance(error, UserError) or ours(error, __name__):
+                raise
+            raise UserError(
+                f"the network fails on images of {x.dtype} ({said(error)}), in which it is bounded; give the nn.Module "
+                "itself, of which a copy is made in that dtype, and not a function around it, or bounds(..., "
+                "dtype=float32)"
+            ) from error
     output = recorder.node(result)
     if output is None:
         raise UserError("the network's result does not depend on its images by recorded steps; it cannot be bounded")

@@ -4,23 +4,24 @@ margin of a linear mixture, against which every certificate can be held.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.base import UNASKED, entered
 from robustmoe.attacks.threat import Norm, Threat
 from robustmoe.certification.bounds import Ball, Bounded, Bounding
 from robustmoe.certification.certify import SLACK
 from robustmoe.certification.graph import check, record
 from robustmoe.certification.margins import router_bounds
 from robustmoe.errors import UserError
-from robustmoe.models.base import RoutedModel
 from robustmoe.models.parts import Fork, Function, Leaf, Mixed, Part
 from robustmoe.routing import top_k
 
@@ -28,9 +29,8 @@ TOLERANCE = 1e-9
 """How far a linear programme may miss a constraint; a lead of -TOLERANCE counts as a tie, and a tie as reached."""
 
 
-@torch.no_grad()
 def reachable_exactly(
-    model: RoutedModel, x: Float[Tensor, "n ch h w"], threat: Threat
+    model: Callable[[Tensor], Tensor], x: Tensor | np.ndarray, threat: Threat
 ) -> dict[str, Bool[Tensor, "n e"]]:
     """For each router, the experts that it chooses somewhere in the linf ball inside the box, by linear programmes
     (C(e - 1, k - 1) for each expert and image): whether the largest least lead of the expert over all others but k - 1
@@ -39,14 +39,13 @@ def reachable_exactly(
     `rules.reachable` asks the same pair by pair: a superset, cheap, for any norm and router. Raises UserError for a
     router that is not affine in the pixels, ValueError for another norm than linf.
     """
-    part, x = _doubled(model, x)
-    return {name: _reached(fork, x, _cubes(x, threat)) for name, fork in _forks(part)}
+    with _doubled(model, x) as (part, given, _):
+        return {name: _reached(fork, given, _cubes(given, threat)) for name, fork in _forks(part)}
 
 
-@torch.no_grad()
 def route_radius(
-    model: RoutedModel,
-    x: Float[Tensor, "n ch h w"],
+    model: Callable[[Tensor], Tensor],
+    x: Tensor | np.ndarray,
     norm: Norm,
     how: Bounding = "crown_ibp",
     halvings: int = 20,
@@ -58,14 +57,16 @@ def route_radius(
     largest there is (1 in linf, the root of the number of pixels in l2). Of affine routers it is the exact radius, the
     search apart; of others it is as good as the bounds (``how``). inf without a router that leaves an expert out.
     """
-    part, x = _doubled(model, x)
-    most = 1.0 if norm == "linf" else float(x[0].numel()) ** 0.5
-    return _radius(part, x, norm, how, torch.full_like(x[:, 0, 0, 0], most), halvings)
+    with _doubled(model, x) as (part, given, _):
+        most = 1.0 if norm == "linf" else float(given[0].numel()) ** 0.5
+        return _radius(part, given, norm, how, torch.full_like(given[:, 0, 0, 0], most), halvings)
 
 
-@torch.no_grad()
 def exact_margin(
-    model: RoutedModel, x: Float[Tensor, "n ch h w"], y: Int[Tensor, " n"], threat: Threat
+    model: Callable[[Tensor], Tensor],
+    x: Tensor | np.ndarray,
+    y: Tensor | np.ndarray | list[int],
+    threat: Threat,
 ) -> Float[Tensor, " n"]:
     """CERT-12: the smallest margin of the class y over the linf ball inside the box, exactly: for every expert i and
     other class j the linear programme min {f_i^y - f_i^j : g_i >= g_k for all k}, of linear experts behind a linear
@@ -74,22 +75,23 @@ def exact_margin(
     An oracle to hold certificates against: certificate <= exact <= attack. On a boundary of regions both experts count.
     Raises UserError for a model of another kind, ValueError for another norm.
     """
-    part, x = _doubled(model, x)
-    cubes = _cubes(x, threat)
-    experts, router = _linear_mixture(part, x)
-    margins = []
-    for image, label in enumerate(y.tolist()):
-        cube = cubes[image]
-        least = torch.inf
-        for i, expert in enumerate(experts):
-            leads = None if router is None else router.leads(i, cube.x)
-            for j in range(len(expert.offset)):
-                if j != label:
-                    goal = AffineMap(expert.slope[label] - expert.slope[j], expert.offset[label] - expert.offset[j])
-                    value = _least(goal, cube, leads)
-                    least = least if value is None else min(least, value)
-        margins.append(least)
-    return x.new_tensor(margins)
+    with _doubled(model, x, y) as (part, given, labels):
+        cubes = _cubes(given, threat)
+        experts, router = _linear_mixture(part, given)
+        return given.new_tensor([_margin(experts, router, cube, label) for cube, label in zip(cubes, labels.tolist())])
+
+
+def _margin(experts: list[AffineMap], router: AffineMap | None, cube: Cube, label: int) -> float:
+    """The smallest margin of the class in the cube, of the experts chosen there."""
+    least = torch.inf
+    for i, expert in enumerate(experts):
+        leads = None if router is None else router.leads(i, cube.x)
+        for j in range(len(expert.offset)):
+            if j != label:
+                goal = AffineMap(expert.slope[label] - expert.slope[j], expert.offset[label] - expert.offset[j])
+                value = _least(goal, cube, leads)
+                least = least if value is None else min(least, value)
+    return least
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -120,10 +122,12 @@ class Cube(NamedTuple):
     up: Tensor
 
 
-def _doubled(model: RoutedModel, x: Tensor) -> tuple[Part, Tensor]:
-    """The parts of a copy in eval mode, and the images, in float64."""
-    with evaluating(model):
-        return copy.deepcopy(model).to(torch.float64).parts(), x.to(torch.float64)
+@contextlib.contextmanager
+def _doubled(model: Callable[[Tensor], Tensor], x: Any, y: Any = UNASKED) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    """The parts of a copy in eval mode, and the images, in float64; and the labels. Gradients are off inside."""
+    with entered(model, x, y) as given, torch.no_grad():
+        given.model(given.x)  # the pass that is looked at: nothing else here asks the model itself
+        yield copy.deepcopy(given.model).to(torch.float64).parts(), given.x.to(torch.float64), given.y
 
 
 def _forks(part: Part, prefix: str = "") -> Iterator[tuple[str, Fork]]:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.base import evaluating
+from robustmoe.attacks.base import entered
 from robustmoe.attacks.threat import Norm
 from robustmoe.certification.certify import ABSTAIN, Certificate, Certifier
 from robustmoe.errors import UserError
@@ -78,15 +79,14 @@ class Smoothing(Certifier):
     def subject(self) -> Literal["model", "smoothed model"]:
         return "smoothed model"
 
-    def __call__(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
+    def certify(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
         asked, least, rule = model, 0.5, "Cohen"
         answer: Answer = _most_likely
         if self.of == "robust":
             dual = _dual(model)
             asked, least, rule, answer = dual.robust, 1 / (2 * dual.alpha), "smoothed robust half", _Drawn(dual)
-        with evaluating(model), torch.no_grad():
-            chosen = self._ask(asked, answer, x, noise.fold(SELECT), self.n0).votes.argmax(1)
-            counts = self._ask(asked, answer, x, noise.fold(COUNT), self.n)
+        chosen = self._ask(asked, answer, x, noise.fold(SELECT), self.n0).votes.argmax(1)
+        counts = self._ask(asked, answer, x, noise.fold(COUNT), self.n)
         votes = counts.votes.gather(1, chosen[:, None])[:, 0].tolist()
         return [
             self._certificate(y, lower_bound(k, self.n, self.alpha), least, rule, same / self.n)
@@ -173,26 +173,27 @@ class _Drawn:
         return _by_chance(logits if sharpen is None else sharpen(logits), noise)
 
 
-def predict(model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise, smoothing: Smoothing) -> Int[Tensor, " n"]:
+def predict(
+    model: Callable[[Tensor], Tensor], x: Tensor | np.ndarray, noise: Noise | None, smoothing: Smoothing
+) -> Int[Tensor, " n"]:
     """What the smoothed classifier says of images x in [0, 1], or `robustmoe.certification.ABSTAIN` (PREDICT of Cohen
-    et al. 2019), from ``smoothing.n`` noisy copies of each.
+    et al. 2019), from ``smoothing.n`` noisy copies of each. ``model``, ``x`` and ``noise`` as for a `Certifier`.
 
     It abstains unless a two-sided binomial test tells the two most frequent answers apart at the level
     ``smoothing.alpha``; what it says is wrong with that probability at most. With ``of="robust"`` the answers are drawn
-    by the probabilities of the whole dual. ``noise``: one random stream an image. The draws are others than those of
-    the certificate.
+    by the probabilities of the whole dual. The draws are others than those of the certificate.
     """
     from scipy.stats import binomtest
 
-    answer: Answer = _most_likely
-    if smoothing.of == "robust":
-        model, answer = _dual(model), _by_chance
-    with evaluating(model), torch.no_grad():
-        votes = smoothing._ask(model, answer, x, noise.fold(PREDICT), smoothing.n).votes
+    with entered(model, x, noise=noise) as given, torch.no_grad():
+        asked, answer = given.model, _most_likely
+        if smoothing.of == "robust":
+            asked, answer = _dual(asked), _by_chance
+        votes = smoothing._ask(asked, answer, given.x, given.noise.fold(PREDICT), smoothing.n).votes
     count, index = votes.topk(min(2, votes.shape[1]))
     first, second = count[:, 0].tolist(), count[:, 1:].sum(1).tolist()
     sure = [a > 0 and bool(binomtest(a, a + b, 0.5).pvalue <= smoothing.alpha) for a, b in zip(first, second)]
-    return torch.where(torch.tensor(sure, dtype=torch.bool, device=x.device), index[:, 0], ABSTAIN)
+    return torch.where(torch.tensor(sure, dtype=torch.bool, device=votes.device), index[:, 0], ABSTAIN)
 
 
 def lower_bound(k: int, n: int, alpha: float) -> float:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.threat import Threat
 from robustmoe.certification.bounds import Ball, Bounded, Bounding
 from robustmoe.certification.certify import SLACK, Certificate, Searched, leaves
@@ -63,12 +62,9 @@ class _ByConstants(Searched):
     def rule(self, part: Part) -> str:
         """What proves it."""
 
-    @torch.no_grad()
-    def __call__(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
-        with evaluating(model):
-            y = model(x).argmax(1)
-            part = copy.deepcopy(model).double().parts()
-        x = x.double()
+    def certify(self, model: RoutedModel, x: Float[Tensor, "n ch h w"], noise: Noise) -> list[Certificate]:
+        y = model(x).argmax(1)
+        part, x = copy.deepcopy(model).double().parts(), x.double()
         for each in leaves(part.robust if isinstance(part, Mixed) else part):
             check(record(each, x), each, (x + self.eps * (2 * noise.uniform(*x.shape[1:]).to(x) - 1)).clamp(0.0, 1.0))
         asked = torch.full((len(x),), self.eps, dtype=x.dtype, device=x.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustmoe import analysis, records
 from robustmoe.attacks import Threat, linf
+from robustmoe.attacks.base import looked_at
 from robustmoe.certification import Bounds, Certificate, Certifier, build_certifier
 from robustmoe.data import Batch, ImageSet
 from robustmoe.errors import UserError
@@ -153,7 +154,8 @@ class Certifying:
     def _proofs(self, batch: Batch) -> list[Proof]:
         clock = Clock()
         noise = Noise.of(batch.index, self.session.options.seed)
-        certificates = self.certifier(self.session.model, batch.x, noise)
+        with looked_at():
+            certificates = self.certifier(self.session.model, batch.x, noise)
         self._sound(certificates, len(batch))
         seconds = clock.lap() / len(batch)
         triples = zip(batch.index.tolist(), batch.y.tolist(), certificates)

@@ -171,7 +171,7 @@ def blaming(model: nn.Module, x: Tensor, whoever: bool = False) -> Iterator[None
     try:
         yield
     except Exception as error:  # whatever it is, it comes from the user's own model
-        if isinstance(error, UserError) or (_ours(error) and not whoever):
+        if isinstance(error, UserError) or (ours(error) and not whoever):
             raise
         raise UserError(
             f"the model fails on images {tuple(x.shape)} ({specs.said(error)}); {EXPECTED}{_hint(model, x)}"
@@ -184,7 +184,7 @@ def blaming_backward(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _ours(error) or not _in_backward(error) or not any(map(is_foreign, model.modules())):
+        if ours(error) or not _in_backward(error) or not any(map(is_foreign, model.modules())):
             raise
         raise UserError(
             f"no gradient can be taken through the model ({specs.said(error)}); expected one that torch can "
@@ -228,12 +228,12 @@ def _modules_passed(error: BaseException) -> list[str]:
     return names
 
 
-def _ours(error: BaseException) -> bool:
-    """Whether the error was raised by this package: a wrong input that it has noticed, or a bug of its own. (Where it
-    calls the model, nothing else can be wrong.)
+def ours(error: BaseException, *callers: str) -> bool:
+    """Whether the error was raised by this package: a wrong input that it has noticed, or a bug of its own. Not where
+    the model is called (here, in `robustmoe.models.plain` and in ``callers``), since nothing else can be wrong there.
     """
     last = _modules_passed(error)[-1]
-    return last.partition(".")[0] == "robustmoe" and last not in (__name__, "robustmoe.models.plain")
+    return last.partition(".")[0] == "robustmoe" and last not in (__name__, "robustmoe.models.plain", *callers)
 
 
 def _in_backward(error: BaseException) -> bool:

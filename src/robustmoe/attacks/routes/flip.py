@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from robustmoe.attacks.base import evaluating, ordinary
+from robustmoe.attacks.base import entered
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.regions import (
     GRID,
@@ -28,7 +29,6 @@ from robustmoe.attacks.routes.regions import (
 )
 from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Trace
 
@@ -103,15 +103,18 @@ class RouteFlip(RouteAttack):
         return survivors.x_adv
 
     def flips(
-        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, noise: Noise | None = None
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor | np.ndarray,
+        y: Tensor | np.ndarray | list[int],
+        noise: Noise | None = None,
     ) -> dict[str, Flip]:
-        """Each router attacked on its own, from the clean image (restart 0, without the free ascent). ``noise`` is not
-        drawn from.
+        """Each router attacked on its own, from the clean image (restart 0, without the free ascent). ``model``, ``x``
+        and ``y`` as for the attack; ``noise`` is not drawn from.
         """
-        routed = climbable(as_routed(model))
         out: dict[str, Flip] = {}
-        with evaluating(routed):
-            x, y = ordinary(x), ordinary(y)
+        with entered(model, x, y, noise, self.seed, climbs=True) as (given, x, y, _):
+            routed = climbable(given)
             trace = free_trace(routed, x, "route_flip")
             right = torch.nonzero(~broken(routed, x, y))[:, 0]
             for name in narrowed(trace):

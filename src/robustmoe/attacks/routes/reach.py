@@ -6,21 +6,25 @@ estimate at the image. An estimate says whom to train, and is never a certificat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from robustmoe.attacks.base import evaluating, ordinary
+from robustmoe.attacks.base import entered
 from robustmoe.attacks.threat import Norm, Threat, size
-from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Trace
 
 DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
 """The norm of a gradient by which a linear function grows in the ball of a norm."""
 
 
-def reachable(model: RoutedModel, x: Float[Tensor, "n ch h w"], threat: Threat) -> dict[str, Bool[Tensor, "n e"]]:
+def reachable(
+    model: Callable[[Tensor], Tensor], x: Tensor | np.ndarray, threat: Threat
+) -> dict[str, Bool[Tensor, "n e"]]:
     """For each router and image, the experts that the router could choose somewhere in the ball: expert i unless some k
     is ahead of it everywhere, g_k - g_i > eps ||grad (g_k - g_i)||, for top-1 (for top-k, unless k of them are).
 
@@ -28,9 +32,9 @@ def reachable(model: RoutedModel, x: Float[Tensor, "n ch h w"], threat: Threat) 
     mode a BatchNorm would mix the images' gradients). Raises ValueError for a router that decides more than once an
     image.
     """
-    with evaluating(model):
-        at = ordinary(x).requires_grad_(True)
-        trace = _image_routers(model.route(at))
+    with entered(model, x) as given:
+        at = given.x.requires_grad_(True)
+        trace = _image_routers(given.model.route(at))
         return {name: _reach(routing, at, threat) for name, routing in trace.items()}
 
 
@@ -46,16 +50,19 @@ def _reach(routing: Routing, at: Tensor, threat: Threat) -> Bool[Tensor, "n e"]:
     return ahead < routing.k
 
 
-def route_radius(model: RoutedModel, x: Float[Tensor, "n ch h w"], norm: Norm) -> dict[str, Float[Tensor, " n"]]:
+def route_radius(
+    model: Callable[[Tensor], Tensor], x: Tensor | np.ndarray, norm: Norm
+) -> dict[str, Float[Tensor, " n"]]:
     """For each router that leaves an expert out, how far the image is from the boundary to the next expert, in
     ``norm`` and pixels: (weakest chosen logit - best other logit) / ||gradient of it||. Differentiable in the weights.
 
     Of a linear router the exact radius of that boundary, the box apart. Of the model in eval mode; raises ValueError as
     `reachable` does.
     """
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative on CPU
-        at = ordinary(x).requires_grad_(True)
-        trace = _image_routers(model.route(at))
+    # the fused kernel has no second derivative on CPU
+    with entered(model, x) as given, sdpa_kernel(SDPBackend.MATH):
+        at = given.x.requires_grad_(True)
+        trace = _image_routers(given.model.route(at))
         narrow = {name: routing for name, routing in trace.items() if routing.k < routing.num_experts}
         radii = {}
         for name, routing in narrow.items():
