@@ -559,7 +559,7 @@ def test_two_processes_write_what_one_writes(launched: Path, tmp_path: Path) -> 
         examples = [next((folder / name).glob("*.examples.jsonl")).read_bytes() for folder in (launched, tmp_path)]
         assert examples[0] == examples[1]
     said = (launched / "said.0").read_text()
-    assert said.count("pgd(linf(0.1), steps=2)") >= 1
+    assert said.count("pgd(linf(0.1), steps=2, keep=first)") >= 1
     assert ranks[0]["cli"] == 0
 
 

@@ -205,7 +205,7 @@ def test_rows_do_not_depend_on_the_batch_and_are_flushed_with_each(
     real = engine.attack_batch
 
     def counted(*args: Any) -> Any:
-        (file,) = (tmp_path / "5").glob("*5.jsonl")
+        (file,) = (tmp_path / "5").glob("*first.jsonl")
         seen.append(len(records.read(file).rows) if file.read_bytes() else 0)
         return real(*args)
 
@@ -279,7 +279,7 @@ def many(folder: Path | str) -> Path:
     """The evaluation that is stopped and taken up again."""
     torch.set_num_threads(1)
     evaluate(Toy("straight"), MANY, MANY_LABELS, attacks=[PGD5], batch_size=4, out=folder)
-    return Path(folder) / f"{records.file_stem(spec_or_repr(build_attack(PGD5)))}.jsonl"
+    return Path(folder) / f"{records.file_stem(spec_or_repr(build_attack(PGD5).for_verdict()))}.jsonl"
 
 
 def test_a_killed_evaluation_goes_on_and_ends_as_if_undisturbed(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_undisturbed(tmp_path: Path) 
     assert done.returncode == -signal.SIGKILL
     (killed,) = rows_of(tmp_path / "killed")
     assert ([row.index for row in killed.rows], killed.checks) == (list(range(8)), None)
-    before = (tmp_path / "killed").glob("*5.jsonl").__next__().read_bytes()
+    before = (tmp_path / "killed").glob("*first.jsonl").__next__().read_bytes()
     whole, resumed = records.read(many(tmp_path / "whole")), many(tmp_path / "killed")
     assert resumed.read_bytes().startswith(before)
     again = records.read(resumed)
@@ -322,7 +322,7 @@ def test_ctrl_c_leaves_a_file_to_go_on_with(tmp_path: Path, monkeypatch: pytest.
         patch.setattr(engine, "attack_batch", stop)
         with pytest.raises(KeyboardInterrupt):
             many(tmp_path / "a")
-    (file,) = (tmp_path / "a").glob("*5.jsonl")
+    (file,) = (tmp_path / "a").glob("*first.jsonl")
     assert len(records.read(file).rows) == 8
     # The first session is made to have taken 100 seconds a batch: the finished file counts them.
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -654,7 +654,7 @@ def test_the_curve_is_in_the_attacks_own_norm_and_one_family(tmp_path: Path) -> 
     assert {header.role for header in found if header.eps != 0.4} == {"curve"}
     assert {header.norm for header in found} == {"l2"}
     assert len({analysis.family(header) for header in found}) == 1
-    assert "pgd(l2(eps), steps=2), accuracy at eps (n = 4):" in table
+    assert "pgd(l2(eps), steps=2, keep=first), accuracy at eps (n = 4):" in table
     evaluate_run(run, attacks=["pgd(linf(0.6), steps=1)"], limit=4)  # twice that is no linf radius
     assert sorted(h.eps for h in headers(run / "rows") if h.norm == "linf") == pytest.approx([0.15, 0.3, 0.6, 0.9])
 

@@ -25,7 +25,7 @@ from robustmoe.records.files import explained, write_own
 
 TRAINING = ["--model", "small_cnn(width=2)", "--method", "standard", "--val-limit", "8", "--threads", "1"]
 ATTACK = "pgd(linf(0.1), steps=1)"
-ROWS = "rows/pgd-linf-0.1-steps-1.jsonl"
+ROWS = "rows/pgd-linf-0.1-steps-1-keep-first.jsonl"
 OWN = """
 import torch
 

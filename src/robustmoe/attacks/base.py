@@ -155,6 +155,19 @@ class Attack(ABC):
         """Whether it climbs, so that on a model without a gradient it stays where it starts."""
         return True
 
+    @property
+    def finds_nearest(self) -> bool:
+        """Whether it looks for the nearest broken image by a search that does not depend on ``threat.eps``, so that one
+        run answers for every smaller radius too.
+        """
+        return False
+
+    def for_verdict(self) -> Attack:
+        """The attack as an evaluation makes it, which asks whether an image breaks and not how badly: one that breaks
+        the same images in fewer passes, where there is one and the user did not say otherwise.
+        """
+        return self
+
     def parts(self, output: Output) -> list[tuple[str, Attack]]:
         """What the attack consists of, by name, for a model that gave ``output``: each part sees the images that the
         parts before it did not break. A simple attack is its own only part, named "".
@@ -251,6 +264,13 @@ class Wrapped(Attack):
     @property
     def needs_gradient(self) -> bool:
         return self.attack.needs_gradient
+
+    @property
+    def finds_nearest(self) -> bool:
+        return self.attack.finds_nearest
+
+    def for_verdict(self) -> Attack:
+        return self.around(self.attack.for_verdict())
 
     def around(self, attack: Attack) -> Attack:
         """The same about another attack."""

@@ -76,6 +76,10 @@ class FAB(Attack):
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta must be above 0 and at most 1; got {self.beta}")
 
+    @property
+    def finds_nearest(self) -> bool:
+        return self.keep == "best" and self.restarts == 1 and self.targets <= 1  # later runs see the unbroken alone
+
     def queries(self, output: Output) -> int:
         classes = output.logits.shape[1]
         step = 3 + 1 if self.targets else 1 + 2 * classes + 1  # + 1: the check of a point that is moved back

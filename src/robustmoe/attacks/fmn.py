@@ -63,6 +63,10 @@ class FMN(Attack):
         if loss != "margin":
             raise ValueError(f"fmn needs a loss that is 0 at the boundary, loss=margin; got {loss!r}")
 
+    @property
+    def finds_nearest(self) -> bool:
+        return self.start == "clean"
+
     def queries(self, output: Output) -> int:
         return 3 * self.steps + 2
 

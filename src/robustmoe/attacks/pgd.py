@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,7 +67,8 @@ class PGD(Attack):
     ``step_size`` in pixels; by default eps / 4 (the field's 2/255 at 8/255), or eps for a single step. ``restarts``:
     later ones attack only the images not yet fooled. ``keep``: "best" returns the best iterate (one forward pass
     more), "last" the final one, as adversarial training usually does; with "first" an image leaves the batch as soon
-    as it is fooled (the same robust accuracy as "best" in fewer passes; the rest return their last iterate).
+    as it is fooled (the same images break as with "best", in fewer passes; the rest return their last iterate). By
+    default "best", and "first" where an evaluation attacks the whole model (see `Attack.for_verdict`).
     ``start``: "random" in the ball, "clean", or "near", a normal step of deviation 0.001 (TRADES, Zhang et al. 2019).
     """
 
@@ -76,7 +77,7 @@ class PGD(Attack):
     step_size: float | None = None
     restarts: int = 1
     objective: Objective = Joint()  # noqa: RUF009 (a frozen value)
-    keep: Literal["best", "last", "first"] = "best"
+    keep: Literal["best", "last", "first"] | None = None
     start: Literal["random", "clean", "near"] = "random"
     seed: int = 0
 
@@ -90,6 +91,14 @@ class PGD(Attack):
         if self.step_size is not None:
             return self.step_size
         return self.threat.eps if self.steps == 1 else self.threat.eps / 4
+
+    @property
+    def _kept(self) -> str:
+        return self.keep or "best"
+
+    def for_verdict(self) -> PGD:
+        whole = self.objective.aims_at_router and self.objective.aims_at_experts
+        return replace(self, keep="first") if self.keep is None and whole else self
 
     def queries(self, output: Output) -> int:
         return self.restarts * (3 * self.steps + (self.keep != "last" or self.restarts > 1))
@@ -130,7 +139,7 @@ class PGD(Attack):
             score, gradient = ascend(inner, x_adv, rows)
             if best is None:
                 best = _Best(x_adv, score)
-            elif self.keep == "best":
+            elif self._kept == "best":
                 best.offer(x_adv, score)
             x_adv = self.threat.project(x_adv + self._step_size() * self.threat.direction(gradient, x_adv), x)
         assert best is not None
@@ -139,7 +148,7 @@ class PGD(Attack):
             return best
         with torch.no_grad():
             final = inner(x_adv) if rows is None else inner(x_adv, rows)
-        if self.keep == "best":
+        if self._kept == "best":
             best.offer(x_adv, final)
             return best
         return _Best(x_adv, final)

@@ -19,12 +19,13 @@ from robustmoe.data import Data, ImageSet
 from robustmoe.errors import UserError
 from robustmoe.evaluation import checks, engine
 from robustmoe.evaluation.choosing import attacks_for, one_norm, radii_of, seeded, spec_or_repr, threat_of
+from robustmoe.evaluation.curve import broken_below, nearest_within
 from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.peers import Peers
 from robustmoe.evaluation.session import Images, Labels, Session, about_run, device_of, eval_mode_on, in_hand
 from robustmoe.options import EvaluateOptions, takes
 from robustmoe.progress import note
-from robustmoe.records import Check, Evaluation, Header, Records, Writer, examples_path, file_stem
+from robustmoe.records import Check, Evaluation, Header, Records, Row, Writer, examples_path, file_stem
 from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 CURVE_LIMIT = 256
@@ -97,26 +98,40 @@ def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluatio
     """Runs every attack, and the curve of one of them. ``threat``: of the default attacks."""
     options: EvaluateOptions = session.options
     given = [build_attack(attack) for attack in options.attacks]
-    chosen = [seeded(attack, options.seed) for attack in attacks_for(session.output.trace, given, threat)]
+    asked = attacks_for(session.output.trace, given, threat)
+    chosen = [seeded(attack, options.seed).for_verdict() for attack in asked]
     one_norm(chosen, options.certified)
     simple = [len(attack.parts(session.output)) == 1 for attack in chosen]  # a suite at every radius would take hours
     if options.curve and not any(simple):
         raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
     radii = {attack.threat: radii_of(attack.threat, options.curve) for attack in chosen}
     end = "" if options.split == "test" else f"-{options.split}"
-    results = [
-        attack_images(session, attack, out / f"{file_stem(spec_or_repr(attack))}{end}.jsonl") for attack in chosen
-    ]
-    curves: list[Attack] = []
+    results = [attack_images(session, attack, _rows_path(out, end, attack)) for attack in chosen]
     if any(simple):
         pairs = [pair for pair, alone in zip(zip(chosen, results), simple) if alone]
-        strongest, _ = min(pairs, key=lambda pair: sum(map(robust, pair[1].rows)))
-        curves = [at_radius(strongest, radius) for radius in radii[strongest.threat]]
-    few = session.on(session.images.head(CURVE_LIMIT))
-    end = f"{end}-curve"
-    results += [attack_images(few, attack, _rows_path(out, attack, end), "curve") for attack in curves]
+        strongest, whole = min(pairs, key=lambda pair: sum(map(robust, pair[1].rows)))
+        results += _curve(session, strongest, whole, radii[strongest.threat], partial(_rows_path, out, f"{end}-curve"))
     _tell(results)
     return Records(results)
+
+
+def _curve(
+    session: Session, attack: Attack, whole: Evaluation, radii: Sequence[float], path: Callable[[Attack], Path]
+) -> list[Evaluation]:
+    """The attack at each radius, on the first images, of which those are attacked whose answer at another radius
+    (``whole``: at the attack's own) does not tell it.
+    """
+    few = session.on(session.images.head(CURVE_LIMIT))
+    wanted = set(few.images.index.tolist())
+    done: dict[float, Evaluation] = {}
+    for eps in sorted(radii, reverse=attack.finds_nearest):
+        if not attack.finds_nearest:
+            known = broken_below(eps, [whole, *done.values()], wanted)
+        else:
+            known = nearest_within(eps, attack.threat.norm, done[max(done)].rows) if done else []
+        there = at_radius(attack, eps)
+        done[eps] = attack_images(few, there, path(there), "curve", known)
+    return [done[eps] for eps in radii]
 
 
 def _tell(results: Sequence[Evaluation]) -> None:
@@ -129,13 +144,15 @@ def _tell(results: Sequence[Evaluation]) -> None:
         note(f"checks: {counts}: {loud[0]}{more}")
 
 
-def _rows_path(folder: Path, attack: Attack, end: str) -> Path:
+def _rows_path(folder: Path, end: str, attack: Attack) -> Path:
     return folder / f"{file_stem(spec_or_repr(attack))}{end}.jsonl"
 
 
-def attack_images(session: Session, attack: Attack, path: Path, role: str = "main") -> Evaluation:
-    """Runs one attack on every image, row by row into ``path``; images that are there already are skipped, and the
-    checks are made anew.
+def attack_images(
+    session: Session, attack: Attack, path: Path, role: str = "main", known: Sequence[Row] = ()
+) -> Evaluation:
+    """Runs one attack on every image, row by row into ``path``; images that are there already are skipped, and so are
+    those whose row is ``known``; the checks are made anew.
 
     Called by every process of a `distributed.session`; the first one writes, and each returns the whole result.
     """
@@ -151,7 +168,7 @@ def attack_images(session: Session, attack: Attack, path: Path, role: str = "mai
     clock = Clock()
     with contextlib.ExitStack() as stack:
         writer = peers.only_first(lambda: stack.enter_context(Writer(path, header(len(images)), header)))
-        ledger = peers.first(lambda: _ledger(writer, session))
+        ledger = peers.first(lambda: _ledger(writer, session, known))
         if writer is not None and writer.resumed:
             note(f"{path} goes on under other versions: {writer.resumed}")
         if ledger is not None:
@@ -169,11 +186,13 @@ def attack_images(session: Session, attack: Attack, path: Path, role: str = "mai
         return peers.first(lambda: _result(writer))
 
 
-def _ledger(writer: Writer | None, session: Session) -> engine.Ledger | None:
-    """What is done already; None where all is."""
+def _ledger(writer: Writer | None, session: Session, known: Sequence[Row]) -> engine.Ledger | None:
+    """What is done already, with what is ``known``; None where all is."""
     assert writer is not None
     session.recognise(writer.path, ((row.index, row.label) for row in writer.result.rows))
     finished = len(writer.done) == len(session.images) and writer.checks is not None
+    if not finished:
+        writer.write(known)
     return None if finished else engine.Ledger.of(writer, examples_path(writer.path))
 
 

@@ -154,8 +154,9 @@ class Row:
     clean route on the attacked image; both None for a dense model.
 
     ``part``: which part of a suite broke the image; "clean": wrong without an attack, so a suite did not attack it;
-    "certified": covered by a certificate, so not attacked; "": a simple attack, or an image that no part broke (then
-    the attacked image is the clean one)."""
+    "certified": covered by a certificate, so not attacked; "smaller eps": of a curve, broken by the same attack at a
+    smaller eps already; "larger eps": of a curve, cut out of the same attack's search for the nearest broken image at a
+    larger one; "": a simple attack, or an image that no part broke (then the attacked image is the clean one)."""
 
     index: Count
     label: Count
