@@ -574,6 +574,37 @@ def test_little_memory_gives_the_same_bounds(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(Bounded(graph, ball, "crown").lower(rows), whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("spec", ["conv_small(width=4, hidden=16)", "resnet8(width=4)", "linear"])
+def test_intervals_that_are_reached_are_not_looked_at_again(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a box the first layer's, with whatever scaling stands around it: linear bounds of it are no closer, and the
+    bounds of the network are those with them.
+    """
+    network = leaves(randomised(spec).parts())[0] if spec != "linear" else Layers(OPERATIONS["max of relu"]).double()
+    ball = ball_of(draws(2, 3, 8, 8) if spec != "linear" else draws(2, 2, 5, 5), "linf", [0.02, 0.1])
+    graph, rows, looked = record(network, ball.x), every_output(network, ball), []
+    tighten = Bounded._tighten
+    monkeypatch.setattr(Bounded, "_tighten", lambda self, node, op: (looked.append(node), tighten(self, node, op)))
+    bounded = Bounded(graph, ball, "crown")
+    few, bounds = len(looked), bounded.lower(rows)
+    reached = bounds_module.reached_in_a_box(graph)
+    assert reached > {graph.image}
+    assert not reached & set(looked)
+    for node in reached:
+        again = Bounded(graph, ball, "ibp")
+        tighten(again, node, Relu())
+        torch.testing.assert_close(again.interval[node].lower, bounded.interval[node].lower, rtol=0, atol=1e-12)
+        torch.testing.assert_close(again.interval[node].upper, bounded.interval[node].upper, rtol=0, atol=1e-12)
+    monkeypatch.setattr(bounds_module, "reached_in_a_box", lambda graph: set())
+    torch.testing.assert_close(Bounded(graph, ball, "crown").lower(rows), bounds, rtol=0, atol=1e-12)
+    assert len(looked) > 2 * few
+    monkeypatch.undo()
+    round_ = ball_of(ball.x, "l2", [0.02, 0.1])
+    monkeypatch.setattr(Bounded, "_tighten", lambda self, node, op: looked.append(node))
+    looked.clear()
+    Bounded(graph, round_, "crown")
+    assert reached & set(looked), "of an l2 ball they are not reached"
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_float32_is_within_the_outward_slack(how: Bounding) -> None:
     """slack 1e-4 (1 + |bound|)."""

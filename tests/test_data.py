@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from robustmoe import data
-from robustmoe.data import archives
+from robustmoe.data import archives, base
 from robustmoe.errors import UserError
 from robustmoe.noise import Noise
 
@@ -442,6 +442,20 @@ def test_a_constant_channel_has_std_1() -> None:
     mean, std = data.mean_std(data.from_arrays(images, [0, 1, 0]))
     assert mean == pytest.approx((0.25, 1 / 3))
     assert std == pytest.approx((1.0, (2 / 9) ** 0.5))
+
+
+@pytest.mark.parametrize("white", [255, 16])
+def test_mean_and_std_of_levels_are_exact(white: int) -> None:
+    """As numpy gives them in float64 of the values, and the very sums that float64 has of them."""
+    generator = torch.Generator().manual_seed(4)
+    levels = torch.randint(0, white + 1, (300, 3, 9, 7), dtype=torch.uint8, generator=generator)
+    levels[:, 2] = 5
+    mean, std = data.mean_std(data.InMemory(levels, torch.zeros(300, dtype=torch.int64), white=white))
+    values = levels.numpy().astype(np.float64) / white
+    assert mean == pytest.approx(values.mean((0, 2, 3)), rel=1e-12)
+    assert std == pytest.approx((*values.std((0, 2, 3))[:2], 1.0), rel=1e-9)
+    for of_levels, of_values in zip(base._level_sums(levels), base._sums(levels), strict=True):
+        assert torch.equal(of_levels, of_values)
 
 
 def test_hold_out_of_uneven_classes() -> None:

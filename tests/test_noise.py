@@ -48,6 +48,21 @@ def test_bits_equal_plain_python(key: tuple[int, ...]) -> None:
     assert (noise.uniform(6) * 2**24).tolist() == uniform
 
 
+@pytest.mark.parametrize(("n", "shape"), [(5, (3, 7)), (9, (40, 40, 40)), (3, (200, 400)), (4, ())])
+def test_many_numbers_are_drawn_as_few_are(n: int, shape: tuple[int, ...]) -> None:
+    """More than are drawn at a time, by the formulas on whole tensors; what was drawn before is left alone."""
+    noise = Noise.of(torch.arange(n) * 7919, 3)
+    state, bits = noise.state.clone(), noise.bits(*shape)
+    uniform = ((bits >> 40) & (2**24 - 1)).to(torch.float32) * 2.0**-24
+    assert torch.equal(noise.uniform(*shape), uniform)
+    radius = torch.sqrt(-2.0 * torch.log1p(-noise.fold(1).uniform(*shape)))
+    assert torch.equal(noise.normal(*shape), radius * torch.cos(2.0 * torch.pi * noise.fold(2).uniform(*shape)))
+    assert torch.equal(noise.state, state)
+    assert torch.equal(noise.bits(*shape), bits)
+    last = Noise.of(torch.tensor([7919 * (n - 1)]), 3)
+    assert torch.equal(noise.normal(*shape)[-1:], last.normal(*shape))
+
+
 def test_shapes_and_ranges() -> None:
     noise = Noise.of(torch.arange(5), 1)
     assert len(noise) == 5

@@ -323,6 +323,11 @@ def test_what_kind_was_expected(kind: str, text: str, message: str, write: Calla
 # ------------------------------------------------------------------------------------------------ packages
 
 
+def forget() -> None:
+    offered._entries.cache_clear()
+    offered.parts_offered.cache_clear()
+
+
 def offer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: str) -> None:
     """An installed package that offers parts."""
     about = tmp_path / "site" / "my_parts-1.2.dist-info"
@@ -332,7 +337,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: str) -> None
     (tmp_path / "site" / "my_parts.py").write_text(PARTS + MODELS.replace("import beside", "class beside: CLASSES = 7"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     importlib.invalidate_caches()
-    offered.parts_offered.cache_clear()
+    forget()
 
 
 def test_a_package_offers_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -350,7 +355,7 @@ def test_a_package_offers_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         with pytest.raises(UserError, match="'lost' of the package my-parts cannot be loaded: ModuleNotFoundError: No"):
             spec.build("lost", "attack")
     finally:
-        offered.parts_offered.cache_clear()
+        forget()
 
 
 # ------------------------------------------------------------------------------------------------ from recipe to report

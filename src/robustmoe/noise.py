@@ -9,6 +9,7 @@ bits on CPU and CUDA.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +21,28 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift (torch's is arithmetic)."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+_AT_ONCE = 2**17
+"""Numbers that a CPU draws at a time: what is worked on stays in its cache."""
+
+
+def _shift_(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift (torch's is arithmetic), in place."""
+    return z.bitwise_right_shift_(bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _mix_(z: Tensor) -> Tensor:
+    """splitmix64's output function, in place."""
+    z += _GOLDEN
+    shifted = torch.empty_like(z)
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
+        z ^= _shift_(shifted.copy_(z), bits)
+        z *= factor
+    z ^= _shift_(shifted.copy_(z), 31)
+    return z
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = z + _GOLDEN
-    z = (z ^ _shift(z, 30)) * _MIX_1
-    z = (z ^ _shift(z, 27)) * _MIX_2
-    return z ^ _shift(z, 31)
+    return _mix_(z.clone())
 
 
 @dataclass(frozen=True)
@@ -62,17 +75,28 @@ class Noise:
 
     def bits(self, *shape: int) -> Int[Tensor, "n ..."]:
         """64 random bits for each of (n, *shape) places."""
-        places = torch.arange(math.prod(shape), dtype=torch.int64, device=self.state.device)
-        return _mix(~self.state[:, None] ^ _mix(places)[None]).reshape(len(self), *shape)  # ~: no fold is a draw
+        places = _mix_(torch.arange(math.prod(shape), dtype=torch.int64, device=self.state.device))
+        return _mix_(~self.state[:, None] ^ places[None]).reshape(len(self), *shape)  # ~: no fold is a draw
 
     def uniform(self, *shape: int) -> Float[Tensor, "n ..."]:
         """Uniform in [0, 1), float32, (n, *shape): the top 24 of 64 bits, so every value is exact."""
-        return _shift(self.bits(*shape), 40).to(torch.float32) * 2.0**-24
+        return self._drawn(lambda some: _shift_(some.bits(*shape), 40).to(torch.float32).mul_(2.0**-24), shape)
 
     def normal(self, *shape: int) -> Float[Tensor, "n ..."]:
         """Standard normal, float32, (n, *shape), by Box and Muller from two independent uniforms."""
-        radius = torch.sqrt(-2.0 * torch.log1p(-self.fold(1).uniform(*shape)))
-        return radius * torch.cos(2.0 * math.pi * self.fold(2).uniform(*shape))
+
+        def draw(some: Noise) -> Tensor:
+            radius = some.fold(1).uniform(*shape).neg_().log1p_().mul_(-2.0).sqrt_()
+            return radius.mul_(some.fold(2).uniform(*shape).mul_(2.0 * math.pi).cos_())
+
+        return self._drawn(draw, shape)
+
+    def _drawn(self, draw: Callable[[Noise], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """What ``draw`` gives for all streams, a few images at a time."""
+        images = max(1, _AT_ONCE // max(1, math.prod(shape)))
+        if len(self) <= images or self.state.device.type != "cpu":
+            return draw(self)
+        return torch.cat([draw(Noise(state)) for state in self.state.split(images)])
 
 
 def permutation(n: int, *key: int) -> Int[Tensor, " n"]:

@@ -108,7 +108,11 @@ def dot(above: Tensor, value: Tensor) -> Tensor:
 
 
 class Affine(Operation):
-    """A linear function plus a constant."""
+    """A linear function plus a constant. ``by_number``: each number that comes out is a function of one that goes in,
+    and no two of the same.
+    """
+
+    by_number = False
 
     def absolute(self) -> Operation:
         """The same with the sizes of its weights, without the constant."""
@@ -123,6 +127,8 @@ class Affine(Operation):
 @dataclass(frozen=True, eq=False)
 class Shaped(Affine):
     """The same numbers in another shape."""
+
+    by_number = True
 
     function: Callable[[Tensor], Tensor]
 
@@ -141,6 +147,8 @@ class Shaped(Affine):
 @dataclass(frozen=True, eq=False)
 class Cast(Affine):
     """The same numbers in another precision. Rounding keeps order, so bounds stay bounds."""
+
+    by_number = True
 
     function: Callable[[Tensor], Tensor]
 
@@ -179,6 +187,8 @@ class Weighing(Affine):
 @dataclass(frozen=True, eq=False)
 class Scaling(Affine):
     """scale * x + shift, number by number; both broadcast to (n, ...)."""
+
+    by_number = True
 
     scale: Tensor
     shift: Tensor

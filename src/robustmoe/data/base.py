@@ -186,18 +186,35 @@ class Data:
 
 def mean_std(images: InMemory) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels, in float64. A constant channel gets deviation 1."""
-    total = torch.zeros(images.image_shape[0], dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    for chunk in images.images.split(max(1, 2**23 // images.images[0].numel())):  # 64 MiB as float64
-        x = chunk.cpu().to(torch.float64)
-        total += x.sum((0, 2, 3))
-        squares += x.square().sum((0, 2, 3))
+    levels = images.images.dtype == torch.uint8
+    total, squares = (_level_sums if levels else _sums)(images.images)
     pixels = images.images[:, 0].numel()
-    scale = images.white if images.images.dtype == torch.uint8 else 1
+    scale = images.white if levels else 1
     mean = total / pixels
     std = (squares / pixels - mean.square()).clamp(min=0).sqrt() / scale
     std = torch.where(std > 1e-6, std, torch.ones_like(std))
     return tuple((mean / scale).tolist()), tuple(std.tolist())
+
+
+def _sums(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of the values and of their squares, a channel each, in float64."""
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for chunk in images.split(max(1, 2**23 // images[0].numel())):  # 64 MiB as float64
+        x = chunk.cpu().to(torch.float64)
+        total += x.sum((0, 2, 3))
+        squares += x.square().sum((0, 2, 3))
+    return total, squares
+
+
+def _level_sums(images: Tensor) -> tuple[Tensor, Tensor]:
+    """`_sums` of uint8 levels, exactly: by how often each level comes."""
+    levels = torch.arange(256)
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for chunk in images.split(max(1, 2**23 // images[0].numel())):
+        for channel, count in zip(chunk.cpu().unbind(1), counts, strict=True):
+            count += torch.bincount(channel.flatten(), minlength=256)
+    return (counts * levels).sum(1).double(), (counts * levels.square()).sum(1).double()
 
 
 def from_arrays(

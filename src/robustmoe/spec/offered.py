@@ -16,14 +16,20 @@ PREFIX = "robustmoe."
 
 
 @functools.cache
+def _entries(kind: str) -> metadata.EntryPoints:
+    """Those of a kind; the files of all installed packages are read for it."""
+    return metadata.entry_points(group=PREFIX + kind)
+
+
+@functools.cache
 def parts_offered(kind: str) -> dict[str, OwnPart]:
     """The parts of a kind that installed packages offer, by name."""
-    return {entry.name: _part(entry) for entry in metadata.entry_points(group=PREFIX + kind)}
+    return {entry.name: _part(entry) for entry in _entries(kind)}
 
 
 def packages(kinds: Iterable[str]) -> dict[str, str]:
     """The installed packages that offer parts of these kinds, and their versions."""
-    entries = [entry for kind in kinds for entry in metadata.entry_points(group=PREFIX + kind)]
+    entries = [entry for kind in kinds for entry in _entries(kind)]
     return {entry.dist.name: entry.dist.version for entry in entries if entry.dist is not None}
 
 
