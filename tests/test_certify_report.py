@@ -200,7 +200,7 @@ def test_doubts_are_told_one_by_one_up_to_five() -> None:
     result = attacked(dict.fromkeys(range(8), 0.05))
     result = dataclasses.replace(result, rows=[dataclasses.replace(row, clean=1) for row in result.rows])
     told = doubts(Shown(found, certificates_summary(found, [result])))
-    assert told[0] == "Certified accuracy 100.0% is above what the attacks leave, 0.0%, within L∞ ≤ 25.5/255."
+    assert told[0] == "Certified accuracy 100.0% is above what the attacks leave, 0.0%, within L∞ ≤ 0.1."
     assert told[1].startswith("Image 0 is certified as 1 up to L∞ 0.2, but ")
     assert told[1].endswith("makes it 2 with 0.05.")
     assert (len(told), told[-1]) == (7, "3 more certificates of other images or attacks are disproved.")
@@ -290,5 +290,5 @@ def test_certificates_alone_make_a_report_and_two_runs_stand_side_by_side(tmp_pa
         runs.append(run)
     page, numbers, text, _ = made(runs, tmp_path)
     assert page.ids == ["verdict", "certificates", "made"]
-    assert text.count("| two (bounds(linf(0.1))) | 75.0% (40.9–92.9) | 25.0% (L∞ ≤ 25.5/255) |") == 1
+    assert text.count("| two (bounds(linf(0.1))) | 75.0% (40.9–92.9) | 25.0% (L∞ ≤ 0.1) |") == 1
     assert [len(run["certificates"]) for run in numbers["runs"]] == [2, 2]

@@ -480,7 +480,7 @@ def test_the_verb_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     flags = ["--limit", "12", "--attack", "pgd(linf(0.05), steps=2)"]
     assert main(["dissect", str(run), *flags]) == 0
     out = capsys.readouterr().out
-    assert "12 images of digits (test), L∞ ≤ 12.75/255" in out
+    assert "12 images of digits (test), L∞ ≤ 0.05" in out
     assert out.rstrip().endswith(f"written to {run}/dissection.json; report shows it")
     assert all(len(line) <= 80 for line in out.splitlines()[:-1]), "the last names a path"
     assert main(["evaluate", str(run), "--limit", "12", "--curve", "none", "--attack", "pgd(linf(0.05), steps=2)"]) == 0

@@ -605,7 +605,7 @@ def test_the_verb_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     run = make_trained(tmp_path / "run", RUN.format("gating=vmoe"))
     assert main(["lipschitz", str(run), "--limit", "3", "--attack", ATTACK]) == 0
     out = capsys.readouterr().out
-    assert "3 images of digits (test), L∞ ≤ 12.75/255" in out
+    assert "3 images of digits (test), L∞ ≤ 0.05" in out
     assert out.rstrip().endswith(f"written to {run}/lipschitz.json; report shows it")
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     found = json.loads((tmp_path / "page.json").read_text())["runs"][0]["lipschitz"]

@@ -686,7 +686,12 @@ def test_a_check_counts_once_by_its_worst_answer(tmp_path: Path) -> None:
 
 
 def test_words() -> None:
-    assert [eps_text("linf", value) for value in (8 / 255, 0.5 / 255, 0.1)] == ["8/255", "0.5/255", "25.5/255"]
+    assert [eps_text("linf", value) for value in (8 / 255, 0.5 / 255, 0.1, 1.5 * 0.1)] == [
+        "8/255",
+        "0.5/255",
+        "0.1",
+        "0.15",
+    ]
     assert [eps_text("linf", 0.0), eps_text("l2", 0.5)] == ["0", "0.5"]
     assert [percent(None), percent(math.nan), percent(0.4736)] == ["–", "–", "47.4%"]
     assert [duration(4.24), duration(200.0), duration(3720.0)] == ["4.2 s", "3 min 20 s", "1 h 02 min"]

@@ -435,7 +435,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     )  # fmt: skip
     dense.write(runs[1])
     page, _, text, _ = made(runs, tmp_path)
-    assert "| Run | Clean | 51/255 | Random experts | Worst removal |" in text
+    assert "| Run | Clean | 0.2 | Random experts | Worst removal |" in text
     assert "| moe | 100.0% (51.0–100.0) | 75.0% (30.1–95.4) | – | – |" in text
     assert "these sweeps are of different attacks" in page.text
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ from foreign_models import (
 from robustmoe.attacks import PGD, linf
 from robustmoe.attacks.routes import Misrouting
 from robustmoe.attacks.routes.objectives import RouterHinge
+from robustmoe.errors import UserError
 from robustmoe.routing import Routing, detach, to_expert
 from robustmoe.wrapping import Said, WrappedModel
 from robustmoe.wrapping.codecs import text_of
@@ -239,7 +242,7 @@ def test_an_example_that_the_model_does_not_take_is_refused(images: Callable[...
     for ask in (rm.find_routers, lambda model, x: rm.wrap(model, {"moe.gate": "triple"}, example=x)):
         with pytest.raises(rm.UserError, match=r"the model fails on the example, \(2, 1, 8, 8\): RuntimeError: Given"):
             ask(model, images(2, 1, 8, 8))
-        with pytest.raises(rm.UserError, match=r"a tensor of a few images .*; got none"):
+        with pytest.raises(rm.UserError, match=r"a few images .*; got torch.float32 of shape \(0, 3"):
             ask(model, images(2, 3, 8, 8)[:0])
 
 
@@ -569,3 +572,17 @@ def test_evaluation_attacks_and_copies_work_on_a_wrapped_model(images: Callable[
         attack = PGD(linf(8 / 255), steps=1, objective=objective)
         assert float((attack(routed, x, y) - x).abs().max()) > 0, "also where the model takes no mixture"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray, lambda x: np.asarray(x, dtype=np.float64)])
+def test_an_example_may_be_any_array_of_images(kind: Callable[[Any], Any], images: Callable[..., Tensor]) -> None:
+    """As everywhere else: `rm.evaluate` takes the same images."""
+    model, x = CASES["argmax"].make().eval(), images(4, 3, 8, 8)
+    assert rm.find_routers(model, kind(x.tolist())).routers == rm.find_routers(model, x).routers
+    assert torch.equal(rm.wrap(model, example=kind(x.tolist()))(x), model(x))
+
+
+@pytest.mark.parametrize("example", [[], torch.zeros(0, 3, 8, 8), 3.0, "images", torch.ones(2, 3, 8, 8) > 0])
+def test_an_example_that_is_none_is_one_line(example: Any) -> None:
+    with pytest.raises(UserError, match="the example"):
+        rm.wrap(CASES["argmax"].make().eval(), example=example)

@@ -66,10 +66,11 @@ def gap_text(gap: tuple[Rate, Rate]) -> str:
 
 
 def eps_text(norm: str, eps: float) -> str:
-    """Returns "8/255" for an eps of the sup-norm that is (a hundredth of) a whole number of grey levels, else the
-    number."""
+    """Returns the eps as users write it: a short decimal such as "0.1" where it is one; else, in the sup-norm, "8/255"
+    where it is (a hundredth of) a whole number of grey levels."""
     levels = eps * 255
-    if norm == "linf" and eps > 0 and abs(levels - round(levels, 2)) < 1e-6:
+    whole = abs(levels - round(levels, 2)) < 1e-6
+    if norm == "linf" and eps > 0 and whole and abs(float(f"{eps:.4g}") - eps) > 1e-9 * eps:
         return f"{round(levels, 2):g}/255"
     return f"{eps:g}"
 

@@ -6,10 +6,12 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robustmoe.arrays import as_tensor
 from robustmoe.attacks.base import evaluating
 from robustmoe.errors import UserError
 from robustmoe.routing import Gate
@@ -35,7 +37,7 @@ SELECTIVE = frozenset({"topk", "argmax", "max", "one_hot"})
 CODECS_OF_CALLS = SELECTIVE | SOFT
 
 
-def find_routers(model: nn.Module, example: Tensor) -> RouterFindings:
+def find_routers(model: nn.Module, example: Any) -> RouterFindings:
     """Looks for the places where a model decides which of its parts an image, or a part of it, goes to.
 
     ``example``: a few images (n, ch, h, w); 2 to 8 are enough. One pass is watched, in eval mode, and the model is left
@@ -48,6 +50,7 @@ def find_routers(model: nn.Module, example: Tensor) -> RouterFindings:
     which no codec reads. Decisions inside a scripted or compiled module
     are not seen; its router is found where it returns the decision.
     """
+    example = as_example(example)
     with evaluating(model):
         seen = seen_of(model, example, tensors=True)
     finder = Finder(model, seen, len(example))
@@ -55,11 +58,21 @@ def find_routers(model: nn.Module, example: Tensor) -> RouterFindings:
     return RouterFindings(rows, seen.cuts, draws, finder.inverted)
 
 
+def as_example(given: Any) -> Tensor:
+    """Returns the example as a tensor: arrays and lists are taken too, their numbers as float32. UserError for none."""
+    wanted = "a few images (n, ch, h, w) in [0, 1]"
+    if isinstance(given, Tensor):
+        example = given
+    else:
+        example = as_tensor(given, "the example", wanted)
+        example = example.float() if example.is_floating_point() else example
+    if example.ndim == 0 or len(example) == 0 or example.dtype == torch.bool:
+        raise UserError(f"the example has to be {wanted}; got {example.dtype} of shape {tuple(example.shape)}")
+    return example
+
+
 def seen_of(model: nn.Module, example: Tensor, tensors: bool = False) -> Seen:
     """What `watch` sees of a pass on the example. UserError where the model does not take it."""
-    if not isinstance(example, Tensor) or len(example) == 0:
-        given = "none" if isinstance(example, Tensor) else f"a {type(example).__name__}"
-        raise UserError(f"the example has to be a tensor of a few images (n, ch, h, w) in [0, 1]; got {given}")
     try:
         return watch(model, example, tensors)
     except Exception as error:  # whatever the user's own model raises; its traceback stays chained

@@ -14,7 +14,7 @@ from robustmoe.models.base import RoutedModel
 from robustmoe.models.plain import as_routed, unwrapped
 from robustmoe.routing import Routing
 from robustmoe.wrapping.codecs import FunctionsCodec
-from robustmoe.wrapping.finding import find_routers
+from robustmoe.wrapping.finding import as_example, find_routers
 from robustmoe.wrapping.model import Pick, WrappedModel
 from robustmoe.wrapping.passes import Site
 from robustmoe.wrapping.said import Codec, Said
@@ -31,7 +31,7 @@ def wrap(
     model: nn.Module,
     routers: Mapping[str, Router] | None = None,
     *,
-    example: Tensor | None = None,
+    example: Any = None,
     output: Pick = None,
     noise: Literal["free", "replay", "average"] = "free",
 ) -> RoutedModel:
@@ -57,7 +57,7 @@ def wrap(
         raise UserError(f"only an nn.Module can be wrapped; got a {type(model).__name__}")
     if any(isinstance(module, RoutedModel) for module in bare.modules()):
         return as_routed(model)
-    model = bare
+    model, example = bare, None if example is None else as_example(example)
     sites, unread = chosen_sites(model, routers, example)
     draws = {"free": 0, "replay": 1, "average": DRAWS}[noise]
     if example is None:
