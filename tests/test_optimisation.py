@@ -107,6 +107,21 @@ def test_sgd_with_momentum_and_decay_by_hand() -> None:
     assert seen == pytest.approx([1.8, 1.51])
 
 
+def test_parameters_named_undecayed_have_no_weight_decay() -> None:
+    """w = 2, gradient 1, lr 0.1: 2 - 0.1 * (1 + 0.5 * 2) = 1.8 with a decay of 0.5, and 1.9 without."""
+    named = {"affine.0.experts": nn.Parameter(torch.tensor([2.0])), "affineless": nn.Parameter(torch.tensor([2.0]))}
+    named["network.affine."] = nn.Parameter(torch.tensor([2.0]))
+    optimiser = SGD(0.1, 0.0, 0.5, undecayed=r"affine\.").over(named)
+    for weight in named.values():
+        weight.grad = torch.ones(1)
+    optimiser.step()
+    assert [weight.item() for weight in named.values()] == pytest.approx([1.9, 1.8, 1.8])
+    with pytest.raises(UserError, match=r"undecayed='router' names no parameter; expected names such as 'affine.0"):
+        SGD(undecayed="router").over(named)
+    with pytest.raises(ValueError, match=r"undecayed must be a regular expression; got '\('"):
+        SGD(undecayed="(")
+
+
 def test_adamw_first_step_by_hand() -> None:
     """After one step m / sqrt(v) = sign(g): w = 2 - 0.1 * 0.5 * 2 - 0.1 * 1 = 1.8, whatever the gradient's size."""
     weight = nn.Parameter(torch.tensor([2.0]))

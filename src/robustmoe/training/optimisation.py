@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from robustmoe.errors import UserError
 
 
 class OptimizerSpec(ABC):
@@ -19,6 +22,10 @@ class OptimizerSpec(ABC):
     @abstractmethod
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Returns a fresh optimiser over ``parameters``."""
+
+    def over(self, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """Returns a fresh optimiser over the parameters ``named``; override it where their names matter."""
+        return self.make(named.values())
 
 
 def _check(lr: float, weight_decay: float, **shares: float) -> None:
@@ -31,22 +38,40 @@ def _check(lr: float, weight_decay: float, **shares: float) -> None:
 
 @dataclass(frozen=True)
 class SGD(OptimizerSpec):
-    """Stochastic gradient descent with momentum; weight decay on every parameter."""
+    """Stochastic gradient descent with momentum. ``undecayed``: parameters whose names begin with this regular
+    expression have no weight decay; the others all have.
+    """
 
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
+    undecayed: str = ""
 
     def __post_init__(self) -> None:
         _check(self.lr, self.weight_decay, momentum=self.momentum)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
+        try:
+            re.compile(self.undecayed)
+        except re.error as error:
+            raise ValueError(f"undecayed must be a regular expression; got {self.undecayed!r} ({error})") from None
 
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
         )
+
+    def over(self, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """Raises UserError where ``undecayed`` names no parameter."""
+        if not self.undecayed:
+            return self.make(named.values())
+        free = [name for name in named if re.match(self.undecayed, name)]
+        if not free:
+            raise UserError(f"undecayed={self.undecayed!r} names no parameter; expected names such as {min(named)!r}")
+        optimiser = self.make(parameter for name, parameter in named.items() if name not in free)
+        optimiser.add_param_group({"params": [named[name] for name in free], "weight_decay": 0.0})
+        return optimiser
 
 
 @dataclass(frozen=True)

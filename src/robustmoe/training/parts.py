@@ -104,7 +104,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
         data=data,
         model=model,
         method=method,
-        optimisers=[optimizer.make(phase.parameters(model).values()) for phase in method.phases],
+        optimisers=[optimizer.over(phase.parameters(model)) for phase in method.phases],
         base_lr=optimizer.lr,
         schedule=schedule,
         augment=augment,

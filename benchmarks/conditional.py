@@ -1,0 +1,208 @@
+"""Affine experts beside dense nets of the same cost, on CIFAR-10 at linf 8/255: stage 1, a net that fits on one CPU.
+
+python benchmarks/conditional.py run --cifar10 DIR --out DIR [--arms dense16 affine64 ...] [--seeds 0 1 2] [--epochs 10]
+python benchmarks/conditional.py table --out DIR [--write]       # --write: docs/results/studies/conditional.json
+
+One-step adversarial training (random start, step 1.25 eps), SGD 0.2, one cycle, Nesterov, batches of 128, weight decay
+5e-4 (none on gates and experts), bf16, no augmentation; 1,000 of the training images are held out, and the weights are
+kept that are best on them under PGD-10. The judge: the first 4,000 test images, the worst of `ATTACKS` an image, which
+a net with gates meets besides with its gates held at the clean image's, attacked alone, and (hard ones) seen as soft.
+
+A run's folder is OUT/ARM-EPOCHS-SEED; it is taken up where it was left, and OUT/ARM-EPOCHS-SEED.json is written when it
+is judged. Differences are to dense16 of the same seed and epochs, paired image by image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from results import RESULTS, described, spread_of, write
+from robustmoe import records
+from robustmoe.analysis import robust
+from robustmoe.costs import costs
+from robustmoe.evaluation import evaluate_run
+from robustmoe.recipe import Recipe
+from robustmoe.training import train
+
+ARMS = {
+    "dense16": "patch_resnet(width=16)",
+    "dense24": "patch_resnet(width=24)",
+    "dense32": "patch_resnet(width=32)",
+    "affine64": "affine(patch_resnet(width=16), experts=64, routers=norm)",
+    "affine64_block": "affine(patch_resnet(width=16), experts=64, routers=block)",
+    "affine64_mean": "affine(patch_resnet(width=16), experts=64, routers=norm, pool=1)",
+    "affine8": "affine(patch_resnet(width=16), experts=8, routers=norm)",
+    "hard8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=straight_through)",
+    "affine64_w32": "affine(patch_resnet(width=32), experts=64, routers=norm)",
+}
+TWIN = "dense16"
+SIZE = "linf(8/255)"
+MARGIN = f"pgd({SIZE}, steps=30, objective=joint(margin), keep=first)"
+ATTACKS = {
+    "PGD-10": f"pgd({SIZE}, steps=10, keep=first)",
+    "margin": MARGIN,
+    **{f"rival {k - 1}": f"pgd({SIZE}, steps=30, objective=targeted({k}, margin), keep=first)" for k in (2, 3, 4, 5)},
+}
+ROUTED = {
+    "gates held": f"pgd({SIZE}, steps=30, objective=experts_only(margin), keep=first)",
+    "gates alone": f"pgd({SIZE}, steps=30, objective=router_only, keep=first)",
+}
+SOFTENED = {"gates softened": f"through(soft(1.0), {MARGIN})"}
+
+
+def recipe(arm: str, seed: int, epochs: int, cifar10: str) -> Recipe:
+    model = ARMS[arm]
+    free = r", undecayed='affine\\.'" if "affine" in model else ""
+    return Recipe(
+        model=model,
+        data=f"cifar10(root={cifar10!r}, val=0.02)",
+        method=f"at(pgd({SIZE}, steps=1, step_size=10/255, keep=last))",
+        optimizer=f"sgd(lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True{free})",
+        schedule="one_cycle(rise=0.4)",
+        epochs=epochs,
+        batch_size=128,
+        precision="bf16",
+        seed=seed,
+        val_attack=f"pgd({SIZE}, steps=10)",
+        threads=1,
+        device="cpu",
+    )
+
+
+def attacks_of(arm: str) -> dict[str, str]:
+    routed = ROUTED if "affine" in ARMS[arm] else {}
+    return {**ATTACKS, **routed, **(SOFTENED if "straight_through" in ARMS[arm] else {})}
+
+
+def run(arm: str, seed: int, args: argparse.Namespace) -> None:
+    """Trains and judges one net; whatever is finished is not done again."""
+    folder = args.out / f"{arm}-{args.epochs}-{seed}"
+    file = folder.with_suffix(".json")
+    if file.exists():
+        return
+    resumed = (folder / "config.json").exists()
+    start = time.process_time()
+    train(recipe(arm, seed, args.epochs, str(args.cifar10)), folder, resume=resumed)
+    seconds = None if resumed else time.process_time() - start
+    judged = {
+        name: evaluate_run(folder, attacks=(attack,), limit=args.limit, precision="fast", curve=())[0]
+        for name, attack in attacks_of(arm).items()
+    }
+    tables = {name: {row.index: robust(row) for row in each.rows} for name, each in judged.items()}
+    images = sorted(tables["PGD-10"])
+    cost = costs(ARMS[arm])
+    numbers = {
+        "arm": arm,
+        "seed": seed,
+        "epochs": args.epochs,
+        "model": ARMS[arm],
+        "macs": cost.macs,
+        "parameters": cost.parameters,
+        "training_cpu_seconds": seconds,
+        "clean": judged["PGD-10"].summary().clean.value,
+        "attacks": {name: sum(table.values()) / len(table) for name, table in tables.items()},
+        "worst": sum(all(table[i] for table in tables.values()) for i in images) / len(images),
+        "plain": sum(all(tables[name][i] for name in ATTACKS) for i in images) / len(images),
+        "survivors": [i for i in images if all(table[i] for table in tables.values())],
+        "images": len(images),
+        "last_epoch": records.read_jsonl(folder / "metrics.jsonl")[-1],
+    }
+    write(file, described(f"python benchmarks/conditional.py run --arms {arm} --epochs {args.epochs}"), numbers)
+    print(f"{file.name}: clean {100 * numbers['clean']:.1f}, worst case {100 * numbers['worst']:.1f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    runs = [json.loads(file.read_text(encoding="utf-8"))["numbers"] for file in sorted(out.glob("*-*-*.json"))]
+    return sorted(runs, key=lambda each: (each["epochs"], list(ARMS).index(each["arm"]), each["seed"]))
+
+
+def difference(run: dict[str, Any], twin: dict[str, Any]) -> tuple[float, float]:
+    """In points, of the worst cases, image by image: the mean, and half of its 95 % interval over the images."""
+    if run["images"] != twin["images"]:
+        raise SystemExit(f"{run['arm']} and {twin['arm']} of seed {run['seed']} were judged on other images")
+    one, other = set(run["survivors"]), set(twin["survivors"])
+    values = [100.0 * ((i in one) - (i in other)) for i in range(run["images"])]
+    return statistics.mean(values), 1.96 * statistics.stdev(values) / len(values) ** 0.5
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """By arm and epochs: the spread over seeds of every share in per cent, and the differences to the twin."""
+    out: dict[str, Any] = {}
+    for arm, epochs in dict.fromkeys((each["arm"], each["epochs"]) for each in runs):
+        own = {each["seed"]: each for each in runs if (each["arm"], each["epochs"]) == (arm, epochs)}
+        twins = {each["seed"]: each for each in runs if (each["arm"], each["epochs"]) == (TWIN, epochs)}
+        first = next(iter(own.values()))
+        entry: dict[str, Any] = {name: first[name] for name in ("model", "macs", "parameters", "images")}
+        for name in ("clean", "worst", "plain"):
+            entry[name] = spread_of([100 * each[name] for each in own.values()])
+        for name in first["attacks"]:
+            entry[name] = spread_of([100 * each["attacks"][name] for each in own.values()])
+        seconds = [each["training_cpu_seconds"] for each in own.values() if each["training_cpu_seconds"]]
+        entry["training_cpu_seconds"] = spread_of(seconds) if seconds else None
+        pairs = [difference(own[seed], twins[seed]) for seed in own if seed in twins and arm != TWIN]
+        if pairs:
+            means = [mean for mean, _ in pairs]
+            entry["by_seed"] = means
+            entry["difference"] = spread_of(means)
+            entry["over_images"] = statistics.mean(half for _, half in pairs) / len(pairs) ** 0.5
+            n = len(means)
+            entry["over_seeds"] = stats.t.ppf(0.975, n - 1) * statistics.stdev(means) / n**0.5 if n > 1 else None
+        out[f"{arm}_x{epochs}"] = entry
+    return out
+
+
+def table(found: dict[str, Any]) -> str:
+    head = "| arm | seeds | MACs | parameters | clean | PGD-10 | plain attacks | worst case | to dense16, by seed |"
+    lines = [f"{head} ± over images | ± over seeds | training CPU s |", "|" + "---|" * 12]
+    for name, each in found.items():
+        cells = [name, str(each["worst"]["n"]), f"{each['macs'] / 1e6:.3f} M", f"{each['parameters']:,}"]
+        cells += [f"{each[key]['mean']:.1f} ± {each[key]['sd']:.1f}" for key in ("clean", "PGD-10", "plain", "worst")]
+        if "difference" in each:
+            over_seeds = each["over_seeds"]
+            by_seed = ", ".join(f"{mean:+.1f}" for mean in each["by_seed"])
+            cells += [f"{each['difference']['mean']:+.2f} ({by_seed})", f"{each['over_images']:.1f}"]
+            cells += ["" if over_seeds is None else f"{over_seeds:.1f}"]
+        else:
+            cells += ["", "", ""]
+        seconds = each["training_cpu_seconds"]
+        lines.append("| " + " | ".join([*cells, f"{seconds['mean']:.0f}" if seconds else ""]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["run", "table"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cifar10", type=Path, help="a folder that the data set cifar10 reads")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--limit", type=int, default=4000, help="test images")
+    parser.add_argument("--write", action="store_true", help="the table's numbers into docs/results/studies")
+    args = parser.parse_args()
+    if args.verb == "run":
+        if args.cifar10 is None:
+            parser.error("run needs --cifar10, the folder of the data set")
+        for seed in args.seeds:
+            for arm in args.arms:
+                run(arm, seed, args)
+        return
+    found = summary(read(args.out))
+    print(table(found))
+    if args.write:
+        about = described("python benchmarks/conditional.py table --write", spread="sample deviation over seeds")
+        write(RESULTS / "studies" / "conditional.json", about, found)
+
+
+if __name__ == "__main__":
+    main()
