@@ -13,7 +13,7 @@ KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_TH
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
 
-test: $(VENV)/.dev  ## the whole test suite, two processes of one thread; shapes checked in each function's first calls of a test
+test: $(VENV)/.dev  ## the whole test suite, two processes of one thread; shapes checked in the first call of each function in a test
 	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-typed: $(VENV)/.dev  ## the same with the shapes of every call checked

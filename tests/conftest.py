@@ -7,6 +7,7 @@ first.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from tiny_models import CLASSES, IMAGE_SHAPE, TINY
 if TYPE_CHECKING:
     from robustmoe.models import RoutedModel
 
+gc.disable()  # until all is imported and collected: it stays, the collector would go through it again and again
 shapes.install()
 torch.set_num_threads(1)
 with contextlib.suppress(
@@ -46,6 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # nor does a test's collection, or a fork's, look at it
+    gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     shapes.budget.start()
@@ -59,7 +66,9 @@ def pytest_runtest_call() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Torch's global generator starts every test at the same place."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed walks the whole stack, for CUDA's later messages
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     return 0
 
 

@@ -1,8 +1,8 @@
 """What jaxtyping's import hook puts on every function of `robustmoe` under pytest: beartype, for first calls only.
 
 With every call checked the hook is nearly half of the suite's time, and most of that goes to the same few functions of
-an attack's or a training's loop, thousands of times in one test. So each function is checked in its first ``CALLS``
-calls of each phase of a test (its fixtures, then itself). Every function that a test calls is checked there;
+an attack's or a training's loop, thousands of times in one test. So each function is checked in its first call (the
+first ``CALLS``) of each phase of a test: its fixtures, then itself. Every function that a test calls is checked there;
 `make test-typed` checks every call.
 """
 
@@ -11,15 +11,15 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections import Counter
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import beartype
 import jaxtyping
 import jaxtyping._decorator
 
-CALLS = 2
+CALLS = 1
 EVERY_CALL = sys.maxsize
 decorate = jaxtyping.jaxtyped
 
@@ -29,7 +29,7 @@ class Budget:
 
     def __init__(self) -> None:
         self.calls = CALLS
-        self.spent: Counter[int] = Counter()
+        self.spent: dict[int, int] = {}
 
     def start(self) -> None:
         """Begins a phase of a test: every function has all its checks."""
@@ -37,6 +37,44 @@ class Budget:
 
 
 budget = Budget()
+
+
+class Inner:
+    """The checks of a function inside a function, which is made anew in every call of the outer one.
+
+    To compile its checks takes milliseconds, so they are compiled once a code, around a stand-in that calls whichever
+    function is to be checked now.
+    """
+
+    of: ClassVar[dict[int, Inner]] = {}
+
+    def __init__(self, function: types.FunctionType, typechecker: Any) -> None:
+        now: list[types.FunctionType] = []
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return now[-1](*args, **kwargs)
+
+        names = function.__globals__  # in which the annotations are looked up
+        stand_in = functools.wraps(function)(types.FunctionType(call.__code__, names, "", None, call.__closure__))
+        self.now, self.checked = now, decorate(stand_in, typechecker=typechecker)
+        self.code = function.__code__  # lives on, so that no other has its id
+        del stand_in.__wrapped__  # the function itself, and all that it holds, may go
+
+    def __call__(self, function: types.FunctionType, *args: Any, **kwargs: Any) -> Any:
+        self.now.append(function)
+        try:
+            return self.checked(*args, **kwargs)
+        finally:
+            self.now.pop()
+
+
+def compiled(function: types.FunctionType, typechecker: Any) -> Callable[..., Any]:
+    """Returns ``function`` with its checks."""
+    if "<locals>" not in function.__qualname__:
+        return decorate(function, typechecker=typechecker)
+    if (key := id(function.__code__)) not in Inner.of:
+        Inner.of[key] = Inner(function, typechecker)
+    return functools.partial(Inner.of[key], function)
 
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
@@ -53,11 +91,11 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     @functools.wraps(function)
     def sparing(*args: Any, **kwargs: Any) -> Any:
         nonlocal checked
-        if spent[code] >= budget.calls:
+        if (calls := spent.get(code, 0)) >= budget.calls:
             return function(*args, **kwargs)
-        spent[code] += 1
+        spent[code] = calls + 1
         if checked is None:
-            checked = decorate(function, typechecker=typechecker)
+            checked = compiled(function, typechecker)
         return checked(*args, **kwargs)
 
     return sparing

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from jaxtyping import Float, TypeCheckError
@@ -42,6 +45,32 @@ def test_each_function_is_checked_in_its_first_calls(function) -> None:
     shapes.budget.start()
     with pytest.raises(TypeCheckError, match="return value"):
         function()
+
+
+def made(shift: Tensor):
+    @shapes.jaxtyped(typechecker=shapes.typechecked)
+    def inner(x: Float[Tensor, " n"], again: bool = False) -> Float[Tensor, " n"]:
+        if again:
+            shapes.budget.start()
+            assert made(-shift)(x).sum() == 2 - shift.sum(), "one while another runs"
+        return x + shift
+
+    return inner
+
+
+def test_functions_made_anew_share_their_checks_and_nothing_else() -> None:
+    first, second = made(torch.ones(2)), made(torch.full((2,), 2.0))
+    for again in (False, True):
+        for function, expected in ((first, [2.0, 2.0]), (second, [3.0, 3.0])):
+            shapes.budget.start()
+            assert function(torch.ones(2), again).tolist() == expected
+            shapes.budget.start()
+            with pytest.raises(TypeCheckError, match="parameters"):
+                function(torch.ones(2, 2))
+    gone = weakref.ref(first)
+    del first, function
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.fixture
