@@ -17,6 +17,7 @@ from robustmoe.attacks import FAB, FMN, PGD, Attack, Joint, Viewed, at_radius, b
 from robustmoe.evaluation import evaluate
 from robustmoe.evaluation.curve import broken_below, nearest_within
 from robustmoe.models import RoutedModel
+from robustmoe.records.types import misfits
 
 EPS = 0.02
 RADII = (0.005, 0.01, 0.04, 0.08)
@@ -154,6 +155,9 @@ def test_rows_of_other_radii(asked: tuple[RoutedModel, Tensor, Tensor]) -> None:
     model, x, y = asked
     [done] = evaluate(model, x, y, attacks=PGD(linf(EPS), steps=3))
     lost = {row.index for row in done.rows if not robust(row)}
+    row = broken_below(2 * EPS, [done], range(24))[0]
+    assert not list(misfits(row, replace(done.header, role="curve")))
+    assert list(misfits(row, done.header)), "of a curve alone"
     assert {row.index for row in broken_below(2 * EPS, [done], range(24))} == lost
     assert broken_below(EPS, [done], range(24)) == [] == broken_below(EPS / 2, [done], range(24))
     assert {row.index for row in broken_below(2 * EPS, [done], range(6))} == {index for index in lost if index < 6}

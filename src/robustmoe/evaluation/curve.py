@@ -7,9 +7,7 @@ from dataclasses import replace
 
 from robustmoe.analysis import robust
 from robustmoe.records import Evaluation, Row
-
-SMALLER, LARGER = "smaller eps", "larger eps"
-"""The ``part`` of a row that was found at another radius."""
+from robustmoe.records.types import LARGER, SMALLER
 
 
 def broken_below(eps: float, done: Iterable[Evaluation], wanted: Collection[int]) -> list[Row]:

@@ -33,6 +33,8 @@ ROLES = ("main", "curve")
 STATUSES = ("pass", "not run", "warn", "fail")  # best first
 CLEAN, CERTIFIED = "clean", "certified"
 """Parts of a row that are no attack: wrong from the start; covered by a certificate."""
+SMALLER, LARGER = "smaller eps", "larger eps"
+"""Parts of a row of a curve that comes from the attack at another radius."""
 SIZES = (*NORMS, "box")
 """What is measured of a perturbation: in each norm, and how far the attacked image leaves [0, 1]."""
 
@@ -275,6 +277,6 @@ def misfits(row: Any, header: Header) -> Iterator[str]:
 
 def unknown_part(part: str, header: Header) -> Iterator[str]:
     """Yields that a part is none of the header's, if it is none."""
-    parts = ("", CLEAN, CERTIFIED, *header.parts)
+    parts = ("", CLEAN, CERTIFIED, *header.parts, *((SMALLER, LARGER) if header.role == "curve" else ()))
     if part not in parts:
         yield f"field 'part' must be one of {parts}, got {part!r:.80}"
