@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -19,15 +20,41 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglo
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 
 
-def test_the_ten_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def code_of(page: str) -> str:
+    """The one Python block of a page."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return str(code)
+
+
+def test_the_readme_is_short_and_narrow() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_readmes_python_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line for line, but for the numbers: those are of the CPU that docs/results/front_door.json names."""
+
+    def words(text: str) -> list[str]:
+        return re.sub(r"[\d.–!]+|-{5,}| {2,}", " ", text).split()
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(code_of("README.md"), {"__name__": "readme"})
+    said = json.loads((ROOT / "docs" / "results" / "front_door.json").read_text())["output"]
+    assert words(capsys.readouterr().out) == words("\n".join(said))
+
+
+def test_the_ten_lines_of_the_start_page_run(capsys: pytest.CaptureFixture[str]) -> None:
     names = {
         "router": Linear().network(3, (1, 8, 8)),
         "experts": [SmallCNN(4).network(5, (1, 8, 8)) for _ in range(3)],
         "x": torch.rand(6, 1, 8, 8),
         "y": torch.arange(6) % 5,
     }
-    exec(code, names)
+    exec(code_of("docs/start.md"), names)
     printed = capsys.readouterr().out.splitlines()
     attacks = [line for line in printed if line.startswith(("pgd(", "route_beam("))]
     assert len(attacks) == 4, "one line an attack"
