@@ -165,6 +165,18 @@ def test_what_cannot_be_wrapped_is_measured_as_a_callable_and_marked(
     assert "so this is the model as a callable: router" in Path("run/report.html").read_text()
 
 
+@pytest.mark.parametrize("gives", ["None", "3", "list"])
+def test_what_is_no_model_is_one_line(gives: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is said of routers or folders, and no folder is made."""
+    Path("none.py").write_text(f"def make_model():\n    return {gives}\n")
+    assert main(["audit", "none.py:make_model", *FEW, "--out", "empty"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("robustmoe: none.py:make_model gives ")
+    assert "expected a model: an nn.Module, or another callable" in err
+    assert not Path("empty").exists()
+
+
 def test_images_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "mine.py:dense"]) == 2
     assert "mine.py:dense needs images to be attacked on; expected --data" in capsys.readouterr().err

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
+from robustmoe import analysis
 from robustmoe.errors import UserError
 from robustmoe.records import (
     Audit,
@@ -27,6 +28,7 @@ from robustmoe.records import (
     Evaluation,
     Example,
     Header,
+    Resumed,
     RouterInfo,
     Row,
     Writer,
@@ -35,6 +37,7 @@ from robustmoe.records import (
     read_examples,
     write_examples,
 )
+from robustmoe.records.typed import encode
 from robustmoe.reporting import report, summary_table
 from robustmoe.reporting.figures import ticks
 from robustmoe.reporting.words import duration, eps_text, percent, route_text
@@ -268,6 +271,33 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, An
     folder = tmp_path_factory.mktemp("routed")
     run = make_run(folder)
     return *made(run, folder), run
+
+
+def test_each_measurement_says_who_went_on_with_it(tmp_path: Path) -> None:
+    import test_dissection
+    from robustmoe.reporting import dissection as dissection_panel
+
+    later = Resumed({"torch": "2.99"}, "fedcba9876543210", "2026-11-29T10:00:00", 7)
+    run = make_run(tmp_path, n=4, curve=False, attacks=(("pgd(linf(8/255), steps=50)", JOINT, 0.4),))
+    dissection = test_dissection.record()
+    taken_up = [dataclasses.replace(later, done=2)]
+    header = dataclasses.replace(dissection.header, model_hash=make_header().model_hash, resumed=taken_up)
+    dataclasses.replace(dissection, header=header).write(run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "resumed": [encode(dataclasses.replace(later, done=30))]}))
+    _, _, text, source = made(run, tmp_path)
+    said = "by torch 2.99, commit fedcba987654"
+    assert f"| resumed, training | after 30, {said} |" in text
+    assert f"| resumed, {dissection_panel.KIND.title} | after 2, {said} |" in text
+    assert text.count("| resumed, ") == 2, "the rows went on under the same versions"
+    rows = run / "rows" / "attack0.jsonl"
+    first, *rest = rows.read_text().splitlines()
+    changed = {**json.loads(first), "resumed": [encode(later), encode(dataclasses.replace(later, done=9))]}
+    rows.write_text("\n".join([json.dumps(changed), *rest, ""]))
+    _, _, text, source = made(run, tmp_path)
+    name = analysis.names([read(rows).header])[0]
+    assert f"| resumed, {name} | after 7, {said}; after 9, {said} |" in text
+    assert f"<dt>resumed, {name}</dt><dd>after 7, {said}; after 9, {said}</dd>" in source
 
 
 def test_page_is_one_quiet_file(routed: tuple[Page, dict[str, Any], str, str, Path]) -> None:

@@ -31,10 +31,12 @@ class OwnModel(specs.Written, NetworkSpec):
     make: Callable[..., Any] = field(compare=False, repr=False)
 
     def made(self, num_classes: int, image_shape: ImageShape) -> Any:
-        """Returns what the user's own code gives, a module in eval mode. UserError for one that cannot be put in it, or
-        whose weights hold no numbers.
+        """Returns what the user's own code gives, a module in eval mode. UserError for what is no model, for a module
+        that cannot be put in that mode, or whose weights hold no numbers.
         """
         made = self.make(num_classes=num_classes, image_shape=image_shape)
+        if isinstance(made, type) or not (callable(made) or isinstance(made, ModelSpec)):
+            raise UserError(f"{self.text} gives {specs.called(made)}; {EXPECTED}")
         if isinstance(made, nn.Module):
             require_weights(made)
             try:
@@ -55,6 +57,4 @@ class OwnModel(specs.Written, NetworkSpec):
         made = self.made(num_classes, image_shape)
         if isinstance(made, ModelSpec):
             return made.build(num_classes, image_shape, normalise)
-        if isinstance(made, type) or not callable(made):
-            raise UserError(f"{self.text} gives {specs.called(made)}; {EXPECTED}")
         return as_routed(made)

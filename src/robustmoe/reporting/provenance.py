@@ -10,6 +10,7 @@ from robustmoe.records import Check, Header, Resumed
 from robustmoe.reporting.collect import RunView
 from robustmoe.reporting.figures import colour
 from robustmoe.reporting.kinds import KINDS
+from robustmoe.reporting.panel import named
 from robustmoe.reporting.words import count, duration, number, plain, plural, short, threat
 
 RECIPE = (
@@ -152,6 +153,16 @@ def _resumed(entry: Resumed) -> str:
     return f"after {entry.done}, by {versions}, commit {(entry.commit or 'unknown')[:12]}"
 
 
+def _resumptions(view: RunView) -> list[tuple[str, str]]:
+    """Returns which measurements, and the training, went on under other versions, and under which."""
+    training = [Resumed(**each) for each in view.config.get("resumed") or ()]
+    rows = [result.header for result in view.results]
+    every = [("training", training), *zip(analysis.names(rows), (header.resumed for header in rows), strict=True)]
+    for kind in KINDS:
+        every += [(named(kind, shown), shown.record.header.resumed) for shown in view.shown[kind.name]]
+    return [(f"resumed, {name}", "; ".join(map(_resumed, entries))) for name, entries in every if entries]
+
+
 def _files(headers: Sequence[Header]) -> list[tuple[str, str]]:
     """Returns the hashes of the files that parts of a user's own came from."""
     files = {path: sha256 for header in headers for path, sha256 in header.files.items()}
@@ -189,7 +200,7 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         ("started", header.started),
         ("versions", plain(header.versions)),
         ("commit", header.commit or "unknown"),
-        ("resumed", "; ".join(_ordered(_resumed(each) for header in headers for each in header.resumed))),
+        *_resumptions(view),
         ("model hash", header.model_hash),
         ("data hash", header.data_hash),
         ("image list hash", header.index_hash),
