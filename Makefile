@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # compiled modules for the next run.
 KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
-.PHONY: demo test test-typed test-slow fuzz lint bench recipes crosscheck wild clean
+.PHONY: demo test test-typed test-slow fuzz lint bench recipes docs crosscheck wild clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
@@ -40,6 +40,10 @@ bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 
 recipes: $(VENV)/.dev  ## two training steps of every distinct recipe, its networks at true size (tiny: `make test`)
 	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m recipes tests/test_recipes_vit_moe.py tests/test_recipes_dual.py tests/test_recipes_advmoe.py tests/test_pages.py
+
+docs: $(VENV)/.dev  ## the documentation site, site/index.html; a dead link or a page left out is an error
+	$(INSTALL) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks
 	$(INSTALL) -e '.[crosscheck]'

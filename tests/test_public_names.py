@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +28,8 @@ def test_a_name_that_is_not_public_is_refused() -> None:
 def test_the_import_alone_loads_no_torch() -> None:
     code = 'import sys, robustmoe; sys.exit("torch" in sys.modules or robustmoe.UserError.__name__ != "UserError")'
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    assert sorted(re.findall(r"^::: robustmoe\.(\w+)$", page, re.MULTILINE)) == robustmoe.__all__
