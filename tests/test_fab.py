@@ -16,6 +16,7 @@ from robustmoe.attacks.fab import FAB
 from robustmoe.models import RoutedModel
 from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
+from tiny_models import TINY, in_turn
 
 NORMS = ("linf", "l2", "l1")
 EPS = {"linf": 0.08, "l2": 0.6, "l1": 6.0}
@@ -140,17 +141,23 @@ def test_a_linear_boundary_is_met_at_the_closed_form_distance(norm: str, targets
 # ------------------------------------------------------------------------------------------------ the contract
 
 
-@pytest.mark.parametrize(
-    "norm, options",
-    [
-        ("linf", {"targets": 9}),
-        ("l1", {"targets": 2, "restarts": 2, "rng": "autoattack"}),
-        ("l2", {"keep": "best", "restarts": 2}),
-    ],
-)
-def test_the_contract(norm: str, options: dict[str, object], model: RoutedModel, images: Callable[..., Tensor]) -> None:
+OPTIONS = [
+    ("linf", {"targets": 9}),
+    ("l1", {"targets": 2, "restarts": 2, "rng": "autoattack"}),
+    ("l2", {"keep": "best", "restarts": 2}),
+]
+
+
+@pytest.mark.parametrize("norm, options, name", in_turn(OPTIONS, sorted(TINY)))
+def test_the_contract(
+    norm: str,
+    options: dict[str, object],
+    name: str,
+    tiny: Callable[..., RoutedModel],
+    images: Callable[..., Tensor],
+) -> None:
     """In the ball and the box, broken or clean, and the model and the global generator as found."""
-    x = images(6)
+    model, x = tiny(name), images(6)
     y = answers(model, x)
     y[0] = (y[0] + 1) % 4  # one is wrong from the start
     model.train()

@@ -16,6 +16,7 @@ from robustmoe.attacks.fmn import FMN, accuracy_curve
 from robustmoe.models import RoutedModel
 from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
+from tiny_models import TINY, in_turn
 
 NORMS = ("linf", "l2", "l1")
 SHAPE = (3, 4, 4)
@@ -91,10 +92,14 @@ def test_the_curve_by_hand() -> None:
             accuracy_curve([bad], [0.1])
 
 
-@pytest.mark.parametrize("norm, start", [("linf", "clean"), ("l2", "random"), ("l1", "clean")])
-def test_the_contract(norm: str, start: str, model: RoutedModel, images: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize(
+    "norm, start, name", in_turn([("linf", "clean"), ("l2", "random"), ("l1", "clean")], sorted(TINY))
+)
+def test_the_contract(
+    norm: str, start: str, name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
+) -> None:
     """In the ball and the box, broken or clean, as far away as the distances say, and the model as found."""
-    x = images(6)
+    model, x = tiny(name), images(6)
     y = answers(model, x)
     y[0] = (y[0] + 1) % 4  # one is wrong from the start
     model.train()

@@ -188,14 +188,13 @@ def test_every_method_is_tested_here() -> None:
 
 
 def meetings() -> list[tuple[str, str, torch.dtype | None]]:
-    """Returns every method with every tiny model; under bf16 every method with every second model, in turn."""
-    pairs = [
-        (turn + place, name, model)
+    """Returns every method with every tiny model: each with every second in float32, in turn, and under bf16 with the
+    others.
+    """
+    return [
+        (name, model, torch.bfloat16 if (turn + place) % 2 else None)
         for turn, name in enumerate(METHODS_HERE)
         for place, model in enumerate(sorted(TINY))
-    ]
-    return [(name, model, None) for _, name, model in pairs] + [
-        (n, m, torch.bfloat16) for turn, n, m in pairs if turn % 2
     ]
 
 

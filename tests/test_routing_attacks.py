@@ -34,6 +34,7 @@ from robustmoe.models import RoutedModel
 from robustmoe.models.dual import DualModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Gating, Routing, Tape, top_k
+from tiny_models import in_turn
 
 SHAPE, SIZE = (3, 4, 4), 48
 BALL = linf(0.1)
@@ -505,15 +506,16 @@ DUAL = (
 """Two routers that choose."""
 
 
-@pytest.fixture(params=["ensemble_hard", "ensemble_soft", "ensemble_k2", "pathway", "layers", DUAL])
-def any_routed(request: pytest.FixtureRequest, tiny: Callable[..., RoutedModel]) -> RoutedModel:
-    return Layers().eval() if request.param == "layers" else tiny(request.param)
-
-
-@pytest.mark.parametrize("attack", CONTRACT)
-def test_the_contract(attack: Attack, any_routed: RoutedModel, images: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize(
+    "attack, name",
+    in_turn(CONTRACT, ["ensemble_hard", "ensemble_soft", "ensemble_k2", "pathway"])
+    + [(attack, name) for attack in CONTRACT for name in ("layers", DUAL)],
+)
+def test_the_contract(
+    attack: Attack, name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
+) -> None:
     """In the ball and the box; modes, weights and generators untouched; deterministic; never worse than nothing."""
-    model, x = any_routed, images(4)
+    model, x = Layers().eval() if name == "layers" else tiny(name), images(4)
     with torch.no_grad():
         y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 4  # wrong from the start: comes back as it is
@@ -579,8 +581,7 @@ def test_only_the_exact_models_own_route_breaks_an_image(
             assert torch.equal(fooled, wrong)
 
 
-@pytest.mark.parametrize("view", [Soft(), ExpertView(1)])
-@pytest.mark.parametrize("attack", CONTRACT, ids=names)
+@pytest.mark.parametrize("view, attack", in_turn([Soft(), ExpertView(1)], CONTRACT))
 def test_through_a_view_they_ask_the_exact_model(
     attack: Attack, view: object, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
@@ -590,8 +591,10 @@ def test_through_a_view_they_ask_the_exact_model(
     assert torch.equal(Viewed(view, attack)(model, x, y), attack(model, x, y))
 
 
-@pytest.mark.parametrize("attack", [*CONTRACT, PGD(linf(0.03), steps=3, keep="first")], ids=names)
-@pytest.mark.parametrize("name", ["ensemble_hard", "layers", "dual", DUAL])
+@pytest.mark.parametrize(
+    "attack, name",
+    in_turn([*CONTRACT, PGD(linf(0.03), steps=3, keep="first")], ["ensemble_hard", "layers", "dual", DUAL], every=2),
+)
 def test_queries_bound_what_a_model_is_asked(
     attack: Attack, name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:

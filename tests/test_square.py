@@ -16,7 +16,7 @@ from robustmoe.models import RoutedModel
 from robustmoe.models.base import Output
 from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise
-from tiny_models import TINY
+from tiny_models import TINY, in_turn
 
 NORMS = [linf, l2, l1]
 SIZES = {"linf": 0.05, "l2": 0.5, "l1": 4.0}
@@ -245,14 +245,14 @@ def test_more_steps_and_restarts_only_add() -> None:
 # ------------------------------------------------------------------------------------------------ contract
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize("norm, name", in_turn(NORMS, sorted(TINY)))
 def test_attacks_every_kind_of_model(
-    name: str, threat: Threat, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
+    norm: Callable[[float], Threat], name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
     """A broken image is in ball and box, every other comes back clean, and the model is as it was. The two random
     streams, each with its loss, take turns over models and norms.
     """
-    turn = sorted(TINY).index(name) + [norm.__name__ for norm in NORMS].index(threat.norm)
+    threat, turn = norm(SIZES[norm.__name__]), sorted(TINY).index(name) // 3
     rng, loss = [("image", "margin"), ("autoattack", "ce")][turn % 2]
     model, x = tiny(name), images(6)
     with torch.no_grad():

@@ -34,6 +34,7 @@ from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel
 from robustmoe.models.dual import DualModel
 from robustmoe.routing import Routing, Tape, soft, to_expert, top_k
+from tiny_models import in_turn
 
 EVERY = [Exact(), StraightThrough(), StraightThrough("identity"), Soft(), Soft(0.3), ExpertView(1)]
 
@@ -410,8 +411,7 @@ def test_a_view_of_a_surrogate_climbs_its_copy_and_keeps_its_judge_and_counts(
     assert seen == [(4, True), (4, False)] * 2  # a gradient, and the judge
 
 
-@pytest.mark.parametrize("name", ["ensemble_hard", "ensemble_k2", "pathway", "dual"])
-@pytest.mark.parametrize("view", EVERY)
+@pytest.mark.parametrize("view, name", in_turn(EVERY, ["ensemble_hard", "ensemble_k2", "pathway", "dual"], every=2))
 def test_an_attack_through_a_view_keeps_the_contract(
     view: View,
     name: str,

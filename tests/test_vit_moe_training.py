@@ -15,6 +15,7 @@ from robustmoe.training import METHODS, Method, build_method, standard, train_st
 from robustmoe.training.optimisation import SGD
 from robustmoe.training.phases import MiniBatch
 from test_phases import METHODS_HERE
+from tiny_models import in_turn
 
 SIZE = "patch=4, width=16, depth=2, heads=2, experts=3, placement=every_2"
 MODELS = {
@@ -59,8 +60,7 @@ def test_every_method_is_tested_here() -> None:
     assert set(METHODS) - UNBOUNDED <= set(METHOD_TEXTS)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("text", METHOD_TEXTS)
+@pytest.mark.parametrize("text, name", in_turn([*METHOD_TEXTS], [*MODELS], every=2))
 def test_every_method_moves_its_phases_parameters_alone(text: str, name: str, images: Callable[..., Tensor]) -> None:
     """Phase by phase: what it names moves (every router that it names too), and nothing else."""
     method = build_method(METHOD_TEXTS[text])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 IMAGE_SHAPE, CLASSES = (3, 8, 8), 4
 
 TINY = {
@@ -18,3 +21,15 @@ TINY = {
     "vit_moe": "vit_moe(patch=4, width=16, depth=2, heads=2, experts=3, k=2, placement=(1,))",
 }
 """Models of every kind, at most a few thousand parameters; "dense" is the one without a router, "dual" has two."""
+
+
+def in_turn(first: Sequence[Any], second: Sequence[Any], every: int = 0) -> list[tuple[Any, ...]]:
+    """Returns pairs in which every value of both stands: of each value's pairs every third, say, in turn.
+
+    Without a number the values of the shorter take turns, so that each of the longer stands in one pair. A pair of the
+    first is put flat: its two values and the second's.
+    """
+    every = every or min(len(first), len(second))
+    assert 0 < every <= min(len(first), len(second)), "some value would stand nowhere"
+    pairs = [(a, b) for i, a in enumerate(first) for j, b in enumerate(second) if (i + j) % every == 0]
+    return [(*(a if isinstance(a, tuple) else (a,)), b) for a, b in pairs]
