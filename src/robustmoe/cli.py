@@ -44,8 +44,11 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+_MORE_ROOM, _OTHER_PLACE = "free some space", "check the path"
+_YOURS = "ask its owner for the right to it, or use a copy that is yours"
 _NO_PLACE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENOSPC: _MORE_ROOM, errno.EDQUOT: _MORE_ROOM, errno.EACCES: _YOURS, errno.EPERM: _YOURS, errno.EROFS: _YOURS,
+    errno.ENOTDIR: _OTHER_PLACE, errno.ENAMETOOLONG: _OTHER_PLACE, errno.ELOOP: _OTHER_PLACE,
 }  # fmt: skip
 REPORT = "This is a fault of robustmoe; please report it, with the command and this text."
 
@@ -92,7 +95,8 @@ def _no_fault(error: BaseException) -> str | None:
     for an error that is a fault of ours.
     """
     if isinstance(error, OSError) and error.errno in _NO_PLACE:
-        return f"{error.strerror}: {error.filename!s:.200}" if error.filename else str(error.strerror)
+        where = f": {error.filename!s:.200}" if error.filename else ""
+        return f"{error.strerror}{where}; {_NO_PLACE[error.errno]}"
     first = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
     words = ("can't allocate memory", "out of memory", "could not allocate")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in first for w in words)):

@@ -1,20 +1,23 @@
 """`make fuzz`: spoilt inputs of every kind, each given to the program in a process of its own.
 
-    python tests/fuzz [--scale 1] [--only rows,data] [--jobs 2] [--out runs/fuzz.json]
+    python tests/fuzz [--scale 1] [--only rows,data] [--jobs 2] [--out runs/fuzz.json] [--show accepted]
 
 Hypothesis draws the cases from a fixed seed, so that the same commit has the same cases; ``--scale 10`` draws ten
 times as many, others among them. A case must end with exit code 2 and one line, or be taken; what was taken is in the
-JSON file, to be read by a person. Tracebacks, hangs, memory beyond 4 GiB, raw characters on the terminal, other exit
-codes and anything that is executed are faults, and the exit code is then 1.
+JSON file, to be read by a person (``--show`` prints the cases of a kind: what was changed, and what was said).
+Tracebacks, hangs, memory beyond 4 GiB, raw characters on the terminal, other exit codes and anything that is executed
+are faults, and the exit code is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import sys
 import tempfile
 import time
@@ -28,6 +31,7 @@ from hypothesis import strategies as st
 
 import artefacts
 import child
+import datasets
 import files
 import objects
 import words
@@ -44,7 +48,7 @@ SECTIONS: dict[str, tuple[Section, int, tuple[str, ...]]] = {
     "metrics.jsonl": (files.metrics, 60, ("run",)),
     "model.safetensors": (files.weights, 80, ("run",)),
     "state.pt": (files.state, 80, ("run",)),
-    "data": (files.data, 220, ()),
+    "data": (datasets.data, 220, ()),
     "--model files": (objects.model_file, 120, ()),
     "arrays in Python": (objects.api, 200, ()),
 }
@@ -61,6 +65,7 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz.json"))
+    parser.add_argument("--show", default="", choices=["", *COLUMNS])
     options = parser.parse_args()
     started = time.monotonic()
     _prepare()
@@ -83,44 +88,30 @@ def main() -> int:
     )
     print(table(done), f"\n{len(done)} cases in {time.monotonic() - started:.0f} s; each of them in {options.out}")
     faults = [case for case in done if case["kind"] not in ("one line", "ok", "accepted", "interrupted")]
-    for case in faults:
-        last = case["err"].strip().splitlines()[-1:] or [""]
-        print(
-            f"{case['kind']}: {case['section']}: {case['change']}\n    {last[0][:200]}".encode("unicode_escape")
-            .decode()
-            .replace("\\n", "\n")
-        )
+    for case in [*(case for case in done if case["kind"] == options.show), *faults]:
+        print(told(case))
     return 1 if faults else 0
+
+
+def told(case: dict[str, Any]) -> str:
+    """What was changed, and the last that was said, printable."""
+    lines = [f"{case['kind']}: {case['section']}: {case['change']}"]
+    lines += [f"    {line[:200]}" for text in (case["err"], case["out"]) for line in text.strip().splitlines()[-1:]]
+    return "\n".join(line.encode("unicode_escape").decode() for line in lines)
 
 
 def _prepare() -> None:
     """Imports what the commands import, once, for all the children."""
-    import importlib
-
     import torch
 
     torch.set_num_threads(1)
     with contextlib.suppress(RuntimeError):
         torch.set_num_interop_threads(1)
-    for name in (
-        "verbs",
-        "training",
-        "evaluation",
-        "evaluation.checks.run",
-        "evaluation.own_run",
-        "evaluation.auditing",
-        "reporting",
-        "reporting.card",
-        "reporting.theory",
-        "theory",
-        "data",
-        "records",
-        "certification",
-        "lipschitz",
-        "wrapping",
-        "cli",
-    ):
-        importlib.import_module(f"robustmoe.{name}")
+    import robustmoe
+
+    for module in pkgutil.walk_packages(robustmoe.__path__, "robustmoe."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for name in ("sklearn.datasets", "pyarrow.parquet", "PIL.Image", "rich.console", "scipy.stats"):
         importlib.import_module(name)
     for kind in (torch.optim.SGD, torch.optim.AdamW):  # the first step of an optimiser imports half of torch
@@ -167,10 +158,16 @@ def _played(name: str, draw: Any, place: Path, done: Container[str]) -> dict[str
         kind = child.judged(ended, case.valid)
         if any(canaries.iterdir()):
             kind = "executed"
-        argv = case.work if isinstance(case.work, list) else None
-        return {"section": name, "change": case.change, "argv": argv, "kind": kind, "code": ended.code,
-        "seconds": round(ended.seconds, 2),
-                "err": ended.err[-3000:], "out": ended.out[-800:]}  # fmt: skip
+        return {
+            "section": name,
+            "change": case.change,
+            "argv": case.work if isinstance(case.work, list) else None,
+            "kind": kind,
+            "code": ended.code,
+            "seconds": round(ended.seconds, 2),
+            "err": ended.err[-3000:],
+            "out": ended.out[-800:],
+        }
     finally:
         artefacts.forget(outer)
 
@@ -191,19 +188,18 @@ def _work(case: Case) -> int:
 
 def table(done: list[dict[str, Any]]) -> str:
     """How the cases of each section ended."""
-    others = sorted({case["kind"] for case in done} - set(COLUMNS))
-    columns = [*COLUMNS, *others]
+    columns = [*COLUMNS, *sorted({case["kind"] for case in done} - set(COLUMNS))]
     lines = ["| section | tried | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 3) + "|"]
     for name in [*SECTIONS, "sum"]:
         cases = [case for case in done if name in (case["section"], "sum")]
         if cases:
             kinds = Counter(case["kind"] for case in cases)
-            numbers = [str(kinds[column] or "") for column in columns]
-            lines.append(
-                f"| {name} | {len(cases)} | "
-                + " | ".join(numbers)
-                + f" | {sum(case['seconds'] for case in cases):.0f} |"
-            )
+            numbers = [
+                len(cases),
+                *(kinds[column] or "" for column in columns),
+                round(sum(c["seconds"] for c in cases)),
+            ]
+            lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
     return "\n".join(lines)
 
 
