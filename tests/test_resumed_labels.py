@@ -23,7 +23,7 @@ device = "cpu"
 PGD = ["--attack", "pgd(linf(0.1), steps=1)"]
 CERTIFY = ["certify", "run", "--limit", "4", "--certifier", "bounds(linf(0.01), search=0)"]
 KINDS = {
-    "rows/pgd-linf-0.1-steps-1.jsonl": ["evaluate", "run", "--limit", "4", "--curve", "none", *PGD],
+    "rows/fgsm-linf-0.1.jsonl": ["evaluate", "run", "--limit", "4", "--curve", "none", "--attack", "fgsm(linf(0.1))"],
     "sweep.json": ["sweep", "run", "--limit", "4", "--eps", "0.1", "--draws", "1", *PGD],
     "dissection.json": ["dissect", "run", "--limit", "4", *PGD],
     "lipschitz.json": ["lipschitz", "run", "--limit", "4", *PGD],
