@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
-from robustmoe.attacks import OBJECTIVES, ExpertsOnly, Joint, Objective, RouterOnly, RoutingLoss, Score, kl
+from robustmoe.attacks import (
+    OBJECTIVES,
+    ExpertsOnly,
+    Joint,
+    Objective,
+    RouterOnly,
+    RoutingLoss,
+    Score,
+    kl,
+    router_hinge,
+)
+from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.losses import loss_of
 from robustmoe.attacks.objectives import Inner
 from robustmoe.attacks.pgd import ascend
@@ -103,6 +114,40 @@ def test_experts_only_holds_the_clean_route(routed: RoutedModel, images: Callabl
     score = ExpertsOnly()(routed, x, y)(x_adv)
     torch.testing.assert_close(score.loss, torch.nn.functional.cross_entropy(held, y, reduction="none"))
     assert torch.equal(score.fooled, held.argmax(1) != y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [False, True])
+def test_the_route_alone_is_that_of_a_whole_pass(
+    routed: RoutedModel, half: bool, images: Callable[..., Tensor]
+) -> None:
+    """To the bit: what holds the clean route need not run an expert for it."""
+    model, x = LowPrecision(routed) if half else routed, images(9)
+    alone, whole = model.route(x), model.run(x).trace
+    assert alone.keys() == whole.keys()
+    for name, routing in alone.items():
+        for ours, theirs in zip(
+            (routing.logits, routing.index, routing.weight),
+            (whole[name].logits, whole[name].index, whole[name].weight),
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["ensemble_hard", "pathway"])
+def test_only_a_loss_that_compares_with_the_clean_logits_asks_for_them(
+    name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = tiny(name), images(4), torch.zeros(4, dtype=torch.long)
+
+    def body(*args: object) -> Tensor:
+        raise AssertionError("the experts ran")
+
+    monkeypatch.setattr(type(model), "body", body)
+    for objective in (ExpertsOnly(), ExpertsOnly("margin"), RouterOnly(), router_hinge()):
+        objective(model, x, y)
+    with pytest.raises(AssertionError, match="the experts ran"):
+        ExpertsOnly("kl")(model, x, y)
 
 
 def test_experts_only_sends_nothing_through_the_router(routed: RoutedModel, images: Callable[..., Tensor]) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.climbing import Climbing, Collected, as_column, length_of
 from robustmoe.attacks.l1 import fitted, onto_l1
-from robustmoe.attacks.objectives import Inner, Joint, Objective, Score, Targeted
+from robustmoe.attacks.objectives import Inner, Joint, Objective, Score, Targeted, towards
 from robustmoe.attacks.pgd import ascend
 from robustmoe.attacks.surrogate import missed
 from robustmoe.attacks.threat import Threat
+from robustmoe.attacks.together import Together, next_climbs
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 
@@ -131,13 +132,46 @@ class APGD(Attack):
                 still = left[rows]
                 every = None if len(rows) == len(left) else rows
                 result.take(still, self._restart(inner, x[still], every, noise[still].fold(number, restart), generator))
-        x_adv = result.x_adv.clamp(0.0, 1.0)
+        return self._ended(x, result.x_adv)
+
+    def climb_towards(
+        self, targets: Tensor, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise, loss: Literal["dlr", "margin"]
+    ) -> Tensor:
+        """`climb_each` of the classes ``targets`` (n, k) of each image, as many at once as there is room for."""
+        result = Collected.none(x)
+        waiting: Sequence[tuple[int, int]] = [
+            (number, restart) for number in range(targets.shape[1]) for restart in range(self.restarts)
+        ]
+        while waiting:
+            left = torch.nonzero(~result.fooled)[:, 0]
+            if len(left) == 0:
+                break
+            climbs, waiting = next_climbs(waiting, len(left))
+            rows = left.repeat(len(climbs))
+            inner = towards(model, y[rows], torch.cat([targets[left, number] for number, _ in climbs]), loss)
+            streams = torch.cat([noise[left].fold(*climb).state for climb in climbs])
+            together = Together.of(len(left), len(climbs), x.device)
+            for climbed in self._restart(inner, x[rows], None, Noise(streams), None, together).split(len(left)):
+                still = torch.nonzero(~result.fooled[left])[:, 0]
+                result.take(left[still], climbed[still])
+        return self._ended(x, result.x_adv)
+
+    def _ended(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        x_adv = x_adv.clamp(0.0, 1.0)
         return fitted(x, x_adv, self.threat.eps) if self.threat.norm == "l1" else x_adv
 
     def _restart(
-        self, inner: Inner, x: Tensor, rows: Tensor | None, noise: Noise, generator: torch.Generator | None
+        self,
+        inner: Inner,
+        x: Tensor,
+        rows: Tensor | None,
+        noise: Noise,
+        generator: torch.Generator | None,
+        together: Together | None = None,
     ) -> Collected:
-        """From one random start to the end. ``rows``: which images of the objective's batch these are (None: all)."""
+        """From one random start to the end. ``rows``: which images of the objective's batch these are (None: all);
+        ``together``: what tells which of the images are the same.
+        """
         stages = self.stages()
         random, original = self._draw(x, noise, generator), generator is not None
         if len(stages) == 1:
@@ -147,7 +181,8 @@ class APGD(Attack):
             else:
                 length = length_of(random) if self.threat.norm == "l2" else random.flatten(1).abs().amax(1)
                 x_adv = x + eps * (random / (as_column(length, x) + 1e-12))
-            return self._climb(inner, x, rows, x_adv.clamp_(0.0, 1.0), Climb(eps, self.steps, dense=True, last=True))
+            climb = Climb(eps, self.steps, dense=True, last=True)
+            return self._climb(inner, x, rows, x_adv.clamp_(0.0, 1.0), climb, together)
         x_adv = x + random
         x_adv = onto_l1(x, x_adv - x, x_adv, stages[0][0], original)
         for number, (eps, steps) in enumerate(stages):
@@ -155,7 +190,7 @@ class APGD(Attack):
                 self._draw(x, noise, generator)  # the original draws a start, and goes on from here nevertheless
             x_adv = onto_l1(x, x_adv - x, x_adv, eps, original).clamp_(0.0, 1.0)
             climb = Climb(eps, steps, dense=False, last=number == len(stages) - 1)
-            collected = self._climb(inner, x, rows, x_adv, climb)
+            collected = self._climb(inner, x, rows, x_adv, climb, together)
             x_adv = collected.x_adv
         return collected
 
@@ -169,7 +204,15 @@ class APGD(Attack):
         random = random.to(x)
         return 2 * random - 1 if uniform else random
 
-    def _climb(self, inner: Inner, x: Tensor, rows: Tensor | None, x_adv: Tensor, climb: Climb) -> Collected:
+    def _climb(
+        self,
+        inner: Inner,
+        x: Tensor,
+        rows: Tensor | None,
+        x_adv: Tensor,
+        climb: Climb,
+        together: Together | None = None,
+    ) -> Collected:
         """The steps of ``climb`` from x_adv: steps + 1 gradients.
 
         In the last climb of a restart fooled images leave, or are kept (see ``keep``); before it, in a larger ball,
@@ -185,11 +228,8 @@ class APGD(Attack):
             score = self._gradient(inner, now, rows)
             now.offer(score.loss, counted=step > 0)
             if leave and bool(score.fooled.any()):
-                gone, stay = torch.nonzero(score.fooled)[:, 0], torch.nonzero(~score.fooled)[:, 0]
-                collected.put(now.place[gone], now.x_adv[gone], score.loss[gone], True)
-                if len(stay) == 0:
+                if not self._let_go(now, score, collected, together):
                     return collected
-                now.narrow(stay)
             elif note:
                 now.note(score.fooled)
             if step in checkpoints:
@@ -199,6 +239,16 @@ class APGD(Attack):
                     now.check(checkpoints[step])
         collected.put(now.place, torch.where(as_column(now.fooled, x), now.noted, now.best), now.best_loss, now.fooled)
         return collected
+
+    def _let_go(self, now: Climbing, score: Score, collected: Collected, together: Together | None) -> bool:
+        """The fooled images leave, and with them the climbs that they make needless; whether any go on."""
+        gone, staying = torch.nonzero(score.fooled)[:, 0], ~score.fooled
+        collected.put(now.place[gone], now.x_adv[gone], score.loss[gone], True)
+        if together is not None:
+            together.broke(now.place[gone])
+            staying &= together.wanted(now.place)
+        now.narrow(torch.nonzero(staying)[:, 0])
+        return len(now.place) > 0
 
     def _checkpoints(self, steps: int) -> dict[int, float]:
         """The steps after which a checkpoint comes, the same for every image, and how many of the steps before it have
@@ -230,9 +280,10 @@ class APGD(Attack):
 class TargetedAPGD(Attack):
     """`APGD` towards the ``targets`` most likely wrong classes of the clean image in turn (at most all there are).
 
-    An image leaves as soon as a climb has fooled it. ``loss``: the targeted DLR loss (2020, eq. 7; with fewer than 4
-    classes the margin) or the "margin" between the target's logit and the label's. The rest is as for `APGD`; the
-    result of an image that is not fooled is its iterate of highest loss over all targets.
+    An image leaves as soon as a climb has fooled it. Where there is room for more images than are left, several targets
+    are climbed at once, with the same results (not with rng="autoattack"). ``loss``: the targeted DLR loss (2020, eq.
+    7; with fewer than 4 classes the margin) or the "margin" between the target's logit and the label's. The rest is as
+    for `APGD`; the result of an image that is not fooled is its iterate of highest loss over all targets.
     """
 
     threat: Threat
@@ -258,16 +309,19 @@ class TargetedAPGD(Attack):
         return Targeted(2, self.loss)
 
     def queries(self, output: Output) -> int:
-        clean = int(self.rng == "autoattack")
-        climbs = self.single.queries(output) - clean
-        return (
-            1 + clean + len(self._ranks(output)) * (1 + climbs)
-        )  # how many classes there are, and which is the target
+        original = int(self.rng == "autoattack")
+        climbs = self.single.queries(output) - original
+        return 1 + original + len(self._ranks(output)) * (original + climbs)  # once for the targets, there for each
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        original = self.rng == "autoattack"
         with torch.no_grad():
-            ranks = self._ranks(model.run(x[:1]))
-        return self.single.climb_each([Targeted(rank, self.loss) for rank in ranks], model, x, y, noise)
+            output = model.run(x[:1] if original else x)
+        ranks = self._ranks(output)
+        if original:
+            return self.single.climb_each([Targeted(rank, self.loss) for rank in ranks], model, x, y, noise)
+        targets = output.logits.sort(dim=1).indices[:, [-rank for rank in ranks]]
+        return self.single.climb_towards(targets, model, x, y, noise, self.loss)
 
     def _ranks(self, output: Output) -> range:
         return range(2, min(self.targets, output.logits.shape[1] - 1) + 2)

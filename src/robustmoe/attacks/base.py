@@ -19,6 +19,7 @@ from robustmoe.arrays import as_images, as_labels
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.surrogate import missed
 from robustmoe.attacks.threat import Threat
+from robustmoe.attacks.together import room, room_for
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.foreign import awaited, blaming_backward, require_weights
@@ -102,7 +103,7 @@ def entered(
     _require_streams(noise, len(x))
     highest = -1 if known or len(y) == 0 else int(y.max())
     look = contextlib.nullcontext() if known else awaited(routed, highest, climbs)
-    with look, looked_at(), evaluating(routed):
+    with look, looked_at(), room_for(room() or len(x)), evaluating(routed):
         yield Taken(routed, x, y, noise)
 
 

@@ -31,6 +31,14 @@ class Collected:
     def put(self, rows: Tensor, x_adv: Tensor, loss: Tensor, fooled: Tensor | bool) -> None:
         self.x_adv[rows], self.loss[rows], self.fooled[rows] = x_adv, loss.to(self.loss), fooled
 
+    def split(self, n: int) -> list[Collected]:
+        """The first n images, the next n, ..."""
+        parts = zip(self.x_adv.split(n), self.loss.split(n), self.fooled.split(n), strict=True)
+        return [Collected(*part) for part in parts]
+
+    def __getitem__(self, rows: Tensor) -> Collected:
+        return Collected(self.x_adv[rows], self.loss[rows], self.fooled[rows])
+
     def take(self, rows: Tensor, other: Collected) -> None:
         """What another restart found for the images ``rows``, none of them fooled before."""
         better = other.fooled | (other.loss > self.loss[rows])

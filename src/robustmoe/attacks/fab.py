@@ -5,6 +5,7 @@ by projecting onto linearised decision boundaries. Untargeted, or FAB-T, the par
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from robustmoe.attacks.objectives import Joint
 from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Norm, Threat, size
+from robustmoe.attacks.together import Together, next_climbs
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -39,8 +41,9 @@ class FAB(Attack):
 
     ``targets``: 0 for the untargeted attack (the gradients of all classes each step); n for FAB-T, one run towards each
     of the n most likely wrong classes in turn (at most classes - 1). A run is ``steps`` steps; each of the ``restarts``
-    after the first one starts at random. A run and its restarts see only the images not yet broken. ``alpha_max``
-    bounds the pull towards the clean image, ``eta`` is the overshoot, ``beta`` the way back after a success (1: none).
+    after the first one starts at random. A run and its restarts see only the images not yet broken; where there is room
+    for more, several runs are made at once, with the same results. ``alpha_max`` bounds the pull towards the clean
+    image, ``eta`` is the overshoot, ``beta`` the way back after a success (1: none).
 
     ``keep``: with "first" an image leaves as soon as it is broken within eps; with "best" its run goes on to the end,
     and the nearest broken image found is kept (as the original does; the same images are broken).
@@ -93,16 +96,25 @@ class FAB(Attack):
         ranked = logits.scatter(1, y[:, None], torch.inf).sort(dim=1).indices  # the label last
         generator = torch.Generator().manual_seed(self.seed)
         x_adv = x.clone()
-        for target in range(max(1, min(self.targets, classes - 1))):
-            for restart in range(self.restarts):
-                if len(left) == 0:
-                    return x_adv
-                rival = ranked[left, -2 - target] if self.targets else None
-                start = x[left] if restart == 0 else self._start(x[left], noise[left].fold(target, restart), generator)
-                nearest, distance = self._run(model, x[left], y[left], rival, start)
-                broken = distance <= self.threat.eps
-                x_adv[left[broken]] = nearest[broken]
-                left = left[~broken]
+        targets = range(max(1, min(self.targets, classes - 1)))
+        waiting: Sequence[tuple[int, int]] = [
+            (target, restart) for target in targets for restart in range(self.restarts)
+        ]
+        while waiting and len(left) > 0:
+            original = self.rng == "autoattack"
+            runs, waiting = (waiting[:1], waiting[1:]) if original else next_climbs(waiting, len(left))
+            rows = left.repeat(len(runs))
+            rival = torch.cat([ranked[left, -2 - target] for target, _ in runs]) if self.targets else None
+            starts = [
+                self._start(x[left], noise[left].fold(*run), generator) if run[1] > 0 else x[left] for run in runs
+            ]
+            together = Together.of(len(left), len(runs), x.device)
+            nearest, distance = self._run(model, x[rows], y[rows], rival, torch.cat(starts), together)
+            broken = distance.view(len(runs), -1) <= self.threat.eps
+            first = torch.arange(len(left), device=x.device) + len(left) * broken.int().argmax(0)
+            lost = broken.any(0)
+            x_adv[left[lost]] = nearest[first[lost]]
+            left = left[~lost]
         return x_adv
 
     def _start(self, x: Tensor, noise: Noise, generator: torch.Generator) -> Tensor:
@@ -119,10 +131,10 @@ class FAB(Attack):
         return (x + self.threat.eps * ray / length * 0.5).clamp(0.0, 1.0)
 
     def _run(
-        self, model: RoutedModel, x: Tensor, y: Tensor, rival: Tensor | None, now: Tensor
+        self, model: RoutedModel, x: Tensor, y: Tensor, rival: Tensor | None, now: Tensor, together: Together
     ) -> tuple[Tensor, Tensor]:
         """One run from ``now``: the nearest broken image found (n, ch, h, w) and its distance (n,), infinite where
-        there is none.
+        there is none. ``together``: which of the images are the same.
 
         Where a point is not broken, the pass that said so is also the one that the next step differentiates. Once an
         image has been broken, nearly all its later points are (97 % for linf and l2 on a digits CNN) and are moved
@@ -145,7 +157,11 @@ class FAB(Attack):
                 nearer &= distance <= self.threat.eps
                 nearer[nearer.clone()] = model.confirm(now[nearer], y[rows[nearer]], torch.ones_like(rows[nearer]) > 0)
             nearest[rows[nearer]], least[rows[nearer]] = now[nearer], distance[nearer]
-            stay = ~nearer | (distance > self.threat.eps) if self.keep == "first" else torch.ones_like(broken)
+            stay = torch.ones_like(broken)
+            if self.keep == "first":
+                inside = nearer & (distance <= self.threat.eps)
+                together.broke(rows[inside])
+                stay = ~inside & together.wanted(rows)
             if last or not bool(stay.any()):
                 break
             now = torch.where(broken[:, None, None, None], clean + (now - clean) * self.beta, now)[stay]

@@ -12,7 +12,7 @@ from robustmoe.attacks.base import Attack, Wrapped
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
-from robustmoe.routing import Tape
+from robustmoe.routing import Tape, Trace
 
 
 class LowPrecision(RoutedModel):
@@ -28,6 +28,10 @@ class LowPrecision(RoutedModel):
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # the cache outlives an optimiser step
             return self.model.ask(x.float(), tape)
+
+    def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            return self.model.route(x.float())
 
 
 @dataclass(frozen=True)

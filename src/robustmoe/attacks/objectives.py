@@ -169,14 +169,18 @@ class Targeted(Objective):
         classes = clean.shape[1]
         if not 2 <= self.rank <= classes:
             raise UserError(f"rank must be from 2 to the number of classes, {classes}; got {self.rank}")
-        target = clean.sort(dim=1).indices[:, -self.rank]
+        return towards(model, y, clean.sort(dim=1).indices[:, -self.rank], self.loss)
 
-        def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
-            logits, label = model.run(x_adv).logits, some(y, rows)
-            aimed = targeted_climb(self.loss, logits, label, some(target, rows))
-            return scored(aimed, missed(model, x_adv, logits, label))
 
-        return inner
+def towards(model: RoutedModel, y: Tensor, target: Tensor, loss: Literal["dlr", "margin"]) -> Inner:
+    """The inner function of `Targeted`, towards the classes ``target`` (n,)."""
+
+    def inner(x_adv: Tensor, rows: Tensor | None = None) -> Score:
+        logits, label = model.run(x_adv).logits, some(y, rows)
+        aimed = targeted_climb(loss, logits, label, some(target, rows))
+        return scored(aimed, missed(model, x_adv, logits, label))
+
+    return inner
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,13 @@ class ExpertsOnly(Objective):
     loss: Loss = "ce"
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
+        logits = None
         with torch.no_grad():
-            clean = exact_of(model).run(x)
-        return _on_route(model, y, detach(clean.trace), self.loss, clean.logits)
+            if self.loss == "kl":
+                logits, trace = exact_of(model).run(x)
+            else:
+                trace = exact_of(model).route(x)
+        return _on_route(model, y, detach(trace), self.loss, logits)
 
 
 @dataclass(frozen=True)
@@ -244,7 +252,7 @@ class RouterOnly(Objective):
 
     def __call__(self, model: RoutedModel, x: Tensor, y: Tensor) -> Inner:
         with torch.no_grad():
-            trace = detach(exact_of(model).run(x).trace)
+            trace = detach(exact_of(model).route(x))
         if not trace:
             raise UserError("router_only needs a model with a router; this model is dense")
 

@@ -22,6 +22,7 @@ from robustmoe import records
 from robustmoe.analysis import right, robust
 from robustmoe.attacks import Attack
 from robustmoe.attacks.base import part_noise
+from robustmoe.attacks.together import room_for
 from robustmoe.data import Batch, ImageSet, batches
 from robustmoe.errors import UserError
 from robustmoe.evaluation.attacked import Attacked, attack_batch, clean_forward, examples_of, rows_of
@@ -188,7 +189,8 @@ class EvaluationWork:
 
     def _attack(self, stage: WorkStage, attack: Attack, batch: Batch) -> tuple[list[tuple[Attacked, str]], Attacked]:
         noise = part_noise(Noise.of(batch.index, self.plan.seed), stage.name)
-        done = attack_batch(self.model, attack, batch, noise, self.climbed)
+        with room_for(self.batch_size):
+            done = attack_batch(self.model, attack, batch, noise, self.climbed)
         none = torch.zeros_like(done.broken)
         if not self.plan.suite:
             return [(done, "")], done.select(none)

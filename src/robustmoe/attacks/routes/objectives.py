@@ -101,7 +101,7 @@ class JointNormalised(Objective):
 
 def _clean(model: RoutedModel, x: Tensor) -> Trace:
     with torch.no_grad():
-        return detach(exact_of(model).run(x).trace)
+        return detach(exact_of(model).route(x))
 
 
 def departure(clean: Trace, after: Trace, cap: float) -> Ascent:
