@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from robustmoe import cli, spec, verbs
+from robustmoe import cli, recipe, spec, verbs
 from robustmoe.cli import main
 from robustmoe.errors import UserError
 from robustmoe.flags import parse
@@ -388,3 +388,20 @@ def test_sigterm_does_not_cut_off_the_line_of_a_process_whose_peer_died(monkeypa
     assert stderr.getvalue() == "robustmoe: process 0 of 2 stopped\n"
     assert set(handlers) == {signal.SIG_IGN}
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_list_recipes_and_what_one_of_them_says(capsys: pytest.CaptureFixture[str]) -> None:
+    files = recipe.every()
+    assert len(files) == len({file.name for file in (Path(__file__).parents[1] / "recipes").rglob("*.toml")}) > 100
+    assert main(["list", "recipes"]) == 0
+    said = capsys.readouterr().out
+    assert [line.strip() for line in said.splitlines() if line.startswith("  ") and line[2] != " "] == [
+        file.stem for file in files
+    ]
+    assert max(map(len, said.splitlines())) <= 80
+    assert main(["list", "digits_hard_moe"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "certified(linf(0.1), stability=0.3, balance=0.1); 60 epochs A hard-routed MoE of two networks" in said
+    assert "robustmoe train digits_hard_moe robustmoe certify runs/digits_hard_moe" in said
+    assert main(["train", "nope"]) == 2
+    assert "robustmoe list recipes has them all" in capsys.readouterr().err

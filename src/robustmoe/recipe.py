@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,6 +142,25 @@ def folders() -> list[Path]:
     return [f for f in (Path("recipes"), package / "recipes", package.parents[1] / "recipes") if f.is_dir()]
 
 
+def every() -> list[Path]:
+    """Returns the recipes that a bare name may be of, by folder and name; the first of a name hides later ones."""
+    files: dict[str, Path] = {}
+    for folder in folders():
+        for file in (*sorted(folder.glob("*.toml")), *sorted(folder.glob("*/*.toml"))):
+            files.setdefault(file.name, file)
+    return sorted(files.values(), key=lambda file: (file.parent.name, file.name))
+
+
+def words(file: Path) -> str:
+    """Returns the comment at the head of a recipe: what it is, what it costs, what it gave."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in takewhile(_is_comment, lines)).strip()
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
+
+
 def resolve(name: str | Path) -> Path:
     """Returns the file of a recipe given by path, or by bare name (``digits`` for ``recipes/digits.toml``, or for one
     in a folder inside ``recipes``).
@@ -162,7 +182,8 @@ def resolve(name: str | Path) -> Path:
     near = {file.stem if bare else str(file) for file in outer.values()}
     near.update(Path(close).stem for close in difflib.get_close_matches(file_name, inner, n=4))  # they are many
     hint = nearest(str(path), near) if near else "there are no recipes beside it; give the path of a .toml file"
-    raise UserError(f"there is no recipe {str(name)!r}; {hint}")
+    more = "; robustmoe list recipes has them all" if bare else ""
+    raise UserError(f"there is no recipe {str(name)!r}; {hint}{more}")
 
 
 def seeded(recipe: Recipe, folder: Path, text: str) -> dict[Path, Recipe]:

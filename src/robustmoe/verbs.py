@@ -4,6 +4,7 @@ printed. Nothing heavy is imported before a verb runs.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -297,6 +298,9 @@ OF_YOUR_OWN = (
     '--attack "my_file.py:noise(linf(0.1))"; installed packages may offer names too.'
 )
 
+RECIPES = "whole trainings, for robustmoe train; every field is a flag"
+OF_A_RECIPE = "\nrobustmoe list RECIPE tells where its numbers are from, its cost and its result."
+
 KINDS = {
     "model": "networks, and MoEs made of them",
     "sharpening": "what a dual model does to its robust half's logits",
@@ -315,7 +319,9 @@ KINDS = {
 
 
 def list_names(
-    kind: Annotated[str | None, "models, attacks, data, ..., or one name (default: the kinds)", Mark.POSITIONAL] = None,
+    kind: Annotated[
+        str | None, "models, attacks, data, recipes, ..., or one name (default: the kinds)", Mark.POSITIONAL
+    ] = None,
     costs: Annotated[
         bool, "of the models: parameters and multiply-adds of every architecture (some ten seconds)"
     ] = False,
@@ -333,7 +339,11 @@ def list_names(
         return counted.table(counted.rows())
     if kind is None:
         lines = [f"  {_plural(name):13}{KINDS[name]}" for name in spec.TABLES]
-        return "\n".join([*lines, "", OF_A_KIND, OF_YOUR_OWN])
+        return "\n".join([*lines, f"  {'recipes':13}{RECIPES}", "", OF_A_KIND, OF_YOUR_OWN])
+    if kind in ("recipe", "recipes"):
+        return "\n".join([f"recipes: {RECIPES}", *map(_recipe_entry, recipes.every()), OF_A_RECIPE])
+    if file := next((file for file in recipes.every() if file.stem == kind), None):
+        return "\n".join([_recipe_entry(file), *map(_paragraph, recipes.words(file).split("\n\n"))])
     kinds = [name for name in spec.TABLES if kind in (name, _plural(name))]
     if kinds:
         return "\n".join([_plural(kinds[0]), *map(_entry, spec.describe(kinds[0]))])
@@ -343,6 +353,19 @@ def list_names(
         guess, _, _ = nearest(kind, {*spec.TABLES, *(name for name, _, _ in everything)}).partition("known:")
         raise UserError(f"unknown kind or name {kind!r}; {guess}the kinds: {', '.join(map(_plural, spec.TABLES))}")
     return "\n".join(map(_entry, entries))
+
+
+def _recipe_entry(file: Path) -> str:
+    recipe = recipes.load_recipe(file)
+    text = f"{recipe.data}: {recipe.model}; {recipe.method}; {recipe.epochs} epochs"
+    return "\n".join([f"  {file.stem}", *textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)])
+
+
+def _paragraph(text: str) -> str:
+    """Returns prose of a recipe's head, at most 80 columns wide; commands are left as they are."""
+    if not text.startswith("  "):
+        text = textwrap.fill(" ".join(text.split()), 78)
+    return "\n" + textwrap.indent(text, "  ")
 
 
 def _entry(entry: tuple[str, str, str]) -> str:
