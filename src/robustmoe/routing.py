@@ -72,10 +72,16 @@ class Tape:
 
     A replayed decision keeps the forced ``index``, ``weight`` and ``slots`` and records the fresh ``logits`` beside
     them (what this router would have said of this input). Routers that ``forced`` does not name decide freely.
-    ``noise``: one random stream an image, for routers that are noisy in training; without it none is.
+    ``noise``: one random stream an image, for routers that are noisy in training; without it none is. ``read``: False
+    where nobody asks for the decisions afterwards; a model with soft gates need not rank its experts then.
     """
 
-    def __init__(self, forced: Mapping[str, Routing] | None = None, noise: Noise | None = None) -> None:
+    read: bool = True
+
+    def __init__(
+        self, forced: Mapping[str, Routing] | None = None, noise: Noise | None = None, read: bool = True
+    ) -> None:
+        self.read = read
         self.forced: Mapping[str, Routing] = forced or {}
         self.noise = noise
         self.trace: Trace = {}

@@ -8,7 +8,7 @@ gates can be held, pushed and replaced like any other route.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,19 +41,19 @@ class PooledRouter(nn.Module):
         with full_precision(x):
             x = at_least_float32(x)
             fields = x.mean((2, 3)) if self.pool == 1 else F.adaptive_avg_pool2d(x, self.pool).flatten(1)
-            logits: Tensor = self.head(self.norm(fields[:, :, None, None])[:, :, 0, 0])
+            logits: Tensor = self.head(self.norm(fields[:, :, None, None]).flatten(1))
             return logits if self.temperature == 1 else logits / self.temperature
 
 
 @dataclass(frozen=True)
 class Numbers(Handed):
-    """What is added to the scale and the shift of BatchNorms, image by image: (n, 2, d) by the norm's place.
+    """What is added to the scale and the shift of BatchNorms, image by image: both (n, d), by the norm's place.
 
     ``fused``: scale, shift and statistics may be put together first, so that a norm takes one pass over its feature
     map; without it each number stands where bounds of it are closest.
     """
 
-    added: Mapping[int, Float[Tensor, "n 2 d"]]
+    added: Mapping[int, tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]]
     fused: bool
 
 
@@ -68,16 +68,18 @@ class AffineNorm(BatchNorm2d):
         """Without ``numbers`` it is the BatchNorm alone."""
         if not isinstance(numbers, Numbers) or x.shape[0] == 0:
             return super().forward(x)
-        added = numbers.added[self.place]
-        scale, shift = added[:, 0] + self.weight, added[:, 1] + self.bias
+        scale, shift = numbers.added[self.place]
+        scale, shift = scale + self.weight, shift + self.bias
         if numbers.fused and not self.training and x.dtype == scale.dtype:
             assert self.running_mean is not None
             assert self.running_var is not None
             scale = scale * torch.rsqrt(self.running_var + self.eps)
-            shift = shift - scale * self.running_mean
+            shift = torch.addcmul(shift, scale, self.running_mean, value=-1)
         else:
             x = self.unit(x)
-        return torch.addcmul(shift[:, :, None, None].to(x.dtype), x, scale[:, :, None, None].to(x.dtype))
+        if x.dtype != scale.dtype:
+            scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+        return torch.addcmul(shift.unflatten(1, (-1, 1, 1)), x, scale.unflatten(1, (-1, 1, 1)))
 
 
 class AffineExperts(nn.Module):
@@ -114,14 +116,15 @@ class AffineExperts(nn.Module):
     def shared(self, weight: Float[Tensor, "n e"]) -> Float[Tensor, "n numbers"]:
         """Returns the sum of all experts, expert by expert times its weight."""
         with full_precision(weight):
-            return F.linear(weight.to(self.experts.dtype), self.gain * self.experts.t())
+            return torch.mm(self.gain * weight.to(self.experts.dtype), self.experts)
 
-    def at(self, numbers: Float[Tensor, "n numbers"]) -> dict[int, Tensor]:
-        """Returns (n, 2, d) of every place."""
+    def at(self, numbers: Float[Tensor, "n numbers"]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Returns what is added to scale and shift of the norm at every place."""
         parts, start = {}, 0
         for place, width in self.places.items():
-            parts[place] = numbers[:, start : start + 2 * width].unflatten(1, (2, width))
-            start += 2 * width
+            middle, end = start + width, start + 2 * width
+            parts[place] = numbers[:, start:middle], numbers[:, middle:end]
+            start = end
         return parts
 
 
@@ -150,18 +153,25 @@ class AffineModel(RoutedModel):
         self.before = before
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        return self._walk(x, lambda i, each, logits: each.mixed(tape(_name(i), each.decide(logits))), fused=True)
+        if tape.read or tape.forced or any(each.gate != "soft" for each in self._sites()):
+            return self._walk(x, lambda i, each, logits: each.mixed(tape(_name(i), each.decide(logits))), fused=True)
+        return self._walk(x, lambda _, each, logits: each.shared(torch.softmax(logits, -1)), fused=True)
+
+    def _sites(self) -> Iterator[AffineExperts]:
+        for each in self.affine:
+            assert isinstance(each, AffineExperts)
+            yield each
 
     def _walk(self, x: Tensor, mix: Mix, fused: bool) -> Tensor:
         """Returns the logits, ``mix`` saying what becomes of each router's."""
         x = self.network.entry(to_channels_last(self.normalise(x)))
-        added: dict[int, Tensor] = {}
+        sites = list(self._sites())
+        added: dict[int, tuple[Tensor, Tensor]] = {}
         for stage, before in zip(self.network.stages, self.before, strict=True):
             assert isinstance(stage, nn.ModuleList)
             for block, numbers in zip(stage, before, strict=True):
                 for number in numbers:
-                    experts = self.affine[number]
-                    assert isinstance(experts, AffineExperts)
+                    experts = sites[number]
                     added = added | experts.at(mix(number, experts, experts.router(x)))
                 x = block(x, Numbers(added, fused))
         return self.network.exit(x)

@@ -40,8 +40,10 @@ def largest(values: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Returns a context in which autocast is off on the device of x."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    """Returns a context in which autocast is off on the device of x: none, where it is off already."""
+    if x.is_meta or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class Foldable:
