@@ -107,5 +107,12 @@ def install() -> None:
 
 
 def typechecked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``function`` checked by beartype; jaxtyping names the checker by a text, `shapes.typechecked`."""
+    """Returns ``function`` checked by beartype; jaxtyping names the checker by a text, `shapes.typechecked`.
+
+    jaxtyping hands over two stand-ins of every function, one with its parameters, one that gives its result back. The
+    second has the parameters too, which are checked by then, and their sizes known: only the result is checked there.
+    """
+    hints = function.__annotations__
+    if (result := hints.get("return", Any)) is not Any:
+        function.__annotations__ = {**dict.fromkeys(hints, Any), "return": result}
     return beartype.beartype(function)

@@ -344,10 +344,21 @@ def test_sigterm_in_training_says_how_to_go_on(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR])
-def test_no_place_to_write_is_one_line(trained: Calls, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "number, advice",
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "ask its owner for the right to it, or use a copy that is yours"),
+        (errno.EPERM, "ask its owner for the right to it, or use a copy that is yours"),
+        (errno.EROFS, "ask its owner for the right to it, or use a copy that is yours"),
+        (errno.ENOTDIR, "check the path"),
+    ],
+)
+def test_no_place_to_write_is_one_line(
+    trained: Calls, number: int, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained.error = OSError(number, os.strerror(number), "runs/small/state.pt")
-    assert refused(["train", "small.toml"], capsys) == f"{os.strerror(number)}: runs/small/state.pt"
+    assert refused(["train", "small.toml"], capsys) == f"{os.strerror(number)}: runs/small/state.pt; {advice}"
 
 
 def test_a_bug_shows_its_traceback(trained: Calls) -> None:
