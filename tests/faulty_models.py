@@ -109,13 +109,36 @@ class Large(Mix):
         return 1000 * super().body(x, tape)
 
 
-class Lifted(Mix):
-    """Logits times 60, and to all of them alike a term of the image. No loss sees the term, but that float32 loses the
-    label's part of the cross-entropy's gradient where 1 - p rounds to 0: what is left of it climbs the term.
-    """
+class Along(Mix):
+    """Linear logits of r, the sum of the pixels' distances from 1/2, half of them turned: eps moves r by 0.8."""
+
+    def of(self, r: Tensor) -> list[Tensor]:
+        """The logits of classes 1 to 3; that of class 0 is 0."""
+        raise NotImplementedError
 
     def body(self, x: Tensor, tape: Tape) -> Tensor:
-        return 60 * super().body(x, tape) + 600 * torch.sin(20 * self.look(x)).sum(1, keepdim=True)
+        r = (self.look(x) * torch.tensor([1.0, -1.0], device=x.device).repeat(8)).sum(1)
+        logits = torch.stack([torch.zeros_like(r), *self.of(r)], 1)
+        return logits + 0.01 * super().body(x, tape)
+
+
+class Distant(Along):
+    """Of class 0 while r < 1. The nearest rival, class 1, rises as r falls, and is out of reach. Class 2 is in reach
+    for r > 0.2, but so far below that cross-entropy gives it no weight, unless the logits are divided.
+    """
+
+    def of(self, r: Tensor) -> list[Tensor]:
+        return [-2 - r, 60 * (r - 1), torch.full_like(r, -40.0)]
+
+
+class Crowded(Along):
+    """Of class 0 while r < 1, where class 1, the nearest rival, begins. Cross-entropy follows two others, steeper and
+    never on top, which rise as r falls to -0.3.
+    """
+
+    def of(self, r: Tensor) -> list[Tensor]:
+        steep = -0.35 - 1.25 * (r + 0.3).relu()
+        return [0.1 * (r - 1), steep, steep]
 
 
 class Single(Mix):

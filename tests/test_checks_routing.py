@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faulty_models import ATTACK, EPS, GATES, Capacity, Constant, Dead, Large, Lifted, Mix, Pair, Stale, case, on
+from faulty_models import ATTACK, EPS, GATES, Capacity, Constant, Dead, Distant, Large, Mix, Pair, Stale, case, on
 from robustmoe import recipe, training
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Score, experts_only, l1, l2, linf, router_only
 from robustmoe.attacks.objectives import Inner
@@ -352,7 +352,7 @@ def test_auxiliary_terms_in_the_loss() -> None:
 
 def test_the_scale_of_the_logits() -> None:
     assert routing.logit_scale(case(Mix(), STRONG)).status == "pass"
-    found = routing.logit_scale(case(Lifted()))
+    found = routing.logit_scale(case(Distant()))
     assert found.status == "fail"
     assert found.value["0.1"] > found.value["1"]
     large = routing.logit_scale(case(Large()))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faulty_models import ATTACK, EPS, Large, Lifted, Masked, Mix, Quantised, Shattered, Single, case, on
+from faulty_models import ATTACK, EPS, Crowded, Large, Masked, Mix, Quantised, Shattered, Single, case, on
 from robustmoe.attacks import PGD, Attack, AutoAttack, Joint, Objective, Threat, experts_only, l1, l2, linf
 from robustmoe.attacks.apgd import APGD
 from robustmoe.attacks.base import Suite
@@ -227,7 +227,7 @@ def test_a_black_box_beats_a_blind_attack() -> None:
 
 def test_losses_that_disagree() -> None:
     assert strength.losses_agree(case(Mix())).status == "pass"
-    found = strength.losses_agree(case(Lifted()))
+    found = strength.losses_agree(case(Crowded()))
     assert found.status == "warn"
     assert found.value["ce"] > found.value["margin"]
     two = strength.losses_agree(case(as_routed(lambda x: x.flatten(1)[:, :2])))

@@ -14,11 +14,12 @@ from robustmoe.attacks.losses import Loss, climb, loss_of, targeted_climb
 from robustmoe.attacks.objectives import Diluted, RouterOnly
 from robustmoe.attacks.pgd import ascend
 from robustmoe.attacks.routes import JointNormalised
-from robustmoe.data import DATASETS
-from robustmoe.models import RoutedModel
+from robustmoe.data import DATASETS, Batch
+from robustmoe.evaluation.checks import deep
+from robustmoe.models import RoutedModel, as_routed
 from robustmoe.routing import Tape
 
-SCALES = (1e-40, 1e-6, 1e3, 1e6, 1e30)
+SCALES = (1e-40, 1e-6, 30.0, 1e3, 1e6, 1e30)
 ATTACKS = (
     "fgsm(linf(0.1))",
     "pgd(linf(0.1), steps=10)",
@@ -124,12 +125,77 @@ def test_the_gradient_at_any_scale_is_that_of_float64_at_the_usual_range(kind: L
 
 
 def test_a_saturated_iterate_is_below_every_other_and_the_saturated_are_in_order() -> None:
-    margins = torch.tensor([5000.0, 900.0, 200.0, 100.0 / 1.2, 10.0, -3.0])
+    margins = torch.tensor([5000.0, 900.0, 200.0, 20.0, 10.0, -3.0])
     logits = torch.stack([margins, torch.zeros(6), torch.full((6,), -6000.0)], 1)
     loss = climb("ce", logits, torch.zeros(6, dtype=torch.long)).loss
-    assert (loss[:3] < 0).all()
-    assert (loss[3:] >= 0).all()
-    assert (loss[:3].diff() > 0).all()
+    assert (loss[:4] < 0).all()
+    assert (loss[4:] >= 0).all()
+    assert (loss[:4].diff() > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+@pytest.mark.parametrize("margin", [18.0, 30.0, 80.0, 1e4])
+def test_where_the_labels_softmax_rounds_to_one_the_label_is_pulled_at(kind: Loss, margin: float) -> None:
+    """The rivals' softmaxes are still numbers (from 87 on they are 0), but the label's gradient, p - 1, is 0."""
+    clean = torch.tensor([[margin + 1, 0.0, -margin]])
+    at, label = torch.tensor([[margin, 0.0, -margin]], requires_grad=True), torch.tensor([0])
+    assert torch.autograd.grad(F.cross_entropy(at, label), at)[0][0, 0] == 0
+    (slope,) = torch.autograd.grad(climb(kind, at, label, clean).climbed.sum(), at)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(at.double() * 16 / (2 * margin), label), at)
+    torch.testing.assert_close(F.normalize(slope), F.normalize(wanted), rtol=0, atol=1e-3)
+    assert slope[0, 0] < 0 < slope[0, 1]
+
+
+def test_a_kl_from_an_image_that_is_not_saturated_is_what_is_climbed_to_the_bit() -> None:
+    clean = torch.tensor([[3.0, 0.0, -1.0]])
+    at = torch.tensor([[30.0, 0.0, -1.0]])
+    ascent = climb("kl", at, torch.tensor([0]), clean)
+    assert torch.equal(ascent.loss, loss_of("kl", at, torch.tensor([0]), clean))
+    assert torch.equal(ascent.climbed, ascent.loss)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 30.0, 100.0, 1e3, 1e6, 1e30])
+@pytest.mark.parametrize(
+    "attack", ["fgsm(linf(0.1))", "pgd(linf(0.1), steps=10)", "apgd(linf(0.1), steps=20)", "autoattack(linf(0.1))"]
+)
+def test_two_logits_of_which_the_other_is_constant(attack: str, scale: float) -> None:
+    """[0, s f], f linear: the robust count is that of the closed form, f at the worst corner of ball and box."""
+    weight = torch.where(torch.arange(16) % 3 == 0, -1.0, 1.0)
+    x = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(4))
+
+    def f(x: Tensor) -> Tensor:
+        return (x.flatten(1) - 0.5) @ weight
+
+    y = (f(x) > 0).long()
+    side = (1 - 2 * y)[:, None, None, None] * weight.view(1, 1, 4, 4)
+    worst = f((x + 0.1 * side).clamp(0, 1)) * (2 * y - 1)
+    assert worst.abs().min() > 1e-3  # no image is decided by rounding
+    truth = int((worst > 0).sum())
+    assert 5 < truth < 35
+
+    def model(x: Tensor) -> Tensor:
+        return torch.stack([torch.zeros(len(x)), scale * f(x)], 1)
+
+    assert int((model(rm.build_attack(attack)(model, x, y)).argmax(1) == y).sum()) == truth
+
+
+def test_probabilities_that_are_saturated_inside_the_model_are_told_of() -> None:
+    """No loss has a gradient there, so nothing can climb: check G1 fails and H6 warns, while G2 (both derivatives are
+    0) passes. Of the logits behind them the same images are broken.
+    """
+    logits = nn.Sequential(nn.Flatten(), nn.Linear(16, 4, bias=False))
+    with torch.no_grad():
+        logits[1].weight.copy_(1e4 * torch.randn(4, 16, generator=torch.Generator().manual_seed(6)))
+    inside = nn.Sequential(logits, nn.Softmax(1))
+    x = torch.rand(24, 1, 4, 4, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        y = logits(x).argmax(1)
+    attack = rm.build_attack("pgd(linf(0.1), steps=10)")
+    stand = {model: int((model(attack(model, x, y)).argmax(1) == y).sum()) for model in (logits, inside)}
+    assert stand[inside] > stand[logits]
+    expected = {"G1": "fail", "G2": "pass", "H6": "warn"}
+    checks = deep(as_routed(inside), Batch(x, y, torch.arange(24)), [attack], only=tuple(expected))
+    assert {check.id: check.status for check in checks if check.id in expected} == expected
 
 
 def test_classes_at_minus_infinity_are_never_chosen() -> None:

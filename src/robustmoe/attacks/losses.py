@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Loss = Literal["ce", "margin", "dlr", "kl"]
@@ -98,10 +98,11 @@ def climb(
     """`loss_of`, made free of the logits' scale for the images whose loss has no gradient in float32. For any other
     image both parts are the loss to the bit; NaN and +inf among the logits stay what they are.
 
-    Where a cross-entropy or a KL is saturated (every softmax is 0 or 1 to the normal numbers of float32), overflows or
-    is flat (see `FLAT`), the cross-entropy of the logits at the range `USUAL` stands in, minus log(classes): below 0
-    for an image that is right, as no cross-entropy is, so that a saturated iterate compares with one that is not. Where
-    the logits are `EXTREME` the gradient is that of the logits times a power of two.
+    Where a cross-entropy or a KL is saturated (the label's softmax rounds to 1, of a KL the clean image's too: then
+    the loss no longer pulls at the label, and of two logits at none that matters), overflows or is flat (see `FLAT`),
+    the cross-entropy of the logits at the range `USUAL` stands in, minus log(classes): below 0 for an image that is
+    right, as no cross-entropy is, so that a saturated iterate compares with one that is not. Where the logits are
+    `EXTREME` the gradient is that of the logits times a power of two.
     """
     extent = Extent.of(logits)
     scaled = logits * extent.factor[:, None]
@@ -112,15 +113,20 @@ def climb(
     if kind == "margin":
         return Ascent(plain, extent.bounded(loss_of("margin", scaled, y)))
     loss = loss_of(kind, logits, y, clean)
-    least = torch.finfo(logits.dtype).tiny
-    certain = plain.exp() < least
+    certain = _certain(logits, y)
     if kind == "kl" and clean is not None:
-        certain = certain & (loss_of("margin", clean, y).exp() < least)
+        certain = certain & _certain(clean, y)
     lost = (extent.flat | certain | (extent.factor != 1) | ~torch.isfinite(loss)) & extent.sound
     enlarged = torch.where(lost & (extent.range > 0), USUAL / extent.range, 1.0)
     usual = extent.bounded(loss_of("ce", scaled * enlarged[:, None], y))
     worth = torch.where(lost, usual - math.log(logits.shape[1]), loss)
     return Ascent(worth, torch.where(lost, usual / enlarged, loss))
+
+
+@torch.no_grad()
+def _certain(logits: Float[Tensor, "n c"], y: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """Where the label's softmax rounds to 1."""
+    return loss_of("ce", logits, y) == 0
 
 
 def targeted_climb(
