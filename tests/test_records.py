@@ -37,6 +37,7 @@ from robustmoe.records import (
     write_atomic,
     write_examples,
 )
+from robustmoe.records.typed import encode
 
 CHECK = Check("H2", "inside the ball", "pass", 0.031, "Largest size 0.031.")
 
@@ -133,7 +134,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def test_no_other_version_is_read(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "old.jsonl", [{**make_header().to_dict(), "version": 1}, make_row(0).to_dict()])
+    path = write_lines(tmp_path / "old.jsonl", [{**make_header().to_dict(), "version": 1}, encode(make_row(0))])
     for use in (read, lambda path: Writer(path, make_header())):
         with pytest.raises(UserError, match="rows file of version 1, this robustmoe reads version 3: install"):
             use(path)
@@ -263,18 +264,18 @@ def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
         ("[1]", r"line 2: not a JSON object"),
         ('{"kind":"rho"}', r"line 2: unknown kind 'rho'; known: header, row, part, time, checks"),
         ('{"kind":"row","index":0}', r"line 2: row: field 'label' is missing"),
-        (json.dumps({**make_row(0).to_dict(), "clean": "1"}), r"row: field 'clean' must be a whole number, got '1'"),
-        (json.dumps({**make_row(0).to_dict(), "clean": True}), r"row: field 'clean' must be a whole number, got True"),
-        (json.dumps({**make_row(0).to_dict(), "size": [1]}), r"row: field 'size' must be an object, got \[1\]"),
+        (json.dumps({**encode(make_row(0)), "clean": "1"}), r"row: field 'clean' must be a whole number, got '1'"),
+        (json.dumps({**encode(make_row(0)), "clean": True}), r"row: field 'clean' must be a whole number, got True"),
+        (json.dumps({**encode(make_row(0)), "size": [1]}), r"row: field 'size' must be an object, got \[1\]"),
         (
-            json.dumps({**make_row(0).to_dict(), "size": {"l2": "x"}}),
+            json.dumps({**encode(make_row(0)), "size": {"l2": "x"}}),
             r"field 'size\[l2\]' must be a number, got 'x'",
         ),
         (
-            json.dumps({**make_row(0).to_dict(), "route_clean": {"r": 1}}),
+            json.dumps({**encode(make_row(0)), "route_clean": {"r": 1}}),
             r"field 'route_clean\[r\]' must be a list",
         ),
-        (json.dumps({**make_row(0).to_dict(), "more": 1}), r"row: unknown field 'more'"),
+        (json.dumps({**encode(make_row(0)), "more": 1}), r"row: unknown field 'more'"),
         ('{"kind":"checks","seconds":1,"checks":[1]}', r"checks: field 'checks\[0\]' must be an object, got 1"),
         (
             json.dumps({"kind": "checks", "seconds": 1, "checks": [{**vars(CHECK), "status": "ok"}]}),
@@ -321,14 +322,14 @@ def test_a_header_that_was_told_no_batch_size_names_none() -> None:
 
 def test_two_rows_of_one_image(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    lines = [make_header().to_dict(), make_row(0).to_dict(), make_row(0).to_dict()]
+    lines = [make_header().to_dict(), encode(make_row(0)), encode(make_row(0))]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read(path).rows == [make_row(0)]
-    append_json(path, make_row(0, clean=0).to_dict())
+    append_json(path, encode(make_row(0, clean=0)))
     with pytest.raises(UserError, match="line 4: image 0 has two different rows"):
         read(path)
     finished(tmp_path / "b.jsonl", [0])
-    append_json(tmp_path / "b.jsonl", make_row(1).to_dict())
+    append_json(tmp_path / "b.jsonl", encode(make_row(1)))
     with pytest.raises(UserError, match="line 5: lines after the checks"):
         read(tmp_path / "b.jsonl")
 

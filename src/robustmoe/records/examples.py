@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from robustmoe.errors import UserError
 from robustmoe.records.files import dump_line, read_jsonl, write_own
@@ -27,15 +26,6 @@ class Example:
     before: str
     after: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON object of one line."""
-        return dict(vars(self))
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> Example:
-        """Returns the inverse of :meth:`to_dict`; UserError names the field that is wrong."""
-        return build(Example, data)
-
 
 def examples_path(rows: str | os.PathLike[str]) -> Path:
     """Returns ``RUN/rows/<slug>.examples.jsonl`` for ``RUN/rows/<slug>.jsonl``."""
@@ -44,7 +34,7 @@ def examples_path(rows: str | os.PathLike[str]) -> Path:
 
 def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
     """Write the examples file, atomically. UserError where another file stands there."""
-    text = b"".join(dump_line(example.to_dict()) for example in examples).decode()
+    text = b"".join(dump_line(example) for example in examples).decode()
     write_own(path, text, '{"index":')
 
 
@@ -53,7 +43,7 @@ def read_examples(path: str | os.PathLike[str], header: Header) -> list[Example]
     examples = []
     for number, value in enumerate(read_jsonl(path), 1):
         try:
-            examples.append(Example.from_dict(value))
+            examples.append(build(Example, value))
             for problem in misfits(examples[-1], header):
                 raise UserError(problem)
         except UserError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robustmoe.errors import UserError
-from robustmoe.records.typed import parse
+from robustmoe.records.typed import encode, parse
 
 T = TypeVar("T")
 
@@ -128,9 +128,9 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def dump_line(value: Mapping[str, Any]) -> bytes:
-    """Returns an object as one line."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+def dump_line(value: Any) -> bytes:
+    """Returns an object, such as a dataclass, as one line."""
+    return json.dumps(encode(value), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
 def read_json(path: Path, make: Callable[[Any], T], remedy: str) -> T | None:

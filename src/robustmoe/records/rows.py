@@ -215,7 +215,7 @@ class Writer:
             kept = lines[:-1] if self.checks is not None else lines
             self._end = sum(len(line) + 1 for line in kept)
             if not lines:
-                first = dump_line(header.to_dict())
+                first = dump_line(header)
                 self._append(first)
                 self._end = len(first)
             elif self.checks is None:
@@ -233,7 +233,7 @@ class Writer:
         lines = whole_lines(self.path)
         if not lines:
             start = self.path.read_bytes()
-            expected = dump_line(self.header.to_dict())[: len(b'{"kind":"header"')]
+            expected = dump_line(self.header)[: len(b'{"kind":"header"')]
             if not expected.startswith(start[: len(expected)]):
                 raise UserError(f"{self.path} is not a rows file and was left alone; choose another --out")
             return []
@@ -266,7 +266,7 @@ class Writer:
     def _under_this_header(self, lines: list[bytes]) -> list[bytes]:
         """Returns the same batches in a new file under this writer's header, which takes the old one's place."""
         kept = lines[1:-1] if self.checks is not None else lines[1:]
-        first = dump_line(self.header.to_dict())
+        first = dump_line(self.header)
         self.checks = None
         write_atomic(self.path, first + b"".join(line + b"\n" for line in kept))
         os.close(self._descriptor)
@@ -312,8 +312,7 @@ class Writer:
         left = [each for each in passed if each.index not in self.passed.get(each.part, ())]
         if not batch and not left:
             return
-        lines = [row.to_dict() for row in batch.values()] + [each.to_dict() for each in left]
-        data = b"".join(map(dump_line, [*lines, {"kind": "time", "seconds": seconds, "queries": queries}]))
+        data = b"".join(map(dump_line, [*batch.values(), *left, Time(seconds, queries)]))
         self._append(data)
         self._end += len(data)
         self._rows |= batch
@@ -326,7 +325,7 @@ class Writer:
     def finish(self, checks: Sequence[Check], seconds: float) -> None:
         """Write the last line (again, if the file had one)."""
         last = Checks(list(checks), seconds, self.queries)
-        self._append(dump_line(last.to_dict()))
+        self._append(dump_line(last))
         self.checks = last
 
     def close(self) -> None:

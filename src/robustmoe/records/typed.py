@@ -83,9 +83,11 @@ def build(cls: type[T], data: Any) -> T:
 
 
 def encode(value: Any) -> Any:
-    """Returns the JSON value that :func:`build` reads: a dataclass becomes an object."""
+    """Returns the JSON value that :func:`build` reads: a dataclass becomes an object, which begins with its kind and
+    version, where it has them."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in fields(value)}
+        names = sorted((field.name for field in fields(value)), key=lambda name: name not in ("kind", "version"))
+        return {name: encode(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {name: encode(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
