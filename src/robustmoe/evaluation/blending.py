@@ -52,7 +52,7 @@ from robustmoe.models.base import Output
 from robustmoe.models.plain import as_routed
 from robustmoe.options import BlendOptions, takes
 from robustmoe.progress import first_process, note, progress
-from robustmoe.records import Blend
+from robustmoe.records import Blend, versions
 from robustmoe.training.checkpoint import read_weights, run_data, save_weights
 
 STEPS = 20
@@ -165,19 +165,18 @@ class BlendFolder(NamedTuple):
         old, path = records.Blend.read(self.folder), records.Blend.path(self.folder)
         if old is None:
             return None
-        name = records.difference(old.header, fresh.header)
-        other = None if name is None else records.told(name, old.header, fresh.header)
+        other = records.differing(old.header, fresh.header)
         if (old.alphas, old.attacks) != (fresh.alphas, fresh.attacks):
             other = other or ("list of alphas" if old.alphas != fresh.alphas else "list of attacks")
         left = 0 < old.attacked < len(old.alphas)
-        if other is None and left and not self.start(old.attacked).is_file():
+        if not other and left and not self.start(old.attacked).is_file():
             other = "pass, whose warm starts are gone"
-        if other is not None:
+        if other:
             note(f"{path} is of another {other}; it is made anew")
             return None
-        header, words = records.taken_up(old.header, fresh.header, old.attacked)
+        header, words = versions.taken_up(old.header, fresh.header, old.attacked)
         if words and old.attacked < len(old.alphas):
-            note(f"{path} goes on under other versions: {words}")
+            versions.tell(path, words)
             old = replace(old, header=header)
         return BlendState(old, read_weights(self.start(old.attacked))["near"] if left else None)
 

@@ -28,7 +28,7 @@ from robustmoe.evaluation.session import (
 from robustmoe.noise import Noise
 from robustmoe.options import CertifyOptions, takes
 from robustmoe.progress import note, progress
-from robustmoe.records import Certificates, Header, Proof, Records
+from robustmoe.records import Certificates, Header, Proof, Records, versions
 from robustmoe.training.checkpoint import read_config
 
 
@@ -137,17 +137,17 @@ class Certifying:
             return None
         asked = self.header(self.session.images)
         there = asked if old.header.n == asked.n else self.header(self.session.source.head(old.header.n))
-        other = records.difference(old.header, there)
-        if other is None and old.certifier == spec:
+        other = records.differing(old.header, there)
+        if not other and old.certifier == spec:
             self.session.recognise(old.path(folder, spec), old.images())
             left = set(self.session.images.index.tolist()) - {row.index for row in old.rows}
-            header, words = records.taken_up(old.header, asked, len(old.rows))
-            if left and words:
-                note(f"{old.path(folder, spec)} goes on under other versions: {words}")
+            header, words = versions.taken_up(old.header, asked, len(old.rows))
+            if left:
+                versions.tell(old.path(folder, spec), words)
             if asked.n > old.header.n:
                 header = replace(header, n=asked.n, index_hash=asked.index_hash)
             return replace(old, header=header) if left else old
-        differs = "certifier" if other is None else records.told(other, old.header, there)
+        differs = other or "certifier"
         note(f"{old.path(folder, old.which)} is of another {differs}; it is made anew")
         return None
 

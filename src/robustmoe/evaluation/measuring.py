@@ -25,7 +25,7 @@ from robustmoe.evaluation.peers import Peers
 from robustmoe.evaluation.session import Images, Labels, Session, about_run, device_of, eval_mode_on, in_hand
 from robustmoe.options import EvaluateOptions, takes
 from robustmoe.progress import note
-from robustmoe.records import Check, Evaluation, Header, Records, Row, Writer, examples_path, file_stem
+from robustmoe.records import Check, Evaluation, Header, Records, Row, Writer, examples_path, file_stem, versions
 from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 CURVE_LIMIT = 256
@@ -169,8 +169,8 @@ def attack_images(
     with contextlib.ExitStack() as stack:
         writer = peers.only_first(lambda: stack.enter_context(Writer(path, header(len(images)), header)))
         ledger = peers.first(lambda: _ledger(writer, session, known))
-        if writer is not None and writer.resumed:
-            note(f"{path} goes on under other versions: {writer.resumed}")
+        if writer is not None:
+            versions.tell(path, writer.resumed)
         if ledger is not None:
             before = peers.first(partial(_before, session, attack))
             fingerprint, meter = checks.fingerprint(session.model), Meter()

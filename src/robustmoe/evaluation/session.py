@@ -36,7 +36,7 @@ from robustmoe.models.foreign import awaited, blaming, blaming_backward, check_c
 from robustmoe.models.plain import Plain, as_routed, sharded
 from robustmoe.options import Options
 from robustmoe.progress import first_process, note
-from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo
+from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo, versions
 from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 Timed = TypeVar("Timed", bound=Record)
@@ -226,12 +226,11 @@ class Session:
         old: Any = kind.read(self.folder)
         if old is None:
             return None
-        other = records.difference(old.header, header)
-        if other is not None:
-            note(f"{kind.path(self.folder)} is of another {records.told(other, old.header, header)}; it is made anew")
+        if other := records.differing(old.header, header):
+            note(f"{kind.path(self.folder)} is of another {other}; it is made anew")
             return None
         self.recognise(kind.path(self.folder), old.images())
-        header, self._changed = records.taken_up(old.header, header, done(old))
+        header, self._changed = versions.taken_up(old.header, header, done(old))
         same: Timed = replace(old, header=header)
         return same
 
@@ -252,8 +251,8 @@ class Session:
         """The record with the time since the last call added to it, written into the run folder if there is one."""
         old: Any = record  # every record has its seconds; a sixth kind is not listed here
         timed: Timed = replace(old, seconds=old.seconds + self.clock.lap())
-        if self._changed and self.folder is not None:
-            note(f"{timed.path(self.folder)} goes on under other versions: {self._changed}")
+        if self.folder is not None:
+            versions.tell(timed.path(self.folder), self._changed)
             self._changed = ""
         self.write(timed)
         return timed

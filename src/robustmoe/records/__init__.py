@@ -16,7 +16,7 @@ from robustmoe.records.files import append_json, assert_ours, file_stem, read_js
 from robustmoe.records.lipschitz import Lipschitz
 from robustmoe.records.locks import check_folder, contents, writing
 from robustmoe.records.record import Record, Records, Told
-from robustmoe.records.rows import WORK, Writer, difference, merge, read, rows_files, told
+from robustmoe.records.rows import WORK, Writer, difference, differing, merge, read, rows_files
 from robustmoe.records.sweep import Override, Sweep, SweepAnswers
 from robustmoe.records.training import read_config, read_metrics, read_some_config
 from robustmoe.records.types import (
@@ -35,7 +35,6 @@ from robustmoe.records.types import (
     Row,
     Time,
 )
-from robustmoe.records.versions import taken_up
 
 __all__ = [
     "NORMS",
@@ -74,6 +73,7 @@ __all__ = [
     "check_folder",
     "contents",
     "difference",
+    "differing",
     "examples_path",
     "file_stem",
     "merge",
@@ -84,8 +84,6 @@ __all__ = [
     "read_metrics",
     "read_some_config",
     "rows_files",
-    "taken_up",
-    "told",
     "write_atomic",
     "write_examples",
     "write_own",

@@ -37,6 +37,12 @@ def difference(old: Header, new: Header) -> str | None:
     return next((name for name in names if getattr(old, name) != getattr(new, name)), None)
 
 
+def differing(old: Header, new: Header) -> str:
+    """Returns the first field in which the work of two headers differs, in words; "" if it is the same work."""
+    name = difference(old, new)
+    return "" if name is None else told(name, old, new)
+
+
 def told(name: str, old: Header, new: Header) -> str:
     """Returns a field in which two headers differ, in words: "index hash", "content of mine.py (...)"."""
     if name != "files":

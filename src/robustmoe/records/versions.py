@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from robustmoe.progress import note
 from robustmoe.records.types import Header, Resumed
 
 
@@ -16,6 +18,12 @@ def taken_up(old: Header, new: Header, done: int) -> tuple[Header, str]:
     nothing has. ``done``: how much was there before."""
     resumed, words = entries(old.resumed, vars(old), vars(new), done)
     return replace(old, resumed=resumed), words
+
+
+def tell(path: str | os.PathLike[str], words: str) -> None:
+    """Says in one line that the work in ``path`` goes on under other versions, if ``words`` say so."""
+    if words:
+        note(f"{path} goes on under other versions: {words}")
 
 
 def entries(

@@ -25,7 +25,7 @@ from robustmoe.noise import Noise, permutation
 from robustmoe.progress import Bar, note, progress
 from robustmoe.recipe import Recipe
 from robustmoe.records import Resumed, append_json, check_folder, write_atomic, writing
-from robustmoe.records.versions import entries
+from robustmoe.records.versions import entries, tell
 from robustmoe.training import checkpoint, health
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
@@ -98,7 +98,7 @@ def _take_up(out: Path, old: dict[str, Any], new: dict[str, Any], done: int) -> 
     """Says, and writes into ``config.json``, that other versions go on after ``done`` steps, where they do."""
     resumed, words = entries([Resumed(**each) for each in old.get("resumed") or ()], old, new, done)
     if words:
-        note(f"{out} goes on under other versions: {words}")
+        tell(out, words)
         config = {**old, "resumed": [dataclasses.asdict(each) for each in resumed]}
         write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
 
