@@ -14,6 +14,7 @@ import math
 import pickle
 import tarfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from robustmoe.arrays import as_labels
+from robustmoe.data.kept import decoded
 from robustmoe.data.reading import GIB, check_file, read_file, shown
 from robustmoe.data.stream import decode_all
 from robustmoe.errors import UserError
@@ -253,14 +255,17 @@ def read_parquet(folder: Path, label: str, classes: tuple[str, ...], shape: tupl
 
     Columns ``img`` or ``image`` (struct of ``bytes``, an encoded image of ``shape``) and ``label``: numbers, numbers
     in digits, or names of ``classes``. Only the structure is checked, for no checksum is published: the copy may be a
-    recompressed one.
+    recompressed one. Large files are decoded once (see `robustmoe.data.kept`).
     """
     out = {}
     for split in ("train", "test"):
         files = parquet_files(folder, f"{split}-")
         if not files:
             raise UserError(f"{folder} holds no {split}-*.parquet, expected both train-*.parquet and test-*.parquet")
-        parts = [_parquet(file, label, classes, shape) for file in files]
+        parts = [
+            decoded(file, shape, len(classes), f"{label} {classes}", partial(_parquet, file, label, classes, shape))
+            for file in files
+        ]
         out[split] = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
     return out
 
