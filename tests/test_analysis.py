@@ -22,6 +22,7 @@ from robustmoe.analysis import (
     judge,
     load_by_class,
     names,
+    other_labels,
     routing_gap,
     warnings,
     wilson,
@@ -234,6 +235,21 @@ def test_eps_curve_by_hand() -> None:
     assert [rate for _, rate in curve.points] == [Rate(4, 4), Rate(3, 4), Rate(2, 4)]
     assert eps_curve([main]) == []
     assert eps_curve([point(4, "11--"), point(8, "--11")]) == []
+
+
+def test_labels_of_two_files_are_compared() -> None:
+    """Of one data set and split; of arrays in Python nothing is known."""
+    one = Evaluation(make_header(), list(FOUR), FINE)
+    two = Evaluation(
+        make_header(attack="fgsm(linf(8/255))"), [replace(row, label=row.label + 1) for row in FOUR[1:3]], FINE
+    )
+    assert other_labels([one, one]) == []
+    (said,) = other_labels([one, two])
+    assert said.startswith("evaluation and evaluation name different classes of 2 images (image 1: 0 and 1): one of")
+    for apart in ({"split": "val"}, {"data": "cifar10"}):
+        assert other_labels([one, replace(two, header=make_header(**apart))]) == []
+    arrays = make_header(data="arrays")
+    assert other_labels([replace(one, header=arrays), replace(two, header=arrays)]) == []
 
 
 def test_warnings() -> None:

@@ -13,7 +13,7 @@ from robustmoe.analysis.certificates import (
     certificates_summary,
     refuted,
 )
-from robustmoe.analysis.conflicts import warnings
+from robustmoe.analysis.conflicts import other_labels, warnings
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, Curve, eps_curve, family
 from robustmoe.analysis.dissection import (
     DissectionSummary,
@@ -93,6 +93,7 @@ __all__ = [
     "lipschitz_summary",
     "load_by_class",
     "names",
+    "other_labels",
     "paired",
     "paired_bootstrap",
     "refuted",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, eps_curve
 from robustmoe.analysis.rates import rate, robust
 from robustmoe.analysis.worst import groups
-from robustmoe.records import Evaluation
+from robustmoe.records import Evaluation, Header, Record
 
 
 def warnings(results: Sequence[Evaluation]) -> list[str]:
@@ -31,6 +31,23 @@ def warnings(results: Sequence[Evaluation]) -> list[str]:
     for group in groups(results):
         sentences += _weaker_joint(group)
     return sentences
+
+
+def other_labels(records: Sequence[Evaluation | Record]) -> list[str]:
+    """Says where two files about one data set name different classes of the same image."""
+    seen: dict[tuple[str, str, int], tuple[int, str]] = {}
+    conflicts: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        header: Header = record.header  # type: ignore[union-attr]
+        for index, label in record.images() if header.data != "arrays" else ():
+            then, kind = seen.setdefault((header.data, header.split, index), (label, record.kind))
+            if then != label:
+                conflicts.setdefault((kind, record.kind), []).append(f"image {index}: {then} and {label}")
+    return [
+        f"{first} and {second} name different classes of {len(images)} images ({images[0]}): one of the files was "
+        "changed, or the data were between them"
+        for (first, second), images in conflicts.items()
+    ]
 
 
 def _weaker_joint(group: list[Evaluation]) -> list[str]:

@@ -25,5 +25,9 @@ class Evaluation(Told):
         """Returns the attack's spec."""
         return self.header.attack or "no attack"
 
+    def images(self) -> list[tuple[int, int]]:
+        """Returns (index in the data set, label) of each image that is done."""
+        return [(row.index, row.label) for row in self.rows]
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.header, self.rows, self.checks))

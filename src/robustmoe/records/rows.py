@@ -249,7 +249,6 @@ class Writer:
         name = difference(old, self.header)
         longer = name is not None and _extends(self.header, old, shorter)
         if name is not None and not longer:
-            assert name is not None
             was, now = (_shown(name, getattr(header, name)) for header in (old, self.header))
             differs = (
                 f"its {name} is {was}, this one's is {now}"

@@ -121,7 +121,8 @@ def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
             f"routing was seen, but could not be wrapped, so this is the model as a callable: {config['unwrapped']}"
         )
     shown = _shown(folder, None if head is None else head.header, results, notes)
-    if head is None and not any(shown.values()):
+    records = [each.record for every in shown.values() for each in every]
+    if head is None and not records:
         raise UserError(f"{folder} has no rows yet; `robustmoe evaluate {folder}` makes them")
     return RunView(
         name=name,
@@ -138,7 +139,7 @@ def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
         shown={
             kind: tuple(replace(each, run=name, at=at, runs=runs) for each in every) for kind, every in shown.items()
         },
-        notes=notes + analysis.warnings(results),
+        notes=[*notes, *analysis.warnings(results), *analysis.other_labels([*results, *records])],
     )
 
 
