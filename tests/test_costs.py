@@ -15,6 +15,7 @@ from robustmoe import costs as module
 from robustmoe.cli import main
 from robustmoe.costs import Costs, costs, rows, table
 from robustmoe.models import RoutedModel, build_model
+from tiny_models import in_turn
 
 
 def near(published: float) -> object:
@@ -167,14 +168,19 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("backbone", TINY)
-@pytest.mark.parametrize("experts, extra", [(2, ""), (5, ""), (5, ", norm=own")])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "experts, extra, training, backbone",
+    in_turn(
+        [(2, "", False), (5, "", True), (5, ", norm=own", False), (5, ", norm=own", True), (5, "", False)],
+        TINY,
+        every=2,
+    ),
+)
 def test_a_mixed_batch_executes_its_pathways_and_its_router_and_nothing_else(
-    backbone: str,
     experts: int,
     extra: str,
     training: bool,
+    backbone: str,
     tiny: Callable[..., RoutedModel],
     images: Callable[..., Tensor],
 ) -> None:

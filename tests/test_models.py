@@ -27,6 +27,7 @@ from robustmoe.models import (
 from robustmoe.models.convolution import Layers, RoutedConv, Segments, routed_layers
 from robustmoe.models.resnet import BLOCKS
 from robustmoe.routing import Tape, soft, to_expert, to_rank, top_k
+from tiny_models import in_turn
 
 # ------------------------------------------------------------------------------------------------ forced runs
 
@@ -427,8 +428,7 @@ def test_every_model_of_the_table_stands_under_the_contract() -> None:
     assert set(CASES) == set(MODELS)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 12, 8)])
+@pytest.mark.parametrize("shape, spec", in_turn([((3, 8, 8),), ((1, 12, 8),)], SPECS))
 @torch.no_grad()
 def test_built_models_answer_and_are_made_by_their_seed_alone(
     spec: str, shape: tuple[int, int, int], images: Callable[..., Tensor]
