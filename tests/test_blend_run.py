@@ -142,7 +142,8 @@ def test_a_stopped_blend_goes_on(
     assert other.attacked == 2
     blend_run(*runs, **{**SETTINGS, "alphas": [0.5, 1.0], "limit": 4}, mix="logits", out=out)
     assert re.sub(r"\S+/", "", capsys.readouterr().err) == (
-        "blend.json is of another list of alphas; it is made anew\nblend.json is of another model; it is made anew\n"
+        "blend.json is of another list of alphas; it is kept as blend.json.old1 and made anew\n"
+        "blend.json is of another model; it is kept as blend.json.old2 and made anew\n"
     )
 
 
@@ -151,7 +152,10 @@ def test_warm_starts_that_are_gone(runs: tuple[Path, Path], tmp_path: Path, caps
     found = blend_run(*runs, **settings)
     replace(found, attacked=1).write(tmp_path / "out")
     again = blend_run(*runs, **settings)
-    assert "is of another pass, whose warm starts are gone; it is made anew" in capsys.readouterr().err
+    assert (
+        "is of another pass, whose warm starts are gone; it is kept as blend.json.old1 and made anew"
+        in capsys.readouterr().err
+    )
     assert again.broken == found.broken
 
 

@@ -469,10 +469,15 @@ def test_the_default_is_the_threat_of_the_run(tmp_path: Path) -> None:
 
 def test_other_work_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_trained(tmp_path / "run")
-    dissect_run(run, limit=4, attack="pgd(linf(0.05), steps=1)")
+    before = dissect_run(run, limit=4, attack="pgd(linf(0.05), steps=1)")
     found = dissect_run(run, limit=4, attack="pgd(linf(0.05), steps=2)", seed=3)
     assert (found.header.attack, found.header.seed) == ("pgd(linf(0.05), steps=2, seed=3)", 3)
-    assert "dissection.json is of another attack; it is made anew" in capsys.readouterr().err
+    said = "dissection.json is of another attack; it is kept as dissection.json.old1 and made anew"
+    assert said in capsys.readouterr().err
+    assert json.loads((run / "dissection.json.old1").read_text()) == json.loads(json.dumps(before.to_dict()))
+    dissect_run(run, limit=3, attack="pgd(linf(0.05), steps=2)", seed=3)
+    assert sorted(path.name for path in run.glob("*.old*")) == ["dissection.json.old1", "dissection.json.old2"]
+    assert Dissection.read(run).header.n == 3
 
 
 def test_the_verb_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

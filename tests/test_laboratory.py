@@ -497,7 +497,10 @@ def test_other_work_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run = make_trained(tmp_path / "run")
     assert lipschitz_run(run, limit=1).header.attack == "pgd(linf(0.05), steps=20)", "at the threat of the run"
     assert lipschitz_run(run, attack=ATTACK, limit=1, seed=3).header.seed == 3
-    assert "lipschitz.json is of another attack; it is made anew" in capsys.readouterr().err
+    assert (
+        "lipschitz.json is of another attack; it is kept as lipschitz.json.old1 and made anew"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_model_in_hand(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:

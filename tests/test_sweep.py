@@ -359,7 +359,7 @@ def test_a_stopped_sweep_goes_on_and_takes_more(
     assert (again.points, again.overrides) == (whole.points, whole.overrides), "as if never stopped"
     capsys.readouterr()
     assert sweep_run(run, attacks=[ONE], eps=[0.05], limit=4, draws=0).header.n == 4
-    assert "sweep.json is of another n; it is made anew" in capsys.readouterr().err
+    assert "sweep.json is of another n; it is kept as sweep.json.old1 and made anew" in capsys.readouterr().err
 
 
 def test_the_verb_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,7 +172,7 @@ class BlendFolder(NamedTuple):
         if not other and left and not self.start(old.attacked).is_file():
             other = "pass, whose warm starts are gone"
         if other:
-            note(f"{path} is of another {other}; it is made anew")
+            records.set_aside(path, other)
             return None
         header, words = versions.taken_up(old.header, fresh.header, old.attacked)
         if words and old.attacked < len(old.alphas):

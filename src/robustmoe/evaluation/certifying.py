@@ -27,7 +27,7 @@ from robustmoe.evaluation.session import (
 )
 from robustmoe.noise import Noise
 from robustmoe.options import CertifyOptions, takes
-from robustmoe.progress import note, progress
+from robustmoe.progress import progress
 from robustmoe.records import Certificates, Header, Proof, Records, versions
 from robustmoe.training.checkpoint import read_config
 
@@ -147,8 +147,7 @@ class Certifying:
             if asked.n > old.header.n:
                 header = replace(header, n=asked.n, index_hash=asked.index_hash)
             return replace(old, header=header) if left else old
-        differs = other or "certifier"
-        note(f"{old.path(folder, old.which)} is of another {differs}; it is made anew")
+        records.set_aside(old.path(folder, spec), other or "certifier")
         return None
 
     def _proofs(self, batch: Batch) -> list[Proof]:

@@ -218,7 +218,7 @@ class Session:
         )
 
     def resume(self, kind: type[Timed], header: Header, done: Callable[[Timed], int]) -> Timed | None:
-        """Returns the record that is in the run folder, if it is of the same work; else a note says of which other.
+        """Returns the record that is in the run folder, if it is of the same work; one of other work is set aside.
         Where other versions wrote it, its header says so from now on. ``done``: how much of the work is in a record.
         """
         if self.folder is None:
@@ -227,7 +227,7 @@ class Session:
         if old is None:
             return None
         if other := records.differing(old.header, header):
-            note(f"{kind.path(self.folder)} is of another {other}; it is made anew")
+            records.set_aside(kind.path(self.folder), other)
             return None
         self.recognise(kind.path(self.folder), old.images())
         header, self._changed = versions.taken_up(old.header, header, done(old))

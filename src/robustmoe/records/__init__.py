@@ -12,7 +12,7 @@ from robustmoe.records.certificates import Certificates, Proof
 from robustmoe.records.dissection import Answers, Dissection
 from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
-from robustmoe.records.files import append_json, assert_ours, file_stem, read_jsonl, write_atomic, write_own
+from robustmoe.records.files import append_json, assert_ours, file_stem, read_jsonl, set_aside, write_atomic, write_own
 from robustmoe.records.lipschitz import Lipschitz
 from robustmoe.records.locks import check_folder, contents, writing
 from robustmoe.records.record import Record, Records, Told
@@ -84,6 +84,7 @@ __all__ = [
     "read_metrics",
     "read_some_config",
     "rows_files",
+    "set_aside",
     "write_atomic",
     "write_examples",
     "write_own",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robustmoe.errors import UserError
+from robustmoe.progress import first_process, note
 from robustmoe.records.typed import encode, parse
 
 T = TypeVar("T")
@@ -106,6 +108,17 @@ def write_own(path: str | os.PathLike[str], content: str, mark: str) -> None:
     assert known or not content, f"{path} would not be known again by {mark!r}"
     assert_ours(path, mark)
     write_atomic(path, content)
+
+
+def set_aside(path: Path, other: str) -> None:
+    """Keeps a result of other work (``other``: what differs) under a name of its own, so that a new one takes its place
+    and nothing is lost; says so. Of several processes the first one does."""
+    if not first_process():
+        return
+    name = next(name for n in itertools.count(1) if not os.path.lexists(path.with_name(name := f"{path.name}.old{n}")))
+    with explained("write", path):
+        os.replace(path, path.with_name(name))
+    note(f"{path} is of another {other}; it is kept as {name} and made anew")
 
 
 def whole_lines(path: Path) -> list[bytes]:
