@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import shapes
 from robustmoe import certification
+from robustmoe.arrays import as_labels
 from robustmoe.attacks import FMN, PGD, linf
 from robustmoe.attacks.base import looked_at
 from robustmoe.attacks.routes import reach
@@ -282,3 +283,94 @@ def test_a_route_radius_keeps_its_gradient() -> None:
     (radius,) = reach.route_radius(model, pictures(), "linf").values()
     radius.sum().backward()
     assert any(weight.grad is not None and bool(weight.grad.any()) for weight in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ faults of the model's
+
+
+class Refusing(torch.autograd.Function):
+    """Fails in the backward pass, with the error that stands in ``error``."""
+
+    error: BaseException = KeyError("oops")
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        raise Refusing.error
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["a module", "a function"])
+@pytest.mark.parametrize(
+    "error, match",
+    [
+        (KeyError("oops"), "no gradient can be taken through the model .KeyError: 'oops'"),
+        (RuntimeError("CUDA out of memory. Tried 2 GiB"), r"^out of memory \(CUDA .*; expected something smaller"),
+    ],
+    ids=["a fault", "no memory"],
+)
+def test_a_backward_pass_that_fails_is_one_line(wrapped: bool, error: BaseException, match: str) -> None:
+    """Also of a function: no module of the model is then of another package."""
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = dense(Refusing.apply(x))
+            return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Refusing, "error", error)
+        refused(CALLS["pgd"], match, m=Module().forward if wrapped else Module())
+
+
+def test_a_pass_without_room_is_told_as_such() -> None:
+    refused(CALLS["pgd"], "^out of memory", m=lambda x: torch.empty(10**15) + x)
+    refused(CALLS["pgd"], "^out of memory", m=lambda x: (_ for _ in ()).throw(MemoryError()))
+
+
+def test_a_lazy_module_is_one_line(direct: Direct) -> None:
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(CLASSES))
+    refused(direct, "the model's weight '.*1.weight' has no shape yet .a lazy module.; run the model once", m=lazy)
+
+
+def test_logits_of_eight_bits_are_logits() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))
+    attacked = CALLS["pgd"].call(lambda x: model(x).to(torch.float8_e5m2), pictures(), labels(), streams())
+    assert attacked.shape == pictures().shape
+
+
+class Column:
+    """Labels in a table, as pandas has them: by names of the rows, of which the first is not 0."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.values = dict(zip("badc", values))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, name: str) -> int:
+        return self.values[name]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(list(self.values.values()), dtype)
+
+
+def test_a_column_of_a_table_is_labels() -> None:
+    assert as_labels(Column([2, 0, 1, 1]), 4, 3, "the table").tolist() == [2, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda x: x.to(torch.float8_e4m3fn), "the images are torch.float8_e4m3fn, expected floating point"),
+        (lambda x: torch.nested.nested_tensor([x[0], x[1]]), "the images are nested, without plain values"),
+        (lambda x: x.to_sparse(), "the images are torch.sparse_coo, without plain values"),
+        (lambda x: x.masked_fill(x > 0.9, -torch.inf), r"image \d holds a value that is not finite"),
+    ],
+    ids=["eight bits", "nested", "sparse", "infinite"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_no_images_are_one_line(make: Callable[[Tensor], Tensor], match: str) -> None:
+    refused(CALLS["pgd"], match, x=make(pictures()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ ROUNDING = 1e-5
 def as_tensor(values: Any, name: str, wanted: str) -> Tensor:
     """``values`` as a tensor, cut from its graph. UserError where they are none; ``name``: what they are called."""
     try:
-        if isinstance(values, np.ndarray):
+        if hasattr(values, "__array__") and not isinstance(values, Tensor):  # also a column of a table, a picture
+            values = np.asarray(values)
             # a copy only where torch would warn (read only) or refuse (another order of bytes, negative strides)
             values = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])
         tensor = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:  # texts, objects, rows of unequal length
         raise UserError(f"{name} cannot be made a tensor ({e}); expected {wanted}") from None
-    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
-        kind = "on the meta device" if tensor.is_meta else "quantised" if tensor.is_quantized else f"{tensor.layout}"
+    kinds = {"on the meta device": tensor.is_meta, "quantised": tensor.is_quantized, "nested": tensor.is_nested}
+    kind = next((kind for kind, it_is in kinds.items() if it_is), str(tensor.layout))
+    if kind != "torch.strided":
         raise UserError(f"{name} are {kind}, without plain values; expected {wanted}")
     return tensor
 
@@ -42,12 +45,12 @@ def as_images(x: Any) -> Float[Tensor, "n ch h w"]:
         )
     if x.numel() == 0:
         raise UserError(f"there are no images: the shape is {tuple(x.shape)}; pass at least one")
-    if not x.is_floating_point():
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise UserError(
             f"the images are {x.dtype}, expected floating point in [0, 1]; pass x / 255 if the levels are 0 to 255"
         )
-    low, high = float(x.min()), float(x.max())
-    if not bool(torch.isfinite(x).all()):
+    low, high = (float(value) for value in torch.aminmax(x))
+    if not (math.isfinite(low) and math.isfinite(high)):  # both are NaN where a pixel is
         bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
         raise UserError(
             f"image {bad} holds a value that is not finite, expected every pixel in [0, 1]; remove or repair it"

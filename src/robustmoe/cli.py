@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from robustmoe import spec
-from robustmoe.errors import UserError, nearest
+from robustmoe.errors import UserError, nearest, out_of_memory
 from robustmoe.flags import parse, summary
 from robustmoe.progress import first_process, show
 from robustmoe.verbs import STOPPED, VERBS
@@ -97,11 +97,7 @@ def _no_fault(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _NO_PLACE:
         where = f": {error.filename!s:.200}" if error.filename else ""
         return f"{error.strerror}{where}; {_NO_PLACE[error.errno]}"
-    first = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
-    words = ("can't allocate memory", "out of memory", "could not allocate")
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in first for w in words)):
-        return f"out of memory ({first:.200}); expected something smaller: the model, the images or --batch-size"
-    return None
+    return out_of_memory(error)
 
 
 def _fail(message: str, code: int) -> int:

@@ -10,7 +10,7 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -34,6 +34,11 @@ def computes_as_conv2d(kind: type[nn.Conv2d]) -> bool:
 def in_function_transform() -> bool:
     """Returns whether a transform of torch.func (vmap, grad, jvp) is running."""
     return bool(torch._C._functorch.maybe_current_level())
+
+
+def times_written(x: Tensor) -> int:
+    """Returns how often a tensor's memory was written into, as far as autograd counts it."""
+    return x._version
 
 
 def unseen() -> contextlib.AbstractContextManager[object]:

@@ -96,15 +96,15 @@ def entered(
     ``climbs``, a gradient. ``noise``: by default by position in the batch and ``seed``.
     """
     routed, known = as_routed(model), _LOOKED.get()
-    with torch.inference_mode(False):
+    with evaluating(routed):
         x = ordinary(x) if known else _given_images(routed, x)
         y = ordinary(y) if known and y is not UNASKED else _given_labels(y, x)
         noise = Noise.of(torch.arange(len(x), device=x.device), seed) if noise is None else noise
-    _require_streams(noise, len(x))
-    highest = -1 if known or len(y) == 0 else int(y.max())
-    look = contextlib.nullcontext() if known else awaited(routed, highest, climbs)
-    with look, looked_at(), room_for(room() or len(x)), evaluating(routed):
-        yield Taken(routed, x, y, noise)
+        _require_streams(noise, len(x))
+        highest = -1 if known or len(y) == 0 else int(y.max())
+        look = contextlib.nullcontext() if known else awaited(routed, highest, climbs)
+        with look, looked_at(), room_for(room() or len(x)):
+            yield Taken(routed, x, y, noise)
 
 
 def _given_images(model: RoutedModel, x: Any) -> Float[Tensor, "n ch h w"]:
@@ -130,7 +130,7 @@ def _require_streams(noise: Any, n: int) -> None:
 
 def no_images(x: Any) -> TypeGuard[Tensor]:
     """Whether a batch of images is an empty one, which an attack gives back."""
-    return isinstance(x, Tensor) and x.ndim == 4 and len(x) == 0
+    return isinstance(x, Tensor) and x.ndim == 4 and x.numel() == 0 and len(x) == 0
 
 
 class Attack(ABC):

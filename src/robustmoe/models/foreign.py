@@ -11,6 +11,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,20 +20,20 @@ from torch import Tensor, nn
 
 from robustmoe import compat
 from robustmoe import spec as specs
-from robustmoe.errors import UserError
+from robustmoe.errors import UserError, out_of_memory
 from robustmoe.progress import note
 
 EXPECTED = "expected a function from images (n, ch, h, w) in float32 to one tensor of logits (n, classes)"
 
 
+@dataclass
 class Manners:
     """How a model treats its images. ``writes``: it changes them, so it gets copies; ``seen``: the modes (training
     or not) in which it was compared with a copy.
     """
 
-    def __init__(self) -> None:
-        self.writes = False
-        self.seen: set[bool] = set()
+    writes: bool = False
+    seen: set[bool] = field(default_factory=set)
 
 
 _MANNERS: WeakKeyDictionary[nn.Module, Manners] = WeakKeyDictionary()
@@ -60,12 +61,12 @@ def left_alone(model: nn.Module, x: Tensor, call: Callable[[Tensor], Any]) -> An
     if manners.writes or x.is_inference() or compat.in_function_transform() or x.is_meta:
         return call(x.clone())
     at = x if model.training in manners.seen else x.clone()
-    version = at._version
+    before = compat.times_written(at)
     output = call(at)
     if at is not x:
-        manners.writes |= at._version != version or not torch.equal(at.detach(), x.detach())
+        manners.writes |= compat.times_written(at) != before or not torch.equal(at.detach(), x.detach())
         manners.seen.add(model.training)
-    elif at._version != version:
+    elif compat.times_written(at) != before:
         raise UserError(
             "the model has written into its images, which it did not in the first pass; expected one that leaves them "
             "alone: let it work on x.clone()"
@@ -104,13 +105,15 @@ def check_classes(logits: Tensor, highest: int) -> None:
         )
 
 
+@dataclass
 class FirstLook:
     """What a model's passes have to have, where nobody has looked at it before: an output for each label up to
     ``highest``, and, if ``gradient``, a gradient; a note says where it has none.
     """
 
-    def __init__(self, model: nn.Module, highest: int, gradient: bool) -> None:
-        self.model, self.highest, self.gradient = model, highest, gradient
+    model: nn.Module
+    highest: int
+    gradient: bool
 
     def see(self, x: Tensor, logits: Tensor) -> None:
         """Is told of every pass of the model."""
@@ -152,11 +155,10 @@ def _described(output: Any) -> str:
 
 def _how_to_pick(output: Any) -> str:
     """What a user can write to get the logits."""
-    if isinstance(output, dict) or hasattr(output, "logits"):
-        names = list(output) if isinstance(output, dict) else ["logits"]
-        name = "logits" if "logits" in names or not names else names[0]
-        pick = f"[{name!r}]" if isinstance(output, dict) else ".logits"
-        return f"; pick them: lambda x: model(x){pick}"
+    if isinstance(output, dict) and output:
+        return f"; pick them: lambda x: model(x)[{'logits' if 'logits' in output else next(iter(output))!r}]"
+    if hasattr(output, "logits"):
+        return "; pick them: lambda x: model(x).logits"
     return "; pick them: lambda x: model(x)[0]" if isinstance(output, list | tuple) and output else ""
 
 
@@ -174,7 +176,8 @@ def blaming(model: nn.Module, x: Tensor, whoever: bool = False) -> Iterator[None
         if isinstance(error, UserError) or (ours(error) and not whoever):
             raise
         raise UserError(
-            f"the model fails on images {tuple(x.shape)} ({specs.said(error)}); {EXPECTED}{_hint(model, x)}"
+            out_of_memory(error)
+            or f"the model fails on images {tuple(x.shape)} ({specs.said(error)}); {EXPECTED}{_hint(model, x)}"
         ) from error
 
 
@@ -184,10 +187,11 @@ def blaming_backward(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if ours(error) or not _in_backward(error) or not any(map(is_foreign, model.modules())):
+        if ours(error) or not _in_backward(error) or not runs_foreign(model):
             raise
         raise UserError(
-            f"no gradient can be taken through the model ({specs.said(error)}); expected one that torch can "
+            out_of_memory(error)
+            or f"no gradient can be taken through the model ({specs.said(error)}); expected one that torch can "
             "differentiate: look for in-place changes, gradients that are freed, or a backward pass of its own"
         ) from error
 
@@ -204,9 +208,19 @@ def is_foreign(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] not in ("robustmoe", "torch")
 
 
+def runs_foreign(model: nn.Module) -> bool:
+    """Whether any code that is not of this package or torch runs in a model: of a module, or of a function inside."""
+    return any(is_foreign(module) or getattr(module, "foreign", False) for module in model.modules())
+
+
 def require_weights(model: nn.Module) -> None:
-    """UserError for weights that no measurement can use: made in inference mode, or without numbers (meta)."""
+    """UserError for weights that no measurement can use: made in inference mode, or without numbers (lazy, meta)."""
     for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(weight):
+            raise UserError(
+                f"the model's weight {name!r} has no shape yet (a lazy module); run the model once on images, or load "
+                "its weights, before it is measured"
+            )
         if weight.is_inference():
             raise UserError(
                 "the model's weights were made inside torch.inference_mode(), so that no gradient passes them; make "

@@ -19,7 +19,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     """Float32 at least: under autocast a network's outputs are in half precision, decisions, statistics and losses are
     not.
     """
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
 
 
 def answers(logits: Float[Tensor, "n c"]) -> Bool[Tensor, " n"]:

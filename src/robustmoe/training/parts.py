@@ -21,7 +21,7 @@ from robustmoe.certification import Certifier
 from robustmoe.data import Data, ImageSet
 from robustmoe.errors import UserError
 from robustmoe.models import BatchNorm2d, ModelSpec, RoutedModel, build_model
-from robustmoe.models.foreign import blaming, check_classes, is_foreign, require_weights
+from robustmoe.models.foreign import blaming, check_classes, require_weights, runs_foreign
 from robustmoe.recipe import SPECS, Recipe
 from robustmoe.training import starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
@@ -129,7 +129,7 @@ def look_at(model: RoutedModel, data: Data, device: torch.device) -> None:
     """UserError for a model with code of a user's own that does not answer images of the data with an output for each
     class. The models of this package were built for them.
     """
-    if not (model.foreign or any(map(is_foreign, model.modules()))):
+    if not runs_foreign(model):
         return
     x = data.train.batch([0, 1] if len(data.train) > 1 else [0]).x.to(device)
     with evaluating(model), torch.no_grad(), blaming(model, x):
