@@ -23,6 +23,7 @@ from robustmoe.certification.nonlinear import Elementwise, Relu, gelu, sigmoid, 
 from robustmoe.certification.operations import Interval
 from robustmoe.models import build_model
 from robustmoe.models.parts import Leaf
+from robustmoe.routing import chosen_shares
 
 HOWS: tuple[Bounding, ...] = ("ibp", "crown_ibp", "crown")
 NORMS: tuple[Norm, ...] = ("linf", "l2")
@@ -230,6 +231,14 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "casts": lambda x: F.relu(x.to(torch.float64)).double(),
     "batch norm": lambda x: F.batch_norm(x, FIVE[:4], FIVE[1:].abs() + 0.1, -FIVE[1:], FIVE[:4]),
     "pruned": lambda x: x.new_zeros(x.shape[0], 6, 5, 5).index_copy_(1, torch.tensor([0, 2, 3, 5]), x),
+    "product": lambda x: x * F.relu(x),
+    "channel gates": lambda x: torch.sigmoid(x.mean((2, 3), keepdim=True)) * x,
+    "modulated": lambda x: torch.addcmul(x[:, :, :1, :1], x, x.mean((2, 3), keepdim=True)),
+    "modulated alike": lambda x: torch.addcmul(FIVE, x, FIVE[:4, None, None]),
+    "softmax": lambda x: torch.mm(2 * torch.softmax(x.mean((2, 3)), -1), FIVE[:4].repeat(3, 1).t() + normal(4, 3)),
+    "softmax alone": lambda x: F.softmax(x.sum((2, 3)), dim=1),
+    "best": lambda x: F.linear(chosen_shares(x.mean((2, 3)), 1), normal(3, 4)),
+    "best two": lambda x: chosen_shares(x.mean((2, 3)), 2) @ normal(4, 3),
     "strided": lambda x: F.conv2d(x, normal(4, 2, 3, 3), stride=2, padding=(0, 1), dilation=(1, 2), groups=2),
 }
 
@@ -285,13 +294,14 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "added in place": lambda x: x.flatten(1).add_(1.0),
     "written": lambda x: x.clone() + 1,
     "into a constant": lambda x: torch.zeros(2, 2, 5, 5, dtype=x.dtype).copy_(x),
-    "written by index": lambda x: torch.zeros(2, 2, 5, 5, dtype=x.dtype).index_copy_(1, torch.tensor([1, 0]), x) * x,
     "ones by index": lambda x: x.new_ones(2, 3, 5, 5).index_copy_(1, torch.tensor([0, 1]), x),
     "out": lambda x: torch.add(x, 1.0, out=torch.zeros(2, 2, 5, 5, dtype=x.dtype)),
-    "product": lambda x: x * x,
+    "product of other shapes": lambda x: x * x.mean(1),
     "square": lambda x: x.square(),
     "matrix product": lambda x: x @ x,
-    "softmax": lambda x: x.flatten(1).softmax(1),
+    "softmax over channels": lambda x: x.softmax(1),
+    "softmax over images": lambda x: x.flatten(1).softmax(0),
+    "addcmul of all kinds": lambda x: torch.addcmul(x, x, torch.ones(5, dtype=x.dtype)),
     "chunks": lambda x: x.chunk(2, 1)[0],
     "unbound": lambda x: x.unbind(1)[0],
     "places": lambda x: x.max(1)[0],
@@ -380,6 +390,7 @@ ARCHITECTURES = [
     "pathway(resnet8(width=4), experts=2, router=small_cnn(width=4))",
     "pathway(vgg16(width=4), experts=2, router=small_cnn(width=4), norm=own, standardise=True)",
     "pathway(resnet8(width=4), experts=2, routers=stage, router=small_cnn(width=4))",
+    "affine(resnet8(width=4), experts=4)",
 ]
 
 

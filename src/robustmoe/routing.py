@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from robustmoe.noise import Noise
 
@@ -121,7 +122,7 @@ class Tape:
         return used
 
 
-def _ranked(logits: Float[Tensor, "n t e"]) -> Int[Tensor, "n t e"]:
+def _ranked(logits: Float[Tensor, "... e"]) -> Int[Tensor, "... e"]:
     """Experts from best to worst; ties go to the lower index, on every device."""
     return torch.argsort(logits, dim=-1, descending=True, stable=True)
 
@@ -196,6 +197,16 @@ def choose(logits: Float[Tensor, "n t e"], gate: Gate, k: int) -> Routing:
     if gate == "straight_through":
         return straight_through(logits, k)
     return top_k(logits, k, gate)
+
+
+def chosen_shares(logits: Float[Tensor, "n e"], k: int) -> Float[Tensor, "n e"]:
+    """Returns 1/k for each item's k best experts and 0 for the others, expert by expert: the weights of hard gates, as
+    one function of torch's kind, so that bounds know it (`robustmoe.certification`).
+    """
+    if has_torch_function_unary(logits):
+        shares: Tensor = handle_torch_function(chosen_shares, (logits,), logits, k)
+        return shares
+    return torch.zeros_like(logits).scatter(-1, _ranked(logits)[..., :k], 1.0 / k)
 
 
 def to_rank(trace: Trace, rank: int | Int[Tensor, " n"]) -> Trace:

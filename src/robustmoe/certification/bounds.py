@@ -97,7 +97,7 @@ class Bounded:
             for node in graph.nodes[1:]:
                 assert node.operation is not None
                 if how == "crown" and not node.operation.affine and node.inputs[0] not in reached:
-                    self._tighten(node.inputs[0], node.operation)
+                    self._tighten(node.inputs[node.operation.main], node.operation)
                 self.interval[node] = node.operation.interval(*(self.interval[each] for each in node.inputs))
 
     def lower(self, rows: Float[Tensor, "s n c"]) -> Float[Tensor, "s n"]:
@@ -157,7 +157,7 @@ class Bounded:
             rows = rows.view(len(part), *own.lower.shape)
             lower[:, part] = torch.maximum(lower[:, part], self._crown(node, rows).T)
             upper[:, part] = torch.minimum(upper[:, part], -self._crown(node, -rows).T)
-        self.interval[node] = Interval(lower.view_as(own.lower), upper.view_as(own.upper), own.round)
+        self.interval[node] = Interval(lower.view_as(own.lower), upper.view_as(own.upper), own.round, own.joint)
 
     def _crown(self, node: Node, rows: Tensor) -> Tensor:
         left, offset = self._pull(node, rows, through=True)
@@ -184,5 +184,7 @@ def _least(above: Tensor, interval: Interval, ball: Ball | None) -> Tensor:
     """(s, n) the minimum of the sum of ``above`` times a value within the interval (within the ball, of the image)."""
     if ball is not None:
         return ball.lowest(above)
+    if interval.joint is not None:
+        return interval.joint.lowest(above)
     middle, reach = 0.5 * (interval.lower + interval.upper), 0.5 * (interval.upper - interval.lower)
     return (above * middle).flatten(2).sum(2) - (above.abs() * reach).flatten(2).sum(2)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustmoe.certification.gates import BestChosen, Product, Softmax
 from robustmoe.certification.nonlinear import MaxPool, Relu, gelu, sigmoid, tanh
 from robustmoe.certification.operations import (
     Adding,
@@ -27,6 +28,7 @@ from robustmoe.certification.operations import (
     Unbounded,
     Weighing,
 )
+from robustmoe.routing import chosen_shares
 
 Rule = Callable[..., Operation]
 
@@ -162,6 +164,41 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Operation:
     return MatrixProduct(weight, bias)
 
 
+def _mm(x: Any, weight: Any) -> Operation:
+    _fixed(weight)
+    if weight.ndim != 2:
+        raise Unbounded("a product with other things than one matrix")
+    with torch.enable_grad():  # recording has none; certified training moves the weight
+        return _linear(x, weight.t())
+
+
+def _softmax(x: Slot, dim: int | None = None, dtype: Any = None) -> Operation:
+    if x.ndim != 2 or dim is None or dim % 2 != 1 or dtype is not None:
+        raise Unbounded("a softmax over other things than an image's row of numbers")
+    return Softmax()
+
+
+def _chosen_shares(x: Slot, k: int) -> Operation:
+    return BestChosen(k)
+
+
+def _addcmul(shift: Any, x: Any, scale: Any, *, value: float = 1) -> Operation:
+    """shift + x scale, all of the image, or x alone."""
+    if value == 1 and isinstance(x, Slot) and not isinstance(shift, Slot) and not isinstance(scale, Slot):
+        return _scaling(x, scale, shift)
+    if value != 1 or not all(isinstance(each, Slot) for each in (shift, x, scale)):
+        raise Unbounded("addcmul of some values that depend on the image and some that do not")
+    return _product(x.shape, shift, x, scale)
+
+
+def _product(shape: torch.Size, *inputs: Slot) -> Operation:
+    if any(each.ndim != len(shape) for each in inputs):
+        raise Unbounded("a product of values of different numbers of dimensions")
+    if torch.broadcast_shapes(*(each.shape for each in inputs)) != shape:
+        raise Unbounded(f"a product of the shapes {[tuple(each.shape) for each in inputs]}")
+    return Product(shape[1:])
+
+
 def _conv2d(
     x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Operation:
@@ -221,7 +258,7 @@ def _plus(sign: int, x: Any, y: Any, *, alpha: float = 1) -> Operation:
 
 def _mul(x: Any, y: Any) -> Operation:
     if isinstance(x, Slot) and isinstance(y, Slot):
-        raise Unbounded("a product of two values that depend on the image")
+        return _product(torch.broadcast_shapes(x.shape, y.shape), x, y)
     return _scaling(x, y, 0.0) if isinstance(x, Slot) else _scaling(y, x, 0.0)
 
 
@@ -289,6 +326,11 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.adaptive_avg_pool2d: _applied(Weighing, F.adaptive_avg_pool2d),
     F.max_pool2d: _max_pool2d,
     F.linear: _linear,
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.matmul, Tensor.matmul), _mm),
+    **dict.fromkeys((torch.softmax, Tensor.softmax), _softmax),
+    F.softmax: lambda x, dim=None, _stacklevel=3, dtype=None: _softmax(x, dim, dtype),
+    chosen_shares: _chosen_shares,
+    torch.addcmul: _addcmul,
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
     Tensor.add: partial(_plus, 1),

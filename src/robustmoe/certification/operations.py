@@ -42,17 +42,30 @@ class Round(NamedTuple):
     eps: Tensor
 
 
+class Jointly(ABC):
+    """Values (n, e) of which more is known than the interval of each: the weights of a gate."""
+
+    @abstractmethod
+    def lowest(self, above: Tensor) -> Tensor:
+        """(s, n) the minimum of the sum of ``above`` (s, n, e) times these values."""
+
+
 @dataclass(frozen=True)
 class Interval:
-    """``lower`` <= value <= ``upper``, each (n, ...); ``round``: the l2 ball, while it is one."""
+    """``lower`` <= value <= ``upper``, each (n, ...); ``round``: the l2 ball, while it is one; ``joint``: what is known
+    of the values together.
+    """
 
     lower: Tensor
     upper: Tensor
     round: Round | None = None
+    joint: Jointly | None = None
 
     def meet(self, other: Interval) -> Interval:
         """What lies in both."""
-        return Interval(torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper), self.round)
+        return Interval(
+            torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper), self.round, self.joint
+        )
 
 
 class Pulled(NamedTuple):
@@ -70,9 +83,12 @@ class Slopes(NamedTuple):
 
 
 class Operation(ABC):
-    """A function of one or more tensors. Subclasses are frozen dataclasses."""
+    """A function of one or more tensors. Subclasses are frozen dataclasses. ``main``: which input's bounds matter most,
+    where it is not affine.
+    """
 
     affine = True
+    main = 0
 
     @abstractmethod
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -200,13 +216,25 @@ class Scaling(Affine):
         (x,) = inputs
         a, b = self.scale * x.lower + self.shift, self.scale * x.upper + self.shift
         ball = x.round and Round(self(x.round.centre), self.scale.abs() * x.round.scale, x.round.eps)
-        return Interval(torch.minimum(a, b), torch.maximum(a, b), ball)
+        return Interval(torch.minimum(a, b), torch.maximum(a, b), ball, x.joint and ScaledJointly(x.joint, self))
 
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         return Pulled((above * self.scale,), dot(above, self.shift))
 
     def absolute(self) -> Operation:
         return Scaling(self.scale.abs(), torch.zeros_like(self.shift))
+
+
+@dataclass(frozen=True)
+class ScaledJointly(Jointly):
+    """Values times a scale plus a shift, number by number."""
+
+    inner: Jointly
+    scaling: Scaling
+
+    def lowest(self, above: Tensor) -> Tensor:
+        scale, shift = (each.to(above) for each in (self.scaling.scale, self.scaling.shift))
+        return self.inner.lowest(above * scale) + dot(above, shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +272,10 @@ class _Weighted(Affine):
     def transposed(self, above: Tensor, size: torch.Size) -> Tensor:
         """(m, *output) -> (m, *size)."""
 
+    def outputs(self, x: Tensor) -> Tensor:
+        """(s, n, e) the weights of every output, for values x (n, e)."""
+        raise TypeError(f"{type(self).__name__} has no outputs one by one")
+
     @abstractmethod
     def spread(self) -> Tensor:
         """The bias, to be added to outputs; 0 without."""
@@ -256,6 +288,10 @@ class _Weighted(Affine):
         middle = self(0.5 * (x.lower + x.upper))
         reach = self.apply(0.5 * (x.upper - x.lower), self.weight.abs())
         bounds = Interval(middle - reach, middle + reach)
+        if x.joint is not None:
+            rows = self.outputs(x.lower)
+            least, most = x.joint.lowest(rows).T, -x.joint.lowest(-rows).T
+            return bounds.meet(Interval(least + self.spread(), most + self.spread()))
         if x.round is None:
             return bounds
         middle, squares = self(x.round.centre), self.apply(x.round.scale.square(), self.weight.square())
@@ -281,6 +317,9 @@ class MatrixProduct(_Weighted):
 
     def transposed(self, above: Tensor, size: torch.Size) -> Tensor:
         return above @ self.weight
+
+    def outputs(self, x: Tensor) -> Tensor:
+        return self.weight[:, None].expand(-1, len(x), -1)
 
     def spread(self) -> Tensor:
         return self.weight.new_zeros(()) if self.bias is None else self.bias

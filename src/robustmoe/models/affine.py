@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, StagedNetwork
 from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
 from robustmoe.models.block import check_experts, replace
 from robustmoe.models.convolution import Handed, Norm
 from robustmoe.models.norm import BatchNorm2d, Normalise, at_least_float32, full_precision
-from robustmoe.routing import Gate, Routing, Tape, Trace, choose, straight_through
+from robustmoe.models.parts import Fork, Function, Leaf, Part
+from robustmoe.routing import Gate, Routing, Tape, choose, chosen_shares, straight_through
 
 
 class PooledRouter(nn.Module):
@@ -176,8 +178,45 @@ class AffineModel(RoutedModel):
                 x = block(x, Numbers(added, fused))
         return self.network.exit(x)
 
-    def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
-        return self.run(x).trace
+    def parts(self) -> Part:
+        """One network whose gates are bounded inside it; with one router that picks one expert, a network an expert."""
+        gate, k, experts = self._sites_rule()
+        if gate == "soft":
+            return Leaf(lambda x: self._walk(x, lambda _, each, z: each.shared(torch.softmax(z, -1)), fused=False))
+        if (k > 1 and gate not in EQUAL) or gate == "vmoe":
+            raise UserError(
+                f"no certificate knows affine experts with gate={gate} and k={k}; expected soft, straight_through or "
+                "hard, or k=1 and renormalised; smoothing(...) certifies any model"
+            )
+        if k == 1 and len(self.affine) == 1:
+            branches = tuple(Leaf(self._alone(expert)) for expert in range(experts))
+            return Fork(_name(0), self._scores, branches)
+        return Leaf(lambda x: self._walk(x, lambda _, each, z: each.shared(chosen_shares(z, k)), fused=False))
+
+    def _sites_rule(self) -> tuple[Gate, int, int]:
+        first = next(self._sites())
+        return first.gate, first.k, len(first.experts)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """Returns the logits of a router that sees what enters the first block."""
+        scores: Tensor = next(self._sites()).router(self.network.entry(self.normalise(x)))
+        return scores
+
+    def _alone(self, expert: int) -> Function:
+        """Returns the network with one expert's numbers."""
+
+        def row(_: int, each: AffineExperts, logits: Tensor) -> Tensor:
+            return each.gain * each.experts[expert : expert + 1]
+
+        def network(x: Tensor) -> Tensor:
+            with torch.enable_grad():  # bounds record without gradients, and certified training moves these numbers
+                return self._walk(x, row, fused=False)
+
+        return network
+
+
+EQUAL = ("straight_through", "hard")
+"""Gates that weight each expert they choose by 1/k."""
 
 
 def _name(number: int) -> str:
