@@ -66,7 +66,7 @@ def test_changed_labels_are_told(
     assert of_labels(whole, lambda own: labels.extend(own) or own)
     assert labels[::-1] != labels
     at = next(at for at in range(4) if labels[at] != labels[3 - at])
-    path.write_text(of_labels(whole, lambda own: own[::-1]))
+    path.write_text(changed := of_labels(whole, lambda own: own[::-1]))
     capsys.readouterr()
     assert cli.main(KINDS[file]) == 2
     out, err = capsys.readouterr()
@@ -75,6 +75,7 @@ def test_changed_labels_are_told(
     assert (
         f"entry {at} is image {at} of class {labels[3 - at]}, but in digits image {at} is of class {labels[at]}" in err
     )
+    assert path.read_text() == changed, "left as it was"
     path.write_text(of_labels(whole, lambda own: own))
     assert cli.main(KINDS[file]) == 0, "the same labels go on"
 

@@ -167,8 +167,10 @@ def attack_images(
 
     clock = Clock()
     with contextlib.ExitStack() as stack:
-        writer = peers.only_first(lambda: stack.enter_context(Writer(path, header(len(images)), header)))
-        ledger = peers.first(lambda: _ledger(writer, session, known))
+        writer = peers.only_first(
+            lambda: stack.enter_context(Writer(path, header(len(images)), header, session.recognise))
+        )
+        ledger = peers.first(lambda: _ledger(writer, len(images), known))
         if writer is not None:
             versions.tell(path, writer.resumed)
         if ledger is not None:
@@ -186,11 +188,10 @@ def attack_images(
         return peers.first(lambda: _result(writer))
 
 
-def _ledger(writer: Writer | None, session: Session, known: Sequence[Row]) -> engine.Ledger | None:
+def _ledger(writer: Writer | None, n: int, known: Sequence[Row]) -> engine.Ledger | None:
     """What is done already, with what is ``known``; None where all is."""
     assert writer is not None
-    session.recognise(writer.path, ((row.index, row.label) for row in writer.result.rows))
-    finished = len(writer.done) == len(session.images) and writer.checks is not None
+    finished = len(writer.done) == n and writer.checks is not None
     if not finished:
         writer.write(known)
     return None if finished else engine.Ledger.of(writer, examples_path(writer.path))

@@ -185,18 +185,26 @@ def _shown(name: str, value: Any) -> str:
     return repr(value[:12] if name.endswith("_hash") else value)
 
 
+Recognise = Callable[[Path, list[tuple[int, int]]], None]
+
+
 class Writer:
     """Creates a rows file, or resumes the one that is there.
 
     ``done`` holds the indices of the images that have a row, ``passed`` those that a part of a suite did not break (by
     the part's name), ``checks`` the checks of a finished file (else None), ``seconds`` and ``queries`` what was spent
     so far. What a killed writer left of a batch is cut. ``shorter(n)`` gives the header that the same work would have
-    on its first n images: a file of those is extended. ``resumed``: what versions are others than those that wrote so
-    far, in words; the header says so too. UserError if the file holds other work, is being written by
-    another process, or cannot be read or written."""
+    on its first n images: a file of those is extended. ``recognise`` is asked, before anything is changed, about the
+    images that have a row, as (index, label), and raises UserError for wrong ones. ``resumed``: what versions are
+    others than those that wrote so far, in words; the header says so too. UserError if the file holds other work, is
+    being written by another process, or cannot be read or written."""
 
     def __init__(
-        self, path: str | os.PathLike[str], header: Header, shorter: Callable[[int], Header] | None = None
+        self,
+        path: str | os.PathLike[str],
+        header: Header,
+        shorter: Callable[[int], Header] | None = None,
+        recognise: Recognise = lambda path, images: None,
     ) -> None:
         self.path = Path(path)
         self.header = header
@@ -216,7 +224,7 @@ class Writer:
             with explained("write", self.path):
                 self.path.parent.mkdir(exist_ok=True)
             self._open()
-            lines = self._resume(shorter)
+            lines = self._resume(shorter, recognise)
             # Rows are kept, finishing lines are rewritten: `_end` is where the next batch goes.
             kept = lines[:-1] if self.checks is not None else lines
             self._end = sum(len(line) + 1 for line in kept)
@@ -234,7 +242,7 @@ class Writer:
         with explained("write", self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
 
-    def _resume(self, shorter: Callable[[int], Header] | None) -> list[bytes]:
+    def _resume(self, shorter: Callable[[int], Header] | None, recognise: Recognise) -> list[bytes]:
         """Take up what the file holds; its lines of whole batches."""
         lines = whole_lines(self.path)
         if not lines:
@@ -256,6 +264,7 @@ class Writer:
                 else f"another {told(name, old, self.header)}"
             )
             raise UserError(f"{self.path} holds other work: {differs}; choose another --out or delete the file")
+        recognise(self.path, [(row.index, row.label) for row in contents.rows.values()])
         self._rows, self.passed = contents.rows, contents.passed
         self.seconds, self.queries = contents.seconds, contents.queries
         header, words = taken_up(old, self.header, len(self._rows))
