@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from robustmoe import cli, recipe, spec, verbs
+from robustmoe import cli, listing, recipe, spec, verbs
 from robustmoe.cli import main
 from robustmoe.errors import UserError
 from robustmoe.flags import parse
@@ -304,7 +304,7 @@ def test_list_the_kinds_one_kind_or_one_name(
 
 
 def test_every_kind_has_its_words() -> None:
-    assert verbs.KINDS.keys() == spec.TABLES.keys()
+    assert listing.KINDS.keys() == spec.TABLES.keys()
 
 
 def test_verbs_are_plain_functions(trained: Calls) -> None:

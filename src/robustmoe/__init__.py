@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from robustmoe.wrapping import find_routers as find_routers
     from robustmoe.wrapping import gate as gate
     from robustmoe.wrapping import wrap as wrap
+    from robustmoe.zoo import zoo_model as zoo_model
 
 
 def _homes() -> dict[str, str]:

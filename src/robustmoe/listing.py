@@ -1,0 +1,105 @@
+"""What can be named on the command line: kinds and their names, recipes, the zoo."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+from robustmoe import recipe as recipes
+from robustmoe import spec, zoo
+from robustmoe.errors import UserError, nearest
+from robustmoe.options import Mark
+
+OF_A_KIND = "robustmoe list KIND lists the names of a kind with their arguments."
+OF_YOUR_OWN = (
+    "Wherever such a name is taken, my_file.py:name(...) is one of your own:\n"
+    '--attack "my_file.py:noise(linf(0.1))"; installed packages may offer names too.'
+)
+
+RECIPES = "whole trainings, for robustmoe train; every field is a flag"
+ZOO = "trained models in the package; zoo:NAME stands for a run folder"
+OF_A_RECIPE = "\nrobustmoe list RECIPE tells where its numbers are from, its cost and its result."
+
+KINDS = {
+    "model": "networks, and MoEs made of them",
+    "sharpening": "what a dual model does to its robust half's logits",
+    "data": "data sets",
+    "attack": "attacks, on the whole model, its router or its experts",
+    "threat": "norms and radii that an attack stays in",
+    "objective": "losses that an attack climbs",
+    "view": "the path that an attack's gradient takes through a router",
+    "codec": "what the routers of a foreign model return, for rm.wrap",
+    "certifier": "proofs that no attack changes what a model says",
+    "method": "training methods",
+    "optimizer": "optimisers",
+    "schedule": "learning rates over a run",
+    "augment": "what is done to training images",
+}
+
+
+def list_names(
+    kind: Annotated[
+        str | None, "models, attacks, data, recipes, ..., or one name (default: the kinds)", Mark.POSITIONAL
+    ] = None,
+    costs: Annotated[
+        bool, "of the models: parameters and multiply-adds of every architecture (some ten seconds)"
+    ] = False,
+) -> str:
+    """List what can be named: models, attacks, data sets, methods.
+
+    Example: robustmoe list attacks
+    """
+    if costs:
+        if kind not in ("model", "models"):
+            given = "no kind" if kind is None else repr(kind)
+            raise UserError(f"--costs are those of the models; got {given}; write: robustmoe list models --costs")
+        from robustmoe import costs as counted
+
+        return counted.table(counted.rows())
+    if kind is None:
+        lines = [f"  {_plural(name):13}{KINDS[name]}" for name in spec.TABLES]
+        return "\n".join([*lines, f"  {'recipes':13}{RECIPES}", f"  {'zoo':13}{ZOO}", "", OF_A_KIND, OF_YOUR_OWN])
+    if kind == "zoo":
+        return "\n".join([f"zoo: {ZOO}", *map(_zoo_entry, zoo.cards())])
+    if kind in ("recipe", "recipes"):
+        return "\n".join([f"recipes: {RECIPES}", *map(_recipe_entry, recipes.every()), OF_A_RECIPE])
+    if file := next((file for file in recipes.every() if file.stem == kind), None):
+        return "\n".join([_recipe_entry(file), *map(_paragraph, recipes.words(file).split("\n\n"))])
+    kinds = [name for name in spec.TABLES if kind in (name, _plural(name))]
+    if kinds:
+        return "\n".join([_plural(kinds[0]), *map(_entry, spec.describe(kinds[0]))])
+    everything = [entry for name in spec.TABLES for entry in spec.describe(name)]
+    entries = [entry for entry in everything if entry[0] == kind]
+    if not entries:
+        guess, _, _ = nearest(kind, {*spec.TABLES, *(name for name, _, _ in everything)}).partition("known:")
+        raise UserError(f"unknown kind or name {kind!r}; {guess}the kinds: {', '.join(map(_plural, spec.TABLES))}")
+    return "\n".join(map(_entry, entries))
+
+
+def _recipe_entry(file: Path) -> str:
+    recipe = recipes.load_recipe(file)
+    text = f"{recipe.data}: {recipe.model}; {recipe.method}; {recipe.epochs} epochs"
+    return "\n".join([f"  {file.stem}", *textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)])
+
+
+def _zoo_entry(card: zoo.ZooModel) -> str:
+    rates = f"clean {100 * card.clean / card.n:.1f} %, worst of {len(card.attacks)} {100 * card.worst / card.n:.1f} %"
+    text = f"{card.about}: {card.model}; {rates} of {card.n} images of {card.data}, at {card.commit[:7]}"
+    return "\n".join([f"  {card.name}", *textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)])
+
+
+def _paragraph(text: str) -> str:
+    """Returns prose of a recipe's head, at most 80 columns wide; commands are left as they are."""
+    if not text.startswith("  "):
+        text = textwrap.fill(" ".join(text.split()), 78)
+    return "\n" + textwrap.indent(text, "  ")
+
+
+def _entry(entry: tuple[str, str, str]) -> str:
+    _, signature, line = entry
+    return f"  {signature}\n      {line}" if line else f"  {signature}"
+
+
+def _plural(kind: str) -> str:
+    return kind if kind == "data" else f"{kind}s"
