@@ -65,7 +65,7 @@ def test_a_missing_file_or_folder(run: Path) -> None:
         load_model(run)
     with pytest.raises(UserError, match="not a run folder"):
         load_model(run / "elsewhere")
-    with pytest.raises(UserError, match=r"state\.pt: no checkpoint to resume from"):
+    with pytest.raises(UserError, match=r"state\.pt is not there: no checkpoint to resume from"):
         read_state(run / "state.pt")
 
 

@@ -17,7 +17,7 @@ import test_certify
 import test_dissection
 import test_laboratory
 import test_sweep
-from robustmoe import cli, records, spec
+from robustmoe import cli, recipe, records, spec
 from robustmoe.errors import UserError
 from robustmoe.models import build_model, memory
 from robustmoe.progress import show
@@ -279,6 +279,21 @@ def test_metrics_that_do_not_fit(line: str, message: str, tmp_path: Path) -> Non
 
 
 # ------------------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize("text", ["x" * 70_000, "[" * 900 + "]" * 900, "\x1b" * 1000])
+def test_a_message_about_a_long_text_is_short(text: str, tmp_path: Path) -> None:
+    """What was wrong stands first, what to do last: the middle is left out."""
+    said = str(UserError(f"seed: expected int, got {text!r}; give one"))
+    assert said.startswith("seed: expected int, got ")
+    assert said.endswith("; give one")
+    assert len(said) < 2050
+    assert str(UserError("x" * 2000)) == "x" * 2000
+    (tmp_path / "r.toml").write_text(f"{RECIPE}seed = {json.dumps(text)}\n")
+    with pytest.raises(UserError, match="seed: expected int, got ") as caught:
+        recipe.load_recipe(tmp_path / "r.toml")
+    assert len(str(caught.value)) < 2050
+
 
 RECIPE = 'model = "linear"\ndata = "digits"\nmethod = "standard"\nepochs = 1\n'
 LONG = "n" * 300

@@ -256,7 +256,7 @@ def spoilt(run: Path, what: str) -> None:
         ("classes", 2, "was trained on other classes than digits has now (such as 'ten', now '9')"),
         ("metrics gone", 0, "metrics.jsonl tells of 0 of the 1 epochs that are done; it goes on without the others"),
         ("state is gone", 2, "metrics.jsonl tells of 2 epochs, and"),
-        ("state is a link", 2, "state.pt: no checkpoint to resume from"),
+        ("state is a link", 2, "state.pt is not a regular file, or a link to none: no checkpoint to resume from"),
         ("state lacks a field", 2, "state.pt: the checkpoint is damaged (progress: field 'seen' is missing)"),
     ],
 )

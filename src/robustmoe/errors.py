@@ -6,14 +6,20 @@ import difflib
 import re
 from collections.abc import Iterable
 
+LONGEST = 2000
+"""Characters of a message that are shown."""
+
 
 class UserError(ValueError):
     """A bad input. Its message is one line: what was wrong, what was expected, what to do. The command line prints it
-    and ends with exit code 2, without a traceback.
+    and ends with exit code 2, without a traceback. Of a very long one, as of a text that was read, the middle is left
+    out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(" ".join(message.split())))
+        line = printable(" ".join(message.split()))
+        left = len(line) - LONGEST
+        super().__init__(line if left <= 0 else f"{line[: LONGEST - 300]}... ({left} characters) ...{line[-300:]}")
 
 
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,8 @@ def read_state(path: Path) -> dict[str, Any]:
     the last bit, what was written.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no checkpoint to resume from; start the run without --resume")
+        what = "is not a regular file, or a link to none" if os.path.lexists(path) else "is not there"
+        raise UserError(f"{path} {what}: no checkpoint to resume from; put it back, or start anew in another --out")
     with explained("read", path):
         content = path.read_bytes()
     start = len(_signature(b""))
