@@ -34,6 +34,7 @@ lint: $(VENV)/.dev  ## style, format and types
 	$(BIN)/mypy
 
 bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
+	$(BIN)/python benchmarks/speed.py  # each lever beside the work without it; peers where `make crosscheck` has installed them
 	$(BIN)/python benchmarks/sparse_dispatch.py
 	$(BIN)/python benchmarks/pathway_inference.py --repeats 5 --steps 0
 	$(BIN)/python benchmarks/ensemble_step.py --width 16 --batch 32 --steps 2 --memory  # small; the issue's size: no flags

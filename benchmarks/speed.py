@@ -1,0 +1,300 @@
+"""What the levers on speed give: each beside the same work done without it, in turn, in one process, on one thread.
+
+python benchmarks/speed.py [--net RUN_FOLDER --data SPEC --eps 8/255] [--rounds 7] [--only evaluate pgd]
+
+Each round runs new and old (and the peers that are installed) once, in another order; a ratio is the median over the
+rounds of old over new CPU time, with the smallest and the largest. A lever that changes no answer is asserted to change
+none. Without --net a small network is trained on digits first. Writes docs/results/bench.json when all rows are run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from robustmoe.analysis import robust
+from robustmoe.attacks import FAB, PGD, Attack, ExpertsOnly, TargetedAPGD, at_radius, linf
+from robustmoe.attacks.together import room_for
+from robustmoe.certification import Ball, Bounded, bounds
+from robustmoe.certification.graph import record
+from robustmoe.data import Batch, Data, InMemory, cifar10, digits, mean_std
+from robustmoe.data import base as data_base
+from robustmoe.evaluation import evaluate
+from robustmoe.evaluation.precision import frozen_copy
+from robustmoe.models import RoutedModel, build_model
+from robustmoe.noise import Noise
+from robustmoe.recipe import Recipe
+from robustmoe.spec import build
+from robustmoe.training import load_model, train
+
+if __package__:
+    from benchmarks.results import RESULTS, described, write
+else:
+    from results import RESULTS, described, write
+
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """``new`` beside ``old`` work, by name; ``same``: whether an answer of both must be equal."""
+
+    new: Work
+    old: dict[str, Work]
+    same: Callable[[Any, Any], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Net:
+    model: RoutedModel
+    batch: Batch
+    eps: float
+
+
+def compared(row: Row, rounds: int) -> dict[str, Any]:
+    """The ratios of a row; one round warms up."""
+    works = {"new": row.new, **row.old}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        names, answers = [*works], {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.process_time()
+            answers[name] = works[name]()
+            seconds[name].append(time.process_time() - start)
+        for name in row.old if row.same is not None else ():
+            if row.same is not None and not row.same(answers["new"], answers[name]):
+                raise AssertionError(f"{name} gives another answer")
+    found: dict[str, Any] = {"seconds": statistics.median(seconds["new"][1:])}
+    for name in row.old:
+        ratios = [old / new for old, new in zip(seconds[name][1:], seconds["new"][1:], strict=True)]
+        found[name] = {"value": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def counts(*attacks: Attack, net: Net, curve: tuple[float, ...] = ()) -> list[int]:
+    """How many images each attack leaves, and those of the curve."""
+    results = evaluate(net.model, net.batch.x, net.batch.y, attacks=attacks, curve=curve)
+    return [sum(map(robust, result.rows)) for result in results]
+
+
+def pgd_rows(net: Net) -> dict[str, Row]:
+    """``evaluate`` with its curve, and PGD-50 alone, beside keep=best (the curve: each radius on its own) and peers."""
+    pgd = PGD(linf(net.eps), steps=50)
+    best = replace(pgd, keep="best")
+    radii = tuple(net.eps * factor for factor in (0.25, 0.5, 1.5, 2.0))
+    each = [best, *(at_radius(best, eps) for eps in radii)]
+    x, y = net.batch.x, net.batch.y
+    peers: dict[str, Work] = {"keep=best": lambda: counts(best, net=net)}
+    with contextlib.suppress(ImportError):
+        theirs = importlib.import_module("torchattacks").PGD(net.model, eps=net.eps, alpha=net.eps / 4, steps=50)
+        peers["torchattacks"] = lambda: [theirs(x, y)]
+    with contextlib.suppress(ImportError):
+        foolbox: Any = importlib.import_module("foolbox")
+        attack = foolbox.attacks.LinfPGD(abs_stepsize=net.eps / 4, steps=50)
+        wrapped = foolbox.PyTorchModel(net.model, bounds=(0, 1), device="cpu")
+        peers["foolbox"] = lambda: [attack(wrapped, x, y, epsilons=net.eps)[1]]
+    return {
+        "evaluate": Row(
+            lambda: counts(pgd, net=net, curve=radii),
+            {"keep=best, each radius alone": lambda: counts(*each, net=net)},
+            lambda new, old: new[0] == old[0] and all(a <= b for a, b in zip(new, old, strict=True)),
+        ),
+        "pgd": Row(lambda: counts(pgd, net=net), peers),
+    }
+
+
+def target_rows(net: Net, images: int = 12) -> dict[str, Row]:
+    """The targets of APGD-T and FAB-T at once beside one at a time, on a few images that stand, of a batch of 128."""
+    copy = frozen_copy(net.model, net.batch.x)
+    x_adv = PGD(linf(net.eps), steps=20, keep="first")(copy, net.batch.x, net.batch.y)
+    with torch.no_grad():
+        left = net.batch[torch.nonzero(net.model(x_adv).argmax(1) == net.batch.y)[:images, 0]]
+
+    def attacked(attack: Attack, room: int) -> Tensor:
+        with room_for(room):
+            return attack(copy, left.x, left.y, Noise.of(left.index))
+
+    attacks = {
+        "apgd_t": TargetedAPGD(linf(net.eps), steps=20),
+        "fab": FAB(linf(net.eps), steps=20, targets=9),
+    }
+    return {
+        name: Row(
+            lambda attack=attack: attacked(attack, 128),  # type: ignore[misc]
+            {"one target at a time": lambda attack=attack: attacked(attack, 1)},  # type: ignore[misc]
+            torch.equal,
+        )
+        for name, attack in attacks.items()
+    }
+
+
+def noise_rows() -> dict[str, Row]:
+    """Draws of 256 CIFAR images beside the same formulas on whole new tensors."""
+    noise, shape = Noise.of(torch.arange(256)), (3, 32, 32)
+
+    def shifted(z: Tensor, bits: int) -> Tensor:
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+    def mixed(z: Tensor) -> Tensor:
+        z = z - 7046029254386353131
+        z = (z ^ shifted(z, 30)) * -4658895280553007687
+        z = (z ^ shifted(z, 27)) * -7723592293110705685
+        return z ^ shifted(z, 31)
+
+    def uniform(streams: Noise) -> Tensor:
+        bits = mixed(~streams.state[:, None] ^ mixed(torch.arange(3072))[None]).view(256, *shape)
+        return shifted(bits, 40).to(torch.float32) * 2.0**-24
+
+    def normal() -> Tensor:
+        radius = torch.sqrt(-2.0 * torch.log1p(-uniform(noise.fold(1))))
+        return radius * torch.cos(2.0 * torch.pi * uniform(noise.fold(2)))
+
+    return {
+        "uniform": Row(lambda: noise.uniform(*shape), {"new tensors": lambda: uniform(noise)}, torch.equal),
+        "normal": Row(lambda: noise.normal(*shape), {"new tensors": normal}, torch.equal),
+    }
+
+
+def statistics_rows() -> dict[str, Row]:
+    """Mean and deviation of 10,000 images of 3x32x32 by counts of levels, beside sums in float64."""
+    levels = torch.randint(0, 256, (10_000, 3, 32, 32), dtype=torch.uint8)
+    images = InMemory(levels, torch.zeros(10_000, dtype=torch.int64))
+
+    def summed() -> Any:
+        with mock.patch.object(data_base, "_level_sums", data_base._sums):
+            return mean_std(images)
+
+    return {"mean_std": Row(lambda: mean_std(images), {"sums in float64": summed}, lambda new, old: bool(new == old))}
+
+
+def crown_rows() -> dict[str, Row]:
+    """CROWN on four convolutions of 3x32x32, two images, linf 8/255, beside 256 MiB at a time and every layer bounded
+    anew.
+    """
+    torch.manual_seed(0)
+    shapes = ((3, 8, 2), (8, 8, 1), (8, 16, 2), (16, 16, 1))
+    layers = [part for i, o, step in shapes for part in (nn.Conv2d(i, o, 3, step, 1), nn.ReLU())]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10)).double().eval()
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    ball = Ball(x, "linf", torch.full((2,), 8 / 255, dtype=x.dtype))
+    rows = torch.eye(10, dtype=x.dtype)[:, None].expand(-1, 2, -1)
+
+    @torch.no_grad()
+    def new() -> Tensor:
+        return Bounded(record(network, x), ball, "crown").lower(rows)
+
+    def old() -> Tensor:
+        with (
+            mock.patch.object(bounds, "MEMORY", 256 * 2**20),
+            mock.patch.object(bounds, "reached_in_a_box", return_value=set()),
+        ):
+            return new()
+
+    close: Callable[[Tensor, Tensor], bool] = lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-10)  # noqa: E731
+    return {"crown": Row(new, {"256 MiB, every layer": old}, close)}
+
+
+def route_rows() -> dict[str, Row]:
+    """What holds the clean route of 128 images, on a pathway of two experts, beside a whole pass."""
+    spec = "pathway(resnet8(width=16), experts=2, ratio=0.5, router=small_cnn)"
+    model = build_model(spec, 10, (3, 32, 32)).eval()
+    x, y = torch.rand(128, 3, 32, 32), torch.zeros(128, dtype=torch.long)
+
+    def old() -> None:
+        with mock.patch.object(type(model), "route", RoutedModel.route):
+            ExpertsOnly()(model, x, y)
+
+    return {"held_route": Row(lambda: ExpertsOnly()(model, x, y) and None, {"a whole pass": old})}
+
+
+def parquet_rows(root: str) -> dict[str, Row]:
+    """CIFAR-10 out of parquet files, decoded before, beside decoding them."""
+
+    def load(cache: str) -> str:
+        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": cache}):
+            return cifar10(root).train.fingerprint
+
+    def fresh() -> str:
+        with tempfile.TemporaryDirectory() as empty:
+            return load(empty)
+
+    kept = tempfile.mkdtemp()
+    return {"parquet": Row(lambda: load(kept), {"decoded": fresh}, lambda new, old: bool(new == old))}
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def digits_net() -> RoutedModel:
+    """A small network trained on digits against PGD-3."""
+    recipe = Recipe(
+        model="resnet8(width=16)",
+        data="digits",
+        method="at(pgd(linf(0.1), steps=3, keep=last))",
+        schedule="one_cycle",
+        epochs=3,
+        batch_size=64,
+        threads=1,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        train(recipe, folder)
+        return load_model(folder)
+
+
+def rows(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
+    model = digits_net() if args.net is None else load_model(Path(args.net))
+    data: Data = digits() if args.net is None else build(args.data, "data")
+    net = Net(model.eval(), data.test.batch(list(range(128))), float(Fraction(args.eps)))
+    for found in (pgd_rows(net), target_rows(net), noise_rows(), statistics_rows(), crown_rows(), route_rows()):
+        yield from found.items()
+    if args.parquet:
+        yield from parquet_rows(args.parquet).items()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", help="a run folder (default: trained on digits)")
+    parser.add_argument("--data", default="digits", help="what the run is tested on")
+    parser.add_argument("--eps", default="0.15", help="linf radius, such as 8/255")
+    parser.add_argument("--parquet", help="a folder of CIFAR-10 as parquet, to time its loading")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", default=[], help="some rows; nothing is written")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    capability = torch.backends.cpu.get_cpu_capability()
+    about = {} if args.only else described("python benchmarks/speed.py", instructions=capability, rounds=args.rounds)
+    numbers: dict[str, Any] = {}
+    print("| row | CPU seconds | beside | takes | smallest to largest |\n|---|---|---|---|---|")
+    for name, row in rows(args):
+        if args.only and name not in args.only:
+            continue
+        numbers[name] = compared(row, args.rounds)
+        for against in row.old:
+            ratio = numbers[name][against]
+            spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+            seconds = numbers[name]["seconds"]
+            print(f"| {name} | {seconds:.4f} | {against} | {ratio['value']:.2f} times | {spread} |", flush=True)
+    if not args.only:
+        write(RESULTS / "bench.json", about, numbers)
+
+
+if __name__ == "__main__":
+    main()
