@@ -11,6 +11,7 @@ from robustmoe.attacks.autoattack import AutoAttack, AutoAttackRouting
 from robustmoe.attacks.base import Attack, Suite, Wrapped, changed, evaluating, part_noise
 from robustmoe.attacks.fab import FAB
 from robustmoe.attacks.fmn import FMN, accuracy_curve
+from robustmoe.attacks.folding import Folded
 from robustmoe.attacks.half import Bf16
 from robustmoe.attacks.losses import kl
 from robustmoe.attacks.objectives import (
@@ -74,6 +75,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "route_beam": RouteBeam,
     "through": Viewed,
     "bf16": Bf16,
+    "folded": Folded,
 }
 THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "l1": l1}
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
@@ -115,6 +117,7 @@ __all__ = [
     "ExpertTransition",
     "ExpertView",
     "ExpertsOnly",
+    "Folded",
     "HalfView",
     "Held",
     "Joint",
