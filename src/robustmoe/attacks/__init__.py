@@ -32,6 +32,7 @@ from robustmoe.attacks.pgd import FGSM, PGD, NotFiniteError, vmoe_pgd
 from robustmoe.attacks.routes import (
     ExpertTransition,
     JointNormalised,
+    OtherRoutes,
     RouteBeam,
     RouteFlip,
     RouterHinge,
@@ -73,6 +74,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "route_flip": RouteFlip,
     "expert_transition": ExpertTransition,
     "route_beam": RouteBeam,
+    "other_routes": OtherRoutes,
     "through": Viewed,
     "bf16": Bf16,
     "folded": Folded,
@@ -124,6 +126,7 @@ __all__ = [
     "JointNormalised",
     "NotFiniteError",
     "Objective",
+    "OtherRoutes",
     "RouteBeam",
     "RouteFlip",
     "RouterHinge",

@@ -62,7 +62,10 @@ PLACES = {
 """Kind -> the module, the table of its names in it, and the class of its things; None where they are functions."""
 
 
-MORE = {"model": ("robustmoe.wrapping.described", "MODELS")}
+MORE = {
+    "model": ("robustmoe.wrapping.described", "MODELS"),
+    "attack": ("robustmoe.evaluation.transferring", "ATTACKS"),
+}
 """Kind -> a second table, of what stands above the first."""
 
 

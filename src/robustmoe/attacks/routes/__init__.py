@@ -5,6 +5,7 @@ A break counts only where the exact model misses the label on the route that it 
 """
 
 from robustmoe.attacks.routes.beam import RouteBeam
+from robustmoe.attacks.routes.elsewhere import OtherRoutes
 from robustmoe.attacks.routes.flip import Flip, RouteFlip
 from robustmoe.attacks.routes.misroute import Misroute, Misrouting, countable
 from robustmoe.attacks.routes.objectives import JointNormalised, RouterHinge, RoutingLoss, router_hinge
@@ -18,6 +19,7 @@ __all__ = [
     "JointNormalised",
     "Misroute",
     "Misrouting",
+    "OtherRoutes",
     "RouteBeam",
     "RouteFlip",
     "RouterHinge",
