@@ -410,3 +410,20 @@ def test_a_run_whose_checkpoint_is_lost_does_not_start_anew(here: Path, refused:
     metrics.write_text("".join(json.dumps({**line, "epoch": epoch}) + "\n" for epoch in (1, 2)))
     message = refused("train", "tiny.toml", "--out", "run", "--resume")
     assert "metrics.jsonl tells of 2 epochs, and run/state.pt is not there" in message
+
+
+def test_answers_of_checks_are_shown_where_they_cannot_be_written(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They took minutes."""
+    from robustmoe import records
+    from robustmoe.evaluation.checks import run
+
+    answer = records.Check("G1", "gradient", "fail", 1.0, "There is none.")
+    monkeypatch.setattr(run, "check_run", lambda *given, **more: records.Audit("m", [], 2, 0, [answer]))
+    (here / "run" / "checks.json").mkdir()
+    assert main(["check", "run", "--limit", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert "There is none." in out
+    assert err.startswith("robustmoe: cannot write run/checks.json: Is a directory; that path is a folder")
+    (here / "run" / "checks.json").rmdir()

@@ -4,6 +4,7 @@ printed. Nothing heavy is imported before a verb runs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from robustmoe.options import (
     SweepOptions,
     Target,
 )
-from robustmoe.progress import first_process, note
+from robustmoe.progress import first_process, note, show
 
 
 def train(
@@ -127,7 +128,11 @@ def check(target: Target, options: CheckOptions) -> str:
         return card([answer for answer in check_run(folder, options=options).checks if answer.id in options.only])
     with records.writing(folder):
         audit = check_run(folder, options=options)
-        audit.write(folder)
+        try:
+            audit.write(folder)
+        except UserError:
+            show(card(audit.checks), sys.stdout)  # of minutes of work, which are not lost with the file
+            raise
     return f"{card(audit.checks)}\nwritten to {records.Audit.path(folder)}; analyze and report show it"
 
 
