@@ -610,8 +610,8 @@ def make_suite(**changes: Any) -> tuple[Header, list[Row]]:
     )  # fmt: skip
     route, size = {"router": [1, 0, 0, 0]} if header.routers else {}, {"linf": EPS, "l2": 1.0, "l1": 9.0, "box": 0.0}
     rows = [
-        Row(i, 0, int(part == "clean"), int(bool(part)), size, dict.fromkeys(route, 0.0), 0, 0, route, route,
-            part)
+        Row(i, i, (i + (part == "clean")) % 10, (i + bool(part)) % 10, size, dict.fromkeys(route, 0.0), i, i, route,
+            route, part)
         for i, part in enumerate(broke)
     ]  # fmt: skip
     return header, rows
