@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import robustmoe as rm
 import shapes
 from robustmoe import certification
 from robustmoe.arrays import as_labels
@@ -333,6 +334,15 @@ def test_a_pass_without_room_is_told_as_such() -> None:
 def test_a_lazy_module_is_one_line(direct: Direct) -> None:
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(CLASSES))
     refused(direct, "the model's weight '.*1.weight' has no shape yet .a lazy module.; run the model once", m=lazy)
+
+
+@pytest.mark.parametrize("attribute", ["train", "itself"])
+def test_a_module_that_cannot_be_put_in_eval_mode_is_one_line(direct: Direct, attribute: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))
+    setattr(model, attribute, model if attribute == "itself" else None)
+    refused(direct, "the model cannot be put in eval mode .*; expected an nn.Module whose eval", m=model)
+    with pytest.raises(UserError, match="the model cannot be put in eval mode"):
+        rm.evaluate(model, pictures(), labels(), attacks=["fgsm(linf(0.1))"], device="cpu")
 
 
 def test_logits_of_eight_bits_are_logits() -> None:

@@ -491,7 +491,7 @@ def no_modes():
         ("evaluate", "backward", "no gradient can be taken through the model .RuntimeError: no way back."),
         ("check", "spoilt", "no gradient can be taken through the model .RuntimeError: one of the variables needed"),
         ("sweep", "meta", "the model's weight 'net.1.weight' is on the meta device"),
-        ("certify", "no_modes", r"no_modes gives a module whose eval\(\) fails: TypeError: 'NoneType' object is not"),
+        ("certify", "no_modes", r"the model cannot be put in eval mode .TypeError: 'NoneType' object is not"),
     ],
 )
 def test_a_model_of_a_file_that_fails_is_one_line(

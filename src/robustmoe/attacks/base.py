@@ -22,7 +22,7 @@ from robustmoe.attacks.threat import Threat
 from robustmoe.attacks.together import room, room_for
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.foreign import awaited, blaming_backward, require_weights
+from robustmoe.models.foreign import awaited, blaming_backward, require_weights, to_eval
 from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 
@@ -36,7 +36,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     require_weights(model)
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        to_eval(model)
         with torch.inference_mode(False), torch.enable_grad(), blaming_backward(model):
             yield
     finally:

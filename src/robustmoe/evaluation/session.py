@@ -32,7 +32,7 @@ from robustmoe.evaluation.engine import Plan, plan_of
 from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
 from robustmoe.models.base import Output, RoutedModel
-from robustmoe.models.foreign import awaited, blaming, blaming_backward, check_classes, require_weights
+from robustmoe.models.foreign import awaited, blaming, blaming_backward, check_classes, require_weights, to_eval
 from robustmoe.models.plain import Plain, as_routed, sharded
 from robustmoe.options import Options
 from robustmoe.progress import first_process, note
@@ -345,15 +345,17 @@ def eval_mode_on(device: torch.device, model: nn.Module) -> Iterator[None]:
     training = {module for module in model.modules() if module.training}
     places = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
     try:
-        if len(places) == 1:
-            model.to(device)
-        model.eval()
-        yield
+        to_eval(model)
+        try:
+            if len(places) == 1:
+                model.to(device)
+            yield
+        finally:
+            if len(places) == 1:
+                model.to(places.pop())
     finally:
         for module in model.modules():
             module.training = module in training
-        if len(places) == 1:
-            model.to(places.pop())
 
 
 # ------------------------------------------------------------------------------------------------ the first images

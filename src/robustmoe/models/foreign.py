@@ -213,6 +213,16 @@ def runs_foreign(model: nn.Module) -> bool:
     return any(is_foreign(module) or getattr(module, "foreign", False) for module in model.modules())
 
 
+def to_eval(model: nn.Module) -> None:
+    """Puts a module in eval mode. UserError where its own code, or a module that holds itself, does not let it."""
+    try:
+        model.eval()
+    except Exception as error:  # whatever it is, it is the user's own
+        raise UserError(
+            f"the model cannot be put in eval mode ({specs.said(error)}); expected an nn.Module whose eval() works"
+        ) from error
+
+
 def require_weights(model: nn.Module) -> None:
     """UserError for weights that no measurement can use: made in inference mode, or without numbers (lazy, meta)."""
     for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):

@@ -11,7 +11,7 @@ from torch import nn
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkSpec, RoutedModel
-from robustmoe.models.foreign import require_weights
+from robustmoe.models.foreign import require_weights, to_eval
 from robustmoe.models.norm import Normalise
 from robustmoe.models.plain import as_routed
 
@@ -39,10 +39,7 @@ class OwnModel(specs.Written, NetworkSpec):
             raise UserError(f"{self.text} gives {specs.called(made)}; {EXPECTED}")
         if isinstance(made, nn.Module):
             require_weights(made)
-            try:
-                made.eval()
-            except Exception as error:  # whatever it is, it is the user's own
-                raise UserError(f"{self.text} gives a module whose eval() fails: {specs.said(error)}") from error
+            to_eval(made)
         return made
 
     def network(self, num_classes: int, image_shape: ImageShape) -> nn.Module:
