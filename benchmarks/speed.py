@@ -101,7 +101,7 @@ def pgd_rows(net: Net) -> dict[str, Row]:
     radii = tuple(net.eps * factor for factor in (0.25, 0.5, 1.5, 2.0))
     each = [best, *(at_radius(best, eps) for eps in radii)]
     x, y = net.batch.x, net.batch.y
-    peers: dict[str, Work] = {"keep=best": lambda: counts(best, net=net)}
+    peers: dict[str, Work] = {"keep_best": lambda: counts(best, net=net)}
     with contextlib.suppress(ImportError):
         theirs = importlib.import_module("torchattacks").PGD(net.model, eps=net.eps, alpha=net.eps / 4, steps=50)
         peers["torchattacks"] = lambda: [theirs(x, y)]
@@ -113,7 +113,7 @@ def pgd_rows(net: Net) -> dict[str, Row]:
     return {
         "evaluate": Row(
             lambda: counts(pgd, net=net, curve=radii),
-            {"keep=best, each radius alone": lambda: counts(*each, net=net)},
+            {"each_radius_alone": lambda: counts(*each, net=net)},
             lambda new, old: new[0] == old[0] and all(a <= b for a, b in zip(new, old, strict=True)),
         ),
         "pgd": Row(lambda: counts(pgd, net=net), peers),
@@ -138,7 +138,7 @@ def target_rows(net: Net, images: int = 12) -> dict[str, Row]:
     return {
         name: Row(
             lambda attack=attack: attacked(attack, 128),  # type: ignore[misc]
-            {"one target at a time": lambda attack=attack: attacked(attack, 1)},  # type: ignore[misc]
+            {"one_at_a_time": lambda attack=attack: attacked(attack, 1)},  # type: ignore[misc]
             torch.equal,
         )
         for name, attack in attacks.items()
@@ -167,8 +167,8 @@ def noise_rows() -> dict[str, Row]:
         return radius * torch.cos(2.0 * torch.pi * uniform(noise.fold(2)))
 
     return {
-        "uniform": Row(lambda: noise.uniform(*shape), {"new tensors": lambda: uniform(noise)}, torch.equal),
-        "normal": Row(lambda: noise.normal(*shape), {"new tensors": normal}, torch.equal),
+        "uniform": Row(lambda: noise.uniform(*shape), {"new_tensors": lambda: uniform(noise)}, torch.equal),
+        "normal": Row(lambda: noise.normal(*shape), {"new_tensors": normal}, torch.equal),
     }
 
 
@@ -181,7 +181,7 @@ def statistics_rows() -> dict[str, Row]:
         with mock.patch.object(data_base, "_level_sums", data_base._sums):
             return mean_std(images)
 
-    return {"mean_std": Row(lambda: mean_std(images), {"sums in float64": summed}, lambda new, old: bool(new == old))}
+    return {"mean_std": Row(lambda: mean_std(images), {"float64_sums": summed}, lambda new, old: bool(new == old))}
 
 
 def crown_rows() -> dict[str, Row]:
@@ -208,7 +208,7 @@ def crown_rows() -> dict[str, Row]:
             return new()
 
     close: Callable[[Tensor, Tensor], bool] = lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-10)  # noqa: E731
-    return {"crown": Row(new, {"256 MiB, every layer": old}, close)}
+    return {"crown": Row(new, {"every_layer_256_mib": old}, close)}
 
 
 def route_rows() -> dict[str, Row]:
@@ -221,7 +221,7 @@ def route_rows() -> dict[str, Row]:
         with mock.patch.object(type(model), "route", RoutedModel.route):
             ExpertsOnly()(model, x, y)
 
-    return {"held_route": Row(lambda: ExpertsOnly()(model, x, y) and None, {"a whole pass": old})}
+    return {"held_route": Row(lambda: ExpertsOnly()(model, x, y) and None, {"whole_pass": old})}
 
 
 def parquet_rows(root: str) -> dict[str, Row]:
