@@ -205,7 +205,7 @@ def _robust_experts(module: Any, images: Images) -> nn.Module:
 
 def _dit_moe(module: Any, images: Images) -> nn.Module:
     return TokenNet(
-        images, lambda: module.SparseMoeBlock(WIDTH, mlp_ratio=2, num_experts=EXPERTS, num_experts_per_tok=2)
+        images, lambda _: module.SparseMoeBlock(WIDTH, mlp_ratio=2, num_experts=EXPERTS, num_experts_per_tok=2)
     )
 
 

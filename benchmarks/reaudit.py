@@ -151,10 +151,11 @@ COLUMNS = {
     "wrapped": lambda each: (
         100 * sum(map(all, zip(each["callable"]["survivors"], each["wrapped"]["survivors"]))) / IMAGES
     ),
+    "experts_only": lambda each: each["wrapped"]["pgd, steps=50, objective=experts_only"],
     "hidden": lambda each: COLUMNS["as_callable"](each) - COLUMNS["wrapped"](each),
 }
 """Per cent of the images, of one job: what a callable keeps, what is left when routing attacks join, the difference."""
-SHOWN = [name for name in COLUMNS if name != "hidden"]
+SHOWN = [name for name in COLUMNS if name not in ("experts_only", "hidden")]
 
 
 def hidden_of_all(jobs: list[dict[str, Any]]) -> dict[str, float]:
@@ -215,7 +216,7 @@ def main() -> None:
         file = runs / f"{name}-{training}-{seed}.json"
         if not file.exists():
             done = job(name, training, seed, sources.get(name), setting, data)
-            file.write_text(json.dumps(done, default=float))
+            file.write_text(json.dumps({**done, **{key: about[key] for key in ("commit", "hardware")}}, default=float))
         jobs.append(json.loads(file.read_text()))
         print(json.dumps({key: jobs[-1].get(key) for key in ("net", "training", "seed", "callable", "wrapped")}))
         write(given.out or RESULTS / "studies" / f"{place}.json", about, table(jobs), jobs=jobs)
