@@ -65,12 +65,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     numbers = {}
     for name, backbone in BACKBONES.items():
         for batch in (128, 1):
             numbers[f"{name}_b{batch}"] = ratios(backbone, batch, args.repeats)
             print(f"{backbone}, batch {batch}: {numbers[f'{name}_b{batch}']}", flush=True)
-    about = described("python benchmarks/conditional_inference.py", models=VARIANTS, spread="medians over rounds")
+    about = described(
+        "python benchmarks/conditional_inference.py", seeds=[0], models=VARIANTS, spread="medians over rounds"
+    )
     write(RESULTS / "conditional_inference.json", about, numbers)
 
 

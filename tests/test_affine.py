@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from robustmoe.errors import UserError
 from robustmoe.models import AffineExperts, AffineModel, AffineNorm, RoutedModel, build_model
 from robustmoe.models.affine import Numbers
 from robustmoe.noise import Noise
+from robustmoe.recipe import load_recipe
 from robustmoe.routing import Routing, Trace, soft, to_expert
 from robustmoe.training import MiniBatch, build_method, train_step
 from robustmoe.training.checkpoint import save_weights
@@ -317,6 +319,15 @@ def test_bad_arguments_are_one_line(text: str, message: str) -> None:
         build_model(text, CLASSES, SHAPE)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_recipes_of_the_twins_differ_in_the_model_alone() -> None:
+    """And in what has no weight decay, and the attacks that know a router."""
+    affine, dense = (load_recipe(f"cifar10_patch_{name}") for name in ("affine", "dense"))
+    assert specs.build(affine.model, "model").backbone == specs.build(dense.model, "model")
+    free = replace(specs.build(affine.optimizer, "optimizer"), undecayed="")
+    assert free == specs.build(dense.optimizer, "optimizer")
+    assert replace(affine, model=dense.model, optimizer=dense.optimizer, attacks=dense.attacks) == dense
 
 
 def test_the_gain_keeps_an_experts_learning_rate(x: Tensor) -> None:
