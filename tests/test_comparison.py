@@ -23,7 +23,7 @@ from robustmoe.records import Check, Header, Row, Writer
 from robustmoe.reporting.comparison import compare
 
 PGD, EXPERTS = "pgd(linf(8/255), steps=20)", "pgd(linf(8/255), steps=20, objective=experts_only)"
-SIZE = {"linf": 8 / 255, "l2": 1.0, "l1": 9.0}
+SIZE = {"linf": 8 / 255, "l2": 1.0, "l1": 9.0, "box": 0.0}
 CONFIG = {"data": "digits", "method": "at(pgd(linf(8/255)))", "epochs": 2, "threat": "linf(8/255)"}
 
 
