@@ -296,6 +296,8 @@ ATTACK_SPECS = {
     "fmn": ["fmn(l2(0.5), steps=4)"],
     "square": ["square(linf(8/255), steps=8)"],
     "route_flip": ["route_flip(linf(8/255), steps=2)"],
+    "other_routes": ["other_routes(linf(8/255), steps=2)"],
+    "folded": ["folded(pgd(linf(8/255), steps=2))", "folded(pgd(l2(0.5), steps=2, keep=last))"],
     "expert_transition": ["expert_transition(l2(0.5), steps=2)"],
     "route_beam": ["route_beam(linf(8/255), steps=2, beam=2, candidates=4)"],
     "through": ["through(soft(0.5), pgd(linf(8/255), steps=2))", "through(straight_through, apgd(l2(0.5), steps=2))"],
