@@ -44,7 +44,7 @@ recipes: $(VENV)/.dev  ## two training steps of every distinct recipe, its netwo
 
 docs: $(VENV)/.dev  ## the documentation site, site/index.html; a dead link or a page left out is an error
 	$(INSTALL) -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # not --quiet: it would not see the warnings that --strict counts
 
 crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks
 	$(INSTALL) -e '.[crosscheck]'
