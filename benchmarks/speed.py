@@ -280,7 +280,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     capability = torch.backends.cpu.get_cpu_capability()
-    about = {} if args.only else described("python benchmarks/speed.py", instructions=capability, rounds=args.rounds)
+    about = (
+        {}
+        if args.only
+        else described("python benchmarks/speed.py", seeds=[0], instructions=capability, rounds=args.rounds)
+    )
     numbers: dict[str, Any] = {}
     print("| row | CPU seconds | beside | takes | smallest to largest |\n|---|---|---|---|---|")
     for name, row in rows(args):

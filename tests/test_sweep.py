@@ -141,9 +141,9 @@ def test_the_union_over_smaller_eps_can_only_fall() -> None:
 def test_a_point_is_an_evaluation(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
     model, x = tiny("ensemble_straight"), images(12)
     y = model(x).argmax(1)
-    attack = "pgd(linf(0.05), steps=3, seed=2)"
+    attack = "pgd(linf(0.05), steps=3, seed=2, keep=best)"
     found = sweep(
-        model, x, y, attacks=["pgd(linf(0.02), steps=3, seed=2)"], eps=[0.05], draws=0, num_classes=4
+        model, x, y, attacks=["pgd(linf(0.02), steps=3, seed=2, keep=best)"], eps=[0.05], draws=0, num_classes=4
     ).summary()
     (whole,) = summaries_of(model, x, y, attacks=[attack], num_classes=4)
     (point,) = found.curves[0].points
