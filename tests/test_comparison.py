@@ -227,6 +227,12 @@ def test_what_cannot_be_compared_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_a_run_counts_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [True] * 9, {PGD: [True] * 9})
+    with pytest.raises(rm.UserError, match="hold the same weights; name one of them"):
+        compare([run, run])
+
+
 # ----------------------------------------------------------------------------------------------------------- files
 
 

@@ -192,9 +192,9 @@ def compare(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
     runs_ = [Trained(view, group, _left(group)) for view, group in zip(views, groups, strict=True)]
     hashes: dict[str, str] = {}
     for run in runs_:
-        twin = hashes.setdefault(run.view.header.model_hash, str(run.view.folder))
-        if twin != str(run.view.folder):
+        if twin := hashes.get(run.view.header.model_hash):
             raise UserError(f"{twin} and {run.view.folder} hold the same weights; name one of them")
+        hashes[run.view.header.model_hash] = str(run.view.folder)
     images = frozenset.intersection(*(frozenset(run.left.seen) for run in runs_))
     if not images:
         raise UserError("these runs were attacked on no image in common; evaluate them with the same --limit")
