@@ -62,12 +62,12 @@ def by_foolbox(model: RoutedModel, steps: int) -> Tool:
     return lambda x, y, index: attack(wrapped, x, y, epsilons=EPS)[1]
 
 
-def digits_net() -> RoutedModel:
-    """A small network trained on digits against PGD-3."""
+def digits_net(eps: float) -> RoutedModel:
+    """A small network trained on digits against PGD-3 in linf ``eps``."""
     recipe = Recipe(
         model="resnet8(width=16)",
         data="digits",
-        method=f"at(pgd(linf({EPS}), steps=3, keep=last))",
+        method=f"at(pgd(linf({eps}), steps=3, keep=last))",
         schedule="one_cycle",
         epochs=3,
         batch_size=64,
@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)  # the peers draw from the global generator
-    model = digits_net() if args.net == "digits" else load_model(Path(args.net))
+    model = digits_net(EPS) if args.net == "digits" else load_model(Path(args.net))
     data: Data = digits() if args.net == "digits" else build(args.data, "data")
     tools = {
         "ours, strict": ours(model, "strict", args.steps),

@@ -37,13 +37,14 @@ from robustmoe.evaluation import evaluate
 from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
-from robustmoe.recipe import Recipe
 from robustmoe.spec import build
-from robustmoe.training import load_model, train
+from robustmoe.training import load_model
 
 if __package__:
+    from benchmarks.pgd import digits_net
     from benchmarks.results import RESULTS, described, write
 else:
+    from pgd import digits_net
     from results import RESULTS, described, write
 
 Work = Callable[[], Any]
@@ -242,24 +243,8 @@ def parquet_rows(root: str) -> dict[str, Row]:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def digits_net() -> RoutedModel:
-    """A small network trained on digits against PGD-3."""
-    recipe = Recipe(
-        model="resnet8(width=16)",
-        data="digits",
-        method="at(pgd(linf(0.1), steps=3, keep=last))",
-        schedule="one_cycle",
-        epochs=3,
-        batch_size=64,
-        threads=1,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        train(recipe, folder)
-        return load_model(folder)
-
-
 def rows(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
-    model = digits_net() if args.net is None else load_model(Path(args.net))
+    model = digits_net(0.1) if args.net is None else load_model(Path(args.net))
     data: Data = digits() if args.net is None else build(args.data, "data")
     net = Net(model.eval(), data.test.batch(list(range(128))), float(Fraction(args.eps)))
     for found in (pgd_rows(net), target_rows(net), noise_rows(), statistics_rows(), crown_rows(), route_rows()):
