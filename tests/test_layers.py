@@ -24,6 +24,7 @@ LAYERS = [
     {"attacks", "reporting"},
     {"certification", "lipschitz", "wrapping"},
     {"training", "costs", "theory"},
+    {"weights"},
     {"evaluation"},
     {"demo", "flags", "interop", "listing"},
     {"verbs"},
