@@ -18,7 +18,8 @@ A leaf is a number or one of {mean, sd, min, max}, {value, low, high}, {count, n
 interval). Of these ``82.3`` is the first, ``82.3 ± 0.3`` the mean and the deviation, ``82.3 (80.1-84.2)`` the first and
 the interval or range. What is printed must be the file's number, rounded to the digits that are printed.
 
-``<!-- defined -->`` in a tie's place says so of all its numbers: thresholds, settings, mathematics.
+``<!-- defined -->`` in a tie's place says so of all its numbers: thresholds, settings, mathematics. ``<!-- claimed
+-->``: they are a paper's; docs/papers.md alone may say so, where test_papers.py holds them to the recipes.
 
 ``<!-- output: theory -->`` before a code block: it is the "output" of that file, what a command printed, line for line.
 
@@ -74,7 +75,7 @@ _TOKEN = re.compile(
     r"(?P<after>\*{0,2}(?: ?%| points?\b| times\b| trainings?\b)?\*{0,2})"
     rf"(?: ?± ?(?P<sd>{_N})| \((?P<low>[+-]?{_N}) ?(?:-|–|to) ?(?P<high>[+-]?{_N})\))?"
 )
-_TIE = re.compile(r"<!-- (?:numbers: (?P<keys>[^>]*?)|(?P<defined>defined)) -->")
+_TIE = re.compile(r"<!-- (?:numbers: (?P<keys>[^>]*?)|(?P<defined>defined|claimed)) -->")
 _TELLING = re.compile(r"\*{0,2} of \d|(?:,| to| and| or) [+-]?[\d.]+(?: ?%| points?\b| times\b)")
 _OUTPUT = re.compile(r"(<!-- output: (\S+) -->\n+```\n)(.*?)(\n```)", re.DOTALL)
 _SETTING = re.compile(rf"[ -](?:[\w-]+ )?(?:{SETTINGS})\b")

@@ -19,7 +19,7 @@ OF_YOUR_OWN = (
 
 RECIPES = "whole trainings, for robustmoe train; every field is a flag"
 ZOO = "trained models in the package; zoo:NAME stands for a run folder"
-OF_A_RECIPE = "\nrobustmoe list RECIPE tells where its numbers are from, its cost and its result."
+OF_A_RECIPE = "\nrobustmoe list RECIPE tells its numbers, its cost, what others claim of it."
 
 KINDS = {
     "model": "networks, and MoEs made of them",
@@ -65,7 +65,8 @@ def list_names(
     if kind in ("recipe", "recipes"):
         return "\n".join([f"recipes: {RECIPES}", *map(_recipe_entry, recipes.every()), OF_A_RECIPE])
     if file := next((file for file in recipes.every() if file.stem == kind), None):
-        return "\n".join([_recipe_entry(file), *map(_paragraph, recipes.words(file).split("\n\n"))])
+        told = [*recipes.words(file).split("\n\n"), *map(_claimed, recipes.claims(file))]
+        return "\n".join([_recipe_entry(file), *map(_paragraph, told)])
     kinds = [name for name in spec.TABLES if kind in (name, _plural(name))]
     if kinds:
         return "\n".join([_plural(kinds[0]), *map(_entry, spec.describe(kinds[0]))])
@@ -83,6 +84,12 @@ def _recipe_entry(file: Path) -> str:
     return "\n".join([f"  {file.stem}", *textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)])
 
 
+def _claimed(claim: recipes.Claim) -> str:
+    """Returns a sentence on what others say that the recipe gives."""
+    source = f" (from {claim.source})" if claim.source else ""
+    return f"Claimed: {claim.paper}, {claim.place}, {claim.row}: {claim.said}{source}."
+
+
 def _zoo_entry(card: zoo.ZooModel) -> str:
     rates = f"clean {100 * card.clean / card.n:.1f} %, worst of {len(card.attacks)} {100 * card.worst / card.n:.1f} %"
     text = f"{card.about}: {card.model}; {rates} of {card.n} images of {card.data}, at {card.commit[:7]}"
@@ -92,7 +99,7 @@ def _zoo_entry(card: zoo.ZooModel) -> str:
 def _paragraph(text: str) -> str:
     """Returns prose of a recipe's head, at most 80 columns wide; commands are left as they are."""
     if not text.startswith("  "):
-        text = textwrap.fill(" ".join(text.split()), 78)
+        text = textwrap.fill(" ".join(text.split()), 78, break_on_hyphens=False)
     return "\n" + textwrap.indent(text, "  ")
 
 

@@ -1,4 +1,8 @@
-"""A recipe: everything that decides a training run, in one flat TOML file; its fields are flags of ``train``."""
+"""A recipe: everything that decides a training run, in one flat TOML file; its fields are flags of ``train``.
+
+Beside the fields a file may say ``base``, the recipe whose fields it takes but for those that it has itself, and in
+``[[claimed]]`` what others say that this training gives (`Claim`).
+"""
 
 from __future__ import annotations
 
@@ -82,6 +86,29 @@ class Recipe:
         _require(0 <= self.ema < 1, "ema", "at least 0 and below 1", self.ema)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What others say that a recipe's training gives: a row of a paper's table, or a run of its code. A recipe that is
+    nobody's but this package's says so with ``paper = "ours"``.
+
+    ``values``: what was measured, by name, as numbers in per cent or in the words of the source ("+1 to +4"); empty
+    where they are not known. ``source``: where it was read, if not there.
+    """
+
+    paper: Annotated[str, "the paper, or who says it"]
+    place: Annotated[str, "table, section, or what else of it"]
+    row: Annotated[str, "the row, in words"]
+    values: Annotated[Mapping[str, float | str], "what was measured"] = dataclasses.field(default_factory=dict)
+    source: Annotated[str, "where it was read"] = ""
+
+    @property
+    def said(self) -> str:
+        """The values in one line."""
+        nothing = "nothing" if self.paper == "ours" else "not known"
+        shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in self.values.items()}
+        return ", ".join(f"{name} {value}" for name, value in shown.items()) or nothing
+
+
 def _require(holds: bool, name: str, wanted: str, value: object) -> None:
     if not holds:
         raise UserError(f"{name} must be {wanted}; got {value}")
@@ -101,17 +128,57 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     ``overrides`` win over what the file says. Where a field may be None, the text "none" says so.
     """
     file = resolve(path)
-    try:
-        fields = tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:  # also bytes that are not UTF-8, and an integer of thousands of digits
-        raise UserError(f"{file} is not a TOML file: {e}") from None
-    except RecursionError:
-        raise UserError(f"{file} is nested too deeply; expected one field a line, such as epochs = 10") from None
+    fields = _written(file)
     try:
         Recipe(**_typed({**overrides, **fields}))  # so that what the file says is looked at, also where it does not win
         return Recipe(**_typed({**fields, **overrides}))
     except UserError as e:
         raise UserError(f"{file}: {e}") from None
+
+
+def claims(path: str | Path) -> tuple[Claim, ...]:
+    """Returns what others say that the recipe's training gives: the entries ``[[claimed]]`` of its own file."""
+    file = resolve(path)
+    entries = _parsed(file).get("claimed", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{file}: claimed is {entries!r}, expected entries that begin with [[claimed]]")
+    return tuple(_claim(file, entry) for entry in entries)
+
+
+def _claim(file: Path, entry: dict[str, Any]) -> Claim:
+    known = {item.name for item in dataclasses.fields(Claim)}
+    values = entry.get("values", {})
+    for name in {"paper", "place", "row"} - set(entry) | set(entry) - known:
+        raise UserError(f"{file}: an entry of claimed says {sorted(entry)}; {name!r} is too much or missing")
+    numbers = isinstance(values, dict) and all(type(value) in (int, float, str) for value in values.values())
+    if not numbers or any(not isinstance(entry[name], str) for name in set(entry) - {"values"}):
+        raise UserError(f"{file}: claimed: expected texts, and numbers or texts in values; got {entry}")
+    return Claim(**entry)
+
+
+def _written(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Returns the fields that the file says, or its base in its place."""
+    fields = _parsed(file)
+    fields.pop("claimed", None)
+    base = fields.pop("base", None)
+    if base is None:
+        return fields
+    if not isinstance(base, str):
+        raise UserError(f"{file}: base is {base!r}, expected the name of a recipe")
+    beside = file.parent / f"{base}.toml"
+    origin = beside if beside.is_file() else resolve(base)
+    if origin in (file, *above):
+        raise UserError(f"{file}: base {base!r} leads back to this recipe; expected another one")
+    return {**_written(origin, (file, *above)), **fields}
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:  # also bytes that are not UTF-8, and an integer of thousands of digits
+        raise UserError(f"{file} is not a TOML file: {e}") from None
+    except RecursionError:
+        raise UserError(f"{file} is nested too deeply; expected one field a line, such as epochs = 10") from None
 
 
 def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
