@@ -5,6 +5,7 @@ folding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ TINY = {
     "resnet10": "resnet10(width=4, stem=imagenet)",
     "wide": "wide_resnet(depth=16, width=1)",
     "wide_imagenet": "wide_resnet(depth=10, width=2, stem=imagenet)",
+    "wide_released": "wide_resnet(depth=16, width=1, released=True)",
+    "preact": "preact_resnet(depth=10, width=4, shortcut=conv3, activation=silu, padding=same)",
     "vgg16": "vgg16(width=4)",
     "dense": "densenet(depth=16, growth=4)",
 }
@@ -63,6 +66,9 @@ def randomise(model: nn.Module) -> None:
         ("resnet50(stem=imagenet)", 52, 1),
         ("wrn_28_10", 27, 1),
         ("wrn_28_10(stem=imagenet)", 27, 1),
+        ("wrn_28_10(released=True)", 27, 1),
+        ("preact_resnet18", 19, 1),
+        ("preact_resnet50", 52, 1),
         ("vgg16", 12, 1),
         ("densenet40", 2 * 18 + 2, 1),  # ours: two convolutions a layer, and the two transitions
         ("densenet121", 2 * 58 + 3, 1),
@@ -147,15 +153,21 @@ class Written:
     def __init__(self, network: nn.Module) -> None:
         self.state = network.state_dict()
 
-    def conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
+    def conv(self, x: Tensor, name: str, stride: int = 1, same: bool = False) -> Tensor:
         weight = self.state[f"{name}.weight"]
+        if same and stride == 2 and weight.shape[-1] == 3:
+            return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, stride=2)
         return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
 
-    def active(self, x: Tensor, name: str) -> Tensor:
+    def active(self, x: Tensor, name: str, silu: bool = False) -> Tensor:
+        x = self.unit(x, name)
+        return x / (1 + torch.exp(-x)) if silu else x.clamp(min=0)
+
+    def unit(self, x: Tensor, name: str) -> Tensor:
         mean, var, weight, bias = (
             self.state[f"{name}.{key}"][:, None, None] for key in ("running_mean", "running_var", "weight", "bias")
         )
-        return ((x - mean) / (var + 1e-5).sqrt() * weight + bias).clamp(min=0)
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
@@ -168,20 +180,27 @@ class Written:
         return x.unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))
 
 
-def at_least_float32(net: Written, x: Tensor, blocks: int, imagenet: bool) -> Tensor:
-    """Zagoruyko and Komodakis 2016: both branches of a block that changes the shape start from ReLU(BatchNorm(x)); the
-    others add x itself.
+def in_advance(net: Written, x: Tensor, reads: str = "active", silu: bool = False, same: bool = False) -> Tensor:
+    """He et al. 2016b, and Zagoruyko and Komodakis 2016: both branches of a block that changes the shape start from
+    ReLU(BatchNorm(x)); the others add x itself. Where ``reads`` is "raw" or "conv3" the shortcut alone starts from x,
+    where it is "released" both do.
     """
-    x = net.start(x, imagenet)
-    for stage in range(3):
-        for position in range(blocks):
-            at, stride = f"stages.{stage}.{position}", 2 if stage and not position else 1
-            ready = net.active(x, f"{at}.norm1")
-            out = net.conv(net.active(net.conv(ready, f"{at}.conv1", stride), f"{at}.norm2"), f"{at}.conv2")
-            changes = f"{at}.shortcut.weight" in net.state
-            assert changes == (stride == 2 or x.shape[1] != out.shape[1])
-            x = out + (net.conv(ready, f"{at}.shortcut", stride) if changes else x)
-    return net.linear(net.active(x, "last").mean((2, 3)), "head")
+    x = net.start(x, "norm.weight" in net.state)
+    blocks = sorted({tuple(map(int, key.split(".")[1:3])) for key in net.state if key.startswith("stages")})
+    for stage, position in blocks:
+        at, stride = f"stages.{stage}.{position}", 2 if stage and not position else 1
+        changes = f"{at}.shortcut.weight" in net.state
+        ready = x if reads == "released" and changes else net.active(x, f"{at}.norm1", silu)
+        if f"{at}.conv3.weight" in net.state:
+            out = net.active(net.conv(ready, f"{at}.conv1"), f"{at}.norm2", silu)
+            out = net.active(net.conv(out, f"{at}.conv2", stride, same), f"{at}.norm3", silu)
+            out = net.conv(out, f"{at}.conv3")
+        else:
+            out = net.conv(net.active(net.conv(ready, f"{at}.conv1", stride, same), f"{at}.norm2", silu), f"{at}.conv2")
+        assert changes == (stride == 2 or x.shape[1] != out.shape[1])
+        x = out + (net.conv(ready if reads == "active" else x, f"{at}.shortcut", stride, same) if changes else x)
+    x = net.active(x, "last", silu) if "last.weight" in net.state else x
+    return net.linear(x.mean((2, 3)), "head")
 
 
 def densely(net: Written, x: Tensor, layers: int, imagenet: bool) -> Tensor:
@@ -215,9 +234,21 @@ def plainly(net: Written, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "text, again",
     [
-        ("wide_resnet(depth=16, width=2)", lambda net, x: at_least_float32(net, x, 2, False)),
-        ("wide_resnet(depth=10, width=1)", lambda net, x: at_least_float32(net, x, 1, False)),
-        ("wide_resnet(depth=10, width=2, stem=imagenet)", lambda net, x: at_least_float32(net, x, 1, True)),
+        ("wide_resnet(depth=16, width=2)", in_advance),
+        ("wide_resnet(depth=10, width=1)", in_advance),
+        ("wide_resnet(depth=10, width=2, stem=imagenet)", in_advance),
+        ("wide_resnet(depth=16, width=2, released=True)", partial(in_advance, reads="released")),
+        ("wide_resnet(depth=10, width=2, stem=imagenet, released=True)", partial(in_advance, reads="released")),
+        ("wide_resnet(16, 2, activation=silu, padding=same)", partial(in_advance, silu=True, same=True)),
+        ("preact_resnet(depth=10, width=4)", in_advance),
+        ("preact_resnet(depth=10, width=4, stem=imagenet)", in_advance),
+        ("preact_resnet(depth=18, width=2, shortcut=raw, last_norm=False)", partial(in_advance, reads="raw")),
+        ("preact_resnet(depth=50, width=2)", in_advance),
+        ("preact_resnet(50, 2, shortcut=raw, padding=same)", partial(in_advance, reads="raw", same=True)),
+        (
+            "preact_resnet(depth=18, width=2, shortcut=conv3, activation=silu, padding=same)",
+            partial(in_advance, reads="conv3", silu=True, same=True),
+        ),
         ("densenet(depth=16, growth=4)", lambda net, x: densely(net, x, 2, False)),
         ("densenet(depth=10, growth=4, stem=imagenet)", lambda net, x: densely(net, x, 1, True)),
         ("vgg16(width=4)", plainly),
@@ -336,6 +367,9 @@ def test_a_downsampled_router_reads_every_pixel_also_in_bfloat16(images: Callabl
         ("wide_resnet(depth=12)", r"depth must be 6n \+ 4 with n at least 1, such as 10, 16, 28; got 12"),
         ("wide_resnet(depth=4)", "depth must be 6n"),
         ("wide_resnet(width=0)", "width must be at least 1; got 0"),
+        ("preact_resnet(width=0)", "width must be at least 1; got 0"),
+        ("preact_resnet(depth=20)", r"depth must be one of \[10, 18, 34, 50\]; got 20"),
+        ("preact_resnet(activation=gelu)", "argument 'activation': unknown name 'gelu'; did you mean 'relu' or 'silu'"),
         ("vgg16(width=0)", "width must be at least 1; got 0"),
         ("densenet(depth=41)", r"depth must be 6n \+ 4, such as 40 or 100, or one of \[121, 169, 201\]; got 41"),
         ("densenet(growth=0)", "growth must be at least 1; got 0"),
@@ -354,10 +388,13 @@ def test_bad_settings_are_refused(text: str, message: str) -> None:
 FOLDED = [
     # Basic blocks fold wholly. A pre-activation block folds its second BatchNorm alone (the first reads a sum, a
     # concatenation or a pooled map), and the stem's where it has one. A WRN's CIFAR stem feeds the first BatchNorm
-    # directly, a DenseNet's also the concatenation.
+    # directly, a DenseNet's also the concatenation, a narrow WRN's and a PreAct ResNet's the first block's sum.
     ("resnet10(width=4, stem=imagenet)", 1 + 4 * 2 + 3, 1 + 4 * 2 + 3),
     ("wide_resnet(depth=10, width=2)", 1 + 3, 3 * 2 + 1),
     ("wide_resnet(depth=16, width=2, stem=imagenet)", 1 + 6, 1 + 6 * 2 + 1),
+    ("wide_resnet(depth=10, width=1)", 3, 3 * 2 + 1),
+    ("wide_resnet(depth=16, width=2, released=True)", 6, 3 + 3 * 2 + 1),
+    ("preact_resnet(depth=10, width=4, activation=silu, padding=same)", 4, 4 * 2 + 1),
     ("vgg16(width=4)", 13, 13),
     ("densenet(depth=16, growth=4)", 6, 6 * 2 + 2 + 1),
     ("densenet(depth=10, growth=4, stem=imagenet)", 1 + 3, 1 + 3 * 2 + 2 + 1),

@@ -19,7 +19,7 @@ from robustmoe.certification import Ball, Bounded, Bounding, worst_margins
 from robustmoe.certification import bounds as bounds_module
 from robustmoe.certification.certify import leaves
 from robustmoe.certification.graph import check, record
-from robustmoe.certification.nonlinear import Elementwise, Relu, gelu, sigmoid, tanh
+from robustmoe.certification.nonlinear import Elementwise, Relu, Smooth, gelu, sigmoid, silu, tanh
 from robustmoe.certification.operations import Interval
 from robustmoe.models import build_model
 from robustmoe.models.parts import Leaf
@@ -120,6 +120,7 @@ ACTIVATIONS: dict[str, Elementwise] = {
     "leaky": Relu(0.3),
     "gelu": gelu("none"),
     "gelu tanh": gelu("tanh"),
+    "silu": silu(),
     "sigmoid": sigmoid(),
     "tanh": tanh(),
 }
@@ -165,18 +166,32 @@ def test_the_tanh_form_of_gelu_is_within_the_allowance_of_the_exact_one() -> Non
         assert (F.gelu(far, approximate=form) - F.relu(far)).abs().max() < 1e-13
 
 
-def test_the_shape_of_gelu_that_its_rule_is_built_on() -> None:
-    """The second derivative phi(x) (2 - x^2) by finite differences of the slope, and the only minimum."""
-    operation = gelu("none")
+def _bell(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x.square()) / (2 * torch.pi) ** 0.5 * (2 - x.square())
+
+
+def _logistic(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * torch.sigmoid(-x) * (2 - x * torch.tanh(x / 2))
+
+
+@pytest.mark.parametrize("operation, second", [(gelu("none"), _bell), (silu(), _logistic)], ids=["gelu", "silu"])
+def test_the_shape_that_a_rule_is_built_on(operation: Smooth, second: Callable[[Tensor], Tensor]) -> None:
+    """The second derivative, phi(x) (2 - x^2) or s(x) s(-x) (2 - x tanh(x/2)), by finite differences of the slope; the
+    slope by autograd; where it bends, and the only minimum.
+    """
     x = torch.linspace(-6, 6, 2001, dtype=torch.float64)
-    second = (operation.slope(x + 1e-5) - operation.slope(x - 1e-5)) / 2e-5
-    density = torch.exp(-0.5 * x.square()) / (2 * torch.pi) ** 0.5
-    torch.testing.assert_close(second, density * (2 - x.square()), rtol=1e-6, atol=1e-8)
+    differences = (operation.slope(x + 1e-5) - operation.slope(x - 1e-5)) / 2e-5
+    torch.testing.assert_close(differences, second(x), rtol=1e-6, atol=1e-8)
+    x.requires_grad_()
+    torch.testing.assert_close(operation.slope(x), torch.autograd.grad(operation.near(x).sum(), x)[0])
+    bends = torch.tensor(operation.bends, dtype=torch.float64)
+    assert (second(bends - 1e-6) * second(bends + 1e-6) < 0).all()
+    assert int((second(x.detach()).sign().diff() != 0).sum()) == len(bends)
     assert operation.least is not None
     before, after, value = operation.least
     assert operation.slope(torch.tensor(before, dtype=torch.float64)) < 0
     assert operation.slope(torch.tensor(after, dtype=torch.float64)) > 0
-    assert 0 < F.gelu(torch.linspace(-0.76, -0.74, 20001, dtype=torch.float64)).min() - value < 1e-7
+    assert 0 < operation.near(torch.linspace(before, after, 20001, dtype=torch.float64)).min() - value < 1e-7
 
 
 class Layers(nn.Module):
@@ -201,6 +216,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max of relu": lambda x: F.max_pool2d(F.relu(x), 2),
     "gelu": F.gelu,
     "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
     "leaky": lambda x: F.leaky_relu(x, 0.2),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -382,6 +398,8 @@ ARCHITECTURES = [
     "vgg16(width=4)",
     "densenet40(growth=2)",
     "wide_resnet(depth=10, width=1)",
+    "wide_resnet(depth=10, width=1, released=True)",
+    "preact_resnet(depth=10, width=2, shortcut=conv3, activation=silu, padding=same)",
     "downsampled(small_cnn(width=4), size=4)",
     "resized(small_cnn(width=4), size=12)",
     "resized(small_cnn(width=4), size=5)",

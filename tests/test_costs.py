@@ -163,6 +163,7 @@ TINY = [
     "resnet8(width=4)",
     "resnet10(width=4, stem=imagenet)",
     "wide_resnet(depth=10, width=1)",
+    "preact_resnet(depth=10, width=4, padding=same)",
     "vgg16(width=4)",
     "densenet(depth=10, growth=4)",
 ]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustmoe.certification.gates import BestChosen, Product, Softmax
-from robustmoe.certification.nonlinear import MaxPool, Relu, gelu, sigmoid, tanh
+from robustmoe.certification.nonlinear import MaxPool, Relu, gelu, sigmoid, silu, tanh
 from robustmoe.certification.operations import (
     Adding,
     Cast,
@@ -274,6 +274,12 @@ def _relu(x: Slot, inplace: bool = False) -> Operation:
     return Relu()
 
 
+def _silu(x: Slot, inplace: bool = False) -> Operation:
+    if inplace:
+        raise Unbounded("a SiLU in place")
+    return silu()
+
+
 def _leaky_relu(x: Slot, negative_slope: float = 0.01, inplace: bool = False) -> Operation:
     if inplace or not 0 <= negative_slope <= 1:
         raise Unbounded(f"a leaky ReLU in place, or of slope {negative_slope}")
@@ -349,6 +355,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     torch.relu: _relu,
     F.leaky_relu: _leaky_relu,
     F.gelu: lambda x, approximate="none": gelu(approximate),
+    F.silu: _silu,
     **{each: lambda x: sigmoid() for each in (torch.sigmoid, Tensor.sigmoid)},
     **{each: lambda x: tanh() for each in (torch.tanh, Tensor.tanh)},
 }

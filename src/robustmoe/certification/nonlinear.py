@@ -178,6 +178,18 @@ def gelu(approximate: str) -> Smooth:
     )
 
 
+def _silu_slope(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * (1 + x * torch.sigmoid(-x))
+
+
+def silu() -> Smooth:
+    """x sigmoid(x), whose second derivative is sigmoid(x) sigmoid(-x) (2 - x tanh(x / 2)): convex between -2.3994 and
+    2.3994, the roots of x tanh(x / 2) = 2.
+    """
+    bend = 2.3993572805154675
+    return Smooth(F.silu, F.silu, _silu_slope, (-bend, bend), rises=False, least=(-1.2785, -1.2784, -0.2784646))
+
+
 def sigmoid() -> Smooth:
     return Smooth(
         torch.sigmoid, torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x), bends=(0.0,), rises=True

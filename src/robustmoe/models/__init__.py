@@ -25,6 +25,7 @@ from robustmoe.models.own import OwnModel
 from robustmoe.models.patch_resnet import PatchResNet
 from robustmoe.models.pathway import Pathway, PathwayModel, StagedPathwayModel
 from robustmoe.models.plain import Plain, as_routed
+from robustmoe.models.preact_resnet import PreActResNet, preact_resnet18, preact_resnet34, preact_resnet50
 from robustmoe.models.pruned import Pruned
 from robustmoe.models.resnet import ResNet, resnet8, resnet10, resnet18, resnet20, resnet34, resnet50
 from robustmoe.models.small import ConvSmall, Downsampled, Linear, Resized, SmallCNN
@@ -43,6 +44,10 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
     "resnet20": resnet20,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "preact_resnet": PreActResNet,
+    "preact_resnet18": preact_resnet18,
+    "preact_resnet34": preact_resnet34,
+    "preact_resnet50": preact_resnet50,
     "wide_resnet": WideResNet,
     "wrn_28_10": wrn_28_10,
     "vgg16": VGG16,
@@ -137,6 +142,7 @@ __all__ = [
     "PathwayModel",
     "Plain",
     "PooledRouter",
+    "PreActResNet",
     "Pruned",
     "ResNet",
     "Resized",
@@ -164,6 +170,9 @@ __all__ = [
     "mix_reference",
     "mix_sparse",
     "moefy",
+    "preact_resnet18",
+    "preact_resnet34",
+    "preact_resnet50",
     "resnet8",
     "resnet10",
     "resnet18",

@@ -82,10 +82,13 @@ class Conv(Foldable, nn.Conv2d, foldable=True):
     A 1x1 convolution with a stride and fewer input channels than a CPU vector has floats takes its pixels first and
     then has stride 1, which is the same function. oneDNN (as in torch 2.13) computes the gradient of such weights in
     channels-last memory wrong, or writes past a buffer and aborts the process (oneDNN issue 6035).
+
+    ``same``: with a stride, TensorFlow's padding: as few zeros as a side needs, an odd number of them more at the end.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
-        super().__init__(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, same: bool = False) -> None:
+        self.same = same and stride > 1
+        super().__init__(inputs, outputs, kernel, stride, 0 if self.same else kernel // 2, bias=False)
         self.takes_pixels_first = kernel == 1 and stride > 1 and inputs < WIDEST_VECTOR
 
     def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
@@ -93,11 +96,18 @@ class Conv(Foldable, nn.Conv2d, foldable=True):
 
     def convolved(self, x: Float[Tensor, "n d h w"], weight: Float[Tensor, "f d kh kw"]) -> Tensor:
         """Returns the convolution with other filters than its own, at the same stride and padding."""
+        x = F.pad(x, self._zeros(x)) if self.same else x
         if not self.takes_pixels_first:
             return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         rows, columns = self.stride
         x = x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, weight, self.bias)
+
+    def _zeros(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Returns how many zeros TensorFlow's rule puts left, right, above and below."""
+        steps = [(side, size, step) for side, size, step in zip(x.shape[2:], self.kernel_size, self.stride)]
+        rows, columns = (max((-(-side // step) - 1) * step + size - side, 0) for side, size, step in steps)
+        return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
 
     def folded(self, scale: Float[Tensor, " d"], shift: Float[Tensor, " d"]) -> nn.Module:
         return fold(self, scale, shift)
@@ -148,9 +158,9 @@ class RoutedConv(Foldable, nn.Module, foldable=True):
     code; its filter banks are initialised each on its own here, not by the joint fan-out).
     """
 
-    def __init__(self, experts: int, inputs: int, outputs: int, kernel: int, stride: int) -> None:
+    def __init__(self, experts: int, inputs: int, outputs: int, kernel: int, stride: int, same: bool = False) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(Conv(inputs, outputs, kernel, stride) for _ in range(experts))
+        self.experts = nn.ModuleList(Conv(inputs, outputs, kernel, stride, same) for _ in range(experts))
 
     def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         if not isinstance(segments, Segments):
@@ -217,11 +227,11 @@ class RoutedNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Layers:
-    """What a backbone is made of. ``conv``: (inputs, outputs, kernel, stride) -> a module called as conv(x, segments);
-    ``norm``: (channels) -> one called as norm(x, segments); ``routed``: whether these have experts.
+    """What a backbone is made of. ``conv``: (inputs, outputs, kernel, stride, same=False) -> a module called as
+    conv(x, segments); ``norm``: (channels) -> one called as norm(x, segments); ``routed``: whether these have experts.
     """
 
-    conv: Callable[[int, int, int, int], nn.Module] = Conv
+    conv: Callable[..., nn.Module] = Conv
     norm: Callable[[int], nn.Module] = Norm
     routed: bool = False
 

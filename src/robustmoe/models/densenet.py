@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from robustmoe.models.backbone import Backbone, Stage, scaled
 from robustmoe.models.base import ImageShape
 from robustmoe.models.convolution import DENSE, Handed, Layers
+from robustmoe.models.preactivation import PreactivationNetwork
 from robustmoe.models.resnet import Stem, halved, stem_size
-from robustmoe.models.wide_resnet import PreactivationNetwork
 
 BLOCKS = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32)}
 """Layers a block of the ImageNet family; the CIFAR family, 6n + 4, has three blocks of n layers."""

@@ -27,8 +27,8 @@ class PrunedConv(Conv):
     running statistics of the BatchNorm behind one that has just come back are still those of zeros.
     """
 
-    def __init__(self, ratio: float, inputs: int, outputs: int, kernel: int, stride: int) -> None:
-        super().__init__(inputs, outputs, kernel, stride)
+    def __init__(self, ratio: float, inputs: int, outputs: int, kernel: int, stride: int, same: bool = False) -> None:
+        super().__init__(inputs, outputs, kernel, stride, same)
         self.keep = max(1, int(ratio * outputs))
         self.score = nn.Parameter(torch.empty_like(self.weight))
         self.reset_score()
