@@ -150,7 +150,7 @@ class Theirs(nn.Module):
         )
         self.moe.gate.to_gates.load_state_dict(own.router.state_dict())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
         return self.moe(x).outputs
 
 

@@ -313,7 +313,7 @@ def test_claim_7_with_shared_room_one_image_empties_anothers_experts(order: str)
     attacked[0] = 0.0
     attacked[0, :, 0] = 5.0
     for group, lost in ((2, (1, 6)), (1, (3, 3))):  # alone: ceil(16 * 1.25 / 8) = 3 of the 6 have room
-        layer.rule = layer_of(8, 8, room=1.25, group=group, order=order).rule
+        layer.rules = layer_of(8, 8, room=1.25, group=group, order=order).rules
         answers = []
         for given, dropped in zip((x, attacked), lost, strict=True):
             tape = Tape()
@@ -466,7 +466,7 @@ def test_claim_9_the_v_moe_gates_of_a_fresh_router_scale_a_block(experts: int, k
     gates = tape.trace["router"].weight.sum(-1, keepdim=True)
     assert float(gates.mean()) == pytest.approx(mass, rel=0.01)
     torch.testing.assert_close(found, gates * dense, rtol=1e-10, atol=1e-12)
-    layer.rule = layer_of(64, experts, k=k, gating="renormalised").rule
+    layer.rules = layer_of(64, experts, k=k, gating="renormalised").rules
     torch.testing.assert_close(layer(x, Tape()), dense, rtol=1e-10, atol=1e-10)
 
 

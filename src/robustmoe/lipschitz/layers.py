@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.norm import at_least_float32
 from robustmoe.models.token_layers import TokenLayer
 from robustmoe.models.tokens import TokenExperts
+from robustmoe.models.vit_parts import gelu
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Tape, detach, to_expert
 
@@ -107,7 +107,7 @@ class Chosen:
                 hidden = (
                     (x[place[0]] @ self.w1[expert] + at_least_float32(experts.b1[expert])).detach().requires_grad_(True)
                 )
-                self.slope[place] = torch.autograd.grad(F.gelu(hidden).sum(), hidden)[0]
+                self.slope[place] = torch.autograd.grad(gelu(hidden, experts.kind).sum(), hidden)[0]
 
     def push(self, v: Float[Tensor, "m k d"]) -> Float[Tensor, "m k d"]:
         """J v, pair by pair."""

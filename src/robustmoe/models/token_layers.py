@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from robustmoe.models.norm import at_least_float32, full_precision
-from robustmoe.models.tokens import Dispatch, TokenExperts, capacity, experts_choose, within_capacity
+from robustmoe.models.tokens import Dispatch, Masks, TokenExperts, capacity, experts_choose, within_capacity
 from robustmoe.routing import Gate, Gating, Routing, Tape, choose, noisy_top_k, soft
 
 Choice = Literal["token", "expert", "slots"]
@@ -120,6 +120,10 @@ class TokenLayer(nn.Module):
     router: nn.Module
     experts: TokenExperts
     whole: str = ""
+    dropout: float = 0.0
+    """Of the experts, in training: after both of their layers, as in V-MoE's code; each pair of an item and an expert
+    has its own draws.
+    """
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
@@ -131,18 +135,38 @@ class TokenLayer(nn.Module):
         """
         raise ValueError(f"the layer can be measured as a whole alone: {self.whole}")
 
+    def masks(self, tape: Tape, pairs: tuple[int, int]) -> Masks | None:
+        """Returns the dropout of a pass, (n, *pairs, width of the layer); None: it has none. The draws of an image are
+        its own.
+        """
+        draws = None if self.dropout == 0 else tape.draws("experts.dropout")
+        if draws is None:
+            return None
+        rate, widths = self.dropout, (self.experts.w1.shape[2], self.experts.w2.shape[2])
+        some = (draws.fold(layer).uniform(*pairs, width) >= rate for layer, width in enumerate(widths))
+        return Masks(*(kept.float() / (1 - rate) for kept in some))
+
 
 class TokenMoE(TokenLayer):
-    """A layer that stands in the place of a block's MLP and sends every token to the experts chosen for it."""
+    """A layer that stands in the place of a block's MLP and sends every token to the experts chosen for it. ``tested``:
+    the rule of passes in eval mode, where it is another.
+    """
 
     router: TokenRouter
 
-    def __init__(self, router: TokenRouter, experts: TokenExperts, rule: Rule, dispatch: Dispatch) -> None:
+    def __init__(
+        self, router: TokenRouter, experts: TokenExperts, rule: Rule, dispatch: Dispatch, tested: Rule | None = None
+    ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
-        self.rule = rule
+        self.rules = (rule if tested is None else tested, rule)
         self.dispatch: Dispatch = dispatch
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the mode that the layer is in."""
+        return self.rules[self.training]
 
     def linear(self) -> LinearRouting:
         return LinearRouting(self.router.weight, self.rule)
@@ -150,7 +174,9 @@ class TokenMoE(TokenLayer):
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
         routing = tape("router", self.rule(self.router(x), tape, "router"))
         index, weight = routing.index.flatten(0, 1), routing.weight.flatten(0, 1)
-        return self.experts(x.flatten(0, 1), index, weight, self._kept(weight), self.dispatch).view_as(x)
+        masks = self.masks(tape, (x.shape[1], index.shape[1]))
+        masks = None if masks is None else Masks(*(mask.flatten(0, 1) for mask in masks))
+        return self.experts(x.flatten(0, 1), index, weight, self._kept(weight), self.dispatch, masks).view_as(x)
 
     def _kept(self, weight: Float[Tensor, "m k"]) -> Bool[Tensor, "m k"] | None:
         """Returns which pairs run; None: all. On the meta device, where costs are counted without values, no token is
@@ -190,6 +216,9 @@ class SlotMoE(TokenLayer):
         weight = torch.zeros_like(routing.logits).scatter_add(-1, routing.index, routing.weight)
         combine = (weight[..., None] * torch.softmax(used.unflatten(-1, experts), -1)).flatten(2)
         given = torch.einsum("nts,ntd->snd", torch.softmax(used, 1).to(x.dtype), x)
-        answers = self.experts.apart(given.unflatten(0, experts).flatten(1, 2))
+        masks = self.masks(tape, experts)
+        if masks is not None:
+            masks = Masks(*(mask.permute(1, 2, 0, 3).flatten(1, 2) for mask in masks))
+        answers = self.experts.apart(given.unflatten(0, experts).flatten(1, 2), masks)
         answers = answers.unflatten(1, (experts[1], len(x))).flatten(0, 1)
         return torch.einsum("nts,snd->ntd", combine.to(answers.dtype), answers)

@@ -7,9 +7,9 @@ gradients of gradients exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from robustmoe import compat
+from robustmoe.models.vit_parts import Gelu, gelu
 
 Dispatch = Literal["auto", "loop", "sorted", "grouped", "dense"]
 
@@ -37,8 +38,17 @@ class Experts(nn.Module):
     dense: ClassVar[Mapping[str, str]]
 
 
+class Masks(NamedTuple):
+    """What training's dropout multiplies by, item by item: an expert's hidden units (... h), and what it gives
+    (... d).
+    """
+
+    hidden: Tensor
+    out: Tensor
+
+
 class TokenExperts(Experts):
-    """``num`` two-layer MLPs with the exact GELU: x -> GELU(x w1 + b1) w2 + b2.
+    """``num`` two-layer MLPs: x -> GELU(x w1 + b1) w2 + b2, the GELU of the given ``kind``.
 
     Expert i is ``w1[i]`` (d, h), ``b1[i]`` (h), ``w2[i]`` (h, d), ``b2[i]`` (d): a ViT's MLP with its matrices
     transposed (see `Experts`). ``equal``: all start the same (V-MoE's); else each is drawn.
@@ -46,8 +56,9 @@ class TokenExperts(Experts):
 
     dense: ClassVar[Mapping[str, str]] = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
 
-    def __init__(self, num: int, width: int, hidden: int, equal: bool = False) -> None:
+    def __init__(self, num: int, width: int, hidden: int, equal: bool = False, kind: Gelu = "exact") -> None:
         super().__init__()
+        self.kind: Gelu = kind
         self.w1 = nn.Parameter(torch.empty(num, width, hidden))
         self.b1 = nn.Parameter(torch.zeros(num, hidden))
         self.w2 = nn.Parameter(torch.empty(num, hidden, width))
@@ -70,37 +81,50 @@ class TokenExperts(Experts):
         weight: Float[Tensor, "m k"],
         kept: Bool[Tensor, "m k"] | None = None,
         dispatch: Dispatch = "auto",
+        masks: Masks | None = None,
     ) -> Float[Tensor, "m d"]:
         """Returns the weighted sum over the chosen experts of each item; pairs that are not ``kept`` add nothing and,
         but for "dense", cost nothing.
 
         "loop": one expert after the other picks its items, the plainest. "sorted": pairs sorted by expert, one matrix
         product an expert. "grouped": the same with torch's grouped product, where `groupable`; else "sorted". "dense":
-        every expert on every item. "auto": what is fastest as measured (benchmarks/token_dispatch.py).
+        every expert on every item ("sorted" where there are ``masks``). "auto": what is fastest as measured
+        (benchmarks/token_dispatch.py). ``masks``: dropout's, of each pair (m k ...).
         """
         if dispatch == "auto":
             dispatch = self._fastest(x, index, kept)
-        if dispatch == "dense":
+        if dispatch == "dense" and masks is None:
             spread = weight.new_zeros(len(x), self.num)
             spread = spread.scatter_add(1, index, weight if kept is None else weight * kept)
             return torch.einsum("me,emd->md", spread.to(x.dtype), self.every(x))
         if dispatch == "loop":
-            return self._looped(x, index, weight, kept)
-        return self._sorted(x, index, weight, kept, dispatch == "grouped" and groupable(x, self.w1, self.w2))
+            return self._looped(x, index, weight, kept, masks)
+        grouped = dispatch == "grouped" and groupable(x, self.w1, self.w2)
+        return self._sorted(x, index, weight, kept, grouped, masks)
 
     def every(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "e m d"]:
         """Runs every expert on every item."""
         return self.apart(x.expand(self.num, *x.shape))
 
-    def apart(self, x: Float[Tensor, "e m d"]) -> Float[Tensor, "e m d"]:
+    def apart(self, x: Float[Tensor, "e m d"], masks: Masks | None = None) -> Float[Tensor, "e m d"]:
         """Runs each expert on its own items."""
         before = torch.matmul(x, self.w1)
-        after = torch.matmul(F.gelu(before + self.b1[:, None].to(before.dtype)), self.w2)
-        return after + self.b2[:, None].to(after.dtype)
+        hidden = gelu(before + self.b1[:, None].to(before.dtype), self.kind)
+        after = torch.matmul(hidden if masks is None else hidden * masks.hidden.to(hidden.dtype), self.w2)
+        after = after + self.b2[:, None].to(after.dtype)
+        return after if masks is None else after * masks.out.to(after.dtype)
 
     def single(self, expert: int, x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """Runs one expert on all items."""
-        return _mlp(x, self.w1[expert], self.b1[expert], self.w2[expert], self.b2[expert])
+        return self._mlp(x, (self.w1[expert], self.b1[expert], self.w2[expert], self.b2[expert]))
+
+    def _mlp(self, x: Tensor, own: tuple[Tensor, Tensor, Tensor, Tensor], masks: Masks | None = None) -> Tensor:
+        w1, b1, w2, b2 = own
+        hidden = gelu(torch.addmm(b1, x, w1), self.kind)
+        if masks is None:
+            return torch.addmm(b2, hidden, w2)
+        out = torch.addmm(b2, hidden * masks.hidden.to(hidden.dtype), w2)
+        return out * masks.out.to(out.dtype)
 
     def _each(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Returns every expert's own tensors. Taken apart at once: the backward of one `select` an expert would fill a
@@ -108,17 +132,26 @@ class TokenExperts(Experts):
         """
         return zip(self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), self.b2.unbind(), strict=True)
 
-    def _looped(self, x: Tensor, index: Tensor, weight: Tensor, kept: Tensor | None) -> Tensor:
+    def _looped(self, x: Tensor, index: Tensor, weight: Tensor, kept: Tensor | None, masks: Masks | None) -> Tensor:
         out = x.new_zeros(x.shape)
         for expert, own in enumerate(self._each()):
             mine = index == expert if kept is None else (index == expert) & kept
             rows, ranks = (places.to(x.device) for places in torch.nonzero(mine, as_tuple=True))
             if len(rows):
-                answer = _mlp(x[rows], *own)
+                some = None if masks is None else Masks(*(mask[rows, ranks] for mask in masks))
+                answer = self._mlp(x[rows], own, some)
                 out = out.to(answer.dtype).index_add(0, rows, answer * weight[rows, ranks, None].to(answer.dtype))
         return out
 
-    def _sorted(self, x: Tensor, index: Tensor, weight: Tensor, kept: Tensor | None, grouped: bool) -> Tensor:
+    def _sorted(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        kept: Tensor | None,
+        grouped: bool,
+        masks: Masks | None = None,
+    ) -> Tensor:
         k = index.shape[1]
         pairs = (index if kept is None else index.masked_fill(~kept, self.num)).reshape(-1)
         order = torch.argsort(pairs, stable=True)
@@ -126,18 +159,23 @@ class TokenExperts(Experts):
         if kept is not None:
             order = order[: int(sizes.sum())]
         given = x.index_select(0, order // k)  # its backward is faster than that of x[...]
-        answers = self._grouped(given, sizes) if grouped else self._split(given, sizes.tolist())
+        some = None if masks is None else Masks(*(mask.flatten(0, 1).index_select(0, order) for mask in masks))
+        answers = self._grouped(given, sizes, some) if grouped else self._split(given, sizes.tolist(), some)
         if kept is None:
             back = answers.index_select(0, torch.argsort(order))
         else:
             back = answers.new_zeros(len(pairs), answers.shape[1]).index_copy(0, order.to(answers.device), answers)
         return (back.unflatten(0, (len(x), k)) * weight[..., None].to(back.dtype)).sum(1)
 
-    def _split(self, given: Tensor, sizes: list[int]) -> Tensor:
-        parts = [_mlp(part, *own) for part, own in zip(given.split(sizes), self._each(), strict=True) if len(part)]
+    def _split(self, given: Tensor, sizes: list[int], masks: Masks | None) -> Tensor:
+        some: Iterable[Masks | None] = [None] * len(sizes)
+        if masks is not None:
+            some = map(Masks, masks.hidden.split(sizes), masks.out.split(sizes))
+        each = zip(given.split(sizes), self._each(), some, strict=True)
+        parts = [self._mlp(part, own, mask) for part, own, mask in each if len(part)]
         return torch.cat(parts) if parts else self.single(0, given)
 
-    def _grouped(self, given: Tensor, sizes: Tensor) -> Tensor:
+    def _grouped(self, given: Tensor, sizes: Tensor, masks: Masks | None) -> Tensor:
         dtype = _compute_dtype(given)
         ends = sizes.cumsum(0).to(torch.int32)
 
@@ -145,7 +183,10 @@ class TokenExperts(Experts):
             rows = bias.to(dtype).repeat_interleave(sizes, 0, output_size=len(x))
             return F.grouped_mm(x, weight.to(dtype), offs=ends) + rows
 
-        return layer(F.gelu(layer(given.to(dtype), self.w1, self.b1)), self.w2, self.b2)
+        hidden = gelu(layer(given.to(dtype), self.w1, self.b1), self.kind)
+        if masks is None:
+            return layer(hidden, self.w2, self.b2)
+        return layer(hidden * masks.hidden.to(dtype), self.w2, self.b2) * masks.out.to(dtype)
 
     def _fastest(self, x: Tensor, index: Tensor, kept: Tensor | None) -> Dispatch:
         if kept is None and index.shape[1] == self.num:
@@ -153,10 +194,6 @@ class TokenExperts(Experts):
         hidden = index.numel() * self.w1.shape[2] * x.element_size()
         streams = x.device.type == "cpu" and hidden > CACHED
         return "grouped" if groupable(x, self.w1, self.w2) and not streams else "sorted"
-
-
-def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return torch.addmm(b2, F.gelu(torch.addmm(b1, x, w1)), w2)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

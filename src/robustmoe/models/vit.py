@@ -13,123 +13,112 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustmoe.models.base import ImageShape, NetworkSpec
-from robustmoe.models.norm import at_least_float32
+from robustmoe.models.base import Dense, ImageShape, NetworkSpec, RoutedModel, to_channels_last
+from robustmoe.models.norm import Normalise, at_least_float32
+from robustmoe.models.vit_parts import EPS, MLP, AttentionPool, Gelu, PatchEmbed, ViTBlock, dropped, sincos2d
+from robustmoe.routing import Tape
 
-EPS = 1e-6
-"""The epsilon of every LayerNorm, as in the published weights (torch's default is 1e-5)."""
-
-
-class PatchEmbed(nn.Module):
-    """Images (n, ch, h, w) -> one token a patch, (n, t, d), row by row."""
-
-    def __init__(self, channels: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
-
-    def forward(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n t d"]:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    """Self-attention of an image's tokens."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """The same two layers on every token; the GELU is the exact one."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class ViTBlock(nn.Module):
-    """Attention, then ``mlp``, each on normalised tokens and added to them. Any module (n, t, d) -> (n, t, d) may stand
-    in the place of ``mlp``.
-    """
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=EPS)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=EPS)
-        self.mlp: nn.Module = MLP(width, hidden)
-
-    def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+Classifier = Literal["token", "gap", "map"]
+Positions = Literal["learned", "sincos2d"]
 
 
 @runtime_checkable
 class Positioned(Protocol):
-    """A network with learned positions ``pos_embed`` (1, 1 + rows * columns, d): of a class token, then of its ``grid``
-    (rows, columns) of patches. Those of another grid can be interpolated to it (`resample_positions`).
+    """A network with learned positions ``pos_embed`` (1, prefix + rows * columns, d): of ``prefix`` class tokens (0 or
+    1), then of its ``grid`` (rows, columns) of patches. Those of another grid can be interpolated to it
+    (`resample_positions`).
     """
 
     pos_embed: nn.Parameter
     grid: tuple[int, int]
+    prefix: int
 
 
 class ViTNetwork(nn.Module):
-    """The network of `ViT`. ``grid``: (rows, columns) of patches; token 0 is the class token."""
+    """The network of `ViT`. ``grid``: (rows, columns) of patches; ``prefix``: class tokens before them, 0 or 1."""
+
+    pos_fixed: Tensor
 
     def __init__(self, spec: ViT, num_classes: int, channels: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.grid = grid
-        self.cls_token = nn.Parameter(torch.empty(1, 1, spec.width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], spec.width))
+        self.grid, self.classifier, self.dropout = grid, spec.classifier, spec.dropout
+        self.prefix, self.learned = int(spec.classifier == "token"), spec.positions == "learned"
+        if self.prefix:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, spec.width))
+        if self.learned:
+            self.pos_embed = nn.Parameter(torch.empty(1, self.prefix + grid[0] * grid[1], spec.width))
+        else:
+            fixed = F.pad(sincos2d(grid, spec.width), (0, 0, self.prefix, 0))  # a class token has none
+            self.register_buffer("pos_fixed", fixed, persistent=False)
         self.patch_embed = PatchEmbed(channels, spec.width, spec.patch)
-        self.blocks = nn.Sequential(*(ViTBlock(spec.width, spec.heads, spec.hidden) for _ in range(spec.depth)))
+        self.blocks = nn.Sequential(*(spec.block() for _ in range(spec.depth)))
         self.norm = nn.LayerNorm(spec.width, eps=EPS)
-        self.head = nn.Linear(spec.width, num_classes)
+        if spec.classifier == "map":
+            self.attn_pool = AttentionPool(spec.width, spec.heads, spec.hidden, spec.gelu, spec.qk_norm)
+        self.pre_logits = nn.Linear(spec.width, spec.pre_logits) if spec.pre_logits else None
+        self.head = nn.Linear(spec.pre_logits or spec.width, num_classes)
         self._initialise()
 
     def _initialise(self) -> None:
         """timm's: linear layers and positions truncated normal, the class token all but 0; the patches' convolution
         keeps torch's own.
         """
-        nn.init.normal_(self.cls_token, std=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.prefix:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        if self.learned:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, AttentionPool):
+                nn.init.trunc_normal_(module.latent, std=module.latent.shape[2] ** -0.5)
 
-    def forward(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n c"]:
-        return self.classify(self.blocks(self.tokens(x)))
+    def forward(self, x: Float[Tensor, "n ch h w"], tape: Tape | None = None) -> Float[Tensor, "n c"]:
+        """Returns the logits of normalised images. On the tape the routers and draws of block I are "blocks.I."..."""
+        tape = Tape(read=False) if tape is None else tape
+        tokens = dropped(self.tokens(x), self.dropout, tape, "tokens")
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, tape.under(f"blocks.{number}"))
+        return self.classify(tokens)
 
     def tokens(self, x: Float[Tensor, "n ch h w"]) -> Float[Tensor, "n t d"]:
-        """Returns the class token and one a patch, positions added."""
-        patches = self.patch_embed(x)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1).to(patches), patches], 1) + self.pos_embed
+        """Returns the class token, if there is one, and one a patch, positions added."""
+        tokens = self.patch_embed(x)
+        if self.prefix:
+            tokens = torch.cat([self.cls_token.expand(len(x), -1, -1).to(tokens), tokens], 1)
+        return tokens + (self.pos_embed if self.learned else self.pos_fixed)
 
     def classify(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n c"]:
         """Returns the logits of the last block's tokens."""
-        return self.head(self.norm(tokens)[:, 0])
+        tokens = self.norm(tokens)
+        if self.classifier == "map":
+            pooled = self.attn_pool(tokens)
+        else:
+            pooled = tokens[:, 0] if self.classifier == "token" else tokens.mean(1)
+        return self.head(pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled)))
+
+
+class ViTModel(Dense):
+    """A `ViTNetwork` alone, whose draws of dropout are its images' own."""
+
+    def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
+        return self.network(to_channels_last(self.normalise(x)), tape.under("network"))
 
 
 @dataclass(frozen=True)
 class ViT(NetworkSpec):
-    """Vision transformer: class token, learned positions, LayerNorm before attention and MLP, no dropout.
+    """Vision transformer: LayerNorm before attention and MLP; the defaults are timm's ``vit_small_patch16_224``, also
+    in what its weights are called.
 
     ``patch``: pixels a side of a patch; both sides of the image have to be a multiple of it. ``width``: of a token;
     ``depth``: blocks; ``heads``: of the attention, a divisor of ``width``; the MLP's hidden layer has ``mlp_ratio``
-    times the width. The defaults are timm's ``vit_small_patch16_224``, also in what its weights are called.
+    times the width. ``gelu``: "exact", or "tanh", as in all that was trained with flax (V-MoE, the first ViTs).
+
+    ``classifier``: what the head sees of the normalised tokens: "token", a class token's; "gap", the mean; "map", an
+    `AttentionPool`'s. ``pre_logits``: so many tanh units before the head (V-MoE's and ViT's ``representation_size``).
+    ``positions``: "learned", or "sincos2d", see `sincos2d`. ``qk_norm``: LayerNorm on queries and keys. ``dropout``: in
+    training, after positions, attention and both layers of an MLP (as in V-MoE's code); of a ViT that stands alone.
     """
 
     patch: int = 16
@@ -137,6 +126,12 @@ class ViT(NetworkSpec):
     depth: int = 12
     heads: int = 6
     mlp_ratio: float = 4.0
+    gelu: Gelu = "exact"
+    classifier: Classifier = "token"
+    pre_logits: int | None = None
+    positions: Positions = "learned"
+    qk_norm: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("patch", "width", "depth", "heads"):
@@ -146,13 +141,32 @@ class ViT(NetworkSpec):
             raise ValueError(f"width must be a multiple of heads, {self.heads}; got {self.width}")
         if self.hidden < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves no hidden unit")
+        if self.pre_logits is not None and self.pre_logits < 1:
+            raise ValueError(f"pre_logits must be at least 1, or none; got {self.pre_logits}")
+        if self.positions == "sincos2d":
+            sincos2d((1, 1), self.width)
+        check_dropout("dropout", self.dropout)
 
     @property
     def hidden(self) -> int:
         """The width of the MLP's hidden layer."""
         return int(self.mlp_ratio * self.width)
 
+    def block(self) -> ViTBlock:
+        """Returns one of its blocks."""
+        mlp = MLP(self.width, self.hidden, self.gelu, self.dropout)
+        return ViTBlock(self.width, self.heads, mlp, self.qk_norm, self.dropout)
+
     def network(self, num_classes: int, image_shape: ImageShape) -> ViTNetwork:
+        if self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout} of a vit inside another model: only a vit alone, or a vit_moe, knows its "
+                "images' draws; expected dropout=0"
+            )
+        return self.alone(num_classes, image_shape)
+
+    def alone(self, num_classes: int, image_shape: ImageShape) -> ViTNetwork:
+        """Returns the network, for a model that hands it a tape."""
         channels, height, width = image_shape
         if height % self.patch or width % self.patch:
             raise ValueError(
@@ -160,6 +174,15 @@ class ViT(NetworkSpec):
                 "divides both sides, such as vit_small(patch=4), or enlarge the images: resized(vit_small, size=224)"
             )
         return ViTNetwork(self, num_classes, channels, (height // self.patch, width // self.patch))
+
+    def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
+        return ViTModel(self.alone(num_classes, image_shape), normalise)
+
+
+def check_dropout(name: str, rate: float) -> None:
+    """Raises ValueError for a rate that is none."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1; got {rate}")
 
 
 def vit_tiny(patch: int = 16) -> ViT:
@@ -189,17 +212,29 @@ SIZES: dict[Size, ViT] = {
 """DeiT's Ti, S and B (Touvron et al. 2021), and V-MoE's S, which has 8 blocks of width 512, and B, which is DeiT's."""
 
 
-def resample_positions(positions: Float[Tensor, "1 t d"], grid: tuple[int, int]) -> Float[Tensor, "1 s d"]:
-    """Returns a position embedding of a square grid for another ``grid`` (rows, columns): bicubic with antialiasing, as
-    timm does it; the class token's stays, and an equal grid is returned as it is.
+Resizing = Literal["bicubic", "zoom"]
 
-    Raises ValueError where the tokens are not a class token and a square grid.
+
+def resample_positions(
+    positions: Float[Tensor, "1 t d"], grid: tuple[int, int], prefix: int = 1, how: Resizing = "bicubic"
+) -> Float[Tensor, "1 s d"]:
+    """Returns a position embedding of a square grid for another ``grid`` (rows, columns). Those of ``prefix`` class
+    tokens stay, and an equal grid is returned as it is.
+
+    ``how``: "bicubic" with antialiasing, as timm does it, pixel centres kept; "zoom", linear, corners kept, as ViT's
+    and V-MoE's code does it (scipy.ndimage.zoom of order 1).
+
+    Raises ValueError where the tokens are not so many class tokens and a square grid.
     """
-    tokens, side = positions.shape[1], math.isqrt(max(positions.shape[1] - 1, 0))
-    if side < 1 or side * side != tokens - 1:
-        raise ValueError(f"expected a class token and a square grid of positions; got {tokens} positions")
+    tokens, side = positions.shape[1], math.isqrt(max(positions.shape[1] - prefix, 0))
+    if side < 1 or side * side != tokens - prefix:
+        expected = "a class token and a square grid" if prefix else "a square grid"
+        raise ValueError(f"expected {expected} of positions; got {tokens} positions")
     if (side, side) == grid:
         return positions
-    square = at_least_float32(positions[:, 1:]).transpose(1, 2).unflatten(2, (side, side))
-    other = F.interpolate(square, size=grid, mode="bicubic", antialias=True)
-    return torch.cat([positions[:, :1], other.flatten(2).transpose(1, 2).to(positions)], 1)
+    square = at_least_float32(positions[:, prefix:]).transpose(1, 2).unflatten(2, (side, side))
+    if how == "zoom":
+        other = F.interpolate(square, size=grid, mode="bilinear", align_corners=True)
+    else:
+        other = F.interpolate(square, size=grid, mode="bicubic", antialias=True)
+    return torch.cat([positions[:, :prefix], other.flatten(2).transpose(1, 2).to(positions)], 1)

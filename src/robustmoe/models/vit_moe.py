@@ -8,44 +8,36 @@ import re
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
+from robustmoe.models.base import ImageShape, ModelSpec, NetworkModel, RoutedModel, to_channels_last
 from robustmoe.models.block import check_experts
 from robustmoe.models.norm import Normalise
 from robustmoe.models.token_layers import Choice, Order, Rule, SlotMoE, SlotRouter, TokenLayer, TokenMoE, TokenRouter
 from robustmoe.models.tokens import Dispatch, TokenExperts
-from robustmoe.models.vit import SIZES, Size, ViT, ViTBlock, ViTNetwork
+from robustmoe.models.vit import SIZES, Classifier, Positions, Size, ViT, ViTNetwork, check_dropout
+from robustmoe.models.vit_parts import Gelu
 from robustmoe.routing import Gate, Tape
 
 
-class ViTMoEModel(RoutedModel):
+class ViTMoEModel(NetworkModel):
     """A `ViTNetwork` some of whose blocks have a `TokenLayer` for an MLP; one router each, in the trace as
     ``network.blocks.I.mlp.router``.
     """
 
-    def __init__(self, network: ViTNetwork, normalise: nn.Module) -> None:
-        super().__init__()
-        self.normalise = normalise
-        self.network = network
+    network: ViTNetwork
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        network = self.network
-        tokens = network.tokens(to_channels_last(self.normalise(x)))
-        for number, block in enumerate(network.blocks):
-            assert isinstance(block, ViTBlock)
-            tokens = tokens + block.attn(block.norm1(tokens))
-            given = block.norm2(tokens)
-            inner = (tape.under(f"network.blocks.{number}.mlp"),) if isinstance(block.mlp, TokenLayer) else ()
-            tokens = tokens + block.mlp(given, *inner)
-        return network.classify(tokens)
+        return self.network(to_channels_last(self.normalise(x)), tape.under("network"))
 
 
 @dataclass(frozen=True)
 class ViTMoE(ModelSpec):
     """A vision transformer of which some blocks have ``experts`` MLPs and a router on their tokens.
 
-    ``size``: of the dense model (see `SIZES`); ``width``, ``depth``, ``heads`` and ``mlp_ratio`` replace its numbers.
+    ``size``: of the dense model (see `SIZES`); ``width``, ``depth``, ``heads`` and ``mlp_ratio`` replace its numbers,
+    and ``gelu`` (of the experts too), ``classifier``, ``pre_logits``, ``positions``, ``qk_norm`` and ``dropout`` are
+    `ViT`'s. ``expert_dropout``: that of the experts, where it is another (V-MoE from scratch: 0.2, and 0 elsewhere).
     ``placement``: "every_2", blocks 1, 3, 5 and so on (counted from 0); "last_N", the last N of these; or numbers of
     blocks, such as (2, 5). ``choice``: "token", each token takes its ``k`` best experts; "expert", each expert takes
     its best tokens (tokens * capacity / experts of them, capacity being 1 by default); "slots", Soft MoE, with
@@ -57,11 +49,12 @@ class ViTMoE(ModelSpec):
     by "vmoe", "renormalised" and "hard"; the others have none).
 
     ``capacity``: none, no token is dropped; else an expert has room for ceil(tokens * k * capacity / experts) of a
-    group's tokens, rounded up to a multiple of ``multiple``; the rest skip the layer. ``order``: who comes first, see
-    `within_capacity`. ``group``: images that share the room, 1 by default; above it an image's answer depends on its
-    batch mates (V-MoE: 4 to 8), which evaluation's checks report. ``equal_experts``: all start equal, as in V-MoE
-    (with renormalised gates the router then gets no gradient at first). ``dispatch``: see `TokenExperts`; it changes
-    the speed only.
+    group's tokens, rounded up to a multiple of ``multiple``; the rest skip the layer. ``eval_capacity``: that of every
+    pass in eval mode, attacks' too, where it is another (V-MoE: 1.05, then 4; from experts / k on no token is dropped).
+    ``order``: who comes first, see `within_capacity`. ``group``: images that share the room, 1 by default; above it an
+    image's answer depends on its batch mates (V-MoE: 4 to 8), which evaluation's checks report. ``equal_experts``: all
+    start equal, as in V-MoE (with renormalised gates the router then gets no gradient at first). ``dispatch``: see
+    `TokenExperts`; it changes the speed only.
     """
 
     size: Size = "small"
@@ -83,18 +76,29 @@ class ViTMoE(ModelSpec):
     heads: int | None = None
     mlp_ratio: float | None = None
     dispatch: Dispatch = "auto"
+    eval_capacity: float | None = None
+    gelu: Gelu = "exact"
+    classifier: Classifier = "token"
+    pre_logits: int | None = None
+    positions: Positions = "learned"
+    qk_norm: bool = False
+    dropout: float = 0.0
+    expert_dropout: float | None = None
 
     def __post_init__(self) -> None:
         check_experts(self.experts, self.k)
         for name in ("group", "multiple", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.capacity is not None and not self.capacity > 0:
-            raise ValueError(f"capacity must be above 0, or none; got {self.capacity}")
+        for name in ("capacity", "eval_capacity"):
+            room = getattr(self, name)
+            if room is not None and not room > 0:
+                raise ValueError(f"{name} must be above 0, or none; got {room}")
+            if room is not None and self.choice == "slots":
+                raise ValueError(f"choice=slots drops no token; expected no {name}")
         if self.choice == "expert" and self.gating not in ("vmoe", "renormalised"):
             raise ValueError(f"choice=expert takes gating=vmoe or gating=renormalised; got {self.gating!r}")
-        if self.choice == "slots" and self.capacity is not None:
-            raise ValueError("choice=slots drops no token; expected no capacity")
+        check_dropout("expert_dropout", self.expert_dropout or 0.0)
         self.places()
 
     @property
@@ -102,7 +106,8 @@ class ViTMoE(ModelSpec):
         """The dense model of the same blocks: its twin at equal depth and width."""
         own = {name: getattr(self, name) for name in ("width", "depth", "heads", "mlp_ratio")}
         given = {name: value for name, value in own.items() if value is not None}
-        return replace(SIZES[self.size], patch=self.patch, **given)
+        shared = ("patch", "gelu", "classifier", "pre_logits", "positions", "qk_norm", "dropout")
+        return replace(SIZES[self.size], **given, **{name: getattr(self, name) for name in shared})
 
     def places(self) -> tuple[int, ...]:
         """Returns the numbers of the routed blocks."""
@@ -125,15 +130,18 @@ class ViTMoE(ModelSpec):
 
     def build(self, num_classes: int, image_shape: ImageShape, normalise: Normalise) -> RoutedModel:
         backbone = self.backbone
-        network = backbone.network(num_classes, image_shape)
+        network = backbone.alone(num_classes, image_shape)
         for number in self.places():
-            network.blocks[number].mlp = self._layer(backbone.width, backbone.hidden)
+            layer = self._layer(backbone.width, backbone.hidden)
+            layer.dropout = self.dropout if self.expert_dropout is None else self.expert_dropout
+            network.blocks[number].mlp = layer
         return ViTMoEModel(network, normalise)
 
     def _layer(self, width: int, hidden: int) -> TokenLayer:
-        experts = TokenExperts(self.experts, width, hidden, self.equal_experts)
+        experts = TokenExperts(self.experts, width, hidden, self.equal_experts, self.gelu)
         if self.choice == "slots":
             return SlotMoE(SlotRouter(width, self.experts * self.slots), experts)
         k = self.experts if self.gating == "soft" else self.k
         rule = Rule(k, self.gating, self.noise, self.choice, self.capacity, self.order, self.group, self.multiple)
-        return TokenMoE(TokenRouter(width, self.experts), experts, rule, self.dispatch)
+        tested = replace(rule, room=self.eval_capacity or self.capacity)
+        return TokenMoE(TokenRouter(width, self.experts), experts, rule, self.dispatch, tested)
