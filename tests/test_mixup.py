@@ -13,7 +13,7 @@ from torch import Tensor
 from robustmoe import data, spec
 from robustmoe.attacks import PGD, Attack, Joint, linf
 from robustmoe.errors import UserError
-from robustmoe.models import RoutedModel
+from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.training import MiniBatch, at, build_method, standard, train_step
 from robustmoe.training.mixup import Labelled, beta, mixed
@@ -172,3 +172,34 @@ def test_cutout_comes_after_crop_and_flip() -> None:
         spec.build("crop_flip(cutout=-1)", "augment")
     with pytest.raises(UserError, match="the cutout is -1, expected 0 or more"):
         data.augment(x, noise, 0, False, -1)
+
+
+def test_the_sigmoid_cross_entropy_by_hand() -> None:
+    """A sum over classes of two logarithms each, the mean over images; its gradient is sigmoid - target."""
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    _, y = some()
+    share = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    given = Labelled(torch.zeros(4, 1, 1, 1), y, y.roll(-1), share)
+    target = share[:, None] * F.one_hot(y, 5) + (1 - share)[:, None] * F.one_hot(y.roll(-1), 5)
+    smooth = 0.8 * target + 0.2 / 5
+    p = torch.sigmoid(logits)
+    by_hand = -(smooth * p.log() + (1 - smooth) * (1 - p).log()).sum(1).mean()
+    value = given.cross_entropy(logits, 0.2, "sigmoid")
+    torch.testing.assert_close(value.double(), by_hand.double(), atol=1e-6, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(gradient, (p - smooth) / 4, atol=1e-6, rtol=1e-6)
+    plain = Labelled(torch.zeros(4, 1, 1, 1), y).cross_entropy(logits, of="sigmoid")
+    torch.testing.assert_close(plain.double(), F.binary_cross_entropy(p, F.one_hot(y, 5).double()) * 5)
+
+
+def test_a_method_takes_the_sigmoid() -> None:
+    x, y = some()
+    model = build_model("small_cnn(width=2)", 4, (2, 3, 3))
+    for text in ("standard({})", "at(pgd(linf(0.1), steps=1), {})", "gaussian(0.1, {})"):
+        values = [
+            float(build_method(text.format(f"loss={loss}")).phases[0].loss(model, x, y, NOISE).value.detach())
+            for loss in ("softmax", "sigmoid")
+        ]
+        assert values[1] > values[0] > 0, "a term for every class"
+    with pytest.raises(UserError, match="loss"):
+        build_method("standard(loss=hinge)")

@@ -44,7 +44,7 @@ CALL: dict[str, list[str]] = {
     "data": ["digits", "digits(val=0.2)", "folder(root='images', channels=1)",
     "folder(root='images', size=8, channels=1, val=0.5, in_memory=True)"],
     "method": [
-        "standard", "standard(label_smoothing=0.1, mixup=0.2)", "at(pgd(linf(0.1), steps=1))",
+        "standard", "standard(label_smoothing=0.1, mixup=0.2, loss=sigmoid)", "at(pgd(linf(0.1), steps=1))",
         "trades(pgd(linf(0.1), steps=1), beta=6)",
         "gaussian(sigma=0.1)", "at(fgsm(linf(0.1)), balance=0.1, moves=all)", "rt_er(pgd(linf(0.1), steps=1))",
         "certified(linf(0.01), how=ibp, kappa=0.5)", "advmoe(pgd(linf(0.1), steps=1))",

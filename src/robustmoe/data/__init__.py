@@ -3,8 +3,11 @@
 Normalisation lives in the model, never here: an attack's ball is measured in pixels. `DATASETS` is the table of names.
 """
 
-from robustmoe.data.augment import AUGMENTS, CropFlip, augment
+from collections.abc import Callable
+
+from robustmoe.data.augment import CropFlip, augment
 from robustmoe.data.base import Batch, Data, ImageSet, InMemory, as_data, batches, from_arrays, mean_std
+from robustmoe.data.randaugment import RandAugment
 from robustmoe.data.sets import (
     DATASETS,
     cifar10,
@@ -18,6 +21,8 @@ from robustmoe.data.sets import (
 from robustmoe.data.split import hold_out
 from robustmoe.data.stream import Streamed
 
+AUGMENTS: dict[str, Callable[..., CropFlip | RandAugment]] = {"crop_flip": CropFlip, "rand_augment": RandAugment}
+
 __all__ = [
     "AUGMENTS",
     "DATASETS",
@@ -26,6 +31,7 @@ __all__ = [
     "Data",
     "ImageSet",
     "InMemory",
+    "RandAugment",
     "Streamed",
     "as_data",
     "augment",

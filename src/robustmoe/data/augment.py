@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +78,3 @@ class CropFlip:
 
     def __call__(self, x: Float[Tensor, "n ch h w"], noise: Noise) -> Float[Tensor, "n ch h w"]:
         return augment(x, noise, self.padding, self.flip, self.cutout)
-
-
-AUGMENTS: dict[str, Callable[..., CropFlip]] = {"crop_flip": CropFlip}

@@ -13,7 +13,7 @@ from robustmoe.attacks import PGD, Attack, Joint, Objective, Wrapped, changed, k
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.training.auxiliary import BalanceLoss, auxiliary, check_balance_loss
-from robustmoe.training.mixup import Labelled, mixed
+from robustmoe.training.mixup import CrossEntropy, Labelled, mixed
 from robustmoe.training.phases import Loss, LossFunction, Method, Pair, Phase, router_noise
 
 ROUTERS = r".*\brouters?\."
@@ -40,6 +40,7 @@ def _classification(
     balance: float,
     balance_loss: BalanceLoss,
     mixup: float,
+    loss: CrossEntropy,
     attack: Attack | None = None,
     sigma: float = 0.0,
 ) -> LossFunction:
@@ -48,19 +49,19 @@ def _classification(
         check_weight(name, weight)
     check_balance_loss(balance_loss)
 
-    def loss(model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
+    def of_batch(model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
         given = mixed(x, y, noise, mixup) if mixup else Labelled(x, y)
         x_adv = None if attack is None else attack(model, given.x, given.label, noise)
         seen = given.x if x_adv is None else x_adv
         if sigma:
             seen = seen + sigma * noise.fold(GAUSSIAN).normal(*x.shape[1:]).to(x)
         output = model.run(seen, noise=router_noise(noise))
-        value = given.cross_entropy(output.logits, label_smoothing)
+        value = given.cross_entropy(output.logits, label_smoothing, loss)
         value = value + auxiliary(output.trace, balance, balance_loss)
         right = (output.logits.argmax(1) == given.label).sum()
         return Loss(value, right, None if x_adv is None else Pair(given.x, x_adv))
 
-    return loss
+    return of_batch
 
 
 GAUSSIAN = zlib.crc32(b"gaussian")
@@ -72,13 +73,15 @@ def standard(
     balance_loss: BalanceLoss = "switch",
     moves: Moves = "all",
     mixup: float = 0.0,
+    loss: CrossEntropy = "softmax",
 ) -> Method:
     """Cross-entropy on clean images. ``balance``: weight of the routers' loss of the name ``balance_loss`` (see
     `robustmoe.training.auxiliary`). ``moves``: the parameters that move, "all", the "routers" alone, or the "experts"
     (all but the routers'): with a recipe's ``init``, to harden one part of a trained model. ``mixup``: above 0, images
-    and labels are mixed by shares from Beta(mixup, mixup), see `robustmoe.training.mixup`.
+    and labels are mixed by shares from Beta(mixup, mixup), see `robustmoe.training.mixup`. ``loss``: "sigmoid" in place
+    of the softmax's cross-entropy that of a sigmoid for each class, V-MoE's.
     """
-    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup))
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, loss))
 
 
 def gaussian(
@@ -88,6 +91,7 @@ def gaussian(
     balance_loss: BalanceLoss = "switch",
     moves: Moves = "all",
     mixup: float = 0.0,
+    loss: CrossEntropy = "softmax",
 ) -> Method:
     """Cross-entropy on images plus noise from N(0, sigma^2), the training for randomised smoothing (Lecuyer et al.
     2019; Cohen et al. 2019): one fresh noisy copy of an image a step.
@@ -97,7 +101,7 @@ def gaussian(
     """
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be above 0, in pixels of [0, 1]; got {sigma}")
-    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, sigma=sigma))
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, loss, sigma=sigma))
 
 
 def at(
@@ -107,14 +111,16 @@ def at(
     balance_loss: BalanceLoss = "switch",
     moves: Moves = "all",
     mixup: float = 0.0,
+    loss: CrossEntropy = "softmax",
 ) -> Method:
     """Adversarial training (Madry et al. 2018): cross-entropy on the images as ``attack`` leaves them.
 
     The attack runs on the model in eval mode. With ``pgd(linf(8/255), steps=1, step_size=10/255, keep=last)`` it is the
     one-step training of Wong et al. 2020. ``balance``, ``balance_loss``: as in `standard`, on the attacked images;
-    ``moves``: as there; ``mixup``: as there, the mixed image attacked as one of the label that has the larger share.
+    ``moves``, ``loss``: as there (the attack climbs its own); ``mixup``: as there, the mixed image attacked as one of
+    the label that has the larger share.
     """
-    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, attack), attack)
+    return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, loss, attack), attack)
 
 
 def trades(

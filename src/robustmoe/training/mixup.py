@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from robustmoe.noise import Noise
+
+CrossEntropy = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,37 @@ class Labelled:
         """The class that has the larger share (of two equal ones the image's own)."""
         return self.y if self.other is None or self.share is None else torch.where(self.share < 0.5, self.other, self.y)
 
-    def cross_entropy(self, logits: Float[Tensor, "n c"], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
-        """Returns the mean of share * CE(y) + (1 - share) * CE(other)."""
+    def cross_entropy(
+        self, logits: Float[Tensor, "n c"], label_smoothing: float = 0.0, of: CrossEntropy = "softmax"
+    ) -> Float[Tensor, ""]:
+        """Returns the mean of share * CE(y) + (1 - share) * CE(other): ``of`` the softmax, or of a sigmoid for each
+        class, summed over the classes (see `sigmoid_cross_entropy`).
+        """
+        if of == "sigmoid":
+            return sigmoid_cross_entropy(logits, self.target(logits.shape[1]), label_smoothing)
         if self.other is None or self.share is None:
             return F.cross_entropy(logits, self.y, label_smoothing=label_smoothing)
         own, other = (
             F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="none") for y in (self.y, self.other)
         )
         return (self.share * own + (1 - self.share) * other).mean()
+
+    def target(self, classes: int) -> Float[Tensor, "n c"]:
+        """Returns each class's share."""
+        own = F.one_hot(self.y, classes).float()
+        if self.other is None or self.share is None:
+            return own
+        return torch.lerp(F.one_hot(self.other, classes).float(), own, self.share[:, None])
+
+
+def sigmoid_cross_entropy(
+    logits: Float[Tensor, "n c"], target: Float[Tensor, "n c"], label_smoothing: float
+) -> Float[Tensor, ""]:
+    """Returns the mean over images of the sum over classes of -t log s(z) - (1 - t) log s(-z), s the sigmoid and t the
+    ``target`` with ``label_smoothing`` (1 - a) t + a / c: V-MoE's ``sigmoid_xent`` (Riquelme et al. 2021).
+    """
+    smooth = target * (1 - label_smoothing) + label_smoothing / target.shape[1]
+    return F.binary_cross_entropy_with_logits(logits.float(), smooth, reduction="sum") / len(logits)
 
 
 def mixed(x: Float[Tensor, "n ch h w"], y: Int[Tensor, " n"], noise: Noise, alpha: float) -> Labelled:
