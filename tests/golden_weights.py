@@ -35,7 +35,7 @@ class Case:
 
     ``source``: the repository and commit that answered; ``inputs``: (mean, deviation) of what it does to the pixels
     first. ``logits`` (n, classes) are its answers to `images`; ``routes``: by router of ours, the experts it chose (n,
-    items, k), in any order; ``double``: both answered in float64.
+    items, k), in any order, -1 where a choice found no room; ``double``: both answered in float64.
     """
 
     layout: str

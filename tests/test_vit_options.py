@@ -25,6 +25,7 @@ from robustmoe.models.vit import resample_positions
 from robustmoe.models.vit_parts import dropped, gelu, sincos2d
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape
+from robustmoe.weights import LAYOUTS
 
 SIZE = "patch=4, width=16, depth=4, heads=2, mlp_ratio=2"
 MOE = f"{SIZE}, experts=3, k=2, placement=every_2"
@@ -347,6 +348,15 @@ def test_zoom_is_scipys(prefix: int, grid: tuple[int, int]) -> None:
     resampled = resample_positions(positions, grid, prefix, "zoom")
     assert torch.equal(resampled[:, :prefix], positions[:, :prefix])
     torch.testing.assert_close(resampled[0, prefix:].view(*grid, 3), torch.from_numpy(expected))
+
+
+def test_weights_of_flax_for_another_image_size() -> None:
+    """Their positions are zoomed to the model's grid; the class token's stay."""
+    model = build_model(f"vit({SIZE})", 4, (3, 8, 12))
+    (pair,) = [pair for pair in LAYOUTS["vmoe"].pairs(model) if pair.ours == ("network.pos_embed",)]
+    assert pair.theirs == ("Encoder/posembed_input/pos_embedding",)
+    given = torch.randn(1, 17, 16)
+    assert torch.equal(pair.read([given])[0], resample_positions(given, (2, 3), how="zoom"))
 
 
 def test_positions_without_a_class_token() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from robustmoe.weights.layouts import flax_vit
 from robustmoe.weights.layouts.own import OWN
 from robustmoe.weights.pairs import Layout
 
 LAYOUTS: dict[str, Layout] = {
     "own": OWN,
+    **flax_vit.LAYOUTS,
 }
