@@ -175,6 +175,8 @@ METHODS_HERE = {
     "gaussian": "gaussian(sigma=0.25, balance=0.1)",
     "at": "at(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "trades": "trades(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
+    "mart": "mart(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
+    "awp": "awp(at(pgd(linf(0.1), steps=2, keep=last), balance=0.1))",
     "advmoe": "advmoe(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "rt_er": "rt_er(pgd(linf(0.1), steps=2, keep=last), balance=0.1)",
     "jtdmoe": "jtdmoe(pgd(linf(0.1), steps=2, keep=last))",

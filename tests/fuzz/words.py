@@ -45,7 +45,7 @@ CALL: dict[str, list[str]] = {
     "folder(root='images', size=8, channels=1, val=0.5, in_memory=True)"],
     "method": [
         "standard", "standard(label_smoothing=0.1, mixup=0.2, loss=sigmoid)", "at(pgd(linf(0.1), steps=1))",
-        "trades(pgd(linf(0.1), steps=1), beta=6)",
+        "trades(pgd(linf(0.1), steps=1), beta=6)", "awp(mart(pgd(linf(0.1), steps=1), beta=5), gamma=0.01, start=0.1)",
         "gaussian(sigma=0.1)", "at(fgsm(linf(0.1)), balance=0.1, moves=all)", "rt_er(pgd(linf(0.1), steps=1))",
         "certified(linf(0.01), how=ibp, kappa=0.5)", "advmoe(pgd(linf(0.1), steps=1))",
         "consistent(standard, loss=kl, weight=1)",

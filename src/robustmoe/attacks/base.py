@@ -59,6 +59,41 @@ def looked_at() -> Iterator[None]:
         _LOOKED.reset(token)
 
 
+_REMEMBERED: ContextVar[Callable[[Callable[[], Tensor], int], Tensor] | None] = ContextVar("remembered", default=None)
+
+
+@contextlib.contextmanager
+def remembering(made: list[Tensor], again: bool = False) -> Iterator[None]:
+    """Inside, what every attack makes is added to ``made``; with ``again`` it is taken from there, in the same order,
+    and not made anew, where it has as many images. What attacks call inside them is left alone.
+    """
+    left = iter(list(made))
+
+    def remembered(make: Callable[[], Tensor], n: int) -> Tensor:
+        if again and (known := next(left, None)) is not None and len(known) == n:
+            return known
+        fresh = make()
+        if not again:
+            made.append(fresh)
+        return fresh
+
+    token = _REMEMBERED.set(remembered)
+    try:
+        yield
+    finally:
+        _REMEMBERED.reset(token)
+
+
+def _made(make: Callable[[], Tensor], n: int) -> Tensor:
+    """``make()``, or what is remembered of it."""
+    remembered = _REMEMBERED.get()
+    token = _REMEMBERED.set(None)
+    try:
+        return make() if remembered is None else remembered(make, n)
+    finally:
+        _REMEMBERED.reset(token)
+
+
 def ordinary(value: Tensor) -> Tensor:
     """The tensor, cut from its graph; a copy where it was made in inference mode, and could take no gradient."""
     return value.clone() if value.is_inference() else value.detach()
@@ -198,7 +233,7 @@ class Attack(ABC):
         if no_images(x):
             return x.detach().clone()
         with entered(model, x, y, noise, self.seed, self.needs_gradient) as given:
-            return self.perturb(*given).detach()
+            return _made(lambda: self.perturb(*given).detach(), len(given.x))
 
     @abstractmethod
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:

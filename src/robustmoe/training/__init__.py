@@ -11,7 +11,7 @@ from robustmoe.training.checkpoint import load_model
 from robustmoe.training.consistency import consistent
 from robustmoe.training.given import train
 from robustmoe.training.jtdmoe import jtdmoe
-from robustmoe.training.methods import at, gaussian, standard, trades
+from robustmoe.training.methods import at, awp, gaussian, mart, standard, trades
 from robustmoe.training.optimisation import OPTIMIZERS, SCHEDULES, SGD, AdamW, OptimizerSpec
 from robustmoe.training.phases import Loss, Method, MiniBatch, Pair, Phase, StepResult, TrainingStopped, train_step
 from robustmoe.training.rt_er import rt_er
@@ -21,6 +21,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "gaussian": gaussian,
     "at": at,
     "trades": trades,
+    "mart": mart,
+    "awp": awp,
     "advmoe": advmoe,
     "rt_er": rt_er,
     "jtdmoe": jtdmoe,
@@ -51,12 +53,14 @@ __all__ = [
     "TrainingStopped",
     "advmoe",
     "at",
+    "awp",
     "build_method",
     "certified",
     "consistent",
     "gaussian",
     "jtdmoe",
     "load_model",
+    "mart",
     "rt_er",
     "standard",
     "trades",

@@ -1,12 +1,15 @@
-"""Training methods for any model: standard, on Gaussian noise, adversarial training (AT), TRADES."""
+"""Training methods for any model: standard, on Gaussian noise, adversarial training (AT), TRADES, MART, AWP."""
 
 from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Wrapped, changed, kl
@@ -143,6 +146,65 @@ def trades(
     check_balance_loss(balance_loss)
     climb = climbing(attack, Joint("kl"))
     return _one_phase(moves, trades_loss(climb, beta, balance, balance_loss), climb)
+
+
+def mart(
+    attack: Attack,
+    beta: float = 6.0,
+    balance: float = 0.0,
+    balance_loss: BalanceLoss = "switch",
+    moves: Moves = "all",
+) -> Method:
+    """MART (Wang et al., ICLR 2020): -log q_y - log(1 - max_{k != y} q_k) + ``beta`` * KL(p || q) (1 - p_y), p the
+    softmax of the clean and q of the attacked image; the mean over images.
+
+    In log space; the released code adds small numbers inside the logarithms. The attack climbs its own objective (the
+    paper's the cross-entropy); both batches pass in train mode, clean first. The default beta is the released code's.
+    ``balance``, ``balance_loss``: as in `standard`, on the attacked images; ``moves``: as there.
+    """
+    check_weight("beta", beta)
+    check_weight("balance", balance)
+    check_balance_loss(balance_loss)
+
+    def loss(model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Loss:
+        x_adv = attack(model, x, y, noise)
+        draws = router_noise(noise)
+        clean, attacked = model.run(x, noise=draws).logits, model.run(x_adv, noise=draws)
+        value = mart_loss(clean, attacked.logits, y, beta) + auxiliary(attacked.trace, balance, balance_loss)
+        return Loss(value, (attacked.logits.argmax(1) == y).sum(), Pair(x, x_adv))
+
+    return _one_phase(moves, loss, attack)
+
+
+def mart_loss(
+    clean: Float[Tensor, "n c"], attacked: Float[Tensor, "n c"], y: Int[Tensor, " n"], beta: float
+) -> Float[Tensor, ""]:
+    """Returns the loss of `mart` from the logits of both."""
+    log_q = torch.log_softmax(attacked.float(), 1)
+    label = F.one_hot(y, log_q.shape[1]).bool()
+    rival = F.one_hot(log_q.masked_fill(label, -torch.inf).argmax(1), log_q.shape[1]).bool()
+    others = torch.logsumexp(log_q.masked_fill(rival, -torch.inf), 1)
+    missing = 1 - torch.softmax(clean.float(), 1)[label]
+    return (others.neg() - log_q[label] + beta * kl(clean, attacked) * missing).mean()
+
+
+def awp(method: Method, gamma: float = 0.005, start: float = 0.0) -> Method:
+    """``method`` with adversarial weight perturbation (AWP, Wu et al., NeurIPS 2020) in every phase, of the weights
+    that it moves: see `robustmoe.training.uphill`.
+
+    ``gamma``: how far each weight matrix is moved, as a share of its norm (the paper's default). ``start``: the share
+    of the training before which there is none. A step costs one more pass forward and back, no further attack.
+    """
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be above 0, a share of the weights' norm; got {gamma}")
+    if not 0 <= start < 1:
+        raise ValueError(f"start must be in [0, 1), a share of the training; got {start}")
+
+    def phases(progress: float) -> tuple[Phase, ...]:
+        now = method.at(progress).phases
+        return tuple(replace(phase, awp=gamma) for phase in now) if progress >= start else now
+
+    return replace(method, phases=phases(start), ramp=phases if start or method.ramp else None)
 
 
 def climbing(attack: Attack, objective: Objective) -> Attack:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from robustmoe import distributed
 from robustmoe.attacks import Attack, NotFiniteError, Threat
+from robustmoe.attacks.base import remembering
 from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
 from robustmoe.noise import Noise
+from robustmoe.training.uphill import moved, statistics_kept, steps_uphill
 
 
 class Pair(NamedTuple):
@@ -55,7 +57,8 @@ ROUTER_NOISE = zlib.crc32(b"routers")
 class Phase:
     """``params``: a regular expression; the parameters whose name it matches from the start (re.match) move, on
     ``loss``, and no others. ``own_batch``: on the step's second mini-batch. ``lr``: times the run's learning rate.
-    ``needs``: the model that has such parameters, in words.
+    ``needs``: the model that has such parameters, in words. ``awp``: above 0, the gamma of adversarial weight
+    perturbation, of these parameters (see `robustmoe.training.uphill`).
     """
 
     name: str
@@ -64,6 +67,7 @@ class Phase:
     own_batch: bool = False
     lr: float = 1.0
     needs: str = ""
+    awp: float = 0.0
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Returns the parameters that move, by name. Raises UserError where there are none."""
@@ -147,8 +151,7 @@ def train_step(
         given = second if phase.own_batch else batch
         if given is None:
             raise ValueError(f"phase {phase.name!r} trains on a mini-batch of its own; give train_step second=")
-        loss = _loss(model, phase, given._replace(noise=given.noise.fold(position)), autocast)
-        gradients = _gradients(loss.value, named)
+        loss, gradients = _gradients_of(model, phase, given._replace(noise=given.noise.fold(position)), autocast, named)
         norm = _norm(gradients.values())
         if not bool(torch.isfinite(norm + loss.value.detach()).item()):
             raise TrainingStopped(_not_finite(phase, loss.value, gradients))
@@ -161,6 +164,21 @@ def train_step(
         if loss.correct is not None:
             correct, seen = loss.correct, len(given.x)
     return StepResult(losses, norms, correct, seen, router_grad)
+
+
+def _gradients_of(
+    model: RoutedModel, phase: Phase, batch: MiniBatch, autocast: torch.dtype | None, named: dict[str, nn.Parameter]
+) -> tuple[Loss, dict[str, Tensor]]:
+    """Returns the phase's loss and its gradients, at the weights or, with ``awp``, at those that it moves to."""
+    if not phase.awp:
+        loss = _loss(model, phase, batch, autocast)
+        return loss, _gradients(loss.value, named)
+    made: list[Tensor] = []
+    with remembering(made), statistics_kept(model):
+        first = _gradients(_loss(model, phase, batch, autocast).value, named)
+    with remembering(made, again=True), moved(steps_uphill(named, first, phase.awp)):
+        loss = _loss(model, phase, batch, autocast)
+        return loss, _gradients(loss.value, named)
 
 
 def _loss(model: RoutedModel, phase: Phase, batch: MiniBatch, autocast: torch.dtype | None) -> Loss:
