@@ -34,9 +34,9 @@ class PreActResNetNetwork(PreactivationNetwork):
         channels, *size = image_shape
         height, width = (stem_size(spec.stem, side) for side in size)
         inputs = scaled(ratio, spec.width)
-        super().__init__(spec.stem, channels, inputs, spec.activation, added=spec.depth != 50)
-        block = PreactivationBottleneck if spec.depth == 50 else Preactivation
         form = Form(spec.shortcut, spec.activation, spec.padding)
+        super().__init__(spec.stem, channels, inputs, form, added=spec.depth != 50)
+        block = PreactivationBottleneck if spec.depth == 50 else Preactivation
         for place, blocks in enumerate(BLOCKS[spec.depth]):
             self.inputs.append((inputs, height, width))
             planes, stage = scaled(ratio, spec.width * 2**place), Stage()

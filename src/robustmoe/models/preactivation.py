@@ -47,12 +47,11 @@ class PreactivationNetwork(StagedNetwork):
     linear). ``added``: whether the first block adds what it gets.
     """
 
-    def __init__(
-        self, stem: Stem, channels: int, outputs: int, activation: Activation = "relu", added: bool = False
-    ) -> None:
+    def __init__(self, stem: Stem, channels: int, outputs: int, form: Form = Form(), added: bool = False) -> None:
         super().__init__()
         self.begins = stem
-        self.activate = ACTIVATIONS[activation]
+        self.form = form
+        self.activate = ACTIVATIONS[form.activation]
         twice = added and stem == "cifar"
         self.stem = ReadTwice(channels, outputs, 3, 1) if twice else stem_conv(stem, channels, outputs)
         self.norm = Norm(outputs) if stem == "imagenet" else None

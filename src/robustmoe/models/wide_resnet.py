@@ -22,9 +22,8 @@ class WideResNetNetwork(PreactivationNetwork):
         channels, *size = image_shape
         height, width = (stem_size(spec.stem, side) for side in size)
         inputs = scaled(ratio, 16)
-        added = inputs == scaled(ratio, 16 * spec.width)
-        super().__init__(spec.stem, channels, inputs, spec.activation, added)
         form = Form("released" if spec.released else "active", spec.activation, spec.padding)
+        super().__init__(spec.stem, channels, inputs, form, added=inputs == scaled(ratio, 16 * spec.width))
         for place in range(3):
             self.inputs.append((inputs, height, width))
             planes = scaled(ratio, 16 * spec.width * 2**place)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from robustmoe.weights.layouts import flax_vit
+from robustmoe.weights.layouts.optml import OPTML
 from robustmoe.weights.layouts.own import OWN
+from robustmoe.weights.layouts.robustbench import ROBUSTBENCH
+from robustmoe.weights.layouts.timl import TIML
+from robustmoe.weights.layouts.torchvision import TORCHVISION
 from robustmoe.weights.pairs import Layout
 
 LAYOUTS: dict[str, Layout] = {
     "own": OWN,
     **flax_vit.LAYOUTS,
+    "torchvision": TORCHVISION,
+    "robustbench": ROBUSTBENCH,
+    "optml": OPTML,
+    "timl": TIML,
 }
