@@ -345,7 +345,7 @@ def test_val_outside_0_and_1_is_refused_everywhere(truth: Truth) -> None:
 
 def test_the_table_names_every_function() -> None:
     assert {name: f.__name__ for name, f in data.DATASETS.items()} == {name: name for name in data.DATASETS}
-    assert len(data.DATASETS) == 7
+    assert len(data.DATASETS) == 8
 
 
 def test_classes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

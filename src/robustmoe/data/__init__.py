@@ -15,6 +15,7 @@ from robustmoe.data.sets import (
     digits,
     fashion_mnist,
     folder,
+    generated,
     imagenet,
     tiny_imagenet,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "fashion_mnist",
     "folder",
     "from_arrays",
+    "generated",
     "hold_out",
     "imagenet",
     "mean_std",

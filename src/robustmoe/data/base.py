@@ -18,6 +18,7 @@ from torch import Tensor
 from robustmoe.arrays import as_images, as_labels, as_tensor
 from robustmoe.data.split import hold_out
 from robustmoe.errors import UserError
+from robustmoe.noise import permutation
 
 MOST_CLASSES = 1_000_000
 """Of a user's own arrays: a label beyond it is a mistake, and each class gets a name."""
@@ -69,6 +70,12 @@ class ImageSet(ABC):
     @abstractmethod
     def subset(self, positions: Int64[Tensor, " n"] | list[int]) -> ImageSet:
         """Returns a set of the images at ``positions`` (n,) alone; each keeps its index."""
+
+    def order(self, steps: int, batch_size: int, *key: int) -> Int64[Tensor, " n"]:
+        """Returns the positions of an epoch's images in training, ``steps`` batches one after the other; the random
+        order depends on ``key`` alone.
+        """
+        return permutation(len(self), *key)[: steps * batch_size]
 
     def verify(self) -> None:  # noqa: B027, no work for most sets
         """`UserError` for an image that cannot be read. Nothing to do for images in memory: they have been read."""

@@ -16,6 +16,7 @@ from robustmoe.arrays import as_labels
 from robustmoe.data.archives import Arrays, hub_folder, parquet_files, read_cifar, read_idx, read_parquet
 from robustmoe.data.base import Data, InMemory, mean_std
 from robustmoe.data.folders import folder, imagenet, tiny_imagenet
+from robustmoe.data.generated import generated
 from robustmoe.data.reading import existing
 from robustmoe.data.split import TEST, hold_out
 from robustmoe.errors import UserError
@@ -126,6 +127,7 @@ DATASETS: dict[str, Callable[..., Data]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "folder": folder,
+    "generated": generated,
     "imagenet": imagenet,
     "tiny_imagenet": tiny_imagenet,
 }

@@ -21,7 +21,7 @@ from robustmoe.attacks import NotFiniteError
 from robustmoe.attacks.base import looked_at
 from robustmoe.data import Batch, batches
 from robustmoe.models import RoutedModel
-from robustmoe.noise import Noise, permutation
+from robustmoe.noise import Noise
 from robustmoe.progress import Bar, note, progress
 from robustmoe.recipe import Recipe
 from robustmoe.records import Resumed, append_json, check_folder, write_atomic, writing
@@ -142,8 +142,8 @@ def _training_batches(parts: RunParts, state: TrainingState, *key: int) -> Itera
     """This process's share of the batches to do in this epoch: rank r has the r-th part of each. ``key``: another
     order and augmentation of the same images.
     """
-    order = permutation(len(parts.data.train), parts.recipe.seed, ORDER, state.epoch, *key)
-    shared = order[: parts.steps * parts.batch_size].view(parts.steps, distributed.world(), -1)
+    order = parts.data.train.order(parts.steps, parts.batch_size, parts.recipe.seed, ORDER, state.epoch, *key)
+    shared = order.view(parts.steps, distributed.world(), -1)
     mine = shared[state.step : state.step + _steps_to_do(parts, state), distributed.rank()]
     for batch in batches(parts.data.train, mine.shape[1], mine.reshape(-1), parts.device):
         x = batch.x
