@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from forks import fork
 from robustmoe.cli import main
@@ -341,6 +342,7 @@ def test_where_a_run_may_start_and_resume(tmp_path: Path) -> None:
         ("epochs", 3),
         ("batch_size", 32),
         ("augment", "crop_flip(padding=1)"),
+        ("inputs", "centred"),
         ("precision", "bf16"),
         ("ema", 0.5),
         ("clip", 1.0),
@@ -352,6 +354,47 @@ def test_where_a_run_may_start_and_resume(tmp_path: Path) -> None:
 def test_resume_with_another_recipe_names_the_field(field: str, value: Any, stopped: Path) -> None:
     with pytest.raises(UserError, match=f"was trained with {field} = .*, this command says .*resume with the same"):
         train(Recipe(**{**PLAIN, field: value}), stopped, resume=True)
+
+
+@pytest.mark.parametrize(
+    "inputs, mean, std",
+    [("raw", [0.0], [1.0]), ("centred", [0.5], [0.5]), ("data", list(digits().mean), list(digits().std))],
+)
+def test_how_a_model_takes_its_images(
+    inputs: str, mean: list[float], std: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands in config.json, in the model that a measurement loads, and a resumed run is the straight one."""
+    recipe = {**PLAIN, "inputs": inputs}
+    straight = train(Recipe(**recipe), tmp_path / "straight")
+    stopped = train(Recipe(**recipe, max_steps=3), tmp_path / "stopped")
+    train(Recipe(**recipe), stopped, resume=True)
+    config = json.loads((stopped / "config.json").read_text())
+    assert (config["inputs"], config["mean"], config["std"]) == (inputs, mean, std)
+    models = [load_model(run) for run in (straight, stopped)]
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(models[0](x), models[1](x))
+    seen: list[Tensor] = []
+    models[1].network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    models[1](x)
+    torch.testing.assert_close(seen[0], (x - mean[0]) / std[0])
+
+
+def test_a_run_from_before_a_field_goes_on(stopped: Path, tmp_path: Path) -> None:
+    """Its config.json has no ``inputs``: it took its images as runs without the field did, and no other way."""
+    run = copy(stopped, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    del config["inputs"]
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was trained with inputs = 'data', this command says 'raw'"):
+        train(Recipe(**PLAIN, inputs="raw"), run, resume=True)
+    train(Recipe(**PLAIN), run, resume=True)
+
+
+def test_inputs_that_the_model_does_not_take(stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"inputs=raw, but what init=.* gives was trained on images of another mean"):
+        train(Recipe(**PLAIN, inputs="raw", init=str(stopped)), tmp_path / "run")
+    with pytest.raises(UserError, match="inputs=raw is for models of this package; one of your own takes pixels"):
+        train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "digits", method="standard", epochs=1, inputs="raw")
 
 
 def test_resume_with_other_images_is_refused(stopped: Path) -> None:

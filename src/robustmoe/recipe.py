@@ -28,6 +28,18 @@ THREADS = 1024
 SEEDS = 1000
 """More trainings than anybody starts at once; a slip such as 0..10**9 must not fill the memory."""
 
+Inputs = Literal["data", "centred", "raw"]
+
+LATER: Mapping[str, str] = {"inputs": "data"}
+"""Fields that recipes of older runs do not have, and what those runs did."""
+
+
+def said_by(config: Mapping[str, Any], name: str) -> Any:
+    """Returns a recipe's field in a run's ``config.json``, which may be older than the field."""
+    value = config.get(name)
+    return LATER.get(name) if value is None else value
+
+
 SPECS = ("model", "data", "method", "optimizer", "schedule", "augment", "val_attack", "val_certifier")
 
 
@@ -43,6 +55,11 @@ class Recipe:
     epochs: Annotated[int, "passes over the training images"]
     batch_size: Annotated[int, "images a step, over all processes together"] = 128
     augment: Annotated[str | None, "what is done to training images, such as crop_flip(padding=4)"] = None
+    inputs: Annotated[
+        Inputs,
+        "how the model takes its images: data = less the training images' mean, over their deviation; centred = in "
+        "[-1, 1]; raw = pixels in [0, 1]",
+    ] = "data"
     precision: Annotated[
         Literal["fp32", "bf16"], "number format of the network in training; attacked pixels stay fp32"
     ] = "fp32"

@@ -191,7 +191,7 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
-EXTRA = ["clip", "augment", "init", "val_attack", "val_certifier"]
+EXTRA = ["clip", "augment", "init", "val_attack", "val_certifier", "inputs"]
 
 
 def recipe(folder: Path, draw: Draw, canary: str) -> Case:

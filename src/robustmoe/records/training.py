@@ -38,6 +38,7 @@ class Config:
     epochs: Positive | None = None
     batch_size: Positive | None = None
     augment: str | None = None
+    inputs: str | None = None
     precision: str | None = None
     ema: Share | None = None
     clip: Length | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from robustmoe.analysis import ImagesLeft, Paired, Rate, Spread, paired, paired_bootstrap, welch, worst_images
 from robustmoe.errors import UserError
 from robustmoe.options import several
-from robustmoe.recipe import Recipe
+from robustmoe.recipe import Recipe, said_by
 from robustmoe.records import Evaluation
 from robustmoe.reporting.collect import Group, RunView, collect
 from robustmoe.reporting.grid import Entry, Grid, grid_html, grid_lines, wrapped
@@ -242,7 +242,7 @@ def _recipe(view: RunView) -> str:
     if not view.config.get("method"):
         return view.header.model_hash
     fields = [field.name for field in dataclasses.fields(Recipe) if field.name not in SEED_ALONE]
-    return json.dumps([*(view.config.get(name) for name in fields), view.config.get("files")], sort_keys=True)
+    return json.dumps([*(said_by(view.config, name) for name in fields), view.config.get("files")], sort_keys=True)
 
 
 def _name(runs: Sequence[Trained]) -> str:

@@ -20,9 +20,9 @@ from robustmoe.attacks import Attack, evaluating
 from robustmoe.certification import Certifier
 from robustmoe.data import Data, ImageSet
 from robustmoe.errors import UserError
-from robustmoe.models import BatchNorm2d, ModelSpec, RoutedModel, build_model
+from robustmoe.models import BatchNorm2d, ModelSpec, Normalise, RoutedModel, build_model
 from robustmoe.models.foreign import blaming, check_classes, require_weights, runs_foreign
-from robustmoe.recipe import SPECS, Recipe
+from robustmoe.recipe import LATER, SPECS, Inputs, Recipe, said_by
 from robustmoe.training import starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Method
@@ -97,8 +97,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
         given.switched.update(share_statistics(model))
     require_weights(model)
     model = model.to(device)
-    if recipe.init is not None and fresh:
-        starting.start_from(model, recipe.init)
+    _start(model, recipe, data, fresh, isinstance(described, RoutedModel))
     parts = RunParts(
         recipe=recipe,
         data=data,
@@ -137,7 +136,38 @@ def look_at(model: RoutedModel, data: Data, device: torch.device) -> None:
 
 
 def _fresh_model(described: ModelSpec, recipe: Recipe, data: Data) -> RoutedModel:
-    return build_model(described, data.num_classes, data.image_shape, data.mean, data.std, recipe.seed)
+    return build_model(described, data.num_classes, data.image_shape, *pixels(recipe.inputs, data), recipe.seed)
+
+
+def pixels(inputs: Inputs, data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns what a model takes off the pixels of each channel, and what it then divides them by."""
+    channels = data.image_shape[0]
+    if inputs == "data":
+        return data.mean, data.std
+    return ((0.5,) * channels, (0.5,) * channels) if inputs == "centred" else ((0.0,) * channels, (1.0,) * channels)
+
+
+def _start(model: RoutedModel, recipe: Recipe, data: Data, fresh: bool, brought: bool) -> None:
+    """Gives a ``fresh`` model the weights that it starts from. UserError where the recipe says how images are taken,
+    and the model, which may be ``brought``, or what it started from says otherwise.
+    """
+    if recipe.init is not None and fresh:
+        starting.start_from(model, recipe.init)
+    if recipe.inputs == "data":
+        return
+    own = [module for module in model.modules() if isinstance(module, Normalise)]
+    if brought or not own:
+        raise UserError(
+            f"inputs={recipe.inputs} is for models of this package; one of your own takes pixels in [0, 1] as they are"
+        )
+    expected = [torch.tensor(values).view(-1, 1, 1) for values in pixels(recipe.inputs, data)]
+    for module in own:
+        buffers = (module.mean[0].cpu(), module.std[0].cpu())
+        if any(not torch.equal(buffer, wanted) for buffer, wanted in zip(buffers, expected, strict=True)):
+            raise UserError(
+                f"inputs={recipe.inputs}, but what init={recipe.init} gives was trained on images of another mean; "
+                "leave inputs out, and its own is kept"
+            )
 
 
 def share_statistics(model: nn.Module) -> dict[nn.Module, type]:
@@ -152,6 +182,7 @@ def share_statistics(model: nn.Module) -> dict[nn.Module, type]:
 
 def config_of(parts: RunParts) -> dict[str, Any]:
     data, recipe = parts.data, parts.recipe
+    mean, std = pixels(recipe.inputs, data)
     score = f"accuracy under {recipe.val_attack}" if recipe.val_attack else "clean accuracy"
     score = f"accuracy certified by {recipe.val_certifier}" if recipe.val_certifier else score
     return {
@@ -162,8 +193,8 @@ def config_of(parts: RunParts) -> dict[str, Any]:
         "num_classes": data.num_classes,
         "classes": list(data.classes),
         "image_shape": list(data.image_shape),
-        "mean": list(data.mean),
-        "std": list(data.std),
+        "mean": list(mean),
+        "std": list(std),
         "parameters": sum(p.numel() for p in parts.model.parameters()),
         "selection": f"best {score} on {len(parts.val)} images held out of train; the test set is never seen",
         "images": {"train": len(data.train), "val": len(parts.val), "test": len(data.test)},
@@ -197,14 +228,15 @@ def compared() -> list[str]:
 
 def run_hash(config: Mapping[str, Any]) -> str:
     """The SHA-256 of what makes a run this run and no other, in its ``config.json``."""
-    known = {name: config.get(name) for name in compared()}
+    known = {name: said_by(config, name) for name in compared()}
+    known = {name: value for name, value in known.items() if name not in LATER or value != LATER[name]}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def check_same_run(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """UserError where the run in ``out`` is another one than this command's."""
     for name in compared():
-        before, now = old.get(name), new[name]
+        before, now = said_by(old, name), new[name]
         if before != now:
             raise UserError(
                 f"{out} was trained with {name} = {before!r}, this command says {now!r}; resume with "
