@@ -61,7 +61,7 @@ class Flag:
     def option(self) -> str:
         """How it is written; the flag of a list names one thing of it."""
         name = self.name.removesuffix("s") if self.repeated else self.name
-        return name.upper() if self.positional else f"--{name.replace('_', '-')}"
+        return name.upper() if self.positional else f"--{name.rstrip('_').replace('_', '-')}"  # as_ -> --as
 
     @property
     def metavar(self) -> str:

@@ -17,8 +17,6 @@ OF_YOUR_OWN = (
     '--attack "my_file.py:noise(linf(0.1))"; installed packages may offer names too.'
 )
 
-RECIPES = "whole trainings, for robustmoe train; every field is a flag"
-ZOO = "trained models in the package; zoo:NAME stands for a run folder"
 OF_A_RECIPE = "\nrobustmoe list RECIPE tells its numbers, its cost, what others claim of it."
 
 KINDS = {
@@ -59,11 +57,11 @@ def list_names(
         return counted.table(counted.rows())
     if kind is None:
         lines = [f"  {_plural(name):13}{KINDS[name]}" for name in spec.TABLES]
-        return "\n".join([*lines, f"  {'recipes':13}{RECIPES}", f"  {'zoo':13}{ZOO}", "", OF_A_KIND, OF_YOUR_OWN])
-    if kind == "zoo":
-        return "\n".join([f"zoo: {ZOO}", *map(_zoo_entry, zoo.cards())])
-    if kind in ("recipe", "recipes"):
-        return "\n".join([f"recipes: {RECIPES}", *map(_recipe_entry, recipes.every()), OF_A_RECIPE])
+        lines += [f"  {name:13}{about}" for name, (about, _) in _BESIDES.items()]
+        return "\n".join([*lines, "", OF_A_KIND, OF_YOUR_OWN])
+    if beside := next((name for name in _BESIDES if kind in (name, name.removesuffix("s"))), None):
+        about, entries_of = _BESIDES[beside]
+        return "\n".join([f"{beside}: {about}", *entries_of()])
     if file := next((file for file in recipes.every() if file.stem == kind), None):
         told = [*recipes.words(file).split("\n\n"), *map(_claimed, recipes.claims(file))]
         return "\n".join([_recipe_entry(file), *map(_paragraph, told)])
@@ -78,10 +76,32 @@ def list_names(
     return "\n".join(map(_entry, entries))
 
 
+def _recipes() -> list[str]:
+    return [*map(_recipe_entry, recipes.every()), OF_A_RECIPE]
+
+
+def _zoo() -> list[str]:
+    return [*map(_zoo_entry, zoo.cards())]
+
+
+def _layouts() -> list[str]:
+    from robustmoe.weights import LAYOUTS
+
+    return [_wrapped(name, layout.about) for name, layout in LAYOUTS.items()]
+
+
+_BESIDES = {
+    "recipes": ("whole trainings, for robustmoe train; every field is a flag", _recipes),
+    "zoo": ("trained models in the package; zoo:NAME stands for a run folder", _zoo),
+    "layouts": ("whose weights robustmoe import reads", _layouts),
+}
+"""What can be named and is not written as a call: what it is, and its entries."""
+
+
 def _recipe_entry(file: Path) -> str:
     recipe = recipes.load_recipe(file)
     text = f"{recipe.data}: {recipe.model}; {recipe.method}; {recipe.epochs} epochs"
-    return "\n".join([f"  {file.stem}", *textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)])
+    return _wrapped(file.stem, text)
 
 
 def _claimed(claim: recipes.Claim) -> str:
@@ -93,7 +113,11 @@ def _claimed(claim: recipes.Claim) -> str:
 def _zoo_entry(card: zoo.ZooModel) -> str:
     rates = f"clean {100 * card.clean / card.n:.1f} %, worst of {len(card.attacks)} {100 * card.worst / card.n:.1f} %"
     text = f"{card.about}: {card.model}; {rates} of {card.n} images of {card.data}, at {card.commit[:7]}"
-    return "\n".join([f"  {card.name}", *textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)])
+    return _wrapped(card.name, text)
+
+
+def _wrapped(name: str, text: str) -> str:
+    return "\n".join([f"  {name}", *textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)])
 
 
 def _paragraph(text: str) -> str:

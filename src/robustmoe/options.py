@@ -225,6 +225,47 @@ class AuditOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportOptions(Settings):
+    """How weights that were made elsewhere are read."""
+
+    data: Annotated[
+        str | None,
+        "the data set that the model is for, such as cifar10; it says the classes, the images and their mean",
+    ] = None
+    classes: Annotated[int | None, "without --data: how many classes the model has"] = None
+    image_shape: Annotated[Numbers | None, "without --data: channels, height and width, such as 3,224,224"] = None
+    inputs: Annotated[
+        Literal["raw", "centred", "data"] | None,
+        "how the model takes its images: raw = pixels in [0, 1], centred = in [-1, 1], data = less the data set's "
+        "mean, over its deviation (default: as the layout's nets do)",
+    ] = None
+    layout: Annotated[
+        str | None, "whose names the file has, see robustmoe list layouts (default: that which fits to the last tensor)"
+    ] = None
+    group: Annotated[str | None, "which part of the file, such as model_ema, where several would fit"] = None
+    partial: Annotated[bool, "load what there is, also where names are missing or left over"] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = [self.classes is not None, self.image_shape is not None]
+        if any(alone) if self.data is not None else not all(alone):
+            raise UserError("expected either --data, or both of --classes and --image-shape (such as 3,224,224)")
+        shape = self.image_shape
+        if shape is not None and (len(shape) != 3 or any(side != int(side) or side < 1 for side in shape)):
+            raise UserError(f"image_shape is channels, height and width, such as 3,224,224; got {_plainly(shape)}")
+        if self.classes is not None and self.classes < 2:
+            raise UserError(f"classes must be at least 2; got {self.classes}")
+        if self.data is None and self.inputs == "data":
+            raise UserError(
+                "inputs=data takes the data set's mean; expected --data with it, or --inputs raw or centred"
+            )
+
+
+def _plainly(numbers: Numbers) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DissectOptions(Options):
     """How a routed model is taken apart."""
 

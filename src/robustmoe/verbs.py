@@ -22,6 +22,7 @@ from robustmoe.options import (
     DissectOptions,
     EvaluateOptions,
     EvaluateTarget,
+    ImportOptions,
     LipschitzOptions,
     Mark,
     OwnData,
@@ -83,9 +84,9 @@ def evaluate(target: EvaluateTarget, options: EvaluateOptions) -> str:
 
 
 def audit(
-    model: Annotated[str, "a model of your own: my_file.py:make_model", Mark.POSITIONAL],
+    model: Annotated[str, "a model of your own, my_file.py:make_model, or a run folder", Mark.POSITIONAL],
     options: AuditOptions,
-    data: Annotated[str | None, "the data set that it is attacked on, such as digits (needed)"] = None,
+    data: Annotated[str | None, "the data set that it is attacked on, such as digits (of a run: its own)"] = None,
     out: Annotated[str | None, "the run folder (default: runs/ and the names of file and model)"] = None,
 ) -> str:
     """Audit a model made elsewhere: find its routers, attack, report.
@@ -94,7 +95,10 @@ def audit(
 
     Example: robustmoe audit my_file.py:make_model --data digits --threat "linf(0.1)"
     """
-    if data is None:
+    is_run = model.startswith(zoo.PREFIX) or Path(model).is_dir()
+    if is_run and (data or out):
+        raise UserError("--data and --out go with a model of your own; a run has its own data and folder")
+    if not is_run and data is None:
         raise UserError(f"{model} needs images to be attacked on; expected --data, such as --data digits")
     from robustmoe import records
     from robustmoe.evaluation.auditing import audit as made
@@ -102,9 +106,10 @@ def audit(
     from robustmoe.reporting import report as write
     from robustmoe.reporting import report_files, summary_table
 
-    out = out or str(default_folder(spec.canonical(model)))
-    report_files(Path(out) / "report.html")  # not after the work: whether it can be written
-    done = made(model, data, out=out, options=options)
+    target = str(_run_folder(model)) if is_run else model
+    folder = Path(target) if is_run else Path(out or default_folder(spec.canonical(model)))
+    report_files(folder / "report.html")  # not after the work: whether it can be written
+    done = made(target, data, out=None if is_run else folder, options=options)
     page = write([done.folder], done.folder / "report.html")
     lines = [summary_table(done.results, records.Audit.read(done.folder)), "", f"report: {page}"]
     if done.unwrapped:
@@ -134,6 +139,28 @@ def check(target: Target, options: CheckOptions) -> str:
             show(card(audit.checks), sys.stdout)  # of minutes of work, which are not lost with the file
             raise
     return f"{card(audit.checks)}\nwritten to {records.Audit.path(folder)}; analyze and report show it"
+
+
+def import_weights(
+    file: Annotated[str, "the weights: a file of torch, safetensors, numpy or flax", Mark.POSITIONAL],
+    options: ImportOptions,
+    as_: Annotated[str | None, "the model they are of, such as vit_moe(size=vmoe_small, patch=32) (needed)"] = None,
+    out: Annotated[str | None, "the run folder (default: runs/ and the file's name)"] = None,
+) -> str:
+    """Make a run folder of weights that other code trained.
+
+    Nothing in the file is executed. What was put where is printed; a guess is offered, and never taken.
+
+    Example: robustmoe import wrn.pt --as wrn_28_10 --data cifar10
+    """
+    if as_ is None:
+        raise UserError(f"{file} does not say which model it is of; expected --as, such as --as resnet18")
+    folder = Path(out) if out is not None else Path("runs") / Path(file).name.partition(".")[0]
+    from robustmoe.weights import import_run
+
+    imported = import_run(file, as_, out=folder, options=options)
+    following = f"audit {folder}" if options.data is not None else f"evaluate {folder} --data DATA"
+    return f"{imported.loaded}\nrun folder: {folder}\nnext: robustmoe {following}"
 
 
 def dissect(target: Target, options: DissectOptions) -> str:
@@ -315,6 +342,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "evaluate": evaluate,
     "audit": audit,
+    "import": import_weights,
     "check": check,
     "dissect": dissect,
     "lipschitz": lipschitz,

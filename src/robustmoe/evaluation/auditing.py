@@ -51,9 +51,12 @@ class Audited:
 
 
 @takes(AuditOptions)
-def audit(model: str, data: str, *, options: AuditOptions, out: str | Path | None = None) -> Audited:
+def audit(
+    model: str | Path, data: str | None = None, *, options: AuditOptions, out: str | Path | None = None
+) -> Audited:
     """Audits ``model``, a model of a user's own such as "my_file.py:make_model", on the data set ``data``, in one run
-    folder (``out``; by default in runs/, named after file and model).
+    folder (``out``; by default in runs/, named after file and model); or the model of a run folder, there and on its
+    own data set.
 
     Its routers are looked for (`robustmoe.find_routers`) and wrapped (`robustmoe.wrap`), unless it is a `RoutedModel`;
     a model whose routing is seen but cannot be wrapped is measured as a plain callable, and marked. Then come all
@@ -63,9 +66,7 @@ def audit(model: str, data: str, *, options: AuditOptions, out: str | Path | Non
     given = [build_attack(attack) for attack in options.attacks]
     asked = specs.build(options.threat, "threat") if isinstance(options.threat, str) else options.threat
     threat: Threat = given[0].threat if given else asked
-    text, unwrapped = _described(specs.canonical(model), data, options)
-    more = {"unwrapped": unwrapped, "threat": specs.text(threat)}
-    folder = own_run(text, data, out or default_folder(specs.canonical(model)), more)
+    folder, unwrapped = _folder(model, data, out, threat, options)
     note(f"run folder: {folder}")
     with records.writing(folder):
         shared: dict[str, Any] = {"seed": options.seed, "device": options.device}
@@ -80,6 +81,22 @@ def audit(model: str, data: str, *, options: AuditOptions, out: str | Path | Non
             note("dissection")
             dissect_run(folder, attack=PGD(threat, steps=STEPS), **sized)
     return Audited(folder, results, unwrapped)
+
+
+def _folder(
+    model: str | Path, data: str | None, out: str | Path | None, threat: Threat, options: AuditOptions
+) -> tuple[Path, str]:
+    """Returns the run folder that is audited, and why a model that seems to route is measured as a plain callable."""
+    if Path(model).is_dir():
+        if data is not None or out is not None:
+            raise UserError(f"{model} is a run folder, with data of its own; expected neither data nor out with it")
+        return Path(model), ""
+    if data is None:
+        raise UserError(f"{model} needs images to be attacked on; expected a data set too, such as digits")
+    name = specs.canonical(str(model))
+    text, unwrapped = _described(name, data, options)
+    more = {"unwrapped": unwrapped, "threat": specs.text(threat)}
+    return own_run(text, data, out or default_folder(name), more), unwrapped
 
 
 def _simple(folder: Path, threat: Threat) -> list[Attack]:

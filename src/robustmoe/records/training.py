@@ -26,7 +26,7 @@ NEEDED = ("model", "num_classes", "image_shape", "mean", "std")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """``config.json``: the recipe's fields, what is known of the images, and where the run was made. Not every run has
-    all: see `training.parts.config_of`, `evaluation.own_run` and `evaluation.halves`."""
+    all: see `training.parts.config_of`, `evaluation.own_run`, `evaluation.halves` and `weights.importing`."""
 
     kind: ClassVar[str] = "config"
 
@@ -70,6 +70,7 @@ class Config:
     processes: Positive | None = None
     command: str | None = None
     brings_weights: bool = False
+    imported: dict[str, str] | None = None
     unwrapped: str | None = None
     halves: dict[str, str] | None = None
     resumed: list[Resumed] | None = None

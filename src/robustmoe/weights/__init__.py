@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from robustmoe.weights.importing import Imported, import_run
 from robustmoe.weights.layouts import LAYOUTS
 from robustmoe.weights.loading import Loaded, load_weights
 from robustmoe.weights.pairs import Counterpart, Layout
 
-__all__ = ["LAYOUTS", "Counterpart", "Layout", "Loaded", "load_weights"]
+__all__ = ["LAYOUTS", "Counterpart", "Imported", "Layout", "Loaded", "import_run", "load_weights"]

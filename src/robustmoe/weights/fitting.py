@@ -45,10 +45,8 @@ class Fit:
         return len(self.missing) + len(self.left) + len(self.wrong)
 
     def where(self) -> str:
-        """The group and prefix in words, "" for the file as it is."""
-        parts = [f"its group {self.group!r}"] if self.group else []
-        parts += [f"without the prefix {self.prefix!r}"] if self.prefix else []
-        return ", ".join(parts)
+        """What stands before the names in the file, such as "state_dict/module.", "" for nothing."""
+        return "/".join(filter(None, (self.group, self.prefix)))
 
     def problems(self) -> str:
         """What is wrong, the first of each kind by name."""

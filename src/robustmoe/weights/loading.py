@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.pruned import reset_scores
@@ -27,7 +27,7 @@ class Loaded:
     stayed: tuple[str, ...]
 
     def __str__(self) -> str:
-        where = f" ({self.fit.where()})" if self.fit.where() else ""
+        where = f", under {self.fit.where()!r}" if self.fit.where() else ""
         lines = [f"{self.file}{where}: layout {self.fit.layout}, {len(self.fit.given)} tensors"]
         lines += [f"  {count} {change}" for change, count in self.fit.changed.items()]
         for names, said in (
@@ -65,9 +65,14 @@ def load_weights(
     attempts = fits(groups, model, _asked(layout))
     fit = _chosen(Path(file), attempts, layout, partial)
     own = model.state_dict()
-    model.load_state_dict(dict(fit.given), strict=False)
-    reset_scores(model, frozenset(fit.given))
+    put(model, fit.given)
     return Loaded(Path(file), fit, tuple(name for name in own if name not in fit.given))
+
+
+def put(model: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """The tensors into their places; the scores of pruned convolutions that are not among them are made anew."""
+    model.load_state_dict(dict(given), strict=False)
+    reset_scores(model, frozenset(given))
 
 
 def _asked(layout: str | None) -> Mapping[str, Layout]:
@@ -95,7 +100,7 @@ def _chosen(file: Path, attempts: list[Fit], layout: str | None, partial: bool) 
         return best
     if partial and not best.wrong and layout is not None:
         return best
-    where = f" ({best.where()})" if best.where() else ""
+    where = f", under {best.where()!r}," if best.where() else ""
     advice = "check the model's arguments (--as)"
     if not best.wrong:
         advice += f", or take what there is with --layout {best.layout} --partial"
