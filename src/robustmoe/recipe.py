@@ -30,7 +30,7 @@ SEEDS = 1000
 
 Inputs = Literal["data", "centred", "raw"]
 
-LATER: Mapping[str, str] = {"inputs": "data"}
+LATER: Mapping[str, str | None] = {"inputs": "data", "recalibrate": None}
 """Fields that recipes of older runs do not have, and what those runs did."""
 
 
@@ -64,6 +64,11 @@ class Recipe:
         Literal["fp32", "bf16"], "number format of the network in training; attacked pixels stay fp32"
     ] = "fp32"
     ema: Annotated[float, "decay of the averaged weights; 0 = off"] = 0.0
+    recalibrate: Annotated[
+        Literal["clean", "attacked"] | None,
+        "BatchNorm's statistics taken anew for the weights that are validated and kept, on clean images or on those of "
+        "the method's attack; none = the running ones",
+    ] = None
     clip: Annotated[float, "largest norm of the gradient; 0 = off"] = 0.0
     seed: Annotated[int, "decides every random draw"] = 0
     init: Annotated[

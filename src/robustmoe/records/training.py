@@ -41,6 +41,7 @@ class Config:
     inputs: str | None = None
     precision: str | None = None
     ema: Share | None = None
+    recalibrate: str | None = None
     clip: Length | None = None
     seed: Count | None = None
     init: str | None = None

@@ -31,9 +31,10 @@ from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
 from robustmoe.training.parts import Given, RunParts, build_parts, check_same_run, config_of
 from robustmoe.training.phases import MiniBatch, StepResult, TrainingStopped, train_step
+from robustmoe.training.recalibration import recalibrate
 from robustmoe.training.resuming import TrainingState, examined, restore
 
-ORDER, AUGMENT, TRAIN = 1, 2, 3
+ORDER, AUGMENT, TRAIN, RECALIBRATE = 1, 2, 3, 4
 """Keys under which a run draws its random numbers, beside its seed and the epoch (see `robustmoe.noise`)."""
 
 SECOND = 1
@@ -236,7 +237,7 @@ def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dic
     Part of an epoch (``max_steps``) is no candidate: its weights are kept only until a whole epoch is done.
     """
     started = time.monotonic()
-    judged = _judged(parts)
+    judged = _judged(parts, state)
     result = _validated(parts, state, judged)
     score = next(rate for rate in (result.certified, result.robust, result.clean) if rate is not None)
     whole = state.step == parts.steps
@@ -294,10 +295,20 @@ def _line(
     }
 
 
-def _judged(parts: RunParts) -> RoutedModel:
-    """Returns the model that is validated and kept: the averaged weights where there are any."""
-    if parts.average is None:
+def _judged(parts: RunParts, state: TrainingState) -> RoutedModel:
+    """Returns the model that is validated and kept: the averaged weights where there are any, and where the recipe
+    says so BatchNorm's statistics taken anew, on the batches with which the epoch began.
+    """
+    recipe = parts.recipe
+    if parts.average is None and recipe.recalibrate is None:
         return parts.model
     model = copy.deepcopy(parts.model)
-    model.load_state_dict(parts.average.state)
+    if parts.average is not None:
+        model.load_state_dict(parts.average.state)
+    if recipe.recalibrate is not None:
+        key = (recipe.seed, RECALIBRATE, state.epoch)
+        again = _training_batches(parts, dataclasses.replace(state, step=0))
+        given = (MiniBatch(batch.x, batch.y, Noise.of(batch.index, *key)) for batch in again)
+        attack = parts.method.attack if recipe.recalibrate == "attacked" else None
+        recalibrate(model, given, attack, parts.autocast)
     return model

@@ -85,7 +85,7 @@ class RunParts:
 
 def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given) -> RunParts:
     """``fresh``: no checkpoint will be loaded over the model's first weights."""
-    method: Method = given.build("method", recipe.method, "method")
+    method = _method(recipe, given)
     optimizer: OptimizerSpec = given.build("optimizer", recipe.optimizer, "optimizer")
     schedule: Schedule = given.build("schedule", recipe.schedule, "schedule")
     augment = given.build("augment", recipe.augment, "augment") if recipe.augment else None
@@ -122,6 +122,13 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     data.verify()  # a damaged image is told of before the first step, not in the last epoch
     look_at(model, data, device)
     return parts
+
+
+def _method(recipe: Recipe, given: Given) -> Method:
+    method: Method = given.build("method", recipe.method, "method")
+    if recipe.recalibrate == "attacked" and method.attack is None:
+        raise UserError("recalibrate=attacked takes the method's attack, and this method has none; expected clean")
+    return method
 
 
 def look_at(model: RoutedModel, data: Data, device: torch.device) -> None:
