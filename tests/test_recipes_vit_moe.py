@@ -28,13 +28,16 @@ CIFAR, TINY = "cifar10_small", "tiny_imagenet_small"
 MOE = ViTMoE("small", patch=4, experts=8, k=2)
 EVERY2, TINY_MOE = (dataclasses.replace(MOE, placement="every_2", patch=patch) for patch in (4, 8))
 WIDE = ViT(patch=4, mlp_ratio=8.0)
+VMOE: dict[str, Any] = {"experts": 8, "k": 2, "eval_capacity": 4.0, "group": 8, "multiple": 4, "gelu": "tanh"}
 MODELS = {
     f"{CIFAR}_dense": vit_small(patch=4),
     f"{CIFAR}_dense_wide": WIDE,
     f"{CIFAR}_last2": MOE,
     f"{CIFAR}_every2": EVERY2,
     f"{CIFAR}_every2_e2": dataclasses.replace(EVERY2, experts=2),
-    f"{CIFAR}_soft": dataclasses.replace(MOE, experts=16, choice="slots", slots=4, placement=(6, 7, 8, 9, 10, 11)),
+    f"{CIFAR}_soft": dataclasses.replace(
+        MOE, experts=16, choice="slots", slots=4, placement=(6, 7, 8, 9, 10, 11), classifier="gap", qk_norm=True
+    ),
     f"{CIFAR}_upcycled": dataclasses.replace(MOE, gating="renormalised"),
     f"{CIFAR}_dense_at": vit_small(patch=4),
     f"{CIFAR}_dense_wide_at": WIDE,
@@ -43,9 +46,11 @@ MODELS = {
     f"{CIFAR}_every2_at_consistent": EVERY2,
     f"{TINY}_every2": TINY_MOE,
     f"{TINY}_every2_at": TINY_MOE,
-    "imagenet_s32_last2": ViTMoE("vmoe_small", patch=32, experts=8, k=2, equal_experts=True),
+    "imagenet_s32_last2": ViTMoE(
+        "vmoe_small", patch=32, equal_experts=True, capacity=1.05, expert_dropout=0.2, pre_logits=512, **VMOE
+    ),
     "imagenet_b16_every2_finetuned": ViTMoE(
-        "base", patch=16, experts=8, k=2, placement="every_2", gating="renormalised"
+        "base", patch=16, placement="every_2", gating="renormalised", capacity=1.5, **VMOE
     ),
 }
 
@@ -114,6 +119,8 @@ def test_everything_a_recipe_names_is_built(name: str) -> None:
     eps = "1/255" if "_at" not in name else "8/255" if name.startswith(CIFAR) else "2/255"
     assert threats == {spec.build(f"linf({eps})", "threat")}
     assert ("_at" in name) == (method.attack is not None) == (written.val_attack is not None)
+
+    assert written.inputs == ("centred" if name.startswith("imagenet") else "data")
 
     balance = None
     if isinstance(own, ViTMoE) and own.choice == "token":

@@ -7,9 +7,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from robustmoe.models.vit import resample_positions
 from robustmoe.models.vit_parts import dropped, gelu, sincos2d
 from robustmoe.noise import Noise
 from robustmoe.routing import Tape
+from robustmoe.training.starting import start_from
 from robustmoe.weights import LAYOUTS
 
 SIZE = "patch=4, width=16, depth=4, heads=2, mlp_ratio=2"
@@ -357,6 +360,18 @@ def test_weights_of_flax_for_another_image_size() -> None:
     assert pair.theirs == ("Encoder/posembed_input/pos_embedding",)
     given = torch.randn(1, 17, 16)
     assert torch.equal(pair.read([given])[0], resample_positions(given, (2, 3), how="zoom"))
+
+
+def test_a_file_without_a_class_token_for_another_image_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As timm's nets with global_pool=avg or map: all positions are of the grid."""
+    weights = shaken(ViT(4, 16, 4, 2, 2.0, classifier="gap").network(4, (3, 8, 8))).state_dict()
+    safetensors.torch.save_file(weights, tmp_path / "gap.safetensors")
+    model = build_model(f"vit({SIZE}, classifier=gap)", 4, (3, 12, 16))
+    start_from(model, tmp_path / "gap.safetensors")
+    assert "pos_embed interpolated from 2 x 2 to 3 x 4 patches" in capsys.readouterr().err
+    assert torch.equal(model.network.pos_embed, resample_positions(weights["pos_embed"], (3, 4), prefix=0))
 
 
 def test_positions_without_a_class_token() -> None:

@@ -183,7 +183,7 @@ def _fitted(
         return None
     positions = last == "pos_embed" and value.ndim == 3 and value.shape[::2] == place.shape[::2]
     if not source.is_run and positions and isinstance(owner, Positioned):
-        return _interpolated(value, owner.grid, f"init: {source.file}: {name!r}", remarks)
+        return _interpolated(value, owner, f"init: {source.file}: {name!r}", remarks)
     if target.endswith("patch_embed.proj.weight") and value.shape[:2] == place.shape[:2]:
         raise UserError(
             f"init: {source.file}: {name!r} is for patches of {value.shape[-1]} pixels, the model's are of "
@@ -195,12 +195,13 @@ def _fitted(
     )
 
 
-def _interpolated(value: Tensor, grid: tuple[int, int], said: str, remarks: dict[str, None]) -> Tensor:
+def _interpolated(value: Tensor, owner: Positioned, said: str, remarks: dict[str, None]) -> Tensor:
+    grid = owner.grid
     try:
-        resampled = resample_positions(value, grid)
+        resampled = resample_positions(value, grid, owner.prefix)
     except ValueError as error:
         raise UserError(f"{said}: {error}") from error
-    side = math.isqrt(value.shape[1] - 1)
+    side = math.isqrt(value.shape[1] - owner.prefix)
     remarks[f"pos_embed interpolated from {side} x {side} to {grid[0]} x {grid[1]} patches"] = None
     return resampled
 

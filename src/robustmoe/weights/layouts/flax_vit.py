@@ -107,7 +107,7 @@ def _positions(theirs: str, ours: str, network: ViTNetwork) -> Counterpart:
     def read(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [resample_positions(tensors[0], network.grid, network.prefix, "zoom")]
 
-    return Counterpart((theirs,), (ours,), read, change="zoomed, where of another grid")
+    return Counterpart((theirs,), (ours,), read, change="positions, zoomed if of another grid")
 
 
 def _network(network: ViTNetwork, at: str, names: _Names) -> Iterator[Counterpart]:
