@@ -1,9 +1,10 @@
 """Convolutional networks of other code and ours, from the same weights: python benchmarks/fidelity_cnn.py SOURCE PATH.
 
-SOURCE is one of `SOURCES`, PATH a checkout of its repository, which is imported; nothing of it stands here. Random
-weights in their names go to both. Printed are the largest difference of the logits, their deviation, and how many
-routers chose the same. ``--write`` keeps the rows (docs/results/fidelity_cnn.json), and the small nets as cases under
-tests/golden/fidelity, to which tests/test_fidelity.py holds ours.
+SOURCE is one of `SOURCES`, PATH a checkout of its repository, which is imported; nothing of it stands here. KASTEL's
+code also wants einops, and --vision. Random weights in their names go to both. Printed are the largest difference of
+the logits, their deviation, and how many routers chose the same. ``--write`` keeps the rows
+(docs/results/fidelity_cnn.json), and the small nets as cases under tests/golden/fidelity, to which
+tests/test_fidelity.py holds ours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +108,13 @@ def fill(net: nn.Module, case: Case, only: str = "") -> None:
 
 @torch.no_grad()
 def run(twin: Twin, source: Source, n: int = 6) -> tuple[Case, dict[str, Any]]:
-    """Both on the same weights and images, of the first seed by which every router sends images to two experts and
-    decides clearly.
+    """Both on the same weights and images, of the first seed by which a router (of several two) sends images to two
+    experts and all decide clearly.
     """
     net, shape = twin.theirs().eval(), (3, twin.size, twin.size)
     said = f"{source.repository} at {source.commit}"
     weights = weights_of(net, twin.still)
-    for seed in range(100):
+    for seed in range(400):
         case = Case(source.layout, twin.ours, said, shape, twin.num_classes, seed, n, twin.inputs, weights, [], {})
         x = torch.from_numpy(case.images())
         if not twin.inside:
@@ -121,7 +123,7 @@ def run(twin: Twin, source: Source, n: int = 6) -> tuple[Case, dict[str, Any]]:
         if twin.routes is not None:
             fill(net, case, twin.deciding)
             routes = twin.routes(net, x)
-            if any(len(each.unique()) < 2 for each in routes.values()):
+            if sum(len(each.unique()) > 1 for each in routes.values()) < min(2, len(routes)):
                 continue
         fill(net, case)
         logits = net(x)
@@ -238,16 +240,17 @@ def optml(path: Path) -> list[Twin]:
         twin("optml_resnet34", "resnet34", models.resnet34_cifar_moe),
         twin("optml_resnet50", "resnet50", models.resnet50_cifar_moe),
         twin("optml_resnet18_tiny", "resnet18", models.resnet18_cifar_moe, size=64, num_classes=200),
-        twin("optml_resnet18_imagenet", "resnet18(stem=imagenet)", models.resnet18_imagenet_moe, size=96),
-        twin("optml_resnet50_imagenet", "resnet50(stem=imagenet)", models.resnet50_imagenet_moe, size=96),
+        twin("optml_resnet18_imagenet", "resnet18(stem=imagenet)", models.resnet18_imagenet_moe, experts=5, size=96),
+        twin("optml_resnet50_imagenet", "resnet50(stem=imagenet)", models.resnet50_imagenet_moe, experts=5, size=96),
         twin("optml_vgg16_half", "vgg16", models.vgg16_bn_moe),
-        twin("optml_vgg16_64", "vgg16", models.vgg16_bn_moe, size=64),
+        twin("optml_vgg16_64", "vgg16", models.vgg16_bn_moe, size=64, experts=3),
         twin("optml_wrn_28_4", "wide_resnet(28, 4, released=True)", models.wrn_28_4_cifar_moe, still=dead),
         twin("optml_wrn_28_10", "wide_resnet(28, 10, released=True)", models.wrn_28_10_cifar_moe, still=dead),
         twin(
             "optml_wrn_28_4_imagenet",
             "wide_resnet(28, 4, stem=imagenet, released=True)",
             models.wrn_28_4_imagenet_moe,
+            experts=5,
             still=dead,
             size=96,
         ),
@@ -292,8 +295,8 @@ def timl(path: Path) -> list[Twin]:
     return [
         Twin(
             "timl_moe",
-            ours.format("resnet10"),
-            small(lambda: moe.MOE_Resnet18(4, 10, 32)),
+            ours.format("resnet10").replace("experts=4", "experts=2"),
+            small(lambda: moe.MOE_Resnet18(2, 10, 32)),
             True,
             inputs=CIFAR10,
             routes=chosen,
@@ -302,6 +305,80 @@ def timl(path: Path) -> list[Twin]:
         Twin("timl_moe_resnet18", ours.format("resnet18"), whole, routes=chosen, deciding=r"router\."),
         Twin("timl_dual_resnet18", dual.format("resnet18", "resnet18"), both, routes=of_both, deciding=r"router\."),
     ]
+
+
+# ------------------------------------------------------------------------------------------------ Robust Experts
+
+
+def kastel(path: Path) -> list[Twin]:
+    """Wants einops, and --vision PATH, a checkout of pytorch/vision."""
+    sys.path.insert(0, str(path))
+    importlib.import_module("src.models.nn")
+    unused = {
+        "deeplabv3plus": {"__path__": []},
+        "deeplabv3plus.sync_batchnorm": {"SynchronizedBatchNorm2d": nn.Identity},
+    }
+    for name, values in unused.items():  # asked for by name alone, and not in the repository
+        module = types.ModuleType(f"src.models.nn.{name}")
+        module.__dict__.update(values)
+        sys.modules[module.__name__] = module
+    block, conv, kinds = (
+        importlib.import_module(f"src.models.nn.moe.{name}")
+        for name in ("resnet_block_moe", "resnet_conv_moe", "routing")
+    )
+    routers = {
+        "gap_fc": kinds.GlobalAvgLinearRoutingNetwork,
+        "conv_gap": kinds.ConvGlobalAvgRoutingNetwork,
+        "conv3_gap": partial(kinds.ConvGlobalAvgRoutingNetwork, kernel_size=(3, 3)),
+        "double_conv": partial(kinds.DoubleConvGlobalAvgRoutingNetwork, kernel_size=(1, 1)),
+        "fixed_gap": kinds.GlobalAvgDeterministicRoutingNetwork,
+        "channel_gap": kinds.SingleEntryDeterministicRoutingNetwork,
+    }
+
+    def chosen(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        gates = {name.removesuffix(".gate"): gate for name, gate in net.named_modules() if name.endswith(".gate")}
+        hooks = [
+            gate.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out[1].nonzero()[:, 1]}))
+            for name, gate in gates.items()
+        ]
+        net(x)
+        for hook in hooks:
+            hook.remove()
+        return {router_of(name): each.view(len(x), 1, -1) for name, each in seen.items()}
+
+    def twin(name: str, ours: str, make: Make, router: str, k: int = 1, golden: bool = False, layers: int = 18) -> Twin:
+        made = partial(make, routing_layer_type=routers[router], num_experts=3, k=k, layers=layers, num_channels=3,
+                       small_inputs=True, num_classes=10, use_ste=True, expert_capacity=None)  # fmt: skip
+        spec = f"{ours}, experts=3, router={router}{f', k={k}' if k > 1 else ''})"
+        return Twin(f"kastel_{name}", spec, made, golden, routes=chosen)
+
+    blocks, last, convs = block.ResNetBlockMoE, block.ResNetResidualBlockMoE, conv.ResNetConvMoE
+    late = partial(convs, moe_layer_prefix="layer4.1.conv2")
+    return [
+        *(twin(f"block_{name}", "block_moe(resnet18", blocks, name) for name in routers),
+        twin("conv3_gap", "block_moe(resnet10", blocks, "conv3_gap", golden=True, layers=10),
+        twin(
+            "double_conv",
+            "conv_moe(resnet10, convs=last",
+            partial(convs, moe_layer_prefix="layer4.0.conv2"),
+            "double_conv",
+            golden=True,
+            layers=10,
+        ),
+        twin("residual", "block_moe(resnet18, blocks=last", last, "conv3_gap"),
+        twin("block_k2", "block_moe(resnet18", blocks, "gap_fc", 2),
+        twin("conv", "conv_moe(resnet18, shortcuts=True", convs, "conv3_gap"),
+        twin("conv_last", "conv_moe(resnet18, convs=last", late, "gap_fc"),
+        twin("block_resnet50", "block_moe(resnet50", blocks, "gap_fc", layers=50),
+    ]
+
+
+def router_of(layer: str) -> str:
+    """Our name of a router by their path of its layer."""
+    _, stage, *inside = layer.split(".")
+    inner = ".".join(inside).replace("downsample.0", "shortcut.conv")
+    return f"network.stages.{int(stage.removeprefix('layer')) - 1}.{inner}.router"
 
 
 # ------------------------------------------------------------------------------------------------ dense networks
@@ -360,6 +437,7 @@ def vision(path: Path) -> Any:
     models = sys.modules["torchvision.models"]
     models.resnet = importlib.import_module("torchvision.models.resnet")
     models.vision_transformer = importlib.import_module("torchvision.models.vision_transformer")
+    models.resnet10 = partial(models.resnet.ResNet, models.resnet.BasicBlock, [1] * 4)  # none of theirs: a small case
     for name in ("ResNet", "resnet18", "resnet34", "resnet50"):
         setattr(models, name, getattr(models.resnet, name))
     sys.modules["torchvision"].models = models
@@ -421,6 +499,7 @@ def robustbench(path: Path) -> list[Twin]:
 SOURCES = {
     "optml": Source("optml", "github.com/OPTML-Group/Robust-MoE-CNN", "c50796f", optml),
     "timl": Source("timl", "github.com/TIML-Group/Robust-MoE-Dual-Model", "30ef94d", timl),
+    "kastel": Source("kastel", "github.com/KASTEL-MobilityLab/robust-sparse-moes", "ed22e81", kastel),
     "torchvision": Source("torchvision", "github.com/pytorch/vision", "0.28.0", torchvision),
     "robustbench": Source("robustbench", "github.com/RobustBench/robustbench", "78fcc9e", robustbench),
 }
@@ -430,10 +509,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", choices=SOURCES)
     parser.add_argument("path", type=Path)
+    parser.add_argument("--vision", type=Path, help="for kastel: a checkout of pytorch/vision")
     parser.add_argument("--only", default="", help="a regular expression of the names wanted")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     source, kept = SOURCES[options.source], {}
+    if options.vision is not None:
+        vision(options.vision)
     for twin in source.twins(options.path):
         if not re.search(options.only, twin.name):
             continue

@@ -29,6 +29,8 @@ from robustmoe.training.auxiliary import (
     importance,
     load,
     load_balance,
+    switch_best,
+    variance,
     vmoe,
     z_loss,
 )
@@ -73,6 +75,18 @@ TWO = routing([0.9, 0.1], [0.3, 0.7])  # P = (0.6, 0.4), one image each
         (load_balance, COLLAPSED, 3.0),
         (load_balance, SURE_AND_EVEN, 0.0),
         (load_balance, TWO, 0.0),  # f = (1/2, 1/2)
+        # The same of the largest logits; 1 more, minus the mean deviation of p: of SURE_AND_EVEN 2 of 8 are 1, so the
+        # unbiased variance is 8 / 7 * 3 / 16; of TWO both are 0.6 / sqrt 2
+        (switch_best, UNIFORM, 0.0),
+        (switch_best, COLLAPSED, 3.0),
+        (switch_best, TWO, 0.0),
+        (switch_best, top_k(TWO.logits, 2), 0.0),
+        (switch_best, Routing(TWO.logits, 1 - TWO.index, TWO.weight), 0.0),
+        (switch_best, Routing(COLLAPSED.logits, SURE_AND_EVEN.index, COLLAPSED.weight), 3.0),  # shared out otherwise
+        (variance, UNIFORM, 1.0),
+        (variance, COLLAPSED, 4.0),
+        (variance, SURE_AND_EVEN, 1 - (3 / 14) ** 0.5),
+        (variance, TWO, 1 - 0.6 / 2**0.5),
         # Mean of H(p) - H(P)
         (entropy, UNIFORM, 0.0),
         (entropy, COLLAPSED, 0.0),
@@ -250,8 +264,9 @@ def test_huge_logits_have_finite_losses_and_gradients(name: str, gap: float) -> 
     """exp underflows in float32 from a gap of 104 on. Values as in the closed forms: collapsed, and sure and even. (The
     noise is 0 here: the chosen expert is at the threshold, with probability 1/2; what the mean is does not matter.)
     """
-    one, both = {"importance": 3.0, "load": 3.0, "vmoe": 3.0, "gshard": 4.0}, {"z": gap**2}
-    even = {"switch": 0.0, "entropy": -LOG4, "importance": 0.0, "load": 0.0, "vmoe": 0.0, "gshard": 1.0}
+    one = {"importance": 3.0, "load": 3.0, "vmoe": 3.0, "gshard": 4.0, "switch_best": 3.0, "variance": 4.0}
+    both, other = {"z": gap**2}, {"switch_best": 0.0, "variance": 1 - (3 / 14) ** 0.5}
+    even = {"switch": 0.0, "entropy": -LOG4, "importance": 0.0, "load": 0.0, "vmoe": 0.0, "gshard": 1.0, **other}
     for chosen, expected in (
         (torch.zeros(8, dtype=torch.long), {"switch": 3.0, "entropy": 0.0, "column_entropy": 0.0, **one, **both}),
         (torch.arange(8) % 4, {"column_entropy": -LOG4, **even, **both}),
@@ -329,10 +344,10 @@ def test_a_method_adds_the_loss_it_was_told(
 
 def test_a_loss_of_another_name_is_refused() -> None:
     assert build_method("standard(balance=0.1, balance_loss=column_entropy)").attack is None
-    with pytest.raises(UserError, match=r"'balance_loss': unknown name 'variance'; .*known: column_entropy, entropy"):
-        build_method("standard(balance=0.1, balance_loss=variance)")
-    with pytest.raises(ValueError, match=r"balance_loss must be one of switch, entropy, .*; got 'variance'"):
-        check_balance_loss("variance")  # what the methods ask in Python, where no type checker looks
+    with pytest.raises(UserError, match=r"'balance_loss': unknown name 'spread'; .*known: column_entropy, entropy"):
+        build_method("standard(balance=0.1, balance_loss=spread)")
+    with pytest.raises(ValueError, match=r"balance_loss must be one of switch, switch_best, .*; got 'spread'"):
+        check_balance_loss("spread")  # what the methods ask in Python, where no type checker looks
 
 
 # ------------------------------------------------------------------------------------------------ two processes
@@ -397,6 +412,7 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     for rank in (0, 1):
         torch.testing.assert_close(two[rank]["prc"]["value"], whole["value"])
         torch.testing.assert_close(two[rank]["prc"]["gradient"], 2 * whole["gradient"][rank::2])
-    routers = [one[name][model_for(name)[1]] for name in BALANCE_LOSSES]
+    alike = {"switch_best"}  # as "switch", where nothing but the logits decides
+    routers = [one[name][model_for(name)[1]] for name in BALANCE_LOSSES if name not in alike]
     pairs = [pair for pair in itertools.combinations(routers, 2) if pair[0].shape == pair[1].shape]
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in pairs)

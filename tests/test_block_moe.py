@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+import zlib
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from robustmoe import spec
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedLayer, RoutedModel, block, build_model, mix_reference
-from robustmoe.models.block import layer_router
+from robustmoe.models.layer_routers import LayerRouter, layer_router, shared_out
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Trace, detach, soft, to_expert, top_k
 from robustmoe.training import MiniBatch, build_method, train_step
@@ -198,13 +201,116 @@ def test_the_routers_gradient_is_the_softmax_straight_through(images: Callable[.
     torch.testing.assert_close(found[0, 0], expected, rtol=1e-5, atol=1e-9)
 
 
-def test_the_two_routers_are_the_papers(images: Callable[..., Tensor]) -> None:
-    """GAP and a linear layer with bias; a 1x1 convolution without bias and GAP, which is the same map."""
-    x = torch.randn(5, 6, 4, 3)
-    fc, conv = layer_router(6, 3, "gap_fc"), layer_router(6, 3, "conv_gap")
+@pytest.mark.parametrize("training", [False, True])
+def test_the_routers_are_the_papers_and_its_codes(training: bool) -> None:
+    """GAP and a linear layer with bias; convolutions without bias and padding, and then GAP; and two that are fixed."""
+    x = torch.randn(5, 6, 4, 3, dtype=torch.float64)
+    router = {kind: layer_router(6, 3, kind).double().train(training) for kind in get_args(LayerRouter)}
+    fc, twice = router["gap_fc"], router["double_conv"]
     torch.testing.assert_close(fc(x), x.mean((2, 3)) @ fc.head.weight.T + fc.head.bias)
-    assert conv.head.bias is None
-    torch.testing.assert_close(conv(x), F.conv2d(x, conv.head.weight[:, :, None, None]).mean((2, 3)))
+    for kind, size in (("conv_gap", 1), ("conv3_gap", 3)):
+        assert router[kind].head.bias is None
+        filters = router[kind].head.weight.view(3, 6, size, size)
+        torch.testing.assert_close(router[kind](x), F.conv2d(x, filters).mean((2, 3)))
+    middle = F.conv2d(x, twice.first.weight)
+    mean, var = (
+        (middle.mean((0, 2, 3)), middle.var((0, 2, 3), correction=0)) if training else (0 * middle[0, :, 0, 0], 1)
+    )
+    middle = (middle - mean[:, None, None]) / (torch.as_tensor(var) + 1e-5).sqrt().view(-1, 1, 1)
+    torch.testing.assert_close(twice(x), F.conv2d(middle, twice.head.weight[:, :, None, None]).mean((2, 3)))
+    fixed = router["fixed_gap"]
+    torch.testing.assert_close(fixed(x), x.mean((2, 3)) @ fixed.directions.T)
+    torch.testing.assert_close(router["channel_gap"](x), x[:, :3].mean((2, 3)))
+    assert not [*fixed.parameters(), *router["channel_gap"].parameters()]
+
+
+def test_a_map_smaller_than_the_filters_says_so() -> None:
+    model = build_model(f"block_moe({BACKBONE}, stages=(3,), experts=2, router=conv3_gap)", 4, SHAPE)
+    with pytest.raises(UserError, match=r"router conv3_gap got a feature map of 2 x 2; expected at least 3 x 3"):
+        model(torch.rand(2, *SHAPE))
+
+
+# ------------------------------------------------------------------------------------------------ sharing out a batch
+
+
+def by_hand(scores: Tensor, k: int, room: int, rounds: int = 24) -> list[set[int]]:
+    """The rule image by image and expert by expert: who asks for whom, and whom each expert takes."""
+    n, e = scores.shape
+    has: list[set[int]] = [set() for _ in range(n)]
+    left = dict.fromkeys(range(e), room)
+
+    def likes(i: int) -> Tensor:
+        return torch.tensor([-1e5 if j in has[i] else float(scores[i, j]) for j in range(e)]).softmax(0)
+
+    def asks(i: int, among: list[int]) -> list[int]:
+        order = sorted((j for j in among if j not in has[i]), key=lambda j: -float(likes(i)[j]))
+        return order[: k - len(has[i])]
+
+    for _ in range(rounds):
+        asked = {i: asks(i, [j for j in range(e) if left[j]]) for i in range(n)}
+        liked = {i: likes(i) for i in range(n)}
+        for j in range(e):
+            taken = sorted((i for i in range(n) if j in asked[i]), key=lambda i: -float(liked[i][j]))[: left[j]]
+            left[j] -= len(taken)
+            for i in taken:
+                has[i].add(j)
+    return [mine | set(asks(i, list(range(e)))) for i, mine in enumerate(has)]
+
+
+@pytest.mark.parametrize(
+    "n, e, k, factor", [(9, 3, 1, 1.0), (10, 4, 1, 1.5), (7, 4, 2, 1.1), (6, 5, 3, 0.5), (1, 2, 2, 1.0)]
+)
+def test_a_batch_is_shared_out_as_by_hand(n: int, e: int, k: int, factor: float) -> None:
+    scores = 2 * torch.randn(n, e) + 2 * torch.randn(e)
+    room = max(1, math.ceil(k * n * factor / e))
+    given = shared_out(scores, k, factor)
+    assert [set(row) for row in given.tolist()] == by_hand(scores, k, room)
+    assert [len(set(row)) for row in given.tolist()] == [k] * n
+    if k == 1 and factor >= 1:
+        assert int(torch.bincount(given[:, 0], minlength=e).max()) <= room
+    best = scores.topk(k, dim=1).indices.sort(1).values
+    assert torch.equal(shared_out(scores, k, None), best)
+
+
+def test_everybody_wants_expert_1_and_two_get_it() -> None:
+    """Six images, three experts, room for two each: the two most eager stay, the next two go to their second best."""
+    scores = torch.tensor([[0.0, 9, 1], [0, 8, 1], [0, 7, 1], [0, 6, 1], [1, 5, 0], [1, 4, 0]])
+    assert shared_out(scores, 1, 1.0)[:, 0].tolist() == [1, 1, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("k, gate", [(1, None), (2, None), (2, "vmoe")])
+def test_noise_and_capacity_change_training_alone(k: int, gate: str | None, images: Callable[..., Tensor]) -> None:
+    """In eval mode the model is that without them; in training no expert gets more than its room, noise moves
+    decisions, and the gates are functions of the logits without it.
+    """
+    text, x = f"block_moe({BACKBONE}, stages=(3,), experts=3, k={k}, blocks=last", images(24)
+    more = f", gate={gate}" if gate else ""
+    plain, made = (build_model(f"{text}{each})", 4, SHAPE) for each in (more, f"{more}, noise=0.5, capacity=1.0"))
+    randomised = Noise.of(torch.arange(24), 5)
+    assert torch.equal(plain(x), made(x))
+    (routing,) = made.train().run(x).trace.values()
+    assert int(routing.chosen().sum((0, 1)).max()) <= 8 * k
+    assert torch.equal(routing.index, made.run(x).trace[next(iter(plain.run(x).trace))].index)
+    (noisy,) = made.run(x, noise=randomised).trace.values()
+    assert not torch.equal(noisy.index, routing.index)
+    (free,) = plain.train().run(x, noise=randomised).trace.values()
+    assert not torch.equal(free.index, routing.index)
+    chosen = noisy.logits.gather(-1, noisy.index)
+    p = noisy.logits.softmax(-1).gather(-1, noisy.index)
+    torch.testing.assert_close(noisy.weight, p if gate else chosen.softmax(-1))
+    assert (p.diff(dim=-1) <= 0).all()  # best first
+    (gradient,) = torch.autograd.grad(noisy.weight[0].sum() if k == 1 else noisy.weight[0, 0, 0], noisy.logits)
+    assert (gradient[0] != 0).any()
+
+
+def test_noise_is_drawn_image_by_image(images: Callable[..., Tensor]) -> None:
+    """Scores by their definition: probabilities over their deviation in the batch, plus noise of the image's own."""
+    model = build_model(f"block_moe({BACKBONE}, stages=(3,), experts=3, blocks=last, noise=2.0)", 4, SHAPE)
+    x, streams = images(10), Noise.of(torch.arange(10), 1)
+    ((name, routing),) = model.run(x, noise=streams).trace.items()
+    p = routing.logits[:, 0].softmax(1)
+    drawn = streams.fold(zlib.crc32(name.encode())).normal(3)
+    assert torch.equal(routing.index[:, 0, 0], (p / p.std() + 2 * drawn).argmax(1))
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -312,6 +418,13 @@ def test_other_backbones_have_stages_too(kind: str, backbone: str, images: Calla
         ("block_moe(resnet18, stages=())", r"stages names no stage"),
         ("conv_moe(resnet18, experts=2, k=3)", "k must be between 1 and the number of experts, 2; got 3"),
         ("block_moe(resnet18, router=linear)", "argument 'router'"),
+        ("block_moe(resnet18, noise=-1.0)", "noise must be a number from 0 on; got -1.0"),
+        ("conv_moe(resnet18, capacity=0.0)", "capacity must be above 0; got 0.0"),
+        ("block_moe(resnet18, capacity=1.5, gate=soft)", "noise and capacity go with no gate, renormalised or vmoe"),
+        (
+            "block_moe(resnet18(width=2), experts=9, router=channel_gap)",
+            "a channel for each expert; got 9 and 8 channels",
+        ),
     ],
 )
 def test_bad_settings_are_refused(text: str, message: str) -> None:
@@ -322,7 +435,7 @@ def test_bad_settings_are_refused(text: str, message: str) -> None:
 def test_a_spec_is_written_as_it_is_read() -> None:
     text = "block_moe(resnet18(width=8), stages=(3, 4), router=gap_fc, blocks=last)"
     assert spec.text(spec.build(text, "model")) == text
-    with pytest.raises(ValueError, match="router must be 'conv_gap' or 'gap_fc'; got 'linear'"):
+    with pytest.raises(ValueError, match=r"router must be 'conv_gap', 'gap_fc', .*; got 'linear'"):
         layer_router(4, 2, "linear")
 
 

@@ -390,6 +390,8 @@ CASES = {
         "block_moe(resnet10(width=4), experts=2)",
         "block_moe(resnet8(width=4), stages=(2, 3), experts=3, k=2, router=gap_fc, blocks=last)",
         "block_moe(wide_resnet(depth=10, width=1), stages=(3,), experts=2, router=gap_fc, gate=vmoe, standardise=True)",
+        "block_moe(resnet8(width=4), stages=(2,), experts=3, router=conv3_gap, noise=0.1, capacity=1.5)",
+        "block_moe(resnet8(width=4), stages=(3,), experts=3, router=double_conv)",
     ],
     "conv_moe": [
         "conv_moe(resnet10(width=4), experts=2, router=gap_fc)",

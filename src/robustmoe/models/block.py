@@ -6,29 +6,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, initialise
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkModel, RoutedModel
 from robustmoe.models.convolution import Conv
+from robustmoe.models.layer_routers import LayerRouter, layer_router, shared_out
 from robustmoe.models.mixing import mix_sparse
-from robustmoe.models.norm import Normalise, Standardise, at_least_float32
+from robustmoe.models.norm import Normalise, at_least_float32
+from robustmoe.noise import Noise
 from robustmoe.routing import Gate, Routing, Tape, choose, straight_through
-
-LayerRouter = Literal["conv_gap", "gap_fc"]
-"""Global average pooling and a linear map: "gap_fc" with a bias, "conv_gap" without.
-
-The paper's Conv-GAP is a 1x1 convolution without bias and then the average; both are linear, so the average comes first
-here, at 1 / (h w) of the cost. The two routers of the paper differ in that bias and in nothing else.
-"""
 
 
 class _Pass(NamedTuple):
@@ -56,26 +53,6 @@ def handing_down(tape: Tape, images: int) -> Iterator[None]:
         _PASS.reset(token)
 
 
-class GapRouter(nn.Module):
-    """Router logits of feature maps: (n, d, h, w) -> (n, e)."""
-
-    def __init__(self, channels: int, experts: int, kind: str) -> None:
-        super().__init__()
-        self.head = nn.Linear(channels, experts, bias=kind == "gap_fc")
-
-    def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n e"]:
-        logits: Tensor = self.head(at_least_float32(x).mean((2, 3)))
-        return logits
-
-
-def layer_router(channels: int, experts: int, kind: str, standardise: bool = False) -> nn.Module:
-    """Returns a fresh router for feature maps of so many channels."""
-    if kind not in ("conv_gap", "gap_fc"):
-        raise ValueError(f"router must be 'conv_gap' or 'gap_fc'; got {kind!r}")
-    router = GapRouter(channels, experts, kind)
-    return Standardise(router, experts) if standardise else router
-
-
 def check_experts(experts: int, k: int) -> None:
     if not 1 <= k <= experts:
         raise ValueError(f"k must be between 1 and the number of experts, {experts}; got {k}")
@@ -87,16 +64,27 @@ class RoutedLayer(nn.Module):
 
     ``name``: the layer's path in the `RoutedModel`, under which its router is in the trace. Raises UserError outside
     of that model's pass (activation checkpointing calls a layer again there), in a second call in one pass, and for
-    a batch that is not the pass's images.
+    a batch that is not the pass's images. ``noise`` and ``capacity``: see `BlockMoE`.
     """
 
-    def __init__(self, name: str, router: nn.Module, experts: list[nn.Module], k: int, gate: Gate | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        router: nn.Module,
+        experts: list[nn.Module],
+        k: int,
+        gate: Gate | None,
+        noise: float = 0.0,
+        capacity: float | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.router = router
         self.experts = nn.ModuleList(experts)
         self.k = k
         self.gate = gate
+        self.noise = noise
+        self.capacity = capacity
 
     def forward(self, x: Float[Tensor, "n d h w"], segments: None = None) -> Tensor:
         """``segments``: there for backbones whose blocks take it; nothing else is routed in this model."""
@@ -114,14 +102,38 @@ class RoutedLayer(nn.Module):
                 "feature map an image"
             )
         now.called.add(self.name)
-        routing = now.tape(f"{self.name}.router", self._decide(at_least_float32(self.router(x))[:, None]))
+        router = f"{self.name}.router"
+        logits = at_least_float32(self.router(x))[:, None]
+        routing = now.tape(router, self._decide(logits, now.tape.draws(router)))
         return mix_sparse(list(self.experts), x, routing.index[:, 0], routing.weight[:, 0])
 
-    def _decide(self, logits: Float[Tensor, "n 1 e"]) -> Routing:
+    def _decide(self, logits: Float[Tensor, "n 1 e"], draws: Noise | None) -> Routing:
         """Decides by default as the paper: at k = 1 straight through the softmax, above it the chosen, renormalised."""
+        noisy = self.noise > 0 and draws is not None
+        if noisy or (self.training and self.capacity is not None):
+            return self._weighted(logits, self._shared_out(logits[:, 0].detach(), draws if noisy else None))
         if self.gate is None and self.k == 1:
             return straight_through(logits, surrogate="softmax")
         return choose(logits, self.gate or "renormalised", self.k)
+
+    def _shared_out(self, logits: Float[Tensor, "n e"], draws: Noise | None) -> Int[Tensor, "n k"]:
+        """The experts of a training batch: of probabilities over their deviation in the batch, with noise."""
+        p = torch.softmax(logits, 1)
+        scores = p / p.std().clamp(min=torch.finfo(p.dtype).tiny) if p.numel() > 1 else p
+        if draws is not None:
+            scores = scores + self.noise * draws.normal(p.shape[1]).to(p)
+        index = shared_out(scores, self.k, self.capacity if self.training else None)
+        return index.gather(1, p.gather(1, index).argsort(dim=1, descending=True, stable=True))
+
+    def _weighted(self, logits: Float[Tensor, "n 1 e"], index: Int[Tensor, "n k"]) -> Routing:
+        """The decision for experts that were chosen otherwise than by the logits alone."""
+        index = index[:, None]
+        share = torch.softmax(logits, -1).gather(-1, index)
+        if self.gate is None and self.k == 1:
+            share = share - share.detach() + 1
+        elif self.gate != "vmoe":
+            share = torch.softmax(logits.gather(-1, index), -1)
+        return Routing(logits, index, share)
 
 
 def replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -151,9 +163,17 @@ class LayerMoE(ModelSpec):
     router: LayerRouter = "conv_gap"
     gate: Gate | None = None
     standardise: bool = False
+    noise: float = 0.0
+    capacity: float | None = None
 
     def __post_init__(self) -> None:
         check_experts(self.experts, self.k)
+        if not (0 <= self.noise < math.inf):
+            raise ValueError(f"noise must be a number from 0 on; got {self.noise}")
+        if self.capacity is not None and not (0 < self.capacity < math.inf):
+            raise ValueError(f"capacity must be above 0; got {self.capacity}")
+        if (self.noise or self.capacity is not None) and self.gate not in (None, "renormalised", "vmoe"):
+            raise ValueError(f"noise and capacity go with no gate, renormalised or vmoe; got gate {self.gate!r}")
         if not self.stages:
             raise ValueError("stages names no stage; expected some, such as (4,)")
 
@@ -179,7 +199,7 @@ class LayerMoE(ModelSpec):
             initialise(expert)
         first = next(module for module in layer.modules() if isinstance(module, nn.Conv2d))
         router = layer_router(first.in_channels, self.experts, self.router, self.standardise)
-        return RoutedLayer(name, router, experts, self.k, self.gate)
+        return RoutedLayer(name, router, experts, self.k, self.gate, self.noise, self.capacity)
 
 
 @dataclass(frozen=True)
@@ -189,11 +209,15 @@ class BlockMoE(LayerMoE):
     blocks, what its stages consist of.
 
     Every expert has the block's full width: with ``k`` = 1 a pass costs the dense network and the routers, and the
-    parameters grow. ``router``: "gap_fc" or "conv_gap", see `LayerRouter`. ``gate``: how the chosen are weighted, as
-    in `Ensemble`; the default is the paper's (at k = 1 weight 1, with the straight-through gradient of the softmax;
-    above it the softmax over the chosen). ``standardise``: router logits have mean 0 and variance 1 over the training
-    batches (not the paper's). Left out: the released code's noise on router logits while training with the switch
-    loss, and its capacities (off in its configuration). Filters are drawn by He's fan-out, not the paper's fan-in.
+    parameters grow. ``router``: see `LayerRouter`. ``gate``: how the chosen are weighted, as in `Ensemble`; the default
+    is the paper's (at k = 1 weight 1, with the straight-through gradient of the softmax; above it the softmax over the
+    chosen). ``standardise``: router logits have mean 0 and variance 1 over the training batches (not the paper's).
+
+    ``noise`` and ``capacity`` are the released code's training with another loss than "entropy" (there 0.1, and none
+    for CIFAR, 1.5 for ImageNet): experts are chosen by probabilities over their deviation in the batch plus noise of
+    that deviation, and no expert gets more than ceil(capacity k n / e) of a process's n images; the others go on to
+    their next best (see `shared_out`). Gates and logits stay those without noise. In eval mode neither has an effect.
+    Filters are drawn by He's fan-out, not the paper's fan-in.
     """
 
     blocks: Literal["all", "last"] = "all"

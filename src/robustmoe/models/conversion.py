@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import Dense, ImageShape, RoutedModel
-from robustmoe.models.block import LayeredModel, LayerRouter, RoutedLayer, check_experts, layer_router, replace
+from robustmoe.models.block import LayeredModel, RoutedLayer, check_experts, replace
+from robustmoe.models.layer_routers import LayerRouter, layer_router
 from robustmoe.models.norm import BatchNorm2d, difference, largest
 from robustmoe.models.plain import Plain
 from robustmoe.noise import Noise

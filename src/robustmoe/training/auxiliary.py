@@ -19,7 +19,9 @@ from robustmoe import distributed
 from robustmoe.errors import UserError
 from robustmoe.routing import Routing, Trace
 
-BalanceLoss = Literal["switch", "entropy", "importance", "column_entropy", "load", "vmoe", "gshard", "z"]
+BalanceLoss = Literal[
+    "switch", "switch_best", "variance", "entropy", "importance", "column_entropy", "load", "vmoe", "gshard", "z"
+]
 
 
 def load_balance(routing: Routing) -> Float[Tensor, ""]:
@@ -30,6 +32,25 @@ def load_balance(routing: Routing) -> Float[Tensor, ""]:
     """
     share = _over_processes(routing.chosen().float().mean((0, 1)) / routing.k)
     return routing.num_experts * (share * torch.softmax(routing.logits, -1).mean((0, 1))).sum() - 1
+
+
+def switch_best(routing: Routing) -> Float[Tensor, ""]:
+    """`load_balance` with the share of the items whose largest logit is the expert's, whatever noise, room or k made of
+    it (the "switch" of the released code of arXiv 2509.05086): 0 when balanced, at most e - 1.
+    """
+    best = torch.zeros_like(routing.logits).scatter_(-1, routing.logits.argmax(-1, keepdim=True), 1.0)
+    share = _over_processes(best.mean((0, 1)))
+    return routing.num_experts * (share * torch.softmax(routing.logits, -1).mean((0, 1))).sum() - 1
+
+
+def variance(routing: Routing) -> Float[Tensor, ""]:
+    """`switch_best` plus 1, minus the mean over the experts of the deviation of p over the items (arXiv 2509.05086,
+    released code): decisions that are balanced and differ. Unbiased; of a single item the deviation is 0.
+    """
+    p = torch.softmax(routing.logits, -1)
+    items = p.shape[0] * p.shape[1] * distributed.world()
+    spread = _global_mean((p - _over_processes(p.mean((0, 1)))).square()) * items / max(1, items - 1)
+    return switch_best(routing) + 1 - spread.clamp(min=torch.finfo(p.dtype).tiny).sqrt().mean()
 
 
 def entropy(routing: Routing) -> Float[Tensor, ""]:
@@ -99,6 +120,8 @@ def z_loss(routing: Routing) -> Float[Tensor, ""]:
 
 BALANCE_LOSSES: dict[str, Callable[[Routing], Tensor]] = {
     "switch": load_balance,
+    "switch_best": switch_best,
+    "variance": variance,
     "entropy": entropy,
     "importance": importance,
     "column_entropy": column_entropy,

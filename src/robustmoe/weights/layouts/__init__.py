@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from robustmoe.weights.layouts import flax_vit
+from robustmoe.weights.layouts.kastel import KASTEL
 from robustmoe.weights.layouts.optml import OPTML
 from robustmoe.weights.layouts.own import NETWORK, OWN
 from robustmoe.weights.layouts.robustbench import ROBUSTBENCH
@@ -18,4 +19,5 @@ LAYOUTS: dict[str, Layout] = {
     "robustbench": ROBUSTBENCH,
     "optml": OPTML,
     "timl": TIML,
+    "kastel": KASTEL,
 }
