@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_weights_are_recognised_wherever_they_lie(tmp_path: Path, content: Calla
     assert said in str(loaded)
     state = network.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights().items())
-    assert all(name.startswith("normalise.") for name in loaded.stayed)
+    assert not loaded.stayed
 
 
 def test_of_an_average_and_the_weights_neither_is_taken_unasked(tmp_path: Path) -> None:
@@ -161,6 +162,71 @@ def test_npz_and_flax_files_are_read(tmp_path: Path) -> None:
         assert groups["params"]["b"].dtype == torch.float64
 
 
+VMOE = Path(__file__).parent / "golden" / "vmoe"
+SMALL = (
+    "vit_moe(tiny, patch=4, experts=4, k=2, placement=(1,), width=16, depth=3, heads=4, mlp_ratio=2, gelu=tanh, "
+    "pre_logits=12)"
+)
+
+
+@pytest.mark.parametrize(
+    "name, allowed", [("params.msgpack", 1e-5), ("small_chunks_7.index", 1e-5), ("bf16.index", 0.05)]
+)
+def test_files_of_vmoe_answer_as_there(name: str, allowed: float) -> None:
+    """`allowed`, of the logits' deviation: bfloat16 has 8 bits."""
+    network = build_model(SMALL, 10, (3, 16, 16))
+    load_weights(network, VMOE / name)
+    with np.load(VMOE / "expected.npz") as expected:
+        images, logits = (torch.from_numpy(expected[key]) for key in ("images", "logits"))
+    with torch.no_grad():
+        answered = network(images.permute(0, 3, 1, 2) / 2 + 0.5)
+    assert (answered - logits).abs().max() <= allowed * logits.std()
+
+
+def test_a_sharded_file_holds_what_the_plain_file_does() -> None:
+    plain, sharded = read_groups(VMOE / "params.msgpack")[""], read_groups(VMOE / "small_chunks_7.index")["params"]
+    half = read_groups(VMOE / "bf16.index")[""]
+    assert plain.keys() == sharded.keys() == half.keys()
+    for name, value in plain.items():
+        assert torch.equal(value, sharded[name])
+        assert torch.equal(value.bfloat16(), half[name])
+
+
+def test_shards_that_are_missing_or_damaged_are_one_line(tmp_path: Path) -> None:
+    for file in VMOE.glob("small_chunks_7.*"):
+        shutil.copy(file, tmp_path)
+    index, shard = tmp_path / "small_chunks_7.index", tmp_path / "small_chunks_7.data-00001-of-00003"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"small_chunks_7.data-00001-of-00003 is damaged"):
+        read_groups(index)
+    shutil.copy(tmp_path / "small_chunks_7.data-00000-of-00003", shard)
+    with pytest.raises(UserError, match=r"is not whole: \d+ of its \d+ numbers are in the files"):
+        read_groups(index)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"1 of its 3 data files are missing, such as small_chunks_7.data-00001"):
+        read_groups(index)
+    shutil.copy(VMOE / "params.msgpack", index)
+    with pytest.raises(UserError, match=r"is no index of a sharded checkpoint"):
+        read_groups(index)
+
+
+def test_files_of_swin_moes_processes_are_joined_along_the_experts(tmp_path: Path) -> None:
+    """As Swin-Transformer's utils_moe.py writes them (SAVE_MASTER off): experts by rank, the rest once."""
+    experts = torch.arange(8.0).reshape(4, 2)
+    for rank in range(2):
+        part = {"layers.2.mlp._moe_layer.experts.batched_fc1_w": experts[2 * rank : 2 * rank + 2]}
+        saved(tmp_path / f"ckpt.pth.rank{rank}", {"model": part})
+    saved(tmp_path / "ckpt.pth.master", {"model": {"norm.weight": torch.ones(2)}})
+    for name in ("ckpt.pth.master", "ckpt.pth.rank0"):
+        tensors = read_groups(tmp_path / name)[""]
+        assert torch.equal(tensors["layers.2.mlp._moe_layer.experts.batched_fc1_w"], experts)
+        assert torch.equal(tensors["norm.weight"], torch.ones(2))
+    (tmp_path / "ckpt.pth.rank0").unlink()
+    with pytest.raises(UserError, match=r"the files of the processes are not whole"):
+        read_groups(tmp_path / "ckpt.pth.master")
+
+
 # ------------------------------------------------------------------------------------------------ hostile and damaged
 
 
@@ -254,7 +320,7 @@ def test_turns_refuse_what_they_cannot() -> None:
 @pytest.mark.parametrize("inputs, mean, std", [("raw", 0.0, 1.0), ("centred", 0.5, 0.5)])
 def test_an_imported_run_answers_as_its_weights(tmp_path: Path, inputs: str, mean: float, std: float) -> None:
     file = saved(tmp_path / "a.pt", weights())
-    folder, loaded = import_run(file, SPEC, data="digits", inputs=inputs, out=tmp_path / "run")
+    folder, loaded, _ = import_run(file, SPEC, data="digits", inputs=inputs, out=tmp_path / "run")
     expected = build_model(SPEC, 10, (1, 8, 8), (mean,), (std,), seed=7)
     x = torch.rand(3, 1, 8, 8)
     assert torch.equal(load_model(folder)(x), expected(x))

@@ -25,6 +25,9 @@ Spec = Any
 Numbers = tuple[float, ...]
 """Numbers; also taken as one text, such as "0, 2/255, 4/255"."""
 
+Inputs = Literal["data", "centred", "raw"]
+"""How a model takes its images: less the data set's mean, over its deviation; in [-1, 1]; or as pixels in [0, 1]."""
+
 Margins = Any
 """One number an image: a mapping from its index, or a sequence or tensor (n,)."""
 
@@ -235,7 +238,7 @@ class ImportOptions(Settings):
     classes: Annotated[int | None, "without --data: how many classes the model has"] = None
     image_shape: Annotated[Numbers | None, "without --data: channels, height and width, such as 3,224,224"] = None
     inputs: Annotated[
-        Literal["raw", "centred", "data"] | None,
+        Inputs | None,
         "how the model takes its images: raw = pixels in [0, 1], centred = in [-1, 1], data = less the data set's "
         "mean, over its deviation (default: as the layout's nets do)",
     ] = None

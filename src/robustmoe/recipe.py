@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
-from robustmoe.options import hints_of
+from robustmoe.options import Inputs, hints_of
 
 THREADS = 1024
 """More than any machine has cores; where threads cannot be made, OpenMP ends the process."""
@@ -28,7 +28,6 @@ THREADS = 1024
 SEEDS = 1000
 """More trainings than anybody starts at once; a slip such as 0..10**9 must not fill the memory."""
 
-Inputs = Literal["data", "centred", "raw"]
 
 LATER: Mapping[str, str | None] = {"inputs": "data", "recalibrate": None}
 """Fields that recipes of older runs do not have, and what those runs did."""

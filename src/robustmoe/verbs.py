@@ -160,7 +160,8 @@ def import_weights(
 
     imported = import_run(file, as_, out=folder, options=options)
     following = f"audit {folder}" if options.data is not None else f"evaluate {folder} --data DATA"
-    return f"{imported.loaded}\nrun folder: {folder}\nnext: robustmoe {following}"
+    images = "" if options.inputs else f"\nimages: {imported.inputs}, as this layout's nets take them; else --inputs"
+    return f"{imported.loaded}{images}\nrun folder: {folder}\nnext: robustmoe {following}"
 
 
 def dissect(target: Target, options: DissectOptions) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ from robustmoe.data import Data, ImageSet
 from robustmoe.errors import UserError
 from robustmoe.models import BatchNorm2d, ModelSpec, Normalise, RoutedModel, build_model
 from robustmoe.models.foreign import blaming, check_classes, require_weights, runs_foreign
-from robustmoe.recipe import LATER, SPECS, Inputs, Recipe, said_by
+from robustmoe.options import Inputs
+from robustmoe.recipe import LATER, SPECS, Recipe, said_by
 from robustmoe.training import starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Method
@@ -148,9 +149,11 @@ def _fresh_model(described: ModelSpec, recipe: Recipe, data: Data) -> RoutedMode
 
 def pixels(inputs: Inputs, data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns what a model takes off the pixels of each channel, and what it then divides them by."""
-    channels = data.image_shape[0]
-    if inputs == "data":
-        return data.mean, data.std
+    return (data.mean, data.std) if inputs == "data" else fixed_pixels(inputs, data.image_shape[0])
+
+
+def fixed_pixels(inputs: Literal["centred", "raw"], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As `pixels`, of models that ask for no data set."""
     return ((0.5,) * channels, (0.5,) * channels) if inputs == "centred" else ((0.0,) * channels, (1.0,) * channels)
 
 

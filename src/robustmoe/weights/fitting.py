@@ -17,6 +17,10 @@ ALWAYS_IGNORED = (r"num_batches_tracked$",)
 """Counts of batches: BatchNorms with a momentum never read them, and some code does not write them."""
 
 
+NO_WEIGHTS = r"(^|/)(opt|optim|opt_state|mu|nu|\w*optimi[sz]er\w*)(/|$)"
+"""Groups of what an optimiser remembers, which is often laid out as the weights are."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """One way to read a file: its group ``group`` without the start ``prefix`` of each name, in the layout ``layout``.
@@ -66,6 +70,7 @@ def fits(groups: Mapping[str, Group], model: nn.Module, layouts: Mapping[str, La
     attempts = [
         _fit(name, layout, pairs, model, group, prefix, short)
         for group, tensors in groups.items()
+        if len(groups) == 1 or not re.search(NO_WEIGHTS, group)
         for prefix, short in _stripped(tensors)
         for name, layout, pairs in asked
         if pairs and any(theirs in short for pair in pairs for theirs in pair.theirs)

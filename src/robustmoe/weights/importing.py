@@ -14,20 +14,20 @@ from robustmoe.errors import UserError
 from robustmoe.models import build_model
 from robustmoe.models.base import ImageShape
 from robustmoe.models.foreign import require_weights
-from robustmoe.options import ImportOptions, takes
+from robustmoe.options import ImportOptions, Inputs, takes
 from robustmoe.records.files import explained
 from robustmoe.training.checkpoint import save_weights
+from robustmoe.training.parts import fixed_pixels, pixels
 from robustmoe.weights.layouts import LAYOUTS
-from robustmoe.weights.loading import Loaded, load_weights, put
-
-HALF = 0.5
+from robustmoe.weights.loading import Loaded, is_normalisation, load_weights, put
 
 
 class Imported(NamedTuple):
-    """The run ``folder``, and what was ``loaded`` into its model."""
+    """The run ``folder``, what was ``loaded`` into its model, and how this takes its images."""
 
     folder: Path
     loaded: Loaded
+    inputs: Inputs
 
 
 @takes(ImportOptions)
@@ -51,7 +51,7 @@ def import_run(file: str | Path, model: str, *, options: ImportOptions, out: str
         mean, std = (tuple(given[f"normalise.{name}"].flatten().tolist()) for name in ("mean", "std"))
     else:
         mean, std = _pixels(inputs, source, shape[0])
-        given = {name: value for name, value in given.items() if "normalise" not in name.split(".")}
+        given = {name: value for name, value in given.items() if not is_normalisation(name)}
     network = build_model(text, classes, shape, mean, std)
     put(network, given)
     require_weights(network)
@@ -66,7 +66,7 @@ def import_run(file: str | Path, model: str, *, options: ImportOptions, out: str
     with records.writing(folder):
         save_weights(folder / "model.safetensors", network.state_dict(), text)
         records.write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    return Imported(folder, loaded)
+    return Imported(folder, loaded, inputs)
 
 
 def _described(model: str, options: ImportOptions, source: Data | None) -> dict[str, Any]:
@@ -97,14 +97,11 @@ def _images(source: Data | None, options: ImportOptions) -> tuple[ImageShape, in
     return (channels, height, width), options.classes
 
 
-def _pixels(inputs: str, source: Data | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What is taken off a pixel of each channel, and what it is then over."""
-    if inputs == "raw":
-        return (0.0,) * channels, (1.0,) * channels
-    if inputs == "centred":
-        return (HALF,) * channels, (HALF,) * channels
-    if source is None:
+def _pixels(inputs: Inputs, source: Data | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if source is not None:
+        return pixels(inputs, source)
+    if inputs == "data":
         raise UserError(
             "nets of this layout take images normalised by their data set; expected --data, or --inputs raw or centred"
         )
-    return tuple(source.mean), tuple(source.std)
+    return fixed_pixels(inputs, channels)

@@ -19,7 +19,7 @@ from robustmoe.weights.reading import read_groups
 @dataclass(frozen=True)
 class Loaded:
     """What `load_weights` did: the ``fit`` that was taken, and the names of the model's tensors that ``stayed`` as they
-    were.
+    were (the mean and deviation of its pixels apart, which files of other code do not hold).
     """
 
     file: Path
@@ -66,7 +66,12 @@ def load_weights(
     fit = _chosen(Path(file), attempts, layout, partial)
     own = model.state_dict()
     put(model, fit.given)
-    return Loaded(Path(file), fit, tuple(name for name in own if name not in fit.given))
+    return Loaded(Path(file), fit, tuple(name for name in own if name not in fit.given and not is_normalisation(name)))
+
+
+def is_normalisation(name: str) -> bool:
+    """Whether a tensor says what is done to the pixels of an image before the network."""
+    return "normalise" in name.split(".")
 
 
 def put(model: nn.Module, given: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robustmoe.options import Inputs
+
 Turn = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """From some tensors to others, in the order of a pair's names. Raises ValueError for what it cannot turn."""
 
@@ -45,7 +47,7 @@ class Layout:
     about: str
     source: str
     pairs: Callable[[nn.Module], list[Counterpart]]
-    inputs: str = "data"
+    inputs: Inputs = "data"
     ignored: tuple[str, ...] = ()
 
 
