@@ -11,7 +11,7 @@ from torch import nn
 from robustmoe import spec
 from robustmoe.errors import UserError
 from robustmoe.training import SGD, AdamW
-from robustmoe.training.optimisation import Average, constant, cosine, cyclic, one_cycle, step
+from robustmoe.training.optimisation import Average, constant, cosine, cyclic, one_cycle, poly, step
 
 POINTS = [
     (constant(), {0.0: 1.0, 0.5: 1.0, 1.0: 1.0}),
@@ -26,6 +26,7 @@ POINTS = [
     # one and a half: the run ends at a top; at 1/2 three quarters of the first are over, half-way down to 0.2
     (cyclic(cycles=1.5, low=0.2), {0.0: 0.2, 1 / 3: 1.0, 1 / 2: 0.6, 2 / 3: 0.2, 1.0: 1.0}),
     (one_cycle(rise=0.0), {0.0: 1.0, 0.25: 0.75, 1.0: 0.0}),
+    (poly(2.0), {0.0: 1.0, 0.5: 0.25, 0.9: 0.01, 1.0: 0.0}),
     (step(), {0.0: 1.0, 0.49: 1.0, 0.5: 0.1, 0.74: 0.1, 0.75: 0.01, 1.0: 0.01}),
     (step((0.9, 0.3), factor=0.5), {0.29: 1.0, 0.3: 0.5, 0.9: 0.25}),
 ]
@@ -49,6 +50,8 @@ def test_a_share_outside_0_to_1_is_refused(text: str) -> None:
 def test_no_cycle_at_all_is_refused(cycles: float) -> None:
     with pytest.raises(UserError, match=f"cycles must be above 0; got {cycles}"):
         spec.build(f"cyclic(cycles={cycles})", "schedule")
+    with pytest.raises(UserError, match="power must be above 0"):
+        spec.build(f"poly(power={cycles})", "schedule")
 
 
 def test_cyclic_is_the_schedule_of_rt_ers_released_code() -> None:

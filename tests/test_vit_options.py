@@ -397,3 +397,17 @@ def test_bad_options_are_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build_model(text, 4, (3, 8, 8))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [f"vit({SIZE}, pre_logits=5", f"vit_moe(tiny, {MOE}"])
+def test_v_moes_head_begins_at_the_classes_share(text: str) -> None:
+    """Every logit is -log(classes), whatever the image: a sigmoid of 1 / (classes + 1), the loss near its least for
+    labels that nothing is known of; the rest begins as without.
+    """
+    model, plain = (build_model(f"{text}{more})", 7, (3, 8, 8), seed=4) for more in (", head_start=vmoe", ""))
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(model(x), torch.full((2, 7), -math.log(7)))
+    torch.testing.assert_close(torch.sigmoid(model(x)), torch.full((2, 7), 1 / 8))
+    same = plain.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, same[name]) == (".head." not in name), name

@@ -53,7 +53,7 @@ CALL: dict[str, list[str]] = {
     "optimizer": ["sgd(lr=0.1, momentum=0.9, weight_decay=5e-4)", "adamw(lr=1e-3)",
     "sgd(lr=0.1, momentum=0.9, nesterov=True)"],
     "schedule": ["cosine(warmup=0.1)", "constant", "step(milestones=[0.5, 0.75], factor=0.1)",
-    "cyclic(cycles=2, low=0.5)", "one_cycle(rise=0.4)"],
+    "cyclic(cycles=2, low=0.5)", "one_cycle(rise=0.4)", "poly(0.9)"],
     "augment": ["crop_flip(padding=2)", "crop_flip(padding=0, flip=False, cutout=2)"],
     "sharpening": ["scaled(2)", "nuts", "nuts(scale=5, shift=-1.1, power=4)"],
     "threat": ["linf(0.1)", "l2(0.5)", "l1(8/255)"],

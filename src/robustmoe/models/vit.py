@@ -20,6 +20,7 @@ from robustmoe.routing import Tape
 
 Classifier = Literal["token", "gap", "map"]
 Positions = Literal["learned", "sincos2d"]
+HeadStart = Literal["timm", "vmoe"]
 
 
 @runtime_checkable
@@ -58,6 +59,9 @@ class ViTNetwork(nn.Module):
         self.pre_logits = nn.Linear(spec.width, spec.pre_logits) if spec.pre_logits else None
         self.head = nn.Linear(spec.pre_logits or spec.width, num_classes)
         self._initialise()
+        if spec.head_start == "vmoe":
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, -math.log(num_classes))
 
     def _initialise(self) -> None:
         """timm's: linear layers and positions truncated normal, the class token all but 0; the patches' convolution
@@ -119,6 +123,8 @@ class ViT(NetworkSpec):
     `AttentionPool`'s. ``pre_logits``: so many tanh units before the head (V-MoE's and ViT's ``representation_size``).
     ``positions``: "learned", or "sincos2d", see `sincos2d`. ``qk_norm``: LayerNorm on queries and keys. ``dropout``: in
     training, after positions, attention and both layers of an MLP (as in V-MoE's code); of a ViT that stands alone.
+    ``head_start``: the fresh head, "timm", small weights and no bias; "vmoe", weights 0 and biases -log(classes), so
+    that a sigmoid for each class begins at its share.
     """
 
     patch: int = 16
@@ -132,6 +138,7 @@ class ViT(NetworkSpec):
     positions: Positions = "learned"
     qk_norm: bool = False
     dropout: float = 0.0
+    head_start: HeadStart = "timm"
 
     def __post_init__(self) -> None:
         for name in ("patch", "width", "depth", "heads"):

@@ -15,7 +15,7 @@ from robustmoe.models.block import check_experts
 from robustmoe.models.norm import Normalise
 from robustmoe.models.token_layers import Choice, Order, Rule, SlotMoE, SlotRouter, TokenLayer, TokenMoE, TokenRouter
 from robustmoe.models.tokens import Dispatch, TokenExperts
-from robustmoe.models.vit import SIZES, Classifier, Positions, Size, ViT, ViTNetwork, check_dropout
+from robustmoe.models.vit import SIZES, Classifier, HeadStart, Positions, Size, ViT, ViTNetwork, check_dropout
 from robustmoe.models.vit_parts import Gelu
 from robustmoe.routing import Gate, Tape
 
@@ -36,8 +36,8 @@ class ViTMoE(ModelSpec):
     """A vision transformer of which some blocks have ``experts`` MLPs and a router on their tokens.
 
     ``size``: of the dense model (see `SIZES`); ``width``, ``depth``, ``heads`` and ``mlp_ratio`` replace its numbers,
-    and ``gelu`` (of the experts too), ``classifier``, ``pre_logits``, ``positions``, ``qk_norm`` and ``dropout`` are
-    `ViT`'s. ``expert_dropout``: that of the experts, where it is another (V-MoE from scratch: 0.2, and 0 elsewhere).
+    and ``gelu`` (of the experts too), ``classifier``, ``pre_logits``, ``positions``, ``qk_norm``, ``dropout`` and
+    ``head_start`` are `ViT`'s. ``expert_dropout``: that of the experts, where it is another (V-MoE from scratch: 0.2, and 0 elsewhere).
     ``placement``: "every_2", blocks 1, 3, 5 and so on (counted from 0); "last_N", the last N of these; or numbers of
     blocks, such as (2, 5). ``choice``: "token", each token takes its ``k`` best experts; "expert", each expert takes
     its best tokens (tokens * capacity / experts of them, capacity being 1 by default); "slots", Soft MoE, with
@@ -84,6 +84,7 @@ class ViTMoE(ModelSpec):
     qk_norm: bool = False
     dropout: float = 0.0
     expert_dropout: float | None = None
+    head_start: HeadStart = "timm"
 
     def __post_init__(self) -> None:
         check_experts(self.experts, self.k)
@@ -106,7 +107,7 @@ class ViTMoE(ModelSpec):
         """The dense model of the same blocks: its twin at equal depth and width."""
         own = {name: getattr(self, name) for name in ("width", "depth", "heads", "mlp_ratio")}
         given = {name: value for name, value in own.items() if value is not None}
-        shared = ("patch", "gelu", "classifier", "pre_logits", "positions", "qk_norm", "dropout")
+        shared = ("patch", "gelu", "classifier", "pre_logits", "positions", "qk_norm", "dropout", "head_start")
         return replace(SIZES[self.size], **given, **{name: getattr(self, name) for name in shared})
 
     def places(self) -> tuple[int, ...]:

@@ -123,6 +123,13 @@ def one_cycle(rise: float = 0.4) -> Schedule:
     return multiplier
 
 
+def poly(power: float = 0.9) -> Schedule:
+    """(1 - progress)^power, as in Robust Experts' code (arXiv 2509.05086)."""
+    if not 0 < power < math.inf:
+        raise ValueError(f"power must be above 0; got {power}")
+    return lambda progress: (1 - progress) ** power
+
+
 def step(milestones: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> Schedule:
     """Times ``factor`` at each milestone, given as shares of the run."""
     for milestone in milestones:
@@ -154,6 +161,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "cyclic": cyclic,
     "one_cycle": one_cycle,
+    "poly": poly,
     "step": step,
 }
 
