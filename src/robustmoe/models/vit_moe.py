@@ -37,7 +37,8 @@ class ViTMoE(ModelSpec):
 
     ``size``: of the dense model (see `SIZES`); ``width``, ``depth``, ``heads`` and ``mlp_ratio`` replace its numbers,
     and ``gelu`` (of the experts too), ``classifier``, ``pre_logits``, ``positions``, ``qk_norm``, ``dropout`` and
-    ``head_start`` are `ViT`'s. ``expert_dropout``: that of the experts, where it is another (V-MoE from scratch: 0.2, and 0 elsewhere).
+    ``head_start`` are `ViT`'s. ``expert_dropout``: that of the experts, where it is another (V-MoE from scratch: 0.2,
+    and 0 elsewhere).
     ``placement``: "every_2", blocks 1, 3, 5 and so on (counted from 0); "last_N", the last N of these; or numbers of
     blocks, such as (2, 5). ``choice``: "token", each token takes its ``k`` best experts; "expert", each expert takes
     its best tokens (tokens * capacity / experts of them, capacity being 1 by default); "slots", Soft MoE, with
