@@ -78,14 +78,19 @@ def fits(groups: Mapping[str, Group], model: nn.Module, layouts: Mapping[str, La
     return sorted(attempts, key=lambda fit: (fit.lacks, len(fit.group), len(fit.prefix)))
 
 
+PIXELS = re.compile(r"(.*\.)?(mean|std|mu|sigma)")
+"""Names of what the images are normalised by, which often stands beside a network and not in it."""
+
+
 def _stripped(tensors: Group) -> list[tuple[str, Group]]:
-    """The group under its own names, and without each start that all its names share. What torch.compile puts into
-    names never counts.
+    """The group under its own names, and without each start that all its names share (but for `PIXELS`). What
+    torch.compile puts into names never counts.
     """
     names = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
     out, prefix = [("", names)], ""
     while True:
-        starts = {re.match(r"[^./]*[./]|", name)[0] for name in names}  # type: ignore[index]
+        inside = [name for name in names if not PIXELS.fullmatch(name)]
+        starts = {re.match(r"[^./]*[./]|", name)[0] for name in inside}  # type: ignore[index]
         if len(starts) != 1 or starts == {""}:
             return out
         prefix += (start := starts.pop())
@@ -120,7 +125,8 @@ def _fit(
 
 def _put(pair: Counterpart, tensors: Group, own: Mapping[str, Tensor], given: dict[str, Tensor]) -> str:
     """Puts what the pair gives into ``given``; returns what does not fit, in words, or ""."""
-    said = pair.theirs[0] if len(pair.theirs) == 1 else f"{pair.theirs[0]} and {len(pair.theirs) - 1} more"
+    more = f" and {len(pair.theirs) - 1} more" if len(pair.theirs) > 1 else ""
+    said = f"{pair.theirs[0]}{more}" if pair.theirs else "nothing"
     shapes = [tuple(tensors[theirs].shape) for theirs in pair.theirs]
     try:
         values = list(pair.read([tensors[theirs] for theirs in pair.theirs]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from robustmoe.models.backbone import StagedNetwork
-from robustmoe.weights.pairs import Counterpart, reshaped, same, split
+from robustmoe.weights.pairs import Counterpart, same, split
 
 Names = Callable[[str], str]
 """The path of a module there, by its path in a network of ours."""
@@ -77,15 +78,23 @@ def paired(network: nn.Module, ours: str, theirs: str, names: Names) -> list[Cou
     return pairs
 
 
-def normalised(model: nn.Module, mean: str, std: str) -> list[Counterpart]:
-    """The mean and deviation that the images are normalised by, where a file has them; one number a channel there."""
+PIXELS = (("mean", "std"), ("normalize.mean", "normalize.std"), ("0.mean", "0.std"), ("mu", "sigma"))
+"""What files call the mean and deviation that the images are normalised by."""
+
+
+def normalised(model: nn.Module) -> list[Counterpart]:
+    """Mean and deviation of the images, where a file has them under one of the names of `PIXELS`, in any shape."""
+    places = [(theirs, f"normalise.{kind}") for names in PIXELS for theirs, kind in zip(names, ("mean", "std"))]
     own = model.state_dict()
-    places = [(mean, "normalise.mean"), (std, "normalise.std")]
     return [
-        replace(reshaped(theirs, ours, (own[ours].numel(),), tuple(own[ours].shape)), optional=True)
+        Counterpart((theirs,), (ours,), partial(_of_shape, own[ours].shape), optional=True)
         for theirs, ours in places
         if ours in own
     ]
+
+
+def _of_shape(shape: tuple[int, ...], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [tensors[0].reshape(shape)]
 
 
 def own_norms(network: StagedNetwork) -> bool:

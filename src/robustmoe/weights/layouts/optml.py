@@ -45,8 +45,7 @@ def pairs(model: nn.Module) -> list[Counterpart]:
     names = names_of(network, routed=router is not None)
     if names is None:
         return []
-    out = [*paired(network, "network.", "", names), *dead_norms(network, names)]
-    out += normalised(model, "normalize.mean", "normalize.std")
+    out = [*paired(network, "network.", "", names), *dead_norms(network, names), *normalised(model)]
     if router is not None:
         layers = [name for name, module in network.named_modules() if isinstance(module, RoutedConv)]
         places = ["router", *(f"{names(name)}.router" for name in layers)]
