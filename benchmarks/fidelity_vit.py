@@ -63,13 +63,20 @@ def answered(name: str, source: str, layout: str, model: str, net: Any, **call: 
     answer, kept = net.apply(
         {"params": tree}, images, capture_intermediates=is_router, mutable=["intermediates"], **call
     )
-    logits = answer[0] if isinstance(answer, tuple) else answer
+    logits = np.asarray(answer[0] if isinstance(answer, tuple) else answer)
+    members = len(logits) // IMAGES
+    if members > 1:
+        from vmoe.evaluate.ensemble import _ensemble_log_mean
+
+        logits = _ensemble_log_mean(logits, members, jax.nn.log_softmax)
     routes = {}
     for block in LAYERS:
         inner = kept.get("intermediates", {}).get("Encoder", {}).get(f"encoderblock_{block}")
         dispatcher = inner and inner["Moe"]["Router"]["__call__"][0][0]
         if dispatcher and hasattr(dispatcher, "dispatch_weights") and dispatcher.dispatch_weights.dtype == bool:
-            routes[f"network.blocks.{block}.mlp.router"] = chosen(np.asarray(dispatcher.dispatch_weights), model)
+            took = np.asarray(dispatcher.dispatch_weights).any(-1)
+            for name_of, own in by_member(f"network.blocks.{block}.mlp", took, members).items():
+                routes[name_of] = chosen(own, model)
     fields = {**case.__dict__, "logits": np.asarray(logits).tolist(), "routes": routes}
     path = write_case(name, Case(**fields))
     print(f"{path.name}: logits of deviation {float(np.std(logits)):.3f}, {len(routes)} routers")
@@ -79,9 +86,19 @@ def is_router(module: Any, method: str) -> bool:
     return module.name == "Router" and method == "__call__"
 
 
-def chosen(dispatched: np.ndarray, model: str) -> list[list[list[int]]]:
-    """(groups, items, experts, places) -> (images, tokens, k): the experts that took each token, -1 for no other."""
-    took = dispatched.any(-1).reshape(IMAGES, -1, dispatched.shape[2])
+def by_member(path: str, took: np.ndarray, members: int) -> dict[str, np.ndarray]:
+    """(groups, items, experts): which experts took each item -> by router (images, tokens, experts). Items stand token
+    by token, and for each token member by member; experts member by member.
+    """
+    if members == 1:
+        return {f"{path}.router": took.reshape(IMAGES, -1, took.shape[2])}
+    each = took.reshape(IMAGES, -1, members, members, took.shape[2] // members)
+    assert not any(each[:, :, i, j].any() for i, j in np.ndindex(members, members) if i != j)
+    return {f"{path}.members.{i}.router": each[:, :, i, i] for i in range(members)}
+
+
+def chosen(took: np.ndarray, model: str) -> list[list[list[int]]]:
+    """(images, tokens, experts) -> (images, tokens, k): the experts that took each token, -1 for no other."""
     k = took.shape[2] if "choice=expert" in model else int(model.split(" k=")[1][0])
     rows = np.full((*took.shape[:2], k), -1)
     for image, token in np.ndindex(*took.shape[:2]):
@@ -131,6 +148,20 @@ def soft(name: str, slots: int, tokens: int = TOKENS, options: str = "", **field
     vmoe(name, f"experts=4, choice=slots, slots={slots}{options and ', '}{options}", moe, **fields)
 
 
+def ensemble(name: str, members: int, k: int, capacity: float, group: int = 1) -> None:
+    """Partly shared ensembles: their members' logits become the log of the mean probability by their own function."""
+    from vmoe.nn.vit_moe_ensemble import VisionTransformerMoeEnsemble
+
+    dispatcher = {"name": "einsum", "capacity_factor": capacity, "capacity_multiple_of": 1, "batch_priority": False}
+    router = {"num_selected_experts": k, "dispatcher": dispatcher}
+    moe = {"layers": LAYERS, "ensemble_size": members, "num_experts": 4, "group_size": group * members * TOKENS}
+    encoder = {"num_layers": DEPTH, "mlp_dim": HIDDEN, "num_heads": HEADS, "moe": {**moe, "router": router}}
+    fields = {"num_classes": CLASSES, "patch_size": (PATCH, PATCH), "hidden_size": WIDTH}
+    net = VisionTransformerMoeEnsemble(deterministic=True, encoder=encoder, **fields)
+    ours = f"experts=4, k={k}, members={members}, capacity={capacity}, group={group}"
+    answered(f"vmoe_{name}", VMOE, "vmoe", f"vit_moe(tiny, placement=(1, 3), {SIZE}, {ours})", net)
+
+
 def vit(name: str, options: str = "", **fields: Any) -> None:
     """A VisionTransformer of the first ViTs' code."""
     import ml_collections
@@ -167,6 +198,8 @@ def main(vmoe_path: str, vit_path: str) -> None:
     soft(
         "soft_as_in_its_paper", 2, TOKENS - 1, "classifier=gap, qk_norm=True", classifier="gap", attention_qk_norm=True
     )
+    ensemble("ensemble", 2, 1, 2.0)
+    ensemble("ensemble_room", 2, 2, 0.75, 4)
     vit("token")
     vit("pre_logits", "pre_logits=24", representation_size=24)
     vit("gap", "classifier=gap", classifier="gap")

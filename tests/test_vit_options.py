@@ -338,6 +338,63 @@ def test_expert_dropout_beside_that_of_the_rest(images: Callable[..., Tensor]) -
     assert all(float((a - b).abs().max()) > 1e-3 for a, b in itertools.combinations(answers, 2))
 
 
+# ------------------------------------------------------------------------------------------------ ensembles
+
+E3 = f"vit_moe(tiny, {SIZE}, experts=6, members=2, k=2, placement=(1, 3)"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", ["", ", capacity=0.7", ", choice=expert", ", choice=slots, slots=2"])
+def test_an_ensemble_is_its_members(options: str, images: Callable[..., Tensor]) -> None:
+    """Allingham et al. 2022: each member is a mixture of its own experts by its own router, all else shared; the
+    ensemble's probability is the mean of theirs.
+    """
+    model, x = build_model(f"{E3}{options})", 4, (3, 8, 8)), images(5)
+    shaken(model)
+    output, probabilities = model.run(x), []
+    assert set(output.trace) == {f"network.blocks.{i}.mlp.members.{m}.router" for i in (1, 3) for m in (0, 1)}
+    for member in range(2):
+        alone = build_model(f"vit_moe(tiny, {SIZE}, experts=3, k=2, placement=(1, 3){options})", 4, (3, 8, 8))
+        state = {name.replace(f".members.{member}.", "."): value for name, value in model.state_dict().items()}
+        alone.load_state_dict({name: value for name, value in state.items() if ".members." not in name})
+        own = alone.run(x)
+        probabilities.append(own.logits.softmax(1))
+        for name, routing in own.trace.items():
+            theirs = output.trace[name.replace(".mlp.", f".mlp.members.{member}.")]
+            torch.testing.assert_close(theirs.weight, routing.weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.logits.exp(), torch.stack(probabilities).mean(0), rtol=1e-4, atol=1e-6)
+    assert float((probabilities[0] - probabilities[1]).abs().max()) > 1e-2
+    assert set(model.layers()) == set(output.trace)
+    torch.testing.assert_close(model.run(x, forced=output.trace).logits, output.logits)
+    assert model(x[:0]).shape == (0, 4)
+
+
+@torch.no_grad()
+def test_an_ensemble_in_training(images: Callable[..., Tensor]) -> None:
+    """Router noise and dropout of an image are its own, and other for each member."""
+    model, x = build_model(f"{E3}, dropout=0.3)", 4, (3, 8, 8)).train(), images(6)
+    shaken(model)
+    noise, order = Noise.of(torch.arange(6), 1), torch.tensor([4, 1])
+    whole = model.run(x, noise=noise)
+    torch.testing.assert_close(
+        model.run(x[order], noise=noise[order]).logits, whole.logits[order], rtol=1e-4, atol=1e-5
+    )
+    routings = [whole.trace[f"network.blocks.1.mlp.members.{member}.router"] for member in (0, 1)]
+    drawn = [routing.noisy - routing.logits for routing in routings if routing.noisy is not None]
+    assert float((drawn[0] - drawn[1]).abs().max()) > 0.1
+    twice = dropped(torch.ones(12, 5, 16), 0.5, Tape(noise=noise), "place").unflatten(0, (6, 2))
+    assert not torch.equal(twice[:, 0], twice[:, 1])
+
+
+def test_the_cost_of_an_ensemble() -> None:
+    """Blocks from the first routed one on run once for each member: of 4, with experts in 1 and 3, three do."""
+    plain = costs(f"vit_moe(tiny, {SIZE}, experts=3, k=2, placement=(1, 3))", 4, (3, 8, 8)).macs
+    both = costs(f"{E3})", 4, (3, 8, 8)).macs
+    dense = [costs(f"vit({SIZE.replace('depth=4', f'depth={depth}')})", 4, (3, 8, 8)).macs for depth in (1, 2)]
+    block, shared = dense[1] - dense[0], 2 * dense[0] - dense[1] - 4 * 16  # of the patches; the head runs twice
+    assert both == 2 * plain - shared - block
+
+
 # ------------------------------------------------------------------------------------------------ positions
 
 
@@ -390,6 +447,8 @@ def test_positions_without_a_class_token() -> None:
         ("vit_moe(patch=4, expert_dropout=-1)", "expert_dropout must be at least 0 and below 1; got -1"),
         ("vit_moe(patch=4, eval_capacity=0)", "eval_capacity must be above 0, or none; got 0"),
         ("vit_moe(patch=4, choice=slots, eval_capacity=1)", "choice=slots drops no token; expected no eval_capacity"),
+        ("vit_moe(patch=4, experts=5, members=2)", "experts must be a multiple of members, 2; got 5"),
+        ("vit_moe(patch=4, experts=4, members=4)", "k must be .* 1"),
         ("ensemble(vit(patch=4, dropout=0.1))", "dropout=0.1 of a vit inside another model"),
     ],
 )

@@ -5,6 +5,7 @@ such layer says of itself (`TokenLayer`).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -222,3 +223,25 @@ class SlotMoE(TokenLayer):
         answers = self.experts.apart(given.unflatten(0, experts).flatten(1, 2), masks)
         answers = answers.unflatten(1, (experts[1], len(x))).flatten(0, 1)
         return torch.einsum("nts,snd->ntd", combine.to(answers.dtype), answers)
+
+
+class Members(nn.Module):
+    """The layers of the members of a partly shared ensemble (E3, Allingham et al. 2022), in the place of a block's MLP:
+    each image comes once for every member, one after the other, and goes to that member's layer.
+
+    On the tape they are "members.0.router", "members.1.router" and so on: each a decision among the member's own
+    experts.
+    """
+
+    def __init__(self, layers: Iterable[TokenLayer]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(layers)
+
+    def forward(self, x: Float[Tensor, "nm t d"], tape: Tape) -> Float[Tensor, "nm t d"]:
+        count = len(self.members)
+        own = x.unflatten(0, (len(x) // count, count)).unbind(1)
+        answers = [
+            layer(given, tape.under(f"members.{number}"))
+            for number, (layer, given) in enumerate(zip(self.members, own, strict=True))
+        ]
+        return torch.stack(answers, 1).flatten(0, 1)

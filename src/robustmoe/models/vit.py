@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustmoe.models.base import Dense, ImageShape, NetworkSpec, RoutedModel, to_channels_last
 from robustmoe.models.norm import Normalise, at_least_float32
+from robustmoe.models.token_layers import Members
 from robustmoe.models.vit_parts import EPS, MLP, AttentionPool, Gelu, PatchEmbed, ViTBlock, dropped, sincos2d
 from robustmoe.routing import Tape
 
@@ -78,11 +79,16 @@ class ViTNetwork(nn.Module):
             elif isinstance(module, AttentionPool):
                 nn.init.trunc_normal_(module.latent, std=module.latent.shape[2] ** -0.5)
 
-    def forward(self, x: Float[Tensor, "n ch h w"], tape: Tape | None = None) -> Float[Tensor, "n c"]:
-        """Returns the logits of normalised images. On the tape the routers and draws of block I are "blocks.I."..."""
+    def forward(self, x: Float[Tensor, "n ch h w"], tape: Tape | None = None) -> Float[Tensor, "nm c"]:
+        """Returns the logits of normalised images; where there are `Members`, of each of them in turn for each image.
+        On the tape the routers and draws of block I begin with "blocks.I.".
+        """
         tape = Tape(read=False) if tape is None else tape
         tokens = dropped(self.tokens(x), self.dropout, tape, "tokens")
         for number, block in enumerate(self.blocks):
+            mlp = block.mlp
+            if isinstance(mlp, Members) and len(tokens) == len(x):  # the first one: each image once for every member
+                tokens = tokens.repeat_interleave(len(mlp.members), 0)
             tokens = block(tokens, tape.under(f"blocks.{number}"))
         return self.classify(tokens)
 

@@ -4,16 +4,28 @@ some of them (V-MoE, Riquelme et al., NeurIPS 2021; expert choice, Zhou et al. 2
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkModel, RoutedModel, to_channels_last
 from robustmoe.models.block import check_experts
-from robustmoe.models.norm import Normalise
-from robustmoe.models.token_layers import Choice, Order, Rule, SlotMoE, SlotRouter, TokenLayer, TokenMoE, TokenRouter
+from robustmoe.models.norm import Normalise, at_least_float32
+from robustmoe.models.token_layers import (
+    Choice,
+    Members,
+    Order,
+    Rule,
+    SlotMoE,
+    SlotRouter,
+    TokenLayer,
+    TokenMoE,
+    TokenRouter,
+)
 from robustmoe.models.tokens import Dispatch, TokenExperts
 from robustmoe.models.vit import SIZES, Classifier, HeadStart, Positions, Size, ViT, ViTNetwork, check_dropout
 from robustmoe.models.vit_parts import Gelu
@@ -22,13 +34,22 @@ from robustmoe.routing import Gate, Tape
 
 class ViTMoEModel(NetworkModel):
     """A `ViTNetwork` some of whose blocks have a `TokenLayer` for an MLP; one router each, in the trace as
-    ``network.blocks.I.mlp.router``.
+    ``network.blocks.I.mlp.router``. With ``members`` above 1 each such block has `Members`, a router each, as
+    ``network.blocks.I.mlp.members.J.router``, and the answer is the log of the members' mean probability.
     """
 
     network: ViTNetwork
 
+    def __init__(self, network: ViTNetwork, normalise: nn.Module, members: int = 1) -> None:
+        super().__init__(network, normalise)
+        self.members = members
+
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        return self.network(to_channels_last(self.normalise(x)), tape.under("network"))
+        logits = self.network(to_channels_last(self.normalise(x)), tape.under("network"))
+        if self.members == 1:
+            return logits
+        each = torch.log_softmax(at_least_float32(logits).unflatten(0, (len(x), self.members)), 2)
+        return torch.logsumexp(each, 1) - math.log(self.members)
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,11 @@ class ViTMoE(ModelSpec):
     experts, not renormalised; "renormalised"; "soft", all experts; "hard"; "straight_through". Expert choice takes
     "vmoe" or "renormalised". ``noise``: in training, normal noise of deviation 1 / experts on the logits (token choice
     by "vmoe", "renormalised" and "hard"; the others have none).
+
+    ``members``: above 1 a partly shared ensemble (E3, Allingham et al. 2022): from the first routed block on each image
+    goes through every member, which has its own router and experts / members of the experts; k is a member's. The
+    answer is the log of the mean of the members' probabilities. (Their code trains on each member's own loss; here it
+    is the loss of the answer.)
 
     ``capacity``: none, no token is dropped; else an expert has room for ceil(tokens * k * capacity / experts) of a
     group's tokens, rounded up to a multiple of ``multiple``; the rest skip the layer. ``eval_capacity``: that of every
@@ -86,12 +112,15 @@ class ViTMoE(ModelSpec):
     dropout: float = 0.0
     expert_dropout: float | None = None
     head_start: HeadStart = "timm"
+    members: int = 1
 
     def __post_init__(self) -> None:
-        check_experts(self.experts, self.k)
-        for name in ("group", "multiple", "slots"):
+        for name in ("group", "multiple", "slots", "members"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.experts % self.members:
+            raise ValueError(f"experts must be a multiple of members, {self.members}; got {self.experts}")
+        check_experts(self.experts // self.members, self.k)
         for name in ("capacity", "eval_capacity"):
             room = getattr(self, name)
             if room is not None and not room > 0:
@@ -134,16 +163,18 @@ class ViTMoE(ModelSpec):
         backbone = self.backbone
         network = backbone.alone(num_classes, image_shape)
         for number in self.places():
-            layer = self._layer(backbone.width, backbone.hidden)
-            layer.dropout = self.dropout if self.expert_dropout is None else self.expert_dropout
-            network.blocks[number].mlp = layer
-        return ViTMoEModel(network, normalise)
+            layers = [self._layer(backbone.width, backbone.hidden) for _ in range(self.members)]
+            for layer in layers:
+                layer.dropout = self.dropout if self.expert_dropout is None else self.expert_dropout
+            network.blocks[number].mlp = Members(layers) if self.members > 1 else layers[0]
+        return ViTMoEModel(network, normalise, self.members)
 
     def _layer(self, width: int, hidden: int) -> TokenLayer:
-        experts = TokenExperts(self.experts, width, hidden, self.equal_experts, self.gelu)
+        num = self.experts // self.members
+        experts = TokenExperts(num, width, hidden, self.equal_experts, self.gelu)
         if self.choice == "slots":
-            return SlotMoE(SlotRouter(width, self.experts * self.slots), experts)
-        k = self.experts if self.gating == "soft" else self.k
+            return SlotMoE(SlotRouter(width, num * self.slots), experts)
+        k = num if self.gating == "soft" else self.k
         rule = Rule(k, self.gating, self.noise, self.choice, self.capacity, self.order, self.group, self.multiple)
         tested = replace(rule, room=self.eval_capacity or self.capacity)
-        return TokenMoE(TokenRouter(width, self.experts), experts, rule, self.dispatch, tested)
+        return TokenMoE(TokenRouter(width, num), experts, rule, self.dispatch, tested)

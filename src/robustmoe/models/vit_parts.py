@@ -30,12 +30,14 @@ def dropped(x: Float[Tensor, "n t d"], rate: float, tape: Tape | None, name: str
     """Dropout (Srivastava et al. 2014) in a training pass: each number is 0 with probability ``rate``, the others are
     divided by 1 - rate. In any other pass, which is one whose tape has no noise, x is returned as it is.
 
-    The draws of an image are its own (`Tape.draws`): they depend on no batch, order, process or resume.
+    The draws of an image are its own (`Tape.draws`): they depend on no batch, order, process or resume. Where it comes
+    several times, one after the other, each time has others.
     """
     draws = None if tape is None or rate == 0 else tape.draws(f"{name}.dropout")
-    if draws is None:
+    if draws is None or not len(x):
         return x
-    return x * ((draws.uniform(*x.shape[1:]) >= rate).to(x.dtype) / (1 - rate))
+    kept = draws.uniform(len(x) // len(draws), *x.shape[1:]).flatten(0, 1) >= rate
+    return x * (kept.to(x.dtype) / (1 - rate))
 
 
 class PatchEmbed(nn.Module):

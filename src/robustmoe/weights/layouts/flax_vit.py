@@ -7,16 +7,17 @@ dimension for its heads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from robustmoe.models.token_layers import SlotMoE, TokenLayer
+from robustmoe.models.token_layers import Members, SlotMoE, TokenLayer
 from robustmoe.models.vit import ViTNetwork, resample_positions
 from robustmoe.models.vit_parts import Attention, AttentionPool, ViTBlock
-from robustmoe.weights.pairs import Counterpart, Layout, reshaped, same, turned
+from robustmoe.weights.pairs import Counterpart, Layout, reshaped, same, split, turned
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,21 @@ def _routed(theirs: str, ours: str, layer: TokenLayer) -> Iterator[Counterpart]:
         yield turned(f"{theirs}/Router/dense/kernel", f"{ours}.router.weight", 1, 0)
 
 
+def _members(theirs: str, ours: str, layer: Members) -> Iterator[Counterpart]:
+    """Experts of all members along one dimension, member by member; a router's rows (d, members, experts of each)."""
+    own = [f"{ours}.members.{number}" for number in range(len(layer.members))]
+    for number in (1, 2):
+        yield split(f"{theirs}/Mlp/Dense_{number - 1}/kernel", [f"{name}.experts.w{number}" for name in own])
+        yield split(f"{theirs}/Mlp/Dense_{number - 1}/bias", [f"{name}.experts.b{number}" for name in own])
+    yield Counterpart(
+        (f"{theirs}/Router/dense/kernel",),
+        tuple(f"{name}.router.weight" for name in own),
+        lambda tensors: [part.T for part in tensors[0].flatten(1).chunk(len(own), 1)],
+        lambda tensors: [torch.stack([part.T for part in tensors], 1)],
+        "by member, transposed",
+    )
+
+
 def _positions(theirs: str, ours: str, network: ViTNetwork) -> Counterpart:
     """Those of another grid are zoomed to the model's, as their code does it (vmoe/initialization/rules.py)."""
 
@@ -123,7 +139,9 @@ def _network(network: ViTNetwork, at: str, names: _Names) -> Iterator[Counterpar
         yield from _norm(f"{theirs}/LayerNorm_0", f"{ours}.norm1")
         yield from _attention(f"{theirs}/{names.attention}", f"{ours}.attn", block.attn)
         yield from _norm(f"{theirs}/LayerNorm_1", f"{ours}.norm2")
-        if isinstance(block.mlp, TokenLayer):
+        if isinstance(block.mlp, Members):
+            yield from _members(f"{theirs}/Moe", f"{ours}.mlp", block.mlp)
+        elif isinstance(block.mlp, TokenLayer):
             yield from _routed(f"{theirs}/Moe", f"{ours}.mlp", block.mlp)
         else:
             yield from _mlp(f"{theirs}/{names.mlp}", f"{ours}.mlp")
@@ -147,7 +165,7 @@ def _network_of(model: nn.Module) -> tuple[ViTNetwork, str] | None:
 
 
 def vmoe(model: nn.Module) -> list[Counterpart]:
-    """The names of VisionTransformerMoe, of any of its routers."""
+    """The names of VisionTransformerMoe, of any of its routers, and of VisionTransformerMoeEnsemble (E3)."""
     own = _network_of(model)
     return [] if own is None else list(_network(*own, VMOE))
 
@@ -155,15 +173,14 @@ def vmoe(model: nn.Module) -> list[Counterpart]:
 def vit_jax(model: nn.Module) -> list[Counterpart]:
     """The names of VisionTransformer; it has neither experts, nor QK-norm, nor attention pooling."""
     own = _network_of(model)
-    if own is None or own[0].classifier == "map" or any(isinstance(block.mlp, TokenLayer) for block in own[0].blocks):
-        return []
-    pairs = list(_network(*own, VIT_JAX))
-    return [] if any(".q_norm." in ours for pair in pairs for ours in pair.ours) else pairs
+    pairs = [] if own is None else list(_network(*own, VIT_JAX))
+    foreign = re.compile(r"\.(q_norm|router|attn_pool)\.")
+    return [] if any(foreign.search(ours) for pair in pairs for ours in pair.ours) else pairs
 
 
 LAYOUTS = {
     "vmoe": Layout(
-        "V-MoE, Soft MoE and expert choice of google-research/vmoe (flax); wants gelu=tanh",
+        "V-MoE, Soft MoE, expert choice and E3 of google-research/vmoe (flax); wants gelu=tanh",
         "google-research/vmoe 942a78b",
         vmoe,
         "centred",
