@@ -40,7 +40,7 @@ bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/ensemble_step.py --width 16 --batch 32 --steps 2 --memory  # small; the issue's size: no flags
 
 recipes: $(VENV)/.dev  ## two training steps of every distinct recipe, its networks at true size (tiny: `make test`)
-	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m recipes tests/test_recipes_vit_moe.py tests/test_recipes_dual.py tests/test_recipes_advmoe.py tests/test_pages.py
+	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m recipes tests/test_recipes_vit_moe.py tests/test_recipes_dual.py tests/test_recipes_advmoe.py tests/test_recipes_series.py tests/test_pages.py
 
 docs: $(VENV)/.dev  ## the documentation site, site/index.html; a dead link or a page left out is an error
 	$(INSTALL) -e '.[docs]'

@@ -301,6 +301,7 @@ ATTACK_SPECS = {
     "expert_transition": ["expert_transition(l2(0.5), steps=2)"],
     "route_beam": ["route_beam(linf(8/255), steps=2, beam=2, candidates=4)"],
     "through": ["through(soft(0.5), pgd(linf(8/255), steps=2))", "through(straight_through, apgd(l2(0.5), steps=2))"],
+    "noisy": ["noisy(pgd(linf(8/255), steps=2, keep=last))"],
     "bf16": ["bf16(pgd(linf(8/255), steps=2, keep=last))", "bf16(pgd(l2(0.5), steps=2))"],
 }
 SUITES = {"autoattack", "autoattack_routing"}  # of parts that stand above; see test_autoattack.py

@@ -14,6 +14,7 @@ from robustmoe.attacks.fmn import FMN, accuracy_curve
 from robustmoe.attacks.folding import Folded
 from robustmoe.attacks.half import Bf16
 from robustmoe.attacks.losses import kl
+from robustmoe.attacks.noisy import Noisy
 from robustmoe.attacks.objectives import (
     Diluted,
     ExpertsOnly,
@@ -78,6 +79,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "through": Viewed,
     "bf16": Bf16,
     "folded": Folded,
+    "noisy": Noisy,
 }
 THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "l1": l1}
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
@@ -124,6 +126,7 @@ __all__ = [
     "Held",
     "Joint",
     "JointNormalised",
+    "Noisy",
     "NotFiniteError",
     "Objective",
     "OtherRoutes",
