@@ -30,12 +30,14 @@ BACKBONE = "resnet(depth=14, width=4)"  # three stages of two blocks
 SPECS = {
     "blocks": f"block_moe({BACKBONE}, stages=(3,), experts=3, standardise=True)",
     "last block, k = 2": f"block_moe({BACKBONE}, stages=(3,), experts=3, k=2, blocks=last, router=gap_fc)",
+    "first block": f"block_moe({BACKBONE}, stages=(3,), experts=2, blocks=first)",
     "convolutions": f"conv_moe({BACKBONE}, stages=(3,), experts=3, router=gap_fc, standardise=True)",
     "shortcut, k = E": f"conv_moe({BACKBONE}, stages=(3,), experts=3, k=3, convs=last, shortcuts=True)",
 }
 ROUTERS = {
     "blocks": ["stages.2.0", "stages.2.1"],
     "last block, k = 2": ["stages.2.1"],
+    "first block": ["stages.2.0"],
     "convolutions": ["stages.2.0.conv1", "stages.2.0.conv2", "stages.2.1.conv1", "stages.2.1.conv2"],
     "shortcut, k = E": ["stages.2.1.conv2", "stages.2.0.shortcut.conv"],
 }

@@ -14,14 +14,14 @@ import torch
 
 from robustmoe import spec
 from robustmoe.models import Normalise, build_model
-from robustmoe.recipe import load_recipe
+from robustmoe.recipe import claims, load_recipe
 from robustmoe.training import build_method
 from robustmoe.training.phases import MiniBatch, train_step
 from test_recipes_advmoe import DATA, batch, has_base, model_spec
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 SERIES = {file.stem: file for file in sorted(FOLDER.rglob("*.toml")) if has_base(file)}
-CHANGES = {"advmoe": {"model", "method"}, "dual": {"model"}, "vit_moe": {"model", "method"}}
+CHANGES = {name: {"model", "method"} for name in ("advmoe", "dual", "vit_moe", "robust_experts")}
 """What a series of a folder may change."""
 
 SMALL = {
@@ -30,12 +30,20 @@ SMALL = {
     "cifar10_resnet18_rt_er_top2": ("resnet18", "small_cnn(width=4)"),
     "cifar10_small_every2_e4": ("small,", "small, width=16, heads=2,"),
     "cifar10_small_every2_at_e2": ("small,", "small, width=16, heads=2,"),
+    "cifar100_resnet18_block_conv5_first_switch_conv": ("resnet18", "resnet18(width=4)"),
+    "cifar100_resnet18_conv_entropy_gap": ("resnet18", "resnet18(width=4)"),
     "imagenet_b32_every2_e2": ("base,", "base, width=16, heads=2, depth=2,"),
     "imagenet_b_plus32_dense": ("width=832, depth=15, heads=13", "width=16, depth=2, heads=2"),
 }
 """Of each kind one, and its net in small."""
 
-TRUE = ["resnet18_cifar10_advmoe_experts4", "cifar10_resnet18_rt_er_top2", "cifar10_small_every2_e4"]
+TRUE = [
+    "resnet18_cifar10_advmoe_experts4",
+    "cifar10_resnet18_rt_er_top2",
+    "cifar10_small_every2_e4",
+    "cifar100_resnet18_block_switch_conv",
+    "cifar100_resnet50_conv_entropy_gap",
+]
 
 
 def own_fields(name: str) -> dict[str, object]:
@@ -64,6 +72,31 @@ def test_what_the_papers_vary_has_its_series() -> None:
     assert small | large | dense | patch | advmoe | {"cifar10_resnet18_rt_er_top2"} <= every
 
 
+def test_robust_experts_table_is_complete() -> None:
+    """Seven places in ResNet-18 and two in ResNet-50, two losses, two routers; three baselines; all are claimed."""
+    places = [f"block_conv{stage}_{which}" for stage in (4, 5) for which in ("first", "last")] + ["block", "conv"]
+    nets = {"resnet18": [*places, "conv_last"], "resnet50": ["block", "conv"]}
+    table = {
+        f"cifar100_{net}_{place}_{loss}_{router}"
+        for net, rows in nets.items()
+        for place in rows
+        for loss in ("entropy", "switch")
+        for router in ("conv", "gap")
+    }
+    dense = {"cifar100_resnet18_at_dense", "cifar100_resnet18_dense", "cifar100_resnet50_at_dense"}
+    files = {file.stem: file for file in (FOLDER / "robust_experts").iterdir()}
+    assert set(files) == table | dense
+    seen = [tuple(claims(file)[0].values.values()) for file in files.values()]
+    assert {len(values) for values in seen} == {3}
+    assert (54.91, 19.96, 20.76) in seen
+    for name in table:
+        written = load_recipe(files[name])
+        assert ("noise=0.1" in written.model) == ("switch" in name) == ("balance_loss=switch_best" in written.method)
+        assert f"router={'conv3_gap' if name.endswith('conv') else 'gap_fc'}" in written.model
+    base = load_recipe(files["cifar100_resnet18_at_dense"])
+    assert (base.batch_size, base.epochs, base.schedule) == (640, 200, "poly(power=0.9)")
+
+
 @pytest.mark.parametrize("name", SERIES)
 def test_a_series_says_what_it_is_and_changes_that_alone(name: str) -> None:
     head = SERIES[name].read_text(encoding="utf-8").split("\nbase = ")[0]
@@ -90,6 +123,8 @@ def test_everything_a_series_names_is_built(name: str) -> None:
     assert set().union(*(phase.parameters(model) for phase in phases)) == {key for key, _ in model.named_parameters()}
     for kind in ("optimizer", "schedule", "augment"):
         spec.build(getattr(written, kind), kind)
+    attacks = [spec.build(text, "attack") for text in (*written.attacks, *filter(None, [written.val_attack]))]
+    assert len({attack.threat for attack in attacks}) == 1
     if written.model.startswith("vit_moe"):
         assert ("gshard" in written.method) == ("experts=2," in written.model)
     assert any(p.shape[0] == classes for p in model.parameters() if p.ndim == 2)

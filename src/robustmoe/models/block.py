@@ -205,8 +205,8 @@ class LayerMoE(ModelSpec):
 @dataclass(frozen=True)
 class BlockMoE(LayerMoE):
     """Residual blocks of late stages as experts, BatchNorms included: in each of ``stages`` (1 is the first) "all"
-    blocks or the "last" one (arXiv 2509.05086, BlockMoE and its "residual" variant). Of a backbone without residual
-    blocks, what its stages consist of.
+    blocks, the "first" or the "last" one (arXiv 2509.05086, BlockMoE and its "residual" variant, the last). Of a
+    backbone without residual blocks, what its stages consist of.
 
     Every expert has the block's full width: with ``k`` = 1 a pass costs the dense network and the routers, and the
     parameters grow. ``router``: see `LayerRouter`. ``gate``: how the chosen are weighted, as in `Ensemble`; the default
@@ -220,11 +220,11 @@ class BlockMoE(LayerMoE):
     Filters are drawn by He's fan-out, not the paper's fan-in.
     """
 
-    blocks: Literal["all", "last"] = "all"
+    blocks: Literal["all", "first", "last"] = "all"
 
     def places(self, stage: nn.Module) -> list[str]:
         blocks = [name for name, block in stage.named_children() if any(True for _ in block.parameters())]
-        return blocks if self.blocks == "all" else blocks[-1:]
+        return {"all": blocks, "first": blocks[:1], "last": blocks[-1:]}[self.blocks]
 
 
 @dataclass(frozen=True)
