@@ -395,6 +395,13 @@ def torchvision(path: Path) -> list[Twin]:
             Twin(f"torchvision_{name}", f"{name}(stem=imagenet)", getattr(models, name), size=96, num_classes=1000)
             for name in ("resnet18", "resnet34", "resnet50")
         ),
+        Twin(
+            "torchvision_wide_resnet50_2",
+            "resnet50(stem=imagenet, inner=2)",
+            models.resnet.wide_resnet50_2,
+            size=96,
+            num_classes=1000,
+        ),
     ]
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustmoe import spec as specs
+from robustmoe.costs import costs
 from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import Backbone, BatchNorm2d, RoutedModel, build_model
 from robustmoe.models.convolution import Conv, Layers, RoutedConv, routed_layers
@@ -81,6 +82,13 @@ def test_how_many_convolutions_are_routed(text: str, routed: int, shared: int) -
     assert len(banks) == routed
     assert all(len(module.experts) == 2 for module in banks)
     assert sum(isinstance(module, Conv) for module in network.modules()) - 2 * routed == shared
+
+
+def test_wide_resnet50_2_has_the_published_size() -> None:
+    """torchvision's documentation: 68,883,240 parameters at 1000 classes, and 11.40 GFLOPS at 224 pixels."""
+    counted = costs("resnet50(stem=imagenet, inner=2)", 1000, (3, 224, 224))
+    assert counted.parameters == 68_883_240
+    assert counted.macs / 1e9 == pytest.approx(11.40, abs=0.01)
 
 
 @pytest.mark.parametrize("ratio, widths", [(0.5, [32, 64, 128, 256]), (0.8, [51, 102, 204, 409])])
@@ -370,6 +378,8 @@ def test_a_downsampled_router_reads_every_pixel_also_in_bfloat16(images: Callabl
         ("preact_resnet(width=0)", "width must be at least 1; got 0"),
         ("preact_resnet(depth=20)", r"depth must be one of \[10, 18, 34, 50\]; got 20"),
         ("preact_resnet(activation=gelu)", "argument 'activation': unknown name 'gelu'; did you mean 'relu' or 'silu'"),
+        ("resnet18(width=0)", "width must be at least 1; got 0"),
+        ("resnet(depth=18, inner=2)", "inner must be 1, or more at depth 50; got 2 at depth 18"),
         ("vgg16(width=0)", "width must be at least 1; got 0"),
         ("densenet(depth=41)", r"depth must be 6n \+ 4, such as 40 or 100, or one of \[121, 169, 201\]; got 41"),
         ("densenet(growth=0)", "growth must be at least 1; got 0"),

@@ -15,25 +15,25 @@ from robustmoe.models import RoutedModel, build_model
 from robustmoe.weights import LAYOUTS, load_weights
 from robustmoe.weights.importing import import_run
 
-ENSEMBLE = "ensemble(resnet18(width=2), experts=2, router=linear, gate=hard)"
+ENSEMBLE = "ensemble(resnet10(width=2), experts=2, router=linear, gate=hard)"
 VITS = "ensemble(resized(vit(patch=8, width=8, depth=1, heads=2), size=16), experts=2, router=linear, gate=hard)"
 SPECS = [
-    ("optml", "pathway(resnet10(width=4), experts=3)"),
+    ("optml", "pathway(resnet10(width=2), experts=3)"),
     ("optml", "pathway(resnet10(width=2, stem=imagenet), experts=2)"),
     ("optml", "pathway(wide_resnet(10, 1, released=True), experts=1)"),
     ("optml", "slim(vgg16(width=4))"),
     ("optml", "wide_resnet(10, 1)"),
     ("timl", f"dual({ENSEMBLE}, {ENSEMBLE}, mix=logits)"),
     ("timl", VITS),
-    ("torchvision", "resnet50(width=2, stem=imagenet)"),
+    ("torchvision", "resnet50(width=2, stem=imagenet, inner=2)"),
     ("torchvision", "vit(patch=8, width=8, depth=2, heads=2)"),
     ("robustbench", "resnet50(width=2)"),
     ("robustbench", "preact_resnet(50, width=2, last_norm=False)"),
-    ("robustbench", "preact_resnet(34, width=2, shortcut=conv3, padding=same)"),
+    ("robustbench", "preact_resnet(10, width=2, shortcut=conv3, padding=same)"),
     ("robustbench", "wide_resnet(16, 1, activation=silu, padding=same)"),
     ("kastel", "resnet18(width=2)"),
     ("kastel", "block_moe(resnet18(width=2), experts=2, router=conv3_gap)"),
-    ("kastel", "block_moe(resnet50(width=2), experts=2, k=2, router=fixed_gap)"),
+    ("kastel", "block_moe(resnet18(width=2), experts=2, k=2, router=fixed_gap)"),
     ("kastel", "conv_moe(resnet18(width=2), stages=(3, 4), experts=2, shortcuts=True, router=double_conv)"),
     ("kastel", "conv_moe(resnet18(width=2), experts=2, router=channel_gap)"),
 ]
@@ -125,6 +125,24 @@ def test_what_the_images_are_normalised_by_is_read_from_beside_the_network(
     assert loaded.fit.layout == "robustbench"
     assert other.normalise.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert other.normalise.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_a_network_that_is_wrapped_for_attacks_is_read_once(tmp_path: Path) -> None:
+    """MadryLab's robustness registers the network, and with it its normalisation, twice."""
+    spec = "resnet10(width=2, stem=imagenet)"
+    names = theirs("torchvision", made(spec))
+    pixels = {"new_mean": torch.full((3, 1, 1), 0.25), "new_std": torch.full((3, 1, 1), 0.5)}
+    state = {f"module.model.{name}": value for name, value in names.items()}
+    state |= {f"module.attacker.model.{name}": value for name, value in names.items()}
+    state |= {
+        f"module.{place}.{name}": v for place in ("normalizer", "attacker.normalize") for name, v in pixels.items()
+    }
+    torch.save({"model": state, "epoch": 90}, tmp_path / "a.pt")
+    other = made(spec, seed=1)
+    loaded = load_weights(other, tmp_path / "a.pt")
+    assert (loaded.fit.layout, loaded.stayed) == ("torchvision", ())
+    assert torch.equal(other.network.stem.weight, names["conv1.weight"])
+    assert other.normalise.mean.flatten().tolist() == [0.25] * 3
 
 
 def test_deepminds_networks_are_given_the_mean_that_their_code_has(tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ CASES = {
     "resnet18": ["resnet18(width=2)"],
     "resnet20": ["resnet20(width=4)"],
     "resnet34": ["resnet34(width=2)"],
-    "resnet50": ["resnet50(width=2)"],
+    "resnet50": ["resnet50(width=2)", "resnet50(width=2, inner=2)"],
     "preact_resnet": ["preact_resnet(depth=10, width=2, shortcut=conv3, activation=silu, padding=same)"],
     "preact_resnet18": ["preact_resnet18(width=2)"],
     "preact_resnet34": ["preact_resnet34(width=2, last_norm=False)"],

@@ -111,15 +111,16 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1; (n, inputs, h, w) -> (n, 4 width, h/stride, w/stride)."""
+    """1x1, 3x3, 1x1; (n, inputs, h, w) -> (n, 4 width, h/stride, w/stride). Between them are ``spec.inner`` widths."""
 
     expansion = 4
 
     def __init__(self, inputs: int, width: int, stride: int, layers: Layers, spec: ResNet) -> None:
         super().__init__()
-        self.conv1, self.norm1 = layers.conv(inputs, width, 1, 1), layers.norm(width)
-        self.conv2, self.norm2 = layers.conv(width, width, 3, stride), layers.norm(width)
-        self.conv3, self.norm3 = layers.conv(width, 4 * width, 1, 1), layers.norm(4 * width)
+        inner = spec.inner * width
+        self.conv1, self.norm1 = layers.conv(inputs, inner, 1, 1), layers.norm(inner)
+        self.conv2, self.norm2 = layers.conv(inner, inner, 3, stride), layers.norm(inner)
+        self.conv3, self.norm3 = layers.conv(inner, 4 * width, 1, 1), layers.norm(4 * width)
         self.shortcut = shortcut_of(spec, inputs, 4 * width, stride, layers)
 
     def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
@@ -175,19 +176,23 @@ class ResNet(Backbone):
     Depths 8, 14, 20, 32 have three stages, 10, 18, 34, 50 four. ``width``: channels of the stem and first stage.
     ``shortcut``: "projection" (1x1 convolution) or "pad" (no parameters). ``stem``: "cifar" (3x3, no max-pooling;
     also for Tiny-ImageNet's 64 pixels, which AdvMoE's code enlarges to 128) or "imagenet" (7x7 of stride 2, then
-    max-pooling of stride 2).
+    max-pooling of stride 2). ``inner``: how many times wider the inner convolutions of depth 50 are; 2 is torchvision's
+    wide_resnet50_2.
     """
 
     depth: int = 18
     width: int = 64
     shortcut: Shortcut = "projection"
     stem: Stem = "cifar"
+    inner: int = 1
 
     def __post_init__(self) -> None:
         if self.depth not in BLOCKS:
             raise ValueError(f"depth must be one of {sorted(BLOCKS)}; got {self.depth}")
         if self.width < 1:
             raise ValueError(f"width must be at least 1; got {self.width}")
+        if self.inner < 1 or (self.inner > 1 and self.depth != 50):
+            raise ValueError(f"inner must be 1, or more at depth 50; got {self.inner} at depth {self.depth}")
 
     def make(
         self, num_classes: int, image_shape: ImageShape, layers: Layers = DENSE, ratio: float = 1.0
@@ -220,6 +225,6 @@ def resnet34(width: int = 64, stem: Stem = "cifar") -> ResNet:
     return ResNet(34, width, stem=stem)
 
 
-def resnet50(width: int = 64, stem: Stem = "cifar") -> ResNet:
+def resnet50(width: int = 64, stem: Stem = "cifar", inner: int = 1) -> ResNet:
     """ResNet-50 (bottleneck blocks)."""
-    return ResNet(50, width, stem=stem)
+    return ResNet(50, width, stem=stem, inner=inner)

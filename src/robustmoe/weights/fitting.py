@@ -78,15 +78,18 @@ def fits(groups: Mapping[str, Group], model: nn.Module, layouts: Mapping[str, La
     return sorted(attempts, key=lambda fit: (fit.lacks, len(fit.group), len(fit.prefix)))
 
 
-PIXELS = re.compile(r"(.*\.)?(mean|std|mu|sigma)")
+PIXELS = re.compile(r"(.*\.)?(mean|std|mu|sigma|new_mean|new_std)")
 """Names of what the images are normalised by, which often stands beside a network and not in it."""
+
+AGAIN = re.compile(r"(.*\.)?attacker\.")
+"""Names of a network's second place in MadryLab's robustness, which attacks it there: the same tensors."""
 
 
 def _stripped(tensors: Group) -> list[tuple[str, Group]]:
     """The group under its own names, and without each start that all its names share (but for `PIXELS`). What
     torch.compile puts into names never counts.
     """
-    names = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    names = {name.replace("_orig_mod.", ""): value for name, value in tensors.items() if not AGAIN.match(name)}
     out, prefix = [("", names)], ""
     while True:
         inside = [name for name in names if not PIXELS.fullmatch(name)]

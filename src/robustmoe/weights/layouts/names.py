@@ -78,7 +78,13 @@ def paired(network: nn.Module, ours: str, theirs: str, names: Names) -> list[Cou
     return pairs
 
 
-PIXELS = (("mean", "std"), ("normalize.mean", "normalize.std"), ("0.mean", "0.std"), ("mu", "sigma"))
+PIXELS = (
+    ("mean", "std"),
+    ("normalize.mean", "normalize.std"),
+    ("normalizer.new_mean", "normalizer.new_std"),
+    ("0.mean", "0.std"),
+    ("mu", "sigma"),
+)
 """What files call the mean and deviation that the images are normalised by."""
 
 

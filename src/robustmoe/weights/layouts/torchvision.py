@@ -8,7 +8,7 @@ from robustmoe.models.base import Dense
 from robustmoe.models.resnet import ResNetNetwork
 from robustmoe.models.vit import ViTNetwork
 from robustmoe.weights.layouts.names import TORCHVISION as RESNET
-from robustmoe.weights.layouts.names import paired
+from robustmoe.weights.layouts.names import normalised, paired
 from robustmoe.weights.pairs import Counterpart, Layout, same
 
 VIT = {
@@ -35,7 +35,7 @@ def pairs(model: nn.Module) -> list[Counterpart]:
         return []
     network = model.network
     if isinstance(network, ResNetNetwork) and network.begins == "imagenet" and len(network.stages) == 4:
-        return paired(network, "network.", "", RESNET)
+        return [*paired(network, "network.", "", RESNET), *normalised(model)]
     if isinstance(network, ViTNetwork):
         return [same(of_vit(name), f"network.{name}") for name in network.state_dict()]
     return []
@@ -55,7 +55,7 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 TORCHVISION = Layout(
-    "torchvision: resnet18, resnet34, resnet50 (wide or not, as long as the widths are ours), vit_b_16 and its like",
+    "torchvision: resnet18, resnet34, resnet50, wide_resnet50_2, vit_b_16 and its like; robust ones of the same names",
     "github.com/pytorch/vision 0.28",
     pairs,
 )
