@@ -29,6 +29,7 @@ SMALL = {
     "resnet18_cifar10_advmoe_bilevel": ("resnet18", "resnet8(width=4)"),
     "cifar10_resnet18_rt_er_top2": ("resnet18", "small_cnn(width=4)"),
     "cifar10_small_every2_e4": ("small,", "small, width=16, heads=2,"),
+    "cifar10_small_every2_at_noisy": ("small,", "small, width=16, heads=2,"),
     "cifar10_small_every2_at_e2": ("small,", "small, width=16, heads=2,"),
     "cifar100_resnet18_block_conv5_first_switch_conv": ("resnet18", "resnet18(width=4)"),
     "cifar100_resnet18_conv_entropy_gap": ("resnet18", "resnet18(width=4)"),

@@ -180,11 +180,11 @@ def mart_loss(
     clean: Float[Tensor, "n c"], attacked: Float[Tensor, "n c"], y: Int[Tensor, " n"], beta: float
 ) -> Float[Tensor, ""]:
     """Returns the loss of `mart` from the logits of both."""
-    log_q = torch.log_softmax(attacked.float(), 1)
+    log_q = torch.log_softmax(attacked, 1)
     label = F.one_hot(y, log_q.shape[1]).bool()
     rival = F.one_hot(log_q.masked_fill(label, -torch.inf).argmax(1), log_q.shape[1]).bool()
     others = torch.logsumexp(log_q.masked_fill(rival, -torch.inf), 1)
-    missing = 1 - torch.softmax(clean.float(), 1)[label]
+    missing = 1 - torch.softmax(clean, 1)[label]
     return (others.neg() - log_q[label] + beta * kl(clean, attacked) * missing).mean()
 
 

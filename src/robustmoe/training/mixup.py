@@ -66,8 +66,8 @@ def sigmoid_cross_entropy(
     """Returns the mean over images of the sum over classes of -t log s(z) - (1 - t) log s(-z), s the sigmoid and t the
     ``target`` with ``label_smoothing`` (1 - a) t + a / c: V-MoE's ``sigmoid_xent`` (Riquelme et al. 2021).
     """
-    smooth = target * (1 - label_smoothing) + label_smoothing / target.shape[1]
-    return F.binary_cross_entropy_with_logits(logits.float(), smooth, reduction="sum") / len(logits)
+    smooth = (target * (1 - label_smoothing) + label_smoothing / target.shape[1]).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, smooth, reduction="sum") / len(logits)
 
 
 def mixed(x: Float[Tensor, "n ch h w"], y: Int[Tensor, " n"], noise: Noise, alpha: float) -> Labelled:
