@@ -2,7 +2,7 @@
 tests/golden/fidelity, which tests/test_fidelity.py holds us to.
 
 Wants checkouts of google-research/vmoe (942a78b) and google-research/vision_transformer (c6de1e5), and jax, flax,
-ml_collections and scipy in an environment of their own (neither torch nor this package is needed):
+ml_collections, jaxopt, optax and ott-jax in an environment of their own (neither torch nor this package is needed):
 
     python benchmarks/fidelity_vit.py PATH/TO/vmoe PATH/TO/vision_transformer
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,17 @@ def expert_choice(name: str, capacity: float, group: int, multiple: int) -> None
     vmoe(name, ours, {"num_experts": 4, "group_size": group * TOKENS, "router": router})
 
 
+def planned(name: str, router: str, options: str, capacity: float, group: int = 1, k: int | None = None) -> None:
+    """Balanced by transport; ``k``: of token choice, without it experts choose."""
+    dispatcher: dict[str, Any] = {"name": "einsum", "capacity_factor": capacity, "capacity_multiple_of": 1}
+    given: dict[str, Any] = {"name": f"vmoe.projects.sparsity_constrained_ot.{router}", "dispatcher": dispatcher}
+    if k:
+        dispatcher["batch_priority"] = False
+        given["num_selected_experts"] = k
+    ours = f"experts=4, {f'k={k}' if k else 'choice=expert'}, {options}, capacity={capacity}, group={group}"
+    vmoe(name, ours, {"num_experts": 4, "group_size": group * TOKENS, "router": given})
+
+
 def soft(name: str, slots: int, tokens: int = TOKENS, options: str = "", **fields: Any) -> None:
     router = {
         "name": "vmoe.projects.soft_moe.router.SoftRouter",
@@ -173,10 +185,24 @@ def vit(name: str, options: str = "", **fields: Any) -> None:
     answered(f"vit_jax_{name}", VIT, "vit_jax", f"vit({SIZE}{options and ', '}{options})", net, train=False)
 
 
+def moved_ott() -> None:
+    """Gives today's ott-jax the place of the Sinkhorn that their code imports."""
+    from ott.problems.linear import linear_problem
+    from ott.solvers.linear import sinkhorn
+
+    def solved(geometry: Any, a: Any, b: Any, implicit_differentiation: bool, **settings: Any) -> Any:
+        return sinkhorn.Sinkhorn(**settings)(linear_problem.LinearProblem(geometry, a, b))
+
+    core, module = types.ModuleType("ott.core"), types.ModuleType("ott.core.sinkhorn")
+    vars(module)["sinkhorn"], vars(core)["sinkhorn"] = solved, module
+    sys.modules.update({"ott.core": core, "ott.core.sinkhorn": module})
+
+
 def main(vmoe_path: str, vit_path: str) -> None:
     sys.path[:0] = [vmoe_path, vit_path]
     from vmoe.projects.soft_moe import router
 
+    moved_ott()
     router.Bfloat16Dispatcher = lambda dispatcher: dispatcher
     vmoe("dense")
     vmoe("pre_logits", "pre_logits=24", representation_size=24)
@@ -193,6 +219,12 @@ def main(vmoe_path: str, vit_path: str) -> None:
     )
     expert_choice("expert", 1.0, 1, 1)
     expert_choice("expert_group", 2.0, 4, 4)
+    sparse, kl = "ksparse_projection_routing.KSparseProjectionTransport", "kl_projection_routing.KLProjectionNoisy"
+    planned("sparse_plan", f"{sparse}TopExpertsPerItemRouter", "plan=sparse", 1.0, 1, 2)
+    planned("sparse_plan_group", f"{sparse}TopExpertsPerItemRouter", "plan=sparse", 1.5, 4, 1)
+    planned("sparse_plan_expert", f"{sparse}TopItemsPerExpertRouter", "plan=sparse", 1.0, 4)
+    planned("sinkhorn", f"{kl}TopExpertsPerItemRouter", "plan=sinkhorn", 1.0, 4, 2)
+    planned("sinkhorn_expert", f"{kl}TopItemsPerExpertRouter", "plan=sinkhorn", 2.0, 1)
     soft("soft", 1)
     soft("soft_slots", 4)
     soft(

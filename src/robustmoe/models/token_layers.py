@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from robustmoe.models.norm import at_least_float32, full_precision
 from robustmoe.models.tokens import Dispatch, Masks, TokenExperts, capacity, experts_choose, within_capacity
+from robustmoe.models.transport import Plan, sinkhorn, sparse
+from robustmoe.noise import Noise
 from robustmoe.routing import Gate, Gating, Routing, Tape, choose, noisy_top_k, soft
 
 Choice = Literal["token", "expert", "slots"]
@@ -65,12 +67,15 @@ class Rule:
     order: Order
     group: int
     multiple: int
+    plan: Plan = "none"
 
     def __call__(self, logits: Float[Tensor, "n t e"], tape: Tape, name: str) -> Routing:
         """Returns the router's own decision."""
         draws = tape.draws(name)
         if self.choice == "expert":
             return self._of_experts(logits)
+        if self.plan != "none":
+            return self._planned(logits, None if draws is None or not self.noise else draws)
         if self.noise and draws is not None and self.gating in ("vmoe", "renormalised", "hard"):
             gating: Gating = self.gating
             items, experts = logits.shape[1:]
@@ -78,6 +83,34 @@ class Rule:
         else:
             free = choose(logits, self.gating, self.k)
         return free if self.room is None else self._with_room(free)
+
+    def _planned(self, logits: Float[Tensor, "n t e"], draws: Noise | None) -> Routing:
+        """Each token's k best experts of the plan, weighted by the router's softmax; only Sinkhorn's has noise."""
+        noisy = None
+        if draws is not None and self.plan == "sinkhorn":
+            noisy = logits + draws.normal(*logits.shape[1:]).to(logits) / logits.shape[2]
+        plan = torch.cat([self._plan(group, self.k) for group in self._groups(logits if noisy is None else noisy)])
+        index = torch.argsort(plan.view_as(logits), dim=-1, descending=True, stable=True)[..., : self.k]
+        p = torch.softmax(logits, -1) if self.gating == "vmoe" else logits
+        weight = p.gather(-1, index) if self.gating == "vmoe" else torch.softmax(p.gather(-1, index), -1)
+        free = Routing(logits, index, weight, noisy)
+        return free if self.room is None else self._with_room(free)
+
+    def _groups(self, x: Float[Tensor, "n t e"]) -> list[Float[Tensor, "g s e"]]:
+        """The tokens group by group: whole groups at once, then what is left."""
+        whole = len(x) - len(x) % self.group
+        parts = [part for part in (x[:whole], x[whole:]) if len(part)]
+        return [part.reshape(-1, min(self.group, len(part)) * x.shape[1], x.shape[2]) for part in parts]
+
+    @torch.no_grad()
+    def _plan(self, logits: Float[Tensor, "g s e"], k: int) -> Float[Tensor, "m e"]:
+        """The plan of groups, or the softmax where there is none, for each token."""
+        p = torch.softmax(logits, -1)
+        if self.plan == "sinkhorn":
+            p = sinkhorn(logits)
+        elif self.plan == "sparse":
+            p = sparse(p, k, "experts" if self.choice == "expert" else "tokens")
+        return p.flatten(0, 1)
 
     def _with_room(self, free: Routing) -> Routing:
         logits = free.logits if free.noisy is None else free.noisy
@@ -91,12 +124,12 @@ class Rule:
         return replace(free, weight=free.weight * torch.cat(kept))
 
     def _of_experts(self, logits: Float[Tensor, "n t e"]) -> Routing:
-        p = torch.softmax(logits, -1)
-        kept = []
-        for group in p.detach().split(self.group):
-            room = capacity(group.shape[0] * group.shape[1], group.shape[2], 1, self.room or 1.0, self.multiple)
-            kept.append(experts_choose(group.flatten(0, 1), room).view_as(group))
-        weight = p * torch.cat(kept)
+        p, kept = torch.softmax(logits, -1), []
+        for group in self._groups(logits):
+            room = capacity(group.shape[1], group.shape[2], 1, self.room or 1.0, self.multiple)
+            scores = self._plan(group, room).view_as(group)
+            kept += [experts_choose(each, room) for each in scores]
+        weight = p * torch.cat(kept).view_as(p)
         if self.gating == "renormalised":
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
         ranked = torch.argsort(logits, dim=-1, descending=True, stable=True)

@@ -27,6 +27,7 @@ from robustmoe.models.token_layers import (
     TokenRouter,
 )
 from robustmoe.models.tokens import Dispatch, TokenExperts
+from robustmoe.models.transport import Plan
 from robustmoe.models.vit import SIZES, Classifier, HeadStart, Positions, Size, ViT, ViTNetwork, check_dropout
 from robustmoe.models.vit_parts import Gelu
 from robustmoe.routing import Gate, Tape
@@ -69,6 +70,9 @@ class ViTMoE(ModelSpec):
     experts, not renormalised; "renormalised"; "soft", all experts; "hard"; "straight_through". Expert choice takes
     "vmoe" or "renormalised". ``noise``: in training, normal noise of deviation 1 / experts on the logits (token choice
     by "vmoe", "renormalised" and "hard"; the others have none).
+
+    ``plan``: whom tokens go to by a balanced plan of the group's tokens and experts, weighted by the softmax all the
+    same (see `robustmoe.models.transport`): "sinkhorn", "sparse"; without noise where it is sparse or experts choose.
 
     ``members``: above 1 a partly shared ensemble (E3, Allingham et al. 2022): from the first routed block on each image
     goes through every member, which has its own router and experts / members of the experts; k is a member's. The
@@ -113,6 +117,7 @@ class ViTMoE(ModelSpec):
     expert_dropout: float | None = None
     head_start: HeadStart = "timm"
     members: int = 1
+    plan: Plan = "none"
 
     def __post_init__(self) -> None:
         for name in ("group", "multiple", "slots", "members"):
@@ -127,8 +132,11 @@ class ViTMoE(ModelSpec):
                 raise ValueError(f"{name} must be above 0, or none; got {room}")
             if room is not None and self.choice == "slots":
                 raise ValueError(f"choice=slots drops no token; expected no {name}")
-        if self.choice == "expert" and self.gating not in ("vmoe", "renormalised"):
-            raise ValueError(f"choice=expert takes gating=vmoe or gating=renormalised; got {self.gating!r}")
+        given = f"choice={self.choice}" if self.choice == "expert" else f"plan={self.plan}"
+        if given != "plan=none" and self.gating not in ("vmoe", "renormalised"):
+            raise ValueError(f"{given} takes gating=vmoe or gating=renormalised; got {self.gating!r}")
+        if self.plan != "none" and (self.choice == "slots" or self.order != "vanilla"):
+            raise ValueError(f"plan={self.plan} takes choice=token or choice=expert, and order=vanilla")
         check_dropout("expert_dropout", self.expert_dropout or 0.0)
         self.places()
 
@@ -175,6 +183,8 @@ class ViTMoE(ModelSpec):
         if self.choice == "slots":
             return SlotMoE(SlotRouter(width, num * self.slots), experts)
         k = num if self.gating == "soft" else self.k
-        rule = Rule(k, self.gating, self.noise, self.choice, self.capacity, self.order, self.group, self.multiple)
+        rule = Rule(
+            k, self.gating, self.noise, self.choice, self.capacity, self.order, self.group, self.multiple, self.plan
+        )
         tested = replace(rule, room=self.eval_capacity or self.capacity)
         return TokenMoE(TokenRouter(width, num), experts, rule, self.dispatch, tested)
