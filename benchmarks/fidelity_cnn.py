@@ -539,7 +539,9 @@ def main() -> None:
     if options.write:
         path = results.RESULTS / "fidelity_cnn.json"
         numbers = json.loads(path.read_text())["numbers"] if path.is_file() else {}
-        results.write(path, results.described("python benchmarks/fidelity_cnn.py SOURCE PATH --write"), numbers | kept)
+        seeds = "of each net the first from 0 on by which the routes differ and are clear"
+        about = results.described("python benchmarks/fidelity_cnn.py SOURCE PATH --write", seeds=seeds)
+        results.write(path, about, numbers | kept)
 
 
 if __name__ == "__main__":
