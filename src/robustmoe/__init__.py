@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from robustmoe.training import build_method as build_method
     from robustmoe.training import load_model as load_model
     from robustmoe.training import train as train
+    from robustmoe.weights import export_run as export_run
     from robustmoe.weights import import_run as import_run
     from robustmoe.weights import load_weights as load_weights
     from robustmoe.wrapping import find_routers as find_routers

@@ -164,6 +164,37 @@ def import_weights(
     return f"{imported.loaded}{images}\nrun folder: {folder}\nnext: robustmoe {following}"
 
 
+def export(
+    run: Annotated[str, "a run folder", Mark.POSITIONAL],
+    out: Annotated[
+        str | None, "a file: .safetensors, .pt, .npz or .onnx; without an ending a folder with a model card (needed)"
+    ] = None,
+    layout: Annotated[
+        str | None,
+        "whose names and shapes, see robustmoe list layouts (default: as it was imported, else ours)",
+    ] = None,
+) -> str:
+    """Write a run's model for other code.
+
+    Weights in other code's layout, an ONNX graph that is compared with torch, or a folder to share, whose model card
+    has what was measured.
+
+    Example: robustmoe export runs/digits --out digits.onnx
+    """
+    if out is None:
+        raise UserError("expected --out: a file such as model.pt or model.onnx, or a folder to share")
+    folder = _run_folder(run)
+    if not Path(out).suffix:
+        if layout is not None:
+            raise UserError("a folder to share holds a run, in our own layout; leave --layout out, or name a file")
+        from robustmoe.reporting.sharing import share
+
+        return "\n".join(str(path) for path in share(folder, out))
+    from robustmoe.weights import export_run
+
+    return export_run(folder, out, layout)
+
+
 def dissect(target: Target, options: DissectOptions) -> str:
     """Take a routed model apart: do its experts or its router break first?
 
@@ -344,6 +375,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": evaluate,
     "audit": audit,
     "import": import_weights,
+    "export": export,
     "check": check,
     "dissect": dissect,
     "lipschitz": lipschitz,

@@ -96,9 +96,9 @@ class RoutedLayer(nn.Module):
             )
         if self.name in now.called:
             raise UserError(f"the routed layer {self.name!r} is called twice in one pass; expected once an image")
-        if len(x) != now.images:
+        if x.shape[0] != now.images:
             raise UserError(
-                f"the routed layer {self.name!r} got {len(x)} items in a pass of {now.images} images; expected one "
+                f"the routed layer {self.name!r} got {x.shape[0]} items in a pass of {now.images} images; expected one "
                 "feature map an image"
             )
         now.called.add(self.name)
@@ -148,7 +148,7 @@ class LayeredModel(NetworkModel):
     """A backbone's network with `RoutedLayer`s in it: one decision an image and layer."""
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
-        with handing_down(tape, len(x)):
+        with handing_down(tape, x.shape[0]):
             return self.answer(x)
 
 

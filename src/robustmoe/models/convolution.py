@@ -56,8 +56,13 @@ def dispatch(
     """``function`` on the batch sorted by expert, its result in the batch's own order.
 
     ``apart``: one call an expert, on its slice alone, which then is a slim network of its own from end to end; right
-    in eval mode, where no layer looks at the rest of the batch. Otherwise one call for all.
+    in eval mode, where no layer looks at the rest of the batch. Otherwise one call for all. In an exported graph, whose
+    shapes are fixed, every expert runs on every image.
     """
+    if torch.compiler.is_exporting():
+        alone = [[x.shape[0] if k == j else 0 for j in range(experts)] for k in range(experts)]
+        every = torch.stack([function(x, Segments(own, weight)) for own in alone])
+        return every[expert, torch.arange(x.shape[0], device=x.device)]
     sizes = torch.bincount(expert, minlength=experts).tolist()
     if max(sizes) == len(x):  # all to one expert, or no image at all
         return function(x, Segments(sizes, weight))

@@ -29,10 +29,13 @@ def mix_reference(
     """Returns the sum by its definition: all experts on all m items, then the chosen ones' weighted sum. E times the
     cost; the yardstick of `mix_sparse`.
     """
-    every = torch.stack([expert(x) for expert in experts], dim=1)
-    spread = (slice(None), slice(None), *([None] * (every.ndim - 2)))
-    chosen = every[torch.arange(len(x), device=x.device)[:, None], index]
+    chosen = _every(experts, x)[torch.arange(x.shape[0], device=x.device)[:, None], index]
+    spread = (slice(None), slice(None), *([None] * (chosen.ndim - 2)))
     return (chosen * weight[spread].to(chosen.dtype)).sum(1)
+
+
+def _every(experts: Sequence[Expert], x: Float[Tensor, "m ..."]) -> Float[Tensor, "m e ..."]:
+    return torch.stack([expert(x) for expert in experts], dim=1)
 
 
 def mix_sparse(
@@ -55,8 +58,11 @@ def run_sparse(
 
     The m*k pairs are sorted by expert (stably, so the result is deterministic), each expert gets one contiguous
     slice, and the outputs are sorted back. An expert without items is not run, except while training on several
-    processes, where a BatchNorm inside it counts over all of them.
+    processes, where a BatchNorm inside it counts over all of them. In an exported graph, whose shapes are fixed, every
+    expert runs on every item.
     """
+    if torch.compiler.is_exporting():
+        return _every(experts, x)[torch.arange(x.shape[0], device=x.device)[:, None], index]
     k = index.shape[1]
     pairs = index.reshape(-1)
     order = torch.argsort(pairs, stable=True)

@@ -105,7 +105,9 @@ class StagedPathwayModel(RoutedModel):
 
 def whole(x: Tensor, expert: int, experts: int) -> Segments:
     """Sends all images to one expert."""
-    return Segments([len(x) if each == expert else 0 for each in range(experts)], torch.ones(len(x), device=x.device))
+    return Segments(
+        [x.shape[0] if each == expert else 0 for each in range(experts)], torch.ones(x.shape[0], device=x.device)
+    )
 
 
 def decide(router: nn.Module, x: Tensor) -> Routing:

@@ -254,7 +254,7 @@ class SlotMoE(TokenLayer):
         if masks is not None:
             masks = Masks(*(mask.permute(1, 2, 0, 3).flatten(1, 2) for mask in masks))
         answers = self.experts.apart(given.unflatten(0, experts).flatten(1, 2), masks)
-        answers = answers.unflatten(1, (experts[1], len(x))).flatten(0, 1)
+        answers = answers.unflatten(1, (experts[1], x.shape[0])).flatten(0, 1)
         return torch.einsum("nts,snd->ntd", combine.to(answers.dtype), answers)
 
 
@@ -272,7 +272,7 @@ class Members(nn.Module):
 
     def forward(self, x: Float[Tensor, "nm t d"], tape: Tape) -> Float[Tensor, "nm t d"]:
         count = len(self.members)
-        own = x.unflatten(0, (len(x) // count, count)).unbind(1)
+        own = x.unflatten(0, (x.shape[0] // count, count)).unbind(1)
         answers = [
             layer(given, tape.under(f"members.{number}"))
             for number, (layer, given) in enumerate(zip(self.members, own, strict=True))

@@ -91,10 +91,10 @@ class TokenExperts(Experts):
         every expert on every item ("sorted" where there are ``masks``). "auto": what is fastest as measured
         (benchmarks/token_dispatch.py). ``masks``: dropout's, of each pair (m k ...).
         """
-        if dispatch == "auto":
-            dispatch = self._fastest(x, index, kept)
+        if dispatch == "auto" or torch.compiler.is_exporting():  # the shapes of an exported graph are fixed
+            dispatch = "dense" if torch.compiler.is_exporting() else self._fastest(x, index, kept)
         if dispatch == "dense" and masks is None:
-            spread = weight.new_zeros(len(x), self.num)
+            spread = weight.new_zeros(x.shape[0], self.num)
             spread = spread.scatter_add(1, index, weight if kept is None else weight * kept)
             return torch.einsum("me,emd->md", spread.to(x.dtype), self.every(x))
         if dispatch == "loop":

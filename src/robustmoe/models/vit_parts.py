@@ -131,7 +131,7 @@ class AttentionPool(nn.Module):
         self.mlp = MLP(width, hidden, kind)
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n d"]:
-        query = self.q(self.latent.repeat(len(x), 1, 1)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        query = self.q(self.latent.repeat(x.shape[0], 1, 1)).unflatten(2, (self.heads, -1)).transpose(1, 2)
         key, value = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         pooled = self.proj(_attended(self.q_norm(query), self.k_norm(key), value))
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from robustmoe.weights.exporting import export_run
 from robustmoe.weights.importing import Imported, import_run
 from robustmoe.weights.layouts import LAYOUTS
 from robustmoe.weights.loading import Loaded, load_weights
 from robustmoe.weights.pairs import Counterpart, Layout
 
-__all__ = ["LAYOUTS", "Counterpart", "Imported", "Layout", "Loaded", "import_run", "load_weights"]
+__all__ = ["LAYOUTS", "Counterpart", "Imported", "Layout", "Loaded", "export_run", "import_run", "load_weights"]
