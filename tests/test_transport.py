@@ -127,6 +127,7 @@ def test_a_layer_goes_by_the_plan(options: str, group: int, images: Callable[...
     """
     model, x = made(f"{options}, group={group}"), images(6)
     output = model.run(x)
+    assert model(x[:0]).shape == (0, 4)
     torch.testing.assert_close(model.run(x, forced=output.trace).logits, output.logits)
     for routing in output.trace.values():
         p = torch.softmax(routing.logits, 2)

@@ -89,7 +89,8 @@ class Rule:
         noisy = None
         if draws is not None and self.plan == "sinkhorn":
             noisy = logits + draws.normal(*logits.shape[1:]).to(logits) / logits.shape[2]
-        plan = torch.cat([self._plan(group, self.k) for group in self._groups(logits if noisy is None else noisy)])
+        plans = [self._plan(group, self.k) for group in self._groups(logits if noisy is None else noisy)]
+        plan = torch.cat([logits[:0, 0], *plans])  # there may be no image
         index = torch.argsort(plan.view_as(logits), dim=-1, descending=True, stable=True)[..., : self.k]
         p = torch.softmax(logits, -1) if self.gating == "vmoe" else logits
         weight = p.gather(-1, index) if self.gating == "vmoe" else torch.softmax(p.gather(-1, index), -1)
@@ -124,7 +125,8 @@ class Rule:
         return replace(free, weight=free.weight * torch.cat(kept))
 
     def _of_experts(self, logits: Float[Tensor, "n t e"]) -> Routing:
-        p, kept = torch.softmax(logits, -1), []
+        p = torch.softmax(logits, -1)
+        kept = [p[:0, 0].bool()]  # there may be no image
         for group in self._groups(logits):
             room = capacity(group.shape[1], group.shape[2], 1, self.room or 1.0, self.multiple)
             scores = self._plan(group, room).view_as(group)
