@@ -82,7 +82,8 @@ def scheme_of(network: ResNetNetwork | PreactivationNetwork) -> Scheme | None:
 
 
 ROBUSTBENCH = Layout(
-    "RobustBench's CIFAR networks: TRADES' WRNs, ResNets, PreAct ResNets, DeepMind's and Rebuffi's nets",
+    "RobustBench's CIFAR networks: TRADES' WRNs, ResNets, PreAct ResNets, DeepMind's and Rebuffi's nets; these want "
+    "padding=same, mostly activation=silu",
     "github.com/RobustBench/robustbench at 78fcc9e",
     pairs,
     inputs="raw",
