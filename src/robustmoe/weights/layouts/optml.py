@@ -109,8 +109,8 @@ def _these(fresh: list[Tensor], _: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 OPTML = Layout(
-    "AdvMoE's released code (its .pth.tar files): MoE ResNets, VGG-16 and WRNs, and their dense twins; an MoE WRN wants "
-    "released=True",
+    "AdvMoE's released code (its .pth.tar files): MoE ResNets, VGG-16 and WRNs, and their dense twins; an MoE WRN "
+    "wants released=True",
     "github.com/OPTML-Group/Robust-MoE-CNN at c50796f",
     pairs,
     inputs="raw",
