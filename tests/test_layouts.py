@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robustmoe.errors import UserError
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.weights import LAYOUTS, load_weights
+from robustmoe.weights.exporting import written
 from robustmoe.weights.importing import import_run
 
 ENSEMBLE = "ensemble(resnet10(width=2), experts=2, router=linear, gate=hard)"
@@ -68,6 +69,7 @@ def test_a_network_goes_there_and_comes_back(layout: str, spec: str, tmp_path: P
     torch.save({"epoch": 3, "state_dict": state, "optimizer": {"state": {}, "lr": 0.1}}, tmp_path / "a.pth.tar")
     loaded = load_weights(other, tmp_path / "a.pth.tar", layout)
     assert loaded.fit.whole
+    assert written(model, layout).keys() == names.keys()  # what is exported has nothing that their network lacks
     own = {name: value for name, value in model.state_dict().items() if "normalise." not in name}
     for name, value in own.items():
         assert torch.equal(other.state_dict()[name], value), name

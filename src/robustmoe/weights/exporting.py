@@ -57,7 +57,7 @@ def written(model: nn.Module, layout: str) -> dict[str, Tensor]:
     if named := sorted(name for name in lost if not is_normalisation(name)):
         raise UserError(f"the layout {layout!r} has no place for {len(named)} tensors, such as {named[0]!r}")
     tensors: dict[str, Tensor] = {}
-    for pair in pairs:
+    for pair in (pair for pair in pairs if not pair.beside):
         values = pair.write([state[ours] for ours in pair.ours])
         tensors |= zip(pair.theirs, (value.detach().cpu().contiguous().clone() for value in values), strict=True)
     return tensors

@@ -23,7 +23,8 @@ class Counterpart:
     """Tensors called ``theirs`` in the file hold what those called ``ours`` in the model's `state_dict` do.
 
     ``read``: from theirs to ours; ``write``: the way back. ``change``: what differs, in words, for reports ("" where
-    only the name does). ``optional``: the file may lack it; the model's own then stays as it is.
+    only the name does). ``optional``: the file may lack it; the model's own then stays as it is. ``beside``: it is no
+    part of their network, so it is read where a file has it, and never written.
     """
 
     theirs: tuple[str, ...]
@@ -32,6 +33,7 @@ class Counterpart:
     write: Turn = unchanged
     change: str = ""
     optional: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)

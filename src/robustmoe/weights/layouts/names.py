@@ -93,7 +93,7 @@ def normalised(model: nn.Module) -> list[Counterpart]:
     places = [(theirs, f"normalise.{kind}") for names in PIXELS for theirs, kind in zip(names, ("mean", "std"))]
     own = model.state_dict()
     return [
-        Counterpart((theirs,), (ours,), partial(_of_shape, own[ours].shape), optional=True)
+        Counterpart((theirs,), (ours,), partial(_of_shape, own[ours].shape), optional=True, beside=True)
         for theirs, ours in places
         if ours in own
     ]
