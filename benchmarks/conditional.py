@@ -1,15 +1,16 @@
 """Affine experts beside dense nets of the same cost, on CIFAR-10 at linf 8/255: stage 1, a net that fits on one CPU.
 
 python benchmarks/conditional.py run --cifar10 DIR --out DIR [--arms dense16 affine64 ...] [--seeds 0 1 2] [--epochs 10]
-python benchmarks/conditional.py table --out DIR [--write]       # --write: docs/results/studies/conditional.json
+python benchmarks/conditional.py table [--write]                 # --write: docs/results/studies/conditional.json
 
 One-step adversarial training (random start, step 1.25 eps), SGD 0.2, one cycle, Nesterov, batches of 128, weight decay
 5e-4 (none on gates and experts), bf16, no augmentation; 1,000 of the training images are held out, and the weights are
 kept that are best on them under PGD-10. The judge: the first 4,000 test images, the worst of `ATTACKS` an image, which
 a net with gates meets besides with its gates held at the clean image's, attacked alone, and (hard ones) seen as soft.
 
-A run's folder is OUT/ARM-EPOCHS-SEED; it is taken up where it was left, and OUT/ARM-EPOCHS-SEED.json is written when it
-is judged. Differences are to dense16 of the same seed and epochs, paired image by image.
+A run's folder is OUT/ARM-EPOCHS-SEED; it is taken up where it was left. What is judged is written to
+docs/results/studies/conditional/ARM-EPOCHS-SEED.json, and not done again. Differences are to dense16 of the same seed
+and epochs, paired image by image.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ ARMS = {
     "affine64_w32": "affine(patch_resnet(width=32), experts=64, routers=norm)",
 }
 TWIN = "dense16"
+STUDY = RESULTS / "studies" / "conditional"
 SIZE = "linf(8/255)"
 MARGIN = f"pgd({SIZE}, steps=30, objective=joint(margin), keep=first)"
 ATTACKS = {
@@ -84,7 +86,7 @@ def attacks_of(arm: str) -> dict[str, str]:
 def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     """Trains and judges one net; whatever is finished is not done again."""
     folder = args.out / f"{arm}-{args.epochs}-{seed}"
-    file = folder.with_suffix(".json")
+    file = STUDY / f"{folder.name}.json"
     if file.exists():
         return
     resumed = (folder / "config.json").exists()
@@ -121,8 +123,8 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    runs = [json.loads(file.read_text(encoding="utf-8"))["numbers"] for file in sorted(out.glob("*-*-*.json"))]
+def read() -> list[dict[str, Any]]:
+    runs = [json.loads(file.read_text(encoding="utf-8"))["numbers"] for file in sorted(STUDY.glob("*-*-*.json"))]
     return sorted(runs, key=lambda each: (each["epochs"], list(ARMS).index(each["arm"]), each["seed"]))
 
 
@@ -182,7 +184,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["run", "table"])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where run folders stand")
     parser.add_argument("--cifar10", type=Path, help="a folder that the data set cifar10 reads")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -191,17 +193,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="the table's numbers into docs/results/studies")
     args = parser.parse_args()
     if args.verb == "run":
-        if args.cifar10 is None:
-            parser.error("run needs --cifar10, the folder of the data set")
+        if args.cifar10 is None or args.out is None:
+            parser.error("run needs --cifar10, the folder of the data set, and --out")
         for seed in args.seeds:
             for arm in args.arms:
                 run(arm, seed, args)
         return
-    found = summary(read(args.out))
+    found = summary(read())
     print(table(found))
     if args.write:
         about = described("python benchmarks/conditional.py table --write", spread="sample deviation over seeds")
-        write(RESULTS / "studies" / "conditional.json", about, found)
+        write(STUDY.with_suffix(".json"), about, found)
 
 
 if __name__ == "__main__":
