@@ -246,7 +246,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path) -> 
             load_weights(model(), file)
     array = np.array([Hostile(marker)], dtype=object)
     np.savez(tmp_path / "a.npz", a=array)
-    with pytest.raises(UserError, match="damaged, or holds objects"):
+    with pytest.raises(UserError, match=r"damaged \(it holds objects"):
         load_weights(model(), tmp_path / "a.npz")
     assert not marker.exists()
 

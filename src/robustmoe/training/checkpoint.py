@@ -84,7 +84,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         with path.open("rb") as file:
-            pickled = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+            start = file.read(10)
+        pickled = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b'{"'  # a length may be 0x80 too
         if pickled:
             raise UserError(
                 f"{path}: this is a pickle (a file of torch.save), which could run code when loaded; expected "

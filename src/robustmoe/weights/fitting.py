@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from robustmoe.weights.pairs import Counterpart, Layout
@@ -131,9 +132,12 @@ def _put(pair: Counterpart, tensors: Group, own: Mapping[str, Tensor], given: di
     more = f" and {len(pair.theirs) - 1} more" if len(pair.theirs) > 1 else ""
     said = f"{pair.theirs[0]}{more}" if pair.theirs else "nothing"
     shapes = [tuple(tensors[theirs].shape) for theirs in pair.theirs]
+    for theirs in pair.theirs:
+        if odd := _not_plain(tensors[theirs]):
+            return f"{theirs!r} {odd}"
     try:
         values = list(pair.read([tensors[theirs] for theirs in pair.theirs]))
-    except (ValueError, RuntimeError, IndexError) as error:
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
         return f"{said!r} of shape {shapes[0]} cannot be read: {error}"
     for ours, value in zip(pair.ours, values, strict=True):
         place = own[ours]
@@ -142,7 +146,19 @@ def _put(pair: Counterpart, tensors: Group, own: Mapping[str, Tensor], given: di
             return f"{said!r} of shape {shapes[0]} gives {made}, the model's {ours!r} is {wanted}"
         if value.is_floating_point() != place.is_floating_point():
             return f"{said!r} is of {value.dtype}, the model's {ours!r} of {place.dtype}"
-        given[ours] = value.to(place.dtype)
+        value = value.to(place.dtype)
+        if value.is_floating_point() and not value.isfinite().all():
+            return f"{said!r} holds numbers that are not finite in {place.dtype}"
+        given[ours] = value
+    return ""
+
+
+def _not_plain(value: Tensor) -> str:
+    """Why a tensor is not simply its numbers, in words, or ""."""
+    if value.is_nested or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        return "is sparse, quantised, nested or without numbers; expected a plain tensor"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"stands for {value.numel():,} numbers, of which few are stored; expected all (tensor.contiguous())"
     return ""
 
 

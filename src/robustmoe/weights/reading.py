@@ -4,12 +4,14 @@ loader, or not at all.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -27,6 +29,12 @@ KINDS = (
 DEPTH = 3
 """How deep in a file a group of weights may lie, such as checkpoint["state"]["model"]."""
 
+MOST_PLACES = 100_000
+"""Of mappings in a file; a small one can name its own parts again and again."""
+
+UNPACKED, SLACK = 100, 1 << 24
+"""How many times its size a packed file may unpack to, and so many bytes more: numbers hardly pack at all."""
+
 Group = dict[str, Tensor]
 
 
@@ -42,10 +50,23 @@ def read_groups(path: str | Path) -> dict[str, Group]:
         raise UserError(f"{path}: no such file; expected weights: {KINDS}")
     with explained("read", path), path.open("rb") as file:
         start = file.read(16)
-    groups = dict(_grouped(_reader(path, start)(path), ""))
+    with _whole(path):
+        groups = _grouped(_reader(path, start)(path))
     if not groups:
         raise UserError(f"{path} holds no tensors; expected weights: {KINDS}")
     return groups
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turns what goes wrong within, while a file is taken apart, into a UserError that calls it damaged."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # parsers of seven formats raise many types; all mean the same to the user
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged ({why:.160}); copy it again, or write it anew") from error
 
 
 def _reader(path: Path, start: bytes) -> Callable[[Path], Any]:
@@ -64,29 +85,42 @@ def _reader(path: Path, start: bytes) -> Callable[[Path], Any]:
     raise UserError(f"{path} is no file of weights that is known; expected {KINDS}")
 
 
-def _grouped(tree: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Group]]:
-    """The tensors below ``tree``, and those of each mapping in it."""
-    if not isinstance(tree, Mapping) or depth > DEPTH:
-        return
-    tensors = dict(_leaves(tree, ""))
-    if tensors:
-        yield name, tensors
-    for key, inner in tree.items():
-        yield from _grouped(inner, f"{name}/{key}" if name else str(key), depth + 1)
+def _grouped(tree: Any) -> dict[str, Group]:
+    """The tensors of ``tree``, and those below each mapping in it. ValueError for two of the same name."""
+    groups: dict[str, Group] = {}
+    for outer, name, tensor in _leaves(tree):
+        for depth in range(min(len(outer), DEPTH) + 1):
+            inside = "/".join((*outer[depth:], name))
+            if groups.setdefault("/".join(outer[:depth]), {}).setdefault(inside, tensor) is not tensor:
+                raise ValueError(f"two of its tensors are called {inside!r}")
+    return groups
 
 
-def _leaves(tree: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(tree, Tensor):
-        yield name, tree.detach()
-    elif isinstance(tree, Mapping) and depth < 64:
-        for key, inner in tree.items():
-            yield from _leaves(inner, f"{name}/{key}" if name else str(key), depth + 1)
+def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], str, Tensor]]:
+    """Every tensor: the names of the mappings around it, and its own. No mapping is looked for within itself."""
+    waiting: list[tuple[tuple[str, ...], frozenset[int], Any]] = [((), frozenset(), tree)]
+    seen = 0
+    while waiting:
+        outer, around, place = waiting.pop()
+        if not isinstance(place, Mapping) or id(place) in around or len(outer) > 64:
+            continue
+        inner = []
+        for key, value in place.items():
+            if isinstance(value, Tensor):
+                yield outer, str(key), value.detach()
+            elif isinstance(value, Mapping):
+                inner.append(((*outer, str(key)), around | {id(place)}, value))
+        seen += 1
+        if seen > MOST_PLACES:
+            raise ValueError(f"it holds more than {MOST_PLACES:,} mappings")
+        waiting += reversed(inner)
 
 
 # ------------------------------------------------------------------------------------------------ torch
 
 
 def _read_pickle(path: Path) -> Any:
+    _check_packed(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on old formats; what matters is raised
@@ -109,8 +143,10 @@ def _read_ranks(path: Path) -> Any:
     the experts (Tutel's tensors of experts have these as their first dimension).
     """
     stem = path.with_suffix("")
-    ranks = sorted(stem.parent.glob(f"{stem.name}.rank*"), key=lambda file: int(file.suffix.removeprefix(".rank")))
-    numbers = [int(file.suffix.removeprefix(".rank")) for file in ranks]
+    rank = re.compile(re.escape(stem.name) + r"\.rank(\d+)")
+    files = {file: int(match[1]) for file in stem.parent.iterdir() if (match := rank.fullmatch(file.name))}
+    ranks = sorted(files, key=files.__getitem__)
+    numbers = [files[file] for file in ranks]
     if numbers != list(range(len(ranks))) or not ranks:
         raise UserError(
             f"{stem}: the files of the processes are not whole: expected .rank0, .rank1, ...; got {numbers}"
@@ -123,39 +159,63 @@ def _read_ranks(path: Path) -> Any:
         if len(pieces) != len(parts):
             raise UserError(f"{stem}: only {len(pieces)} of {len(parts)} processes have {name!r}; copy all files again")
         shared = ".experts." not in name and all(torch.equal(piece, pieces[0]) for piece in pieces)
-        whole[name] = pieces[0] if shared else torch.cat(pieces)
+        try:
+            whole[name] = pieces[0] if shared else torch.cat(pieces)
+        except RuntimeError as error:
+            raise ValueError(f"the processes' pieces of {name!r} cannot be joined: {error}") from error
     return whole
 
 
 def _model_of(path: Path) -> Group:
-    groups = dict(_grouped(_read_pickle(path), ""))
+    with _whole(path):
+        groups = _grouped(_read_pickle(path))
     return groups.get("model") or groups.get("") or {}
 
 
 # ------------------------------------------------------------------------------------------------ numpy and flax
 
 
+def _check_packed(path: Path) -> None:
+    """UserError for an archive that unpacks to far more than weights could."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > UNPACKED * path.stat().st_size + SLACK:
+        raise UserError(
+            f"{path} would unpack to {size:,} bytes, more than {UNPACKED} times its size, as no weights do; it was "
+            "left packed. Expected a file of numpy.savez or torch.save"
+        )
+
+
 def _is_npz(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again") from error
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def _read_npz(path: Path) -> Any:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return _nested({name: _tensor(archive[name]) for name in archive.files})
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise UserError(f"{path} is damaged, or holds objects ({error}); expected an .npz of arrays") from error
+    _check_packed(path)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.infolist()
+        return _nested((name.filename.removesuffix(".npy"), _tensor(_member(archive, name))) for name in names)
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"params/a/b": x}`` as ``{"params": {"a": {"b": x}}}``."""
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array as numpy.save wrote it; as many numbers as there are, whatever it claims, and never objects."""
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(member) as file:
+        shape, by_columns, dtype = header[np.lib.format.read_magic(file)](file)
+        content = file.read()
+    if dtype.hasobject:
+        raise ValueError("it holds objects; loading these could run code, so it was not")
+    return np.frombuffer(content, dtype).reshape(_sides(shape), order="F" if by_columns else "C")
+
+
+def _nested(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """``[("params/a/b", x)]`` as ``{"params": {"a": {"b": x}}}``."""
     tree: dict[str, Any] = {}
-    for name, value in flat.items():
+    for name, value in pairs:
         *outer, last = name.split("/")
         place = tree
         for key in outer:
@@ -163,6 +223,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(inner, dict):
                 raise ValueError(f"{name!r} lies inside another array")
             place = inner
+        if last in place:
+            raise ValueError(f"two of its arrays are called {name!r}, or lie in each other")
         place[last] = value
     return tree
 
@@ -183,19 +245,14 @@ def _read_msgpack(path: Path) -> Any:
 
 
 def _decoded(path: Path) -> Any:
-    try:
-        with explained("read", path):
-            content = path.read_bytes()
-        return msgspec.msgpack.decode(content, ext_hook=_extension)
-    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{path} is damaged ({error}); expected what flax.serialization wrote. Copy it again"
-        ) from error
+    with explained("read", path):
+        content = path.read_bytes()
+    return msgspec.msgpack.decode(content, ext_hook=_extension)
 
 
 def _extension(code: int, content: memoryview) -> Any:
+    if code not in (_NDARRAY, _SCALAR, _SLICE, _SLICES, _INDEX):
+        return None  # shapes and complex numbers alone are no weights
     if code in (_NDARRAY, _SCALAR):
         shape, kind, numbers = msgspec.msgpack.decode(content)
         return _array(tuple(shape), str(kind), numbers)
@@ -204,12 +261,9 @@ def _extension(code: int, content: memoryview) -> Any:
         return _bounds(inner)
     if code == _SLICES:
         return [_bounds(msgspec.msgpack.decode(each)) for each in inner]
-    if code == _INDEX:
-        described, slices, shards = inner
-        shape, kind = msgspec.msgpack.decode(described)[:2]
-        kept = [[_bounds(msgspec.msgpack.decode(each)) for each in msgspec.msgpack.decode(every)] for every in slices]
-        return _Place(tuple(shape), str(kind), kept, list(shards))
-    return None  # shapes and complex numbers alone are no weights
+    described, _, shards = inner
+    shape, kind = msgspec.msgpack.decode(described)[:2]
+    return _Place(_sides(shape), str(kind), msgspec.convert(shards, list[_Count]))
 
 
 def _bounds(inner: Any) -> slice:
@@ -219,11 +273,17 @@ def _bounds(inner: Any) -> slice:
     return slice(start, stop)
 
 
-def _array(shape: tuple[int, ...], kind: str, numbers: bytes) -> Tensor:
-    dtype = torch.bfloat16 if kind == "bfloat16" else None
-    if dtype is None:
-        return _tensor(np.frombuffer(numbers, dtype=np.dtype(kind)).reshape(shape))
-    return torch.frombuffer(bytearray(numbers), dtype=dtype).reshape(shape)
+def _array(shape: Sequence[int], kind: str, numbers: bytes) -> Tensor:
+    if kind == "bfloat16":
+        return _array(shape, "int16", numbers).view(torch.bfloat16)
+    return _tensor(np.frombuffer(numbers, dtype=np.dtype(kind)).reshape(_sides(shape)))
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+def _sides(shape: Any) -> tuple[int, ...]:
+    return msgspec.convert(shape, tuple[_Count, ...])
 
 
 def _joined(tree: Any, depth: int = 0) -> Any:
@@ -238,13 +298,10 @@ def _joined(tree: Any, depth: int = 0) -> Any:
 
 
 class _Place(msgspec.Struct):
-    """Where an array of a sharded checkpoint lies: of which ``shape`` and ``kind``, and which of its ``slices`` is in
-    which of the ``shards``.
-    """
+    """Where an array of a sharded checkpoint lies: of which ``shape`` and ``kind``, and in which of the ``shards``."""
 
     shape: tuple[int, ...]
     kind: str
-    slices: list[list[slice]]
     shards: list[int]
 
 
@@ -256,20 +313,25 @@ def _read_sharded(path: Path) -> Any:
     if not isinstance(index, dict) or not {"shard_count", "index"} <= set(index):
         raise UserError(f"{path} is no index of a sharded checkpoint; expected what V-MoE's code wrote, or {KINDS}")
     leaves = list(_places(index["index"]))
-    count, stem = int(index["shard_count"]), path.with_suffix("")
-    files = [stem.with_name(f"{stem.name}.data-{shard:05d}-of-{count:05d}") for shard in range(count)]
-    needed = sorted({shard for _, place in leaves for shard in place.shards})
-    missing = [files[shard].name for shard in needed if shard >= count or not files[shard].is_file()]
+    count, stem = msgspec.convert(index["shard_count"], _Count), path.with_suffix("")
+    needed = {shard for _, place in leaves for shard in place.shards}
+    files = [stem.with_name(f"{stem.name}.data-{shard:05d}-of-{count:05d}") for shard in sorted(needed)]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{path}: {len(missing)} of its {count} data files are missing, such as {missing[0]}")
-    whole = [torch.empty(place.shape, dtype=_dtype(place.kind)) for _, place in leaves]
+    room = sum(file.stat().st_size for file in files)
+    claimed = sum(math.prod(place.shape) * _dtype(place.kind).itemsize for _, place in leaves)
+    if claimed > 2 * room:  # a shard that is a little short is named when it is read
+        raise UserError(f"{path} is not whole: its arrays are of {claimed:,} bytes, its data files hold {room:,}")
+    whole = [_unwritten(place) for _, place in leaves]
     filled = [0] * len(whole)
-    for shard in needed:
-        _fill(files[shard], whole, filled)
+    for file in files:
+        with _whole(file):
+            _fill(file, whole, filled)
     for (name, _), value, amount in zip(leaves, whole, filled):
         if amount != value.numel():
             raise UserError(f"{path}: {name!r} is not whole: {amount} of its {value.numel()} numbers are in the files")
-    return _nested({name: value for (name, _), value in zip(leaves, whole)})
+    return _nested((name, value) for (name, _), value in zip(leaves, whole))
 
 
 def _places(tree: Any, name: str = "") -> Iterator[tuple[str, _Place]]:
@@ -279,6 +341,12 @@ def _places(tree: Any, name: str = "") -> Iterator[tuple[str, _Place]]:
     elif isinstance(tree, dict):
         for key in sorted(tree):
             yield from _places(tree[key], f"{name}/{key}" if name else str(key))
+
+
+def _unwritten(place: _Place) -> Tensor:
+    """An array of NaN, or of zeros, so that what no piece writes is no number of another's."""
+    dtype = _dtype(place.kind)
+    return torch.full(place.shape, math.nan if dtype.is_floating_point else 0, dtype=dtype)
 
 
 def _dtype(kind: str) -> torch.dtype:
@@ -294,10 +362,8 @@ def _fill(file: Path, whole: list[Tensor], filled: list[int]) -> None:
     for key, pieces in chunks.items():
         if key == _SHARD:
             continue
-        try:
-            for flat, where in pieces:
-                place = whole[int(key)][tuple(where)]
-                place.copy_(torch.cat([part.flatten() for part in flat]).reshape(place.shape))
-                filled[int(key)] += place.numel()
-        except (ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise UserError(f"{file} is damaged (array {key}: {error}); copy it again") from error
+        number = msgspec.convert(key, _Count, strict=False)
+        for flat, where in pieces:
+            place = whole[number][tuple(where)]
+            place.copy_(torch.cat([part.flatten() for part in flat]).reshape(place.shape))
+            filled[number] += place.numel()
