@@ -5,6 +5,7 @@ recipes`.
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from robustmoe import spec
 from robustmoe.models import Normalise, build_model
-from robustmoe.recipe import claims, load_recipe
+from robustmoe.recipe import Recipe, claims, load_recipe
 from robustmoe.training import build_method
 from robustmoe.training.phases import MiniBatch, train_step
 from test_recipes_advmoe import DATA, batch, has_base, model_spec
@@ -47,6 +48,11 @@ TRUE = [
 ]
 
 
+@functools.cache
+def recipe_of(name: str) -> Recipe:
+    return load_recipe(SERIES[name])
+
+
 def own_fields(name: str) -> dict[str, object]:
     fields = tomllib.loads(SERIES[name].read_text(encoding="utf-8"))
     return {key: value for key, value in fields.items() if key not in ("base", "claimed")}
@@ -57,7 +63,7 @@ def base_of(name: str) -> str:
 
 
 def data_of(name: str) -> tuple[str, tuple[int, int, int], int]:
-    data = load_recipe(SERIES[name]).data.partition("(")[0]
+    data = recipe_of(name).data.partition("(")[0]
     return (data, *DATA[data])
 
 
@@ -115,7 +121,7 @@ def test_a_series_says_what_it_is_and_changes_that_alone(name: str) -> None:
 @pytest.mark.parametrize("name", SERIES)
 def test_everything_a_series_names_is_built(name: str) -> None:
     """The balance loss is gshard for two experts or fewer, as in V-MoE's code."""
-    written = load_recipe(SERIES[name])
+    written = recipe_of(name)
     _, shape, classes = data_of(name)
     described = model_spec(written)
     with torch.device("meta"):
@@ -132,7 +138,7 @@ def test_everything_a_series_names_is_built(name: str) -> None:
 
 
 def two_steps(name: str, text: str, classes: int, shape: tuple[int, int, int]) -> None:
-    written = load_recipe(SERIES[name])
+    written = recipe_of(name)
     model = build_model(text, classes, shape, seed=written.seed)
     method = build_method(re.sub(r"steps=(7|10)", "steps=2", written.method))
     optimizer = spec.build(written.optimizer, "optimizer")
@@ -158,7 +164,7 @@ def two_steps(name: str, text: str, classes: int, shape: tuple[int, int, int]) -
 @pytest.mark.parametrize("name", SMALL)
 def test_two_steps_in_small(name: str) -> None:
     old, new = SMALL[name]
-    text = load_recipe(SERIES[name]).model
+    text = recipe_of(name).model
     assert text.count(old) == 1
     _, shape, _ = data_of(name)
     two_steps(name, text.replace(old, new), 10, (3, 64, 64) if shape[1] > 64 else shape)
@@ -168,4 +174,4 @@ def test_two_steps_in_small(name: str) -> None:
 @pytest.mark.parametrize("name", TRUE)
 def test_two_steps_at_true_size(name: str) -> None:
     _, shape, classes = data_of(name)
-    two_steps(name, load_recipe(SERIES[name]).model, classes, shape)
+    two_steps(name, recipe_of(name).model, classes, shape)
