@@ -242,7 +242,13 @@ def check(name: str, results: list[StepResult]) -> None:
             assert (float(norm) == 0) == kind.endswith("released")
 
 
-@pytest.mark.parametrize("name", ALL)
+def test_beta_changes_no_count() -> None:
+    """So that two steps of one of them are enough."""
+    assert {PASSES[kind] for kind in PASSES if kind.startswith("rt_er_beta")} == {PASSES["rt_er"]}
+    assert {parts(name)[1] for name in set(ALL) - set(DISTINCT)} == {"rt_er_beta1", "rt_er_beta3", "rt_er_beta9"}
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_two_steps_with_tiny_networks(name: str) -> None:
     """And as many images through them as the recipe says."""
     cell, kind = parts(name)

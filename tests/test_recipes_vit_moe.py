@@ -178,11 +178,12 @@ def test_the_schedules_of_imagenet_are_v_moes_and_the_papers() -> None:
 # ------------------------------------------------------------------------------------------------ two steps
 
 
-def two_steps(name: str, model_spec: ViT | ViTMoE, precision: str) -> None:
-    """On two images, with an attack of two steps (ten are five times the same): losses and gradients finite, and every
-    router has a gradient.
+def two_steps(name: str, model_spec: ViT | ViTMoE, precision: str, side: int = 384) -> None:
+    """On two images, of at most ``side`` pixels a side, with an attack of two steps (ten are five times the same):
+    losses and gradients finite, and every router has a gradient.
     """
-    _, shape, classes = data_of(name)
+    _, (channels, *sides), classes = data_of(name)
+    shape = (channels, min(sides[0], side), min(sides[1], side))
     written = recipe_of(name)
     model = build_model(spec.text(model_spec), classes, shape, seed=written.seed)
     method = build_method(written.method.replace("steps=10", "steps=2"))
@@ -204,7 +205,7 @@ def two_steps(name: str, model_spec: ViT | ViTMoE, precision: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_steps_with_width_16(name: str) -> None:
-    two_steps(name, dataclasses.replace(MODELS[name], width=16, heads=2), recipe_of(name).precision)
+    two_steps(name, dataclasses.replace(MODELS[name], width=16, heads=2), recipe_of(name).precision, side=128)
 
 
 @pytest.mark.recipes
