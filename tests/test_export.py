@@ -34,6 +34,7 @@ def run(tmp_path: Path) -> Path:
 def test_imported_and_exported_again_is_equal(run: Path, tmp_path: Path, ending: str) -> None:
     said = export_run(run, tmp_path / f"back{ending}")
     assert "in the layout 'vmoe'" in said
+    assert "note: not in it: the model takes (pixels - [0.5, 0.5, 0.5]) / [0.5, 0.5, 0.5]" in said
     before = read_groups(tmp_path / "theirs.pt")[""]
     after = read_groups(tmp_path / f"back{ending}")[""]
     assert {name.replace(".", "/") for name in before} == {name.replace(".", "/") for name in after}
@@ -84,3 +85,13 @@ def test_a_run_that_was_never_measured_has_no_card_to_share(tmp_path: Path) -> N
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "shared")]) == 2
     assert not (tmp_path / "shared").exists()
+
+
+def test_a_run_whose_origin_is_spoilt_is_one_line_or_is_exported(run: Path, tmp_path: Path) -> None:
+    file = run / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "imported": {"layout": "vmo"}}))
+    with pytest.raises(UserError, match=r"there is no layout 'vmo'; did you mean 'vmoe'"):
+        export_run(run, tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()
+    assert "in the layout 'vmoe'" in export_run(run, tmp_path / "a.pt", "vmoe")

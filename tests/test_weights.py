@@ -19,7 +19,8 @@ from robustmoe import cli
 from robustmoe.errors import UserError
 from robustmoe.models import build_model
 from robustmoe.training import load_model
-from robustmoe.weights import import_run, load_weights
+from robustmoe.weights import LAYOUTS, import_run, load_weights
+from robustmoe.weights.exporting import written
 from robustmoe.weights.pairs import after, repeated, reshaped, split, stacked, turned
 from robustmoe.weights.reading import read_groups
 
@@ -278,6 +279,8 @@ def test_a_file_of_something_else_is_one_line(tmp_path: Path, content: bytes) ->
         load_weights(model(), tmp_path / "a.bin")
     with pytest.raises(UserError, match="no such file"):
         load_weights(model(), tmp_path / "none.pt")
+    with pytest.raises(UserError, match="this is a folder; expected a file of weights"):
+        load_weights(model(), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ turns
@@ -364,3 +367,43 @@ def test_the_verb_says_what_went_where_and_what_to_do_next(
             wrong = [*wrong, "--inputs", "data"]
         assert cli.main(["import", *wrong]) == 2
         assert line in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ what no tensor tells
+
+
+@pytest.mark.parametrize(
+    "spec, layout, said",
+    [
+        (SPEC, "vmoe", "that code computes gelu=tanh, this model gelu=exact"),
+        (SPEC, "own", "heads=2, k=1, gating=vmoe, choice=token, capacity=None"),
+        ("vit(4, 8, 1, 2, gelu=tanh)", "torchvision", "that code computes gelu=exact, this model gelu=tanh"),
+        ("preact_resnet(18, 4, shortcut=raw, last_norm=False)", "robustbench", "this model has raw"),
+        ("block_moe(resnet18(width=4), experts=2, k=2, router=gap_fc)", "kastel", "their sum plus 1e-5"),
+        ("ensemble(resnet18(width=4), experts=2, router=linear, gate=hard)", "timl", "k=1, gate=hard"),
+        ("resnet18(width=4)", "optml", ""),
+    ],
+)
+def test_what_no_tensor_shows_is_noted(tmp_path: Path, spec: str, layout: str, said: str) -> None:
+    network = build_model(spec, 10, (3, 8, 8))
+    report = str(load_weights(network, saved(tmp_path / "a.pt", written(network, layout)), layout=layout))
+    assert said in report
+    assert ("note: " in report) == bool(said)
+
+
+def test_where_nothing_fits_the_option_that_the_code_wants_is_named(tmp_path: Path) -> None:
+    theirs = build_model("pathway(wide_resnet(10, 1, released=True), experts=2)", 10, (3, 8, 8))
+    file = saved(tmp_path / "a.pt", written(theirs, "optml"))
+    with pytest.raises(UserError, match=r"optml: a routed WRN of that code is wide_resnet\(..., released=True\)"):
+        load_weights(build_model("pathway(wide_resnet(10, 1), experts=2)", 10, (3, 8, 8)), file)
+
+
+def test_heads_that_a_flax_file_has_are_those_of_the_model(tmp_path: Path) -> None:
+    file = saved(tmp_path / "a.pt", written(model(), "vmoe"))
+    with pytest.raises(UserError, match="it has 2 heads, and the model's attention 4"):
+        load_weights(build_model(SPEC.replace("heads=2", "heads=4"), 10, (1, 8, 8)), file)
+
+
+@pytest.mark.parametrize("options", ["classifier=map", "classifier=gap", "positions=sincos2d", "qk_norm=True"])
+def test_torchvision_has_no_such_transformer(options: str) -> None:
+    assert LAYOUTS["torchvision"].pairs(build_model(f"vit(4, 8, 1, 2, {options})", 10, (3, 8, 8))) == []

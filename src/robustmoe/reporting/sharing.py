@@ -32,7 +32,7 @@ def model_card(run: str | os.PathLike[str]) -> str:
     about = f"`{config['model']}`, for images {tuple(config['image_shape'])} of {config['num_classes']} classes."
     origin = config.get("imported")
     if origin:
-        about += f" Its weights were trained elsewhere ({origin['file']}, SHA-256 {origin['sha256']})."
+        about += f" Its weights were trained elsewhere ({origin.get('file')}, SHA-256 {origin.get('sha256')})."
     elif config.get("method"):
         about += f" Trained on {config['data']} by `{config['method']}`."
     return printable("\n".join([*head, "---", "", f"# {name}", "", about, "", *use, "", markdown(collect([run]))]))

@@ -16,7 +16,7 @@ from robustmoe.errors import UserError, nearest
 from robustmoe.records import read_config, write_atomic
 from robustmoe.training.checkpoint import load_model
 from robustmoe.weights.layouts import LAYOUTS
-from robustmoe.weights.loading import is_normalisation
+from robustmoe.weights.loading import is_normalisation, notes
 from robustmoe.weights.onnx import write_onnx
 
 
@@ -33,18 +33,22 @@ def export_run(run: str | Path, out: str | Path, layout: str | None = None) -> s
     if path.suffix != ".onnx" and path.suffix not in WRITERS:
         endings = ", ".join([*WRITERS, ".onnx"])
         raise UserError(f"{path}: expected an --out that ends in one of {endings}; without an ending it is a folder")
-    if layout is not None and layout not in LAYOUTS:
-        raise UserError(f"there is no layout {layout!r}; {nearest(layout, LAYOUTS)}")
     if path.suffix == ".onnx" and layout is not None:
         raise UserError("an .onnx file holds the whole model, in no layout; leave --layout out")
-    model, config = load_model(run), read_config(run)
+    config = read_config(run)
+    chosen = layout if layout is not None else (config.get("imported") or {}).get("layout", "own")
+    if chosen not in LAYOUTS:
+        raise UserError(f"there is no layout {chosen!r}; {nearest(chosen, LAYOUTS)}; say which as --layout")
+    model = load_model(run)
     if path.suffix == ".onnx":
         channels, height, width = config["image_shape"]
         return write_onnx(model, path, (channels, height, width))
-    chosen = layout or (config.get("imported") or {}).get("layout", "own")
     tensors = written(model, chosen)
     write_atomic(path, WRITERS[path.suffix](tensors))
-    return f"{path}: {len(tensors)} tensors in the layout {chosen!r}"
+    lines = [f"{path}: {len(tensors)} tensors in the layout {chosen!r}"]
+    if not any(map(is_normalisation, tensors)) and set(config["mean"]) | set(config["std"]) != {0.0, 1.0}:
+        lines.append(f"note: not in it: the model takes (pixels - {config['mean']}) / {config['std']}")
+    return "\n".join([*lines, *(f"note: {sentence}" for sentence in notes(model, chosen))])
 
 
 def written(model: nn.Module, layout: str) -> dict[str, Tensor]:

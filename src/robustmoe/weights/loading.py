@@ -14,17 +14,20 @@ from robustmoe.weights.fitting import Fit, fits
 from robustmoe.weights.layouts import LAYOUTS
 from robustmoe.weights.pairs import Layout
 from robustmoe.weights.reading import read_groups
+from robustmoe.weights.untold import untold
 
 
 @dataclass(frozen=True)
 class Loaded:
     """What `load_weights` did: the ``fit`` that was taken, and the names of the model's tensors that ``stayed`` as they
-    were (the mean and deviation of its pixels apart, which files of other code do not hold).
+    were (the mean and deviation of its pixels apart, which files of other code do not hold). ``notes``: what no tensor
+    shows, in sentences.
     """
 
     file: Path
     fit: Fit
     stayed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f", under {self.fit.where()!r}" if self.fit.where() else ""
@@ -38,7 +41,7 @@ class Loaded:
         ):
             if names:
                 lines.append(f"  {len(names)} {said}, such as {names[0]!r}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {sentence}" for sentence in self.notes)])
 
 
 def load_weights(
@@ -60,13 +63,25 @@ def load_weights(
     groups = read_groups(file)
     if group is not None:
         if group not in groups:
-            raise UserError(f"{file} has no group {group!r}; {nearest(group, [name for name in groups if name])}")
+            known = [name for name in groups if name]
+            raise UserError(f"{file} has no group {group!r}; {nearest(group, known) if known else 'leave --group out'}")
         groups = {group: groups[group]}
     attempts = fits(groups, model, _asked(layout))
+    if not attempts:
+        raise _nothing(Path(file), model, layout)
     fit = _chosen(Path(file), attempts, layout, partial)
     own = model.state_dict()
     put(model, fit.given)
-    return Loaded(Path(file), fit, tuple(name for name in own if name not in fit.given and not is_normalisation(name)))
+    stayed = tuple(name for name in own if name not in fit.given and not is_normalisation(name))
+    return Loaded(Path(file), fit, stayed, tuple(notes(model, fit.layout)))
+
+
+def notes(model: nn.Module, layout: str) -> list[str]:
+    """What the weights of a model in a layout do not tell, in sentences."""
+    out = LAYOUTS[layout].wants(model)
+    if arguments := untold(model):
+        out.append(f"not seen in weights, so check them with the code that trained: {arguments}")
+    return out
 
 
 def is_normalisation(name: str) -> bool:
@@ -88,14 +103,17 @@ def _asked(layout: str | None) -> Mapping[str, Layout]:
     return {layout: LAYOUTS[layout]}
 
 
+def _nothing(file: Path, model: nn.Module, layout: str | None) -> UserError:
+    whose = f"the layout {layout!r} has" if layout else "any layout has"
+    wanted = [f"{name}: {sentence}" for name, asked in _asked(layout).items() for sentence in asked.wants(model)]
+    return UserError(
+        f"{file} has no tensor that {whose} for this model; expected weights of the same architecture, see robustmoe "
+        f"list layouts{''.join(f' ({each})' for each in wanted)}"
+    )
+
+
 def _chosen(file: Path, attempts: list[Fit], layout: str | None, partial: bool) -> Fit:
     """The attempt that is taken. A guess is never taken: UserError says what it would have been."""
-    if not attempts:
-        whose = f"the layout {layout!r} has" if layout else "any layout has"
-        raise UserError(
-            f"{file} has no tensor that {whose} for this model; expected weights of the same architecture, see "
-            "robustmoe list layouts"
-        )
     best = attempts[0]
     if best.whole:
         rivals = {attempt.group for attempt in attempts if attempt.whole and not _equal(attempt, best)}

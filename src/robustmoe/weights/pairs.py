@@ -43,7 +43,8 @@ class Layout:
     ``pairs``: what stands where, for a model of ours; empty for a model that this code base does not have. ``source``:
     where the code is, and the commit that was compared. ``inputs``: how its nets take their images: "raw" (pixels in
     [0, 1]), "centred" (in [-1, 1]), or "data" (normalised by the data set's mean and deviation). ``ignored``: regular
-    expressions of names that hold no weights of the network.
+    expressions of names that hold no weights of the network. ``wants``: sentences on a model that this code base has
+    not quite, or whose weights would fit and answer otherwise there; no tensor shows these.
     """
 
     about: str
@@ -51,6 +52,7 @@ class Layout:
     pairs: Callable[[nn.Module], list[Counterpart]]
     inputs: Inputs = "data"
     ignored: tuple[str, ...] = ()
+    wants: Callable[[nn.Module], list[str]] = lambda _: []
 
 
 def same(theirs: str, ours: str, optional: bool = False) -> Counterpart:

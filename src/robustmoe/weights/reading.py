@@ -47,7 +47,8 @@ def read_groups(path: str | Path) -> dict[str, Group]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected weights: {KINDS}")
+        what = "this is a folder" if path.is_dir() else "this is no regular file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {what}; expected a file of weights: {KINDS}")
     with explained("read", path), path.open("rb") as file:
         start = file.read(16)
     with _whole(path):

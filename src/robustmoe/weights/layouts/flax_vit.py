@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from robustmoe.models.token_layers import Members, SlotMoE, TokenLayer
 from robustmoe.models.vit import ViTNetwork, resample_positions
 from robustmoe.models.vit_parts import Attention, AttentionPool, ViTBlock
 from robustmoe.weights.pairs import Counterpart, Layout, reshaped, same, split, turned
+from robustmoe.weights.untold import other_gelu
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ def _heads(theirs: str, layers: Sequence[str], ours: str, heads: int) -> list[Co
     """Layers of attention that are one of ours, one below the other: kernels (d, heads, d / heads) and biases."""
 
     def read_kernels(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [torch.cat([kernel.flatten(1).T for kernel in tensors])]
+        return [torch.cat([_of_heads(kernel, 1, heads).flatten(1).T for kernel in tensors])]
 
     def write_kernels(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [weight.T.unflatten(1, (heads, -1)) for weight in tensors[0].chunk(len(layers))]
 
     def read_biases(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [torch.cat([bias.flatten() for bias in tensors])]
+        return [torch.cat([_of_heads(bias, 0, heads).flatten() for bias in tensors])]
 
     def write_biases(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [bias.unflatten(0, (heads, -1)) for bias in tensors[0].chunk(len(layers))]
@@ -68,6 +70,12 @@ def _heads(theirs: str, layers: Sequence[str], ours: str, heads: int) -> list[Co
     ]
 
 
+def _of_heads(value: Tensor, place: int, heads: int) -> Tensor:
+    if value.shape[place] != heads:
+        raise ValueError(f"it has {value.shape[place]} heads, and the model's attention {heads}")
+    return value
+
+
 def _attention(theirs: str, ours: str, layer: Attention | AttentionPool) -> Iterator[Counterpart]:
     if isinstance(layer, Attention):
         yield from _heads(theirs, ("query", "key", "value"), f"{ours}.qkv", layer.heads)
@@ -78,7 +86,7 @@ def _attention(theirs: str, ours: str, layer: Attention | AttentionPool) -> Iter
     yield Counterpart(
         (f"{theirs}/out/kernel",),
         (f"{ours}.proj.weight",),
-        lambda tensors: [tensors[0].flatten(0, 1).T],
+        lambda tensors: [_of_heads(tensors[0], 0, layer.heads).flatten(0, 1).T],
         lambda tensors: [tensors[0].T.reshape(layer.heads, width // layer.heads, -1)],
         "heads side by side, transposed",
     )
@@ -185,11 +193,13 @@ LAYOUTS = {
         vmoe,
         "centred",
         (r"^(step|rngs|opt_state)(/|$)",),
+        wants=partial(other_gelu, theirs="tanh"),
     ),
     "vit_jax": Layout(
         "dense ViTs of google-research/vision_transformer (flax); wants gelu=tanh",
         "google-research/vision_transformer c6de1e5",
         vit_jax,
         "centred",
+        wants=partial(other_gelu, theirs="tanh"),
     ),
 }

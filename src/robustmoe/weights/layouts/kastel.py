@@ -29,6 +29,12 @@ def pairs(model: nn.Module) -> list[Counterpart]:
     return [*out, *(same(renamed(name), f"network.{name}") for name in network.state_dict() if ".router." not in name)]
 
 
+def wants(model: nn.Module) -> list[str]:
+    routed = [layer for layer in model.modules() if isinstance(layer, RoutedLayer)]
+    more = any(layer.k > 1 for layer in routed)
+    return ["that code divides the gates of k > 1 experts by their sum plus 1e-5, ours by their sum"] if more else []
+
+
 def renamed(name: str) -> str:
     """The name of a tensor that belongs to no router; an expert's is in the middle of the path of its layer."""
     layer = re.fullmatch(r"(.+)\.experts\.(\d+)\.(?:(.+)\.)?(\w+)", name)
@@ -65,4 +71,5 @@ KASTEL = Layout(
     "Robust Experts' released code (its Lightning .ckpt files): BlockMoE and ConvMoE of ResNets, and the dense ones",
     "github.com/KASTEL-MobilityLab/robust-sparse-moes at ed22e81",
     pairs,
+    wants=wants,
 )

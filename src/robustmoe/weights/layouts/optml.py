@@ -54,6 +54,18 @@ def pairs(model: nn.Module) -> list[Counterpart]:
     return out
 
 
+def wants(model: nn.Module) -> list[str]:
+    network = getattr(model, "network", None)
+    if not isinstance(network, WideResNetNetwork) or not isinstance(model, Dense | PathwayModel):
+        return []
+    raw = isinstance(model, PathwayModel) or network.begins == "imagenet"
+    if network.form == Form("released" if raw else "active"):
+        return []
+    return [
+        f"a {'routed' if raw else 'dense'} WRN of that code is wide_resnet(..., released={raw}), with no other form"
+    ]
+
+
 def names_of(network: StagedNetwork, routed: bool) -> Names | None:
     """How their code names the network; None for one that it does not have."""
     if isinstance(network, ResNetNetwork) and len(network.stages) == 4 and not _pads(network):
@@ -114,4 +126,5 @@ OPTML = Layout(
     "github.com/OPTML-Group/Robust-MoE-CNN at c50796f",
     pairs,
     inputs="raw",
+    wants=wants,
 )

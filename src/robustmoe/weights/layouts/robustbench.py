@@ -59,6 +59,19 @@ def pairs(model: nn.Module) -> list[Counterpart]:
     return [*out, *normalised(model)]
 
 
+def wants(model: nn.Module) -> list[str]:
+    network = model.network if isinstance(model, Dense) else None
+    if not isinstance(network, PreactivationNetwork):
+        return []
+    form = network.form
+    if form.padding == "same":
+        return [] if form.activation == "silu" else ["most of DeepMind's networks there have activation=silu"]
+    said = ["DeepMind's networks there have padding=same"]
+    if isinstance(network, PreActResNetNetwork) and form.reads in ("raw", "active"):
+        said.append(f"some of its PreAct ResNets have shortcut=raw, some active; this model has {form.reads}")
+    return said if form.activation == "relu" else [*said, "those without padding=same have activation=relu"]
+
+
 def _these(known: tuple[tuple[float, ...], ...], _: Sequence[Tensor]) -> Sequence[Tensor]:
     return [torch.tensor(values).view(1, -1, 1, 1) for values in known]
 
@@ -88,4 +101,5 @@ ROBUSTBENCH = Layout(
     pairs,
     inputs="raw",
     ignored=(r"^sub_block1\.",),
+    wants=wants,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from robustmoe.models.base import Dense
@@ -10,12 +12,14 @@ from robustmoe.models.vit import ViTNetwork
 from robustmoe.weights.layouts.names import TORCHVISION as RESNET
 from robustmoe.weights.layouts.names import normalised, paired
 from robustmoe.weights.pairs import Counterpart, Layout, same
+from robustmoe.weights.untold import other_gelu
 
 VIT = {
     "cls_token": "class_token",
     "pos_embed": "encoder.pos_embedding",
     "patch_embed.proj": "conv_proj",
     "norm": "encoder.ln",
+    "pre_logits": "heads.pre_logits",
     "head": "heads.head",
 }
 BLOCK = {
@@ -36,9 +40,13 @@ def pairs(model: nn.Module) -> list[Counterpart]:
     network = model.network
     if isinstance(network, ResNetNetwork) and network.begins == "imagenet" and len(network.stages) == 4:
         return [*paired(network, "network.", "", RESNET), *normalised(model)]
-    if isinstance(network, ViTNetwork):
+    if isinstance(network, ViTNetwork) and network.prefix and network.learned and not _norms_heads(network):
         return [same(of_vit(name), f"network.{name}") for name in network.state_dict()]
     return []
+
+
+def _norms_heads(network: ViTNetwork) -> bool:
+    return any(".q_norm." in name for name in network.state_dict())
 
 
 def of_vit(name: str) -> str:
@@ -58,4 +66,5 @@ TORCHVISION = Layout(
     "torchvision: resnet18, resnet34, resnet50, wide_resnet50_2, vit_b_16 and its like; robust ones of the same names",
     "github.com/pytorch/vision 0.28",
     pairs,
+    wants=partial(other_gelu, theirs="exact"),
 )
