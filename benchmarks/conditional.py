@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -116,7 +117,11 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         "images": len(images),
         "last_epoch": records.read_jsonl(folder / "metrics.jsonl")[-1],
     }
-    write(file, described(f"python benchmarks/conditional.py run --arms {arm} --epochs {args.epochs}"), numbers)
+    write(
+        file,
+        described(f"python benchmarks/conditional.py run --arms {arm} --epochs {args.epochs}", seeds=[seed]),
+        numbers,
+    )
     print(f"{file.name}: clean {100 * numbers['clean']:.1f}, worst case {100 * numbers['worst']:.1f}", flush=True)
 
 
@@ -148,7 +153,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         for name in ("clean", "worst", "plain"):
             entry[name] = spread_of([100 * each[name] for each in own.values()])
         for name in first["attacks"]:
-            entry[name] = spread_of([100 * each["attacks"][name] for each in own.values()])
+            entry[_key(name)] = spread_of([100 * each["attacks"][name] for each in own.values()])
         seconds = [each["training_cpu_seconds"] for each in own.values() if each["training_cpu_seconds"]]
         entry["training_cpu_seconds"] = spread_of(seconds) if seconds else None
         pairs = [difference(own[seed], twins[seed]) for seed in own if seed in twins and arm != TWIN]
@@ -163,12 +168,19 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def _key(name: str) -> str:
+    """A name as pages can point to it."""
+    return re.sub(r"\W", "_", name)
+
+
 def table(found: dict[str, Any]) -> str:
     head = "| arm | seeds | MACs | parameters | clean | PGD-10 | plain attacks | worst case | to dense16, by seed |"
     lines = [f"{head} ± over images | ± over seeds | training CPU s |", "|" + "---|" * 12]
     for name, each in found.items():
         cells = [name, str(each["worst"]["n"]), f"{each['macs'] / 1e6:.3f} M", f"{each['parameters']:,}"]
-        cells += [f"{each[key]['mean']:.1f} ± {each[key]['sd']:.1f}" for key in ("clean", "PGD-10", "plain", "worst")]
+        cells += [
+            f"{each[key]['mean']:.1f} ± {each[key]['sd']:.1f}" for key in ("clean", _key("PGD-10"), "plain", "worst")
+        ]
         if "difference" in each:
             over_seeds = each["over_seeds"]
             by_seed = ", ".join(f"{mean:+.1f}" for mean in each["by_seed"])
@@ -202,7 +214,10 @@ def main() -> None:
     found = summary(read())
     print(table(found))
     if args.write:
-        about = described("python benchmarks/conditional.py table --write", spread="sample deviation over seeds")
+        seeds = sorted({each["seed"] for each in read()})
+        about = described(
+            "python benchmarks/conditional.py table --write", seeds=seeds, spread="sample deviation over seeds"
+        )
         write(STUDY.with_suffix(".json"), about, found)
 
 
