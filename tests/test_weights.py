@@ -113,6 +113,12 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(
         assert said.rpartition("such as ")[2] in str(load_weights(network, file, layout="own", partial=True))
 
 
+def test_no_name_stands_for_two_tensors(tmp_path: Path) -> None:
+    both = {**weights(), "_orig_mod.network.norm.bias": torch.ones(8)}
+    with pytest.raises(UserError, match=r"1 of the file's are left over, such as '_orig_mod.network.norm.bias'"):
+        load_weights(model(), saved(tmp_path / "a.pt", both))
+
+
 def test_another_architecture_is_one_line(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.pt", {"conv.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="has no tensor that any layout has for this model"):

@@ -90,7 +90,9 @@ def _stripped(tensors: Group) -> list[tuple[str, Group]]:
     """The group under its own names, and without each start that all its names share (but for `PIXELS`). What
     torch.compile puts into names never counts.
     """
-    names = {name.replace("_orig_mod.", ""): value for name, value in tensors.items() if not AGAIN.match(name)}
+    own = {name: value for name, value in tensors.items() if not AGAIN.match(name)}
+    names = {name.replace("_orig_mod.", ""): value for name, value in own.items()}
+    names = names if len(names) == len(own) else own  # no name may stand for two tensors
     out, prefix = [("", names)], ""
     while True:
         inside = [name for name in names if not PIXELS.fullmatch(name)]
