@@ -159,8 +159,9 @@ def mart(
     softmax of the clean and q of the attacked image; the mean over images.
 
     In log space; the released code adds small numbers inside the logarithms. The attack climbs its own objective (the
-    paper's the cross-entropy); both batches pass in train mode, clean first. The default beta is the released code's.
-    ``balance``, ``balance_loss``: as in `standard`, on the attacked images; ``moves``: as there.
+    paper's the cross-entropy); both batches pass in train mode, clean first. The default beta is that of the released
+    function, whose script for ResNet-18 says 5. ``balance``, ``balance_loss``: as in `standard`, on the
+    attacked images; ``moves``: as there.
     """
     check_weight("beta", beta)
     check_weight("balance", balance)
