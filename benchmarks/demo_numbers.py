@@ -76,8 +76,12 @@ def accuracies(run: Path) -> dict[str, float]:
         summary = analysis.evaluation_summary(result.header, result.rows, result.checks)
         text = summary.attack or ""
         assert summary.robust is not None
-        names = [name for name in ("experts_only", "router_only", "transition") if name in text]
-        found[names[0] if names else "pgd"] = 100 * summary.robust.value
+        names = [
+            name
+            for name in ("experts_only", "router_only", "transition", "targeted(2", "targeted(3", "margin")
+            if name in text
+        ]
+        found[names[0].replace("(", "_") if names else "pgd"] = 100 * summary.robust.value
     worst = analysis.worst_case([(result.header, result.rows) for result in results])
     return {"clean": 100 * worst.clean.value, **found, "worst": 100 * worst.robust.value}
 

@@ -180,7 +180,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
 
 def test_a_dense_model_has_no_exposures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (one,) = summaries_of(
-        lambda x: torch.cat([x[:, 0, 0, :1], 0.5 + 0 * x[:, 0, 0, 1:]], 1), FOUR, LABELS, out=tmp_path
+        lambda x: torch.cat([x[:, 0, 0, :1], 0.5 + 0 * x[:, 0, 0, 1:]], 1), FOUR, LABELS, attacks=PGD5, out=tmp_path
     )
     assert (one.objective, one.router_exposed, one.experts_exposed, one.rerouted) == (JOINT, None, None, {})
     assert one.router_attacked is None
@@ -625,6 +625,22 @@ def test_the_default_attacks_are_of_the_recipes_threat(tmp_path: Path) -> None:
     ]
     assert sum("steps=20" in str(header.attack) for header in found) == 3
     assert sum(str(header.attack).startswith("expert_transition(") for header in found) == 1
+
+
+def test_a_dense_model_meets_as_many_attacks_by_default(tmp_path: Path) -> None:
+    """Four of PGD-20, as a routed model does; of two classes there is one rival alone."""
+    dense = evaluate_run(make_run(tmp_path / "dense", "linear"), limit=2, curve=())
+    routed = evaluate_run(make_run(tmp_path / "routed"), limit=2, curve=())
+    assert len(dense) == len(routed) == 4
+    assert [str(each.header.attack) for each in dense] == [
+        f"pgd(l2(0.3), steps=20, {objective}keep=first)"
+        for objective in (
+            "", "objective=joint(loss=margin), ",
+            "objective=targeted(loss=margin), ", "objective=targeted(rank=3, loss=margin), ",
+        )
+    ]  # fmt: skip
+    binary = evaluate(build_model("linear", 2, (1, 8, 8)), torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 0]), curve=())
+    assert len(binary) == 3
 
 
 def test_the_recipes_own_attacks_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,8 +36,9 @@ ROUTED = Recipe(
 by steering into each expert's region.
 """
 
-DENSE = dataclasses.replace(ROUTED, model="resnet8(width=16)", method=f"at(pgd({EPS}, steps=3, keep=last))")
-"""Its dense twin: the backbone alone, the same data, attack and schedule."""
+DENSE = dataclasses.replace(ROUTED, model="resnet8(width=16)", method=f"at(pgd({EPS}, steps=3, keep=last))", attacks=())
+"""Its dense twin: the backbone alone, the same data, attack and schedule. It meets as many attacks: `evaluate_run`'s
+default of a dense model."""
 
 PROVABLE = Recipe(
     model=(

@@ -171,7 +171,8 @@ class EvaluateOptions(Options):
     attacks: Annotated[
         tuple[Spec, ...],
         "an attack, such as pgd(linf(8/255), steps=50) or autoattack(linf(8/255)) (default: the recipe's; without one, "
-        "PGD-20 on the model, on its experts and on its routers, and an attack on the routing)",
+        "PGD-20 on the model, on its experts and on its routers, and an attack on the routing; of a dense model as "
+        "many on the model)",
     ] = ()
     split: Annotated[Literal["test", "val", "train"], "which images"] = "test"
     limit: Annotated[int | None, "at most this many images"] = None

@@ -103,8 +103,8 @@ def _simple(folder: Path, threat: Threat) -> list[Attack]:
     """What an evaluation attacks the model of a run folder with where nothing is asked for."""
     config = read_config(folder)
     with torch.no_grad():
-        trace = load_model(folder).run(run_data(folder, config).test.batch([0, 1]).x).trace
-    return attacks_for(trace, [], threat)
+        output = load_model(folder).run(run_data(folder, config).test.batch([0, 1]).x)
+    return attacks_for(output, [], threat)
 
 
 def _checked(folder: Path, attacks: Sequence[Attack], limit: int | None, shared: dict[str, Any]) -> None:

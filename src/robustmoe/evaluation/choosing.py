@@ -23,9 +23,11 @@ from robustmoe.attacks import (
     joint,
     linf,
     router_only,
+    targeted,
 )
 from robustmoe.certification import Certifier
 from robustmoe.errors import UserError
+from robustmoe.models.base import Output
 from robustmoe.progress import note
 from robustmoe.routing import Trace
 
@@ -35,18 +37,14 @@ CURVE = (0.25, 0.5, 1.5, 2.0)
 """Radii of the accuracy curve, as multiples of the attack's own, unless told."""
 
 
-def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[Attack]:
-    """The attacks to run, each once: the given ones, or the default; those that need a router are left out for a dense
-    model, and that is said.
+def attacks_for(output: Output, given: Sequence[Attack], threat: Threat) -> list[Attack]:
+    """The attacks to run on the model that gave ``output``, each once: the given ones, or the default; those that need
+    a router are left out for a dense model, and that is said. A dense model meets as many attacks by default as a
+    routed one: a comparison of worst cases is fair.
     """
-    objectives: tuple[Objective, ...] = (joint(), experts_only(), router_only())
+    trace = output.trace
     wanted: list[Attack] = []
-    default: list[Attack] = [PGD(threat, steps=20, objective=o) for o in objectives]
-    if trace:
-        routers = image_routers(trace)
-        regions = math.prod(routing.num_experts for routing in routers.values())
-        every = len(routers) == 1 or 1 < regions <= ExpertTransition.regions  # no region is left out
-        default.append(ExpertTransition(threat) if every else RouteBeam(threat))
+    default = _of_a_routed(trace, threat) if trace else _of_a_dense(output.logits.shape[1], threat)
     for attack in given or default:
         if attack not in wanted:
             wanted.append(attack)
@@ -61,6 +59,23 @@ def attacks_for(trace: Trace, given: Sequence[Attack], threat: Threat) -> list[A
     if given and len(whole) < len(wanted):
         note(f"the model has no router: {len(wanted) - len(whole)} attack(s) on experts or routers alone left out")
     return whole
+
+
+def _of_a_routed(trace: Trace, threat: Threat) -> list[Attack]:
+    """PGD-20 on the whole model, on the experts and on the routers, and an attack on the routing."""
+    objectives: tuple[Objective, ...] = (joint(), experts_only(), router_only())
+    routers = image_routers(trace)
+    regions = math.prod(routing.num_experts for routing in routers.values())
+    every = len(routers) == 1 or 1 < regions <= ExpertTransition.regions  # no region is left out
+    last: Attack = ExpertTransition(threat) if every else RouteBeam(threat)
+    return [*(PGD(threat, steps=20, objective=each) for each in objectives), last]
+
+
+def _of_a_dense(classes: int, threat: Threat) -> list[Attack]:
+    """PGD-20 on the cross-entropy, on the margin, and towards the two likeliest wrong classes."""
+    ranks = [rank for rank in (2, 3) if rank <= classes]
+    objectives: list[Objective] = [joint(), joint("margin"), *(targeted(rank, "margin") for rank in ranks)]
+    return [PGD(threat, steps=20, objective=each) for each in objectives]
 
 
 def one_norm(attacks: Sequence[Attack], certified: Mapping[int, float] | None) -> None:

@@ -98,7 +98,7 @@ def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluatio
     """Runs every attack, and the curve of one of them. ``threat``: of the default attacks."""
     options: EvaluateOptions = session.options
     given = [build_attack(attack) for attack in options.attacks]
-    asked = attacks_for(session.output.trace, given, threat)
+    asked = attacks_for(session.output, given, threat)
     chosen = [seeded(attack, options.seed).for_verdict() for attack in asked]
     one_norm(chosen, options.certified)
     simple = [len(attack.parts(session.output)) == 1 for attack in chosen]  # a suite at every radius would take hours

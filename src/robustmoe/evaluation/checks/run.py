@@ -116,7 +116,7 @@ def check_run(run: str | Path, *, options: CheckOptions) -> Audit:
     images = data.test.head(options.limit)
     batch = images.batch(list(range(len(images)))).to(where)
     given = [build_attack(text) for text in options.attacks or config.get("attacks") or ()]
-    chosen = attacks_for(model.run(batch.x[:2]).trace, given, threat_of(config))
+    chosen = attacks_for(model.run(batch.x[:2]), given, threat_of(config))
     chosen = [seeded(attack, options.seed) for attack in chosen]
     metrics = records.read_metrics(folder / "metrics.jsonl")
     best = [line for line in metrics if line.get("best")]
