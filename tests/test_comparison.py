@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from robustmoe import cli
 from robustmoe.analysis import Paired, Rate, Spread, paired, paired_bootstrap, welch
 from robustmoe.records import Check, Header, Row, Writer
 from robustmoe.reporting.comparison import compare
+from robustmoe.reporting.formats import grid_latex
+from robustmoe.reporting.grid import Grid
 
 PGD, EXPERTS = "pgd(linf(8/255), steps=20)", "pgd(linf(8/255), steps=20, objective=experts_only)"
 SIZE = {"linf": 8 / 255, "l2": 1.0, "l1": 9.0, "box": 0.0}
@@ -252,14 +255,86 @@ def test_every_format_tells_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
     tex = (tmp_path / "t.tex").read_text()
     value, interval = cells["routed_100%", "worst case"]
     assert f"| {value} ({interval}) |" in markdown
-    assert f"{value.replace('±', '+-')} & {{{interval}}}" in tex
-    assert r"routed\_100\% & " in tex
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == len([kept, pairs])
-    body = [line for line in tex.splitlines() if line.endswith(r"\\")]
-    assert len({line.count(" & ") for line in body[:3]}) == 1, "every row has as many cells as the head"
+    assert value.replace("±", "+-") + " & {" + interval.replace(" to ", r"\textendash{}") + "}" in tex
+    assert r"{routed\_100\%}" in tex
+    assert "Minus dense, in points" in tex
+    assert "seeds 0, 1, 2" in tex, "a mean needs its number of trainings"
+    assert len(rows_of_latex(tex)) == len([kept, pairs])
+    assert "all runs have seen" in tex
+    assert "all runs have seen" in markdown
     numbers = json.loads((tmp_path / "t.json").read_text())
     assert numbers["arms"][1]["worst case"] == [np.mean(hits(100 * 11 + seed, 0.6)) for seed in range(3)]
     assert numbers["differences"][1]["value"] == pytest.approx(compare(runs).differences()[1].value)
+
+
+def rows_of_latex(tex: str) -> list[list[list[str]]]:
+    """The cells of each table, as TeX splits them; what TeX would stop at fails here."""
+    plain = re.sub(r"\\[\\{}&%$#_]", "", tex)
+    depth = 0
+    for mark in plain:
+        depth += {"{": 1, "}": -1}.get(mark, 0)
+        assert depth >= 0
+    assert depth == 0
+    text = re.sub(r"\$[^$]*\$", "", "\n".join(line for line in plain.splitlines() if not line.startswith("%"))).replace(
+        ">{", ""
+    )
+    assert set(text) & set('%#$~^_"<>|†≤∞±‖→ε') == set()
+    tables = []
+    for kinds, body in re.findall(r"\\begin\{tabular\}\{([^\n]*)\}\n(.*?)\\end\{tabular\}", tex, re.DOTALL):
+        lines = [line for line in body.splitlines() if not re.fullmatch(r"\\(top|mid|bottom)rule", line)]
+        assert all(line.endswith(r" \\") for line in lines)
+        cells = [re.split(r"(?<!\\)&", line) for line in lines]
+        columns = re.findall(
+            r"[lS]", re.sub(r"\[.*?\]|>\{.*?\}p\{.*?\}", lambda it: "l" * it[0].startswith(">"), kinds)
+        )
+        assert {len(row) for row in cells} == {len(columns)}, "every row has as many cells as there are columns"
+        tables.append(cells)
+    return tables
+
+
+@pytest.mark.parametrize(
+    "name", [r"50%_of {all} #1 & $x$ ~a^b\\c", "[first]", "*star", "a--b", '<"|">', "α ≤ ε × σ → ‖x‖ ∞ ± †"]
+)
+def test_any_name_is_text_to_latex(name: str) -> None:
+    grid = Grid(name, ("recipe", name, "p"), (((name, name), ("+1.0", name), ("1.7e-21", "")),), note=name)
+    (table,) = rows_of_latex(grid_latex(grid, about=name))
+    assert not any(row[0].lstrip().startswith(("[", "*")) for row in table), (
+        "TeX would read an argument of the line before"
+    )
+    assert "1.7e-21" in "".join(table[-1])
+
+
+@pytest.mark.parametrize(
+    "values, kind",
+    [
+        (("1.0", "100.0"), "S[table-format=3.1]"),
+        (("+1.5", "-0.2"), "S[table-format=+1.1,retain-explicit-plus]"),
+        (("", "45.0 †"), "S[table-format=2.1]"),
+        (("98.3 ± 0.0", ""), "S[table-alignment-mode=none,"),
+        (("seven", "7"), "l"),
+    ],
+)
+def test_a_column_of_numbers_is_aligned_at_its_points(values: tuple[str, ...], kind: str) -> None:
+    tex = grid_latex(
+        Grid("t", ("recipe", "x"), tuple(((f"r{at}", ""), (value, "")) for at, value in enumerate(values)))
+    )
+    assert f"{{l{kind}" in tex
+    assert rows_of_latex(tex)[0][1 + values.index(values[-1])][1].strip(" \\") in (
+        values[-1].replace(" †", r"{\rlap{$^\dagger$}}"), f"{{{values[-1]}}}", r"num{7}"
+    )  # fmt: skip
+
+
+def test_a_wide_table_lies_on_its_side_and_empty_columns_are_left_out() -> None:
+    attacks = tuple(f"pgd(linf(8/255), steps={steps}, objective=experts_only)" for steps in (10, 20, 50, 100, 200))
+    entries = (("10.0", "5.0 to 15.0"), ("9.0 ± 1.0", "-1.0 to 11.0"), ("", ""), *[("8.0", "4.0 to 14.0")] * 2)
+    rows = tuple(((name, f"seeds {name}"), *entries) for name in ("x", "y"))
+    turned = rows_of_latex(grid_latex(Grid("t", ("recipe", *attacks), rows)))[0]
+    assert [row[0].strip() for row in turned[1:]] == [name.replace("_", r"\_") for name in (*attacks[:2], *attacks[3:])]
+    assert turned[2][1].strip() == "9.0 +- 1.0"
+    narrow = grid_latex(Grid("t", ("recipe", *attacks), tuple((*row[:3], *[("", "")] * 3) for row in rows)))
+    assert r" & {A} & {95 \%} & " in narrow
+    assert f"A: {attacks[0]}".replace("_", r"\_") in narrow
+    assert "x: seeds x; y: seeds y." in narrow
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,13 @@ class RunComparison:
             for arm in self.arms
         ]
         pairs = [{**dataclasses.asdict(each), "p": each.pair and each.pair.p} for each in self.differences()]
-        return {"images": len(images), "arms": arms, "differences": pairs, "notes": list(self.notes)}
+        return {
+            "setting": self.setting,
+            "images": len(images),
+            "arms": arms,
+            "differences": pairs,
+            "notes": list(self.notes),
+        }
 
 
 def compare(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RunComparison:
