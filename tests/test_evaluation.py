@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
-from robustmoe import analysis, records
+from robustmoe import analysis, records, spec
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Threat, build_attack, exact_of, linf
 from robustmoe.errors import UserError
 from robustmoe.evaluation import evaluate, evaluate_run
@@ -33,7 +33,7 @@ from robustmoe.noise import Noise
 from robustmoe.reporting import summary_table
 from robustmoe.routing import Tape, straight_through, top_k
 from robustmoe.training import build_method
-from robustmoe.training.checkpoint import save_weights
+from robustmoe.training.checkpoint import load_model, save_weights
 from robustmoe.training.parts import threat_trained_for
 
 engine = importlib.import_module("robustmoe.evaluation.engine")
@@ -270,6 +270,52 @@ def test_examples_are_pngs_of_the_images(tmp_path: Path) -> None:
         file.write_bytes(b"" if not file.name.endswith(".examples.jsonl") else file.read_bytes()[:10])
     evaluate(Toy(), x, torch.tensor([0, 1] * 3), attacks=[Shift(linf(0.1), 0.0, 0.0)], out=tmp_path)
     assert records.read_examples(next(tmp_path.glob("*.examples.jsonl")), header) == examples
+
+
+def test_examples_keep_the_expert_of_each_item_and_are_of_the_same_images_at_every_radius(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "vit_moe(patch=4, width=16, depth=2, heads=2, experts=3, k=2, placement=(0, 1))")
+    attack = "pgd(linf(0.4), steps=3)"
+    evaluate_run(run, attacks=[attack], limit=40, curve=(0.01, 0.1, 0.8))
+    files = {path: records.read(path) for path in records.rows_files(run)}
+    kept = {
+        file.header.eps: records.read_examples(records.examples_path(path), file.header) for path, file in files.items()
+    }
+    main = {example.index: example for example in kept[0.4]}
+    assert 0 < len(main) <= 10
+    seen: dict[int, int] = dict.fromkeys(main, 0)
+    lost = {0.01: [], 0.1: [0.01], 0.8: [0.01, 0.1, 0.4]}  # what a smaller radius breaks is not attacked again
+    for file in files.values():
+        if (eps := file.header.eps) != 0.4:
+            assert {example.index for example in kept[eps]} <= set(main)
+            broken = {row.index for other in files.values() if other.header.eps in lost[eps] for row in other.rows
+                      if row.adversarial != row.label}  # fmt: skip
+            assert {example.index for example in kept[eps]} == set(main) - broken
+    for example in [example for every in kept.values() for example in every]:
+        seen[example.index] += 1
+        for counts, experts in (
+            (example.route_clean, example.experts_clean),
+            (example.route_adversarial, example.experts_adversarial),
+        ):
+            assert [len(items) for items in experts.values()] == [5, 5]  # a class token, 2 x 2 patches
+            assert {
+                name: [sum(e in item for item in items) for e in range(3)] for name, items in experts.items()
+            } == counts
+        assert example.before == main[example.index].before
+    assert max(seen.values()) > 1
+    test = spec.build("digits", "data").test
+    x = test.batch([test.index.tolist().index(index) for index in main]).x
+    trace = load_model(run).run(x).trace
+    for i, example in enumerate(main.values()):
+        assert example.experts_clean == {name: routing.index[i].tolist() for name, routing in trace.items()}
+
+
+def test_examples_of_routers_that_send_all_to_all_have_no_route(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "ensemble(small_cnn(width=4), experts=2, gate=soft, router=small_cnn(width=4))")
+    evaluate_run(run, attacks=["fgsm(linf(0.1))"], limit=40, curve=())
+    (path,) = records.rows_files(run)
+    examples = records.read_examples(records.examples_path(path), records.read(path).header)
+    assert examples
+    assert all(example.experts_clean == example.experts_adversarial == {} for example in examples)
 
 
 # ------------------------------------------------------------------------------------------------ resuming

@@ -381,6 +381,39 @@ def test_examples(tmp_path: Path) -> None:
     assert read_examples(path, make_header()) == examples
 
 
+def test_examples_say_where_each_item_went(tmp_path: Path) -> None:
+    path = tmp_path / "pgd.examples.jsonl"
+    header = make_header(routers={"router": RouterInfo(3, 2, 2)})
+    counts = ({"router": [2, 1, 1]}, {"router": [1, 1, 2]})
+    every = [
+        Example(4, 1, 1, 0, *counts, "AAAA", "BBBB", {"router": [[0, 2], [1, 0]]}, {"router": [[2], [2, 0]]}),
+        Example(5, 1, 1, 0, *counts, "AAAA", "BBBB"),  # no router chooses
+    ]
+    write_examples(path, every)
+    assert read_examples(path, header) == every
+    old = json.loads(path.read_text().splitlines()[1])
+    assert old.pop("layout") == 2
+    del old["experts_clean"], old["experts_adversarial"]
+    path.write_text(json.dumps(old) + "\n")
+    assert read_examples(path, header) == every[1:], "a file of before the experts were kept"
+    write_examples(path, every)  # over it
+    for field, value, problem in (
+        ("layout", 3, "field 'layout' must be 2"),
+        ("experts_clean", {}, "are of different routers"),
+        ("experts_clean", {"router": [[0, 3], [1]]}, "of different experts from 0 to 2"),
+        ("experts_clean", {"router": [[0, 0], [1]]}, "of different experts from 0 to 2"),
+        ("experts_clean", {"router": [[0, 1]]}, "is of 1 items, expected 2"),
+        ("experts_clean", {"router": [[-1], [1]]}, "of at least 0"),
+    ):
+        path.write_text(json.dumps({**encode(every[0]), field: value}) + "\n")
+        with pytest.raises(UserError, match=rf"line 1: .*{problem}"):
+            read_examples(path, header)
+    gone = {"elsewhere": [[0], [1]]}
+    path.write_text(json.dumps({**encode(every[0]), "experts_clean": gone, "experts_adversarial": gone}) + "\n")
+    with pytest.raises(UserError, match=r"line 1: .*is of a router 'elsewhere'"):
+        read_examples(path, header)
+
+
 def test_write_atomic(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "config.json"
     write_atomic(path, "é")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -155,10 +155,18 @@ def _counts(routing: Routing) -> list[list[int]]:
     return counts
 
 
-def examples_of(done: Attacked, rows: Iterable[Row], limit: int) -> list[Example]:
-    """Images to look at: those that the attack broke first, then the other right ones."""
-    right = [(i, row) for i, row in enumerate(rows) if row.clean == row.label]
+def examples_of(
+    done: Attacked, rows: Iterable[Row], limit: int, wanted: Collection[int] | None = None
+) -> list[Example]:
+    """Images to look at: those that the attack broke first, then the other right ones. ``wanted``: none but these (by
+    their index in the data set).
+    """
+    right = [
+        (i, row) for i, row in enumerate(rows) if row.clean == row.label and (wanted is None or row.index in wanted)
+    ]
     right.sort(key=lambda pair: pair[1].adversarial == pair[1].label)
+    before, after = done.clean.trace, done.attacked.trace
+    choosing = [name for name in before if not (before[name].chosen().all() and after[name].chosen().all())]
     return [
         Example(
             index=row.index,
@@ -169,9 +177,22 @@ def examples_of(done: Attacked, rows: Iterable[Row], limit: int) -> list[Example
             route_adversarial=row.route_adversarial,
             before=png(done.batch.x[i]),
             after=png(done.x_adv[i]),
+            experts_clean=experts_of(before, choosing, i),
+            experts_adversarial=experts_of(after, choosing, i),
         )
         for i, row in right[:limit]
     ]
+
+
+def experts_of(trace: Trace, names: Iterable[str], image: int) -> dict[str, list[list[int]]]:
+    """Returns, for each of these routers, the experts that each item of one image went to, best first."""
+    return {
+        name: [
+            [expert for expert, weight in zip(chosen, weights) if weight != 0]
+            for chosen, weights in zip(trace[name].index[image].tolist(), trace[name].weight[image].tolist())
+        ]
+        for name in names
+    }
 
 
 def png(image: Tensor) -> str:

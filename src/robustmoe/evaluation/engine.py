@@ -136,7 +136,9 @@ class Ledger:
 
 @dataclass
 class EvaluationWork:
-    """One attack on one set of images. ``climbed`` is what the attack sees, ``model`` judges."""
+    """One attack on one set of images. ``climbed`` is what the attack sees, ``model`` judges. ``wanted``: the images to
+    look at, by index; None: any.
+    """
 
     model: RoutedModel
     climbed: RoutedModel
@@ -145,6 +147,7 @@ class EvaluationWork:
     batch_size: int
     device: torch.device
     meter: Meter
+    wanted: frozenset[int] | None = None
 
     def left(self, stage: WorkStage, ledger: Ledger) -> list[int]:
         """The positions of the images that ``stage`` has still to do, in the order of the set (once all stages before
@@ -175,7 +178,7 @@ class EvaluationWork:
         rows, examples = [], []
         for done, part in pieces:
             rows.append(rows_of(self.model, done, part))
-            examples += examples_of(done, rows[-1], EXAMPLES) if show else []
+            examples += examples_of(done, rows[-1], EXAMPLES, self.wanted) if show else []
         left = [Passed(index, stage.name) for index in passed.batch.index.tolist()]
         queries = self.meter.queries - before
         return BatchResult([row for part_rows in rows for row in part_rows], left, examples[:EXAMPLES], queries)

@@ -25,7 +25,18 @@ from robustmoe.evaluation.peers import Peers
 from robustmoe.evaluation.session import Images, Labels, Session, about_run, device_of, eval_mode_on, in_hand
 from robustmoe.options import EvaluateOptions, takes
 from robustmoe.progress import note
-from robustmoe.records import Check, Evaluation, Header, Records, Row, Writer, examples_path, file_stem, versions
+from robustmoe.records import (
+    Check,
+    Evaluation,
+    Header,
+    Records,
+    Row,
+    Writer,
+    examples_path,
+    file_stem,
+    read_examples,
+    versions,
+)
 from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 CURVE_LIMIT = 256
@@ -110,16 +121,30 @@ def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluatio
     if any(simple):
         pairs = [pair for pair, alone in zip(zip(chosen, results), simple) if alone]
         strongest, whole = min(pairs, key=lambda pair: sum(map(robust, pair[1].rows)))
-        results += _curve(session, strongest, whole, radii[strongest.threat], partial(_rows_path, out, f"{end}-curve"))
+        shown = Peers().first(partial(_shown, _rows_path(out, end, strongest), whole))
+        curve_path = partial(_rows_path, out, f"{end}-curve")
+        results += _curve(session, strongest, whole, radii[strongest.threat], curve_path, shown)
     _tell(results)
     return Records(results)
 
 
+def _shown(rows: Path, whole: Evaluation) -> frozenset[int]:
+    """The images that are kept to look at beside a rows file."""
+    path = examples_path(rows)
+    return frozenset(example.index for example in read_examples(path, whole.header)) if path.exists() else frozenset()
+
+
 def _curve(
-    session: Session, attack: Attack, whole: Evaluation, radii: Sequence[float], path: Callable[[Attack], Path]
+    session: Session,
+    attack: Attack,
+    whole: Evaluation,
+    radii: Sequence[float],
+    path: Callable[[Attack], Path],
+    shown: frozenset[int],
 ) -> list[Evaluation]:
     """The attack at each radius, on the first images, of which those are attacked whose answer at another radius
-    (``whole``: at the attack's own) does not tell it.
+    (``whole``: at the attack's own) does not tell it. ``shown``: images to look at, so that they are the same at every
+    radius.
     """
     few = session.on(session.images.head(CURVE_LIMIT))
     wanted = set(few.images.index.tolist())
@@ -130,7 +155,7 @@ def _curve(
         else:
             known = nearest_within(eps, attack.threat.norm, done[max(done)].rows) if done else []
         there = at_radius(attack, eps)
-        done[eps] = attack_images(few, there, path(there), "curve", known)
+        done[eps] = attack_images(few, there, path(there), "curve", known, shown)
     return [done[eps] for eps in radii]
 
 
@@ -149,23 +174,20 @@ def _rows_path(folder: Path, end: str, attack: Attack) -> Path:
 
 
 def attack_images(
-    session: Session, attack: Attack, path: Path, role: str = "main", known: Sequence[Row] = ()
+    session: Session,
+    attack: Attack,
+    path: Path,
+    role: str = "main",
+    known: Sequence[Row] = (),
+    shown: frozenset[int] | None = None,
 ) -> Evaluation:
     """Runs one attack on every image, row by row into ``path``; images that are there already are skipped, and so are
-    those whose row is ``known``; the checks are made anew.
-
-    Called by every process of a `distributed.session`; the first one writes, and each returns the whole result.
+    those whose row is ``known``; the checks are made anew. ``shown``: see `engine.EvaluationWork`, ``wanted``. Called
+    by every process of a `distributed.session`; the first one writes, and each returns the whole result.
     """
     peers, images, options = Peers(), session.images, session.options
     plan = engine.plan_of(attack, session.output, images, options.certified)
-
-    def header(n: int) -> Header:
-        some = images.head(n)
-        whole = n == len(images) or not plan.certified
-        own = plan if whole else engine.plan_of(attack, session.output, some, options.certified)
-        return session.attack_header(attack, some, own, role=role, precision=options.precision)
-
-    clock = Clock()
+    header, clock = partial(_header, session, attack, plan, role), Clock()
     with contextlib.ExitStack() as stack:
         writer = peers.only_first(
             lambda: stack.enter_context(Writer(path, header(len(images)), header, session.recognise))
@@ -179,13 +201,21 @@ def attack_images(
             _same_everywhere(peers, fingerprint, images)
             climbed = session.surrogate(meter, options.precision)
             work = engine.EvaluationWork(
-                session.model, climbed, images, plan, options.batch_size, session.device, meter
+                session.model, climbed, images, plan, options.batch_size, session.device, meter, shown
             )
             engine.run(work, ledger, writer, peers, clock, spec_or_repr(attack))
             pairs = peers.gather((fingerprint, checks.fingerprint(session.model)))
             changed = next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
             peers.first(lambda: _finish(writer, before, changed, attack.threat, clock))
         return peers.first(lambda: _result(writer))
+
+
+def _header(session: Session, attack: Attack, plan: engine.Plan, role: str, n: int) -> Header:
+    """The header of the same work on the first ``n`` images; ``plan``: of all."""
+    some, options = session.images.head(n), session.options
+    whole = n == len(session.images) or not plan.certified
+    own = plan if whole else engine.plan_of(attack, session.output, some, options.certified)
+    return session.attack_header(attack, some, own, role=role, precision=options.precision)
 
 
 def _ledger(writer: Writer | None, n: int, known: Sequence[Row]) -> engine.Ledger | None:
