@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # compiled modules for the next run.
 KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
-.PHONY: demo test test-typed test-slow fuzz lint bench recipes docs crosscheck wild clean
+.PHONY: demo test test-typed test-slow fuzz lint bench recipes docs crosscheck wild outgoing clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
@@ -55,6 +55,10 @@ wild: $(VENV)/.dev  ## wrapping the routed layers of real packages
 	$(INSTALL) -e '.[wild]'
 	$(INSTALL) --no-deps timm==1.0.31
 	$(BIN)/python -m pytest -m wild
+
+outgoing: $(VENV)/.dev  ## runs sent to TensorBoard, MLflow and Weights & Biases, read back by their own readers
+	$(INSTALL) -e '.[tensorboard,mlflow,wandb,hub]'
+	$(BIN)/python -m pytest -m outgoing
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -96,10 +96,10 @@ def test_help_and_version_import_nothing_heavy() -> None:
 
 
 def test_python_dash_m() -> None:
-    command = [sys.executable, "-m", "robustmoe", "tran"]
+    command = [sys.executable, "-m", "robustmoe", "evaluat"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("robustmoe: unknown verb 'tran'; did you mean 'train'?")
+    assert done.stderr.startswith("robustmoe: unknown verb 'evaluat'; did you mean 'evaluate'")
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from robustmoe import recipe as recipes
 from robustmoe import spec, zoo
-from robustmoe.errors import UserError, nearest
+from robustmoe.errors import UserError
 from robustmoe.flags import Verb
 from robustmoe.listing import list_names
 from robustmoe.options import (
@@ -29,7 +29,9 @@ from robustmoe.options import (
     SweepOptions,
     Target,
 )
+from robustmoe.outgoing import track
 from robustmoe.progress import first_process, note, show
+from robustmoe.runs import run_folder
 
 
 def train(
@@ -106,7 +108,7 @@ def audit(
     from robustmoe.reporting import report as write
     from robustmoe.reporting import report_files, summary_table
 
-    target = str(_run_folder(model)) if is_run else model
+    target = str(run_folder(model)) if is_run else model
     folder = Path(target) if is_run else Path(out or default_folder(spec.canonical(model)))
     report_files(folder / "report.html")  # not after the work: whether it can be written
     done = made(target, data, out=None if is_run else folder, options=options)
@@ -183,7 +185,7 @@ def export(
     """
     if out is None:
         raise UserError("expected --out: a file such as model.pt or model.onnx, or a folder to share")
-    folder = _run_folder(run)
+    folder = run_folder(run)
     if not Path(out).suffix:
         if layout is not None:
             raise UserError("a folder to share holds a run, in our own layout; leave --layout out, or name a file")
@@ -273,7 +275,7 @@ def blend(
     """
     if not 1 <= len(runs) + len(models) <= 2:
         raise UserError(f"blend takes two runs or models, or one run of a dual model; got {len(runs) + len(models)}")
-    folders = [_run_folder(run) for run in runs] + [_folder(Target(model=model, data=data)) for model in models]
+    folders = [run_folder(run) for run in runs] + [_folder(Target(model=model, data=data)) for model in models]
     from robustmoe.evaluation import blend_run
 
     record = blend_run(*folders, options=options, out=out)
@@ -286,7 +288,7 @@ def analyze(run: Annotated[str, "a run folder that was evaluated", Mark.POSITION
 
     Example: robustmoe analyze runs/digits
     """
-    folder = _run_folder(run)
+    folder = run_folder(run)
     from robustmoe import records
     from robustmoe.reporting import summary_table
 
@@ -304,7 +306,7 @@ def report(
 
     Example: robustmoe report runs/standard runs/robust --out report.html
     """
-    folders = [_run_folder(run) for run in runs]
+    folders = [run_folder(run) for run in runs]
     from robustmoe.reporting import report as write
 
     return str(write(folders, Path(out)))
@@ -325,7 +327,7 @@ def compare(
 
     Example: robustmoe compare runs/dense-seed* runs/pathway-seed* --out table.tex
     """
-    folders = [_run_folder(run) for run in runs]
+    folders = [run_folder(run) for run in runs]
     from robustmoe.reporting.comparison import compare as compared
     from robustmoe.reporting.formats import table_file, write_table
 
@@ -385,6 +387,7 @@ VERBS: dict[str, Verb] = {
     "analyze": analyze,
     "report": report,
     "compare": compare,
+    "track": track,
     "theory": theory,
     "list": list_names,
 }
@@ -392,7 +395,7 @@ VERBS: dict[str, Verb] = {
 GO_ON = "stopped; the same command goes on where it was"
 STOPPED = {
     "train": "stopped; go on with --resume",
-    **dict.fromkeys(("evaluate", "audit", "dissect", "lipschitz", "certify", "sweep", "blend"), GO_ON),
+    **dict.fromkeys(("evaluate", "audit", "dissect", "lipschitz", "certify", "sweep", "blend", "track"), GO_ON),
 }
 
 
@@ -403,7 +406,7 @@ def _folder(target: Target) -> Path:
     if target.run is not None:
         if not isinstance(target, EvaluateTarget) and (target.data or target.out):
             raise UserError("--data and --out go with --model; a run has its own data and folder")
-        return _run_folder(target.run)
+        return run_folder(target.run)
     assert target.model is not None
     if target.data is None:
         raise UserError(f"--model {target.model} needs images; expected --data, such as --data digits")
@@ -412,15 +415,3 @@ def _folder(target: Target) -> Path:
     folder = own_run(target.model, target.data, target.out)
     note(f"run folder: {folder}")
     return folder
-
-
-def _run_folder(run: str) -> Path:
-    if run.startswith(zoo.PREFIX):
-        return zoo.zoo_model(run)
-    folder = Path(run)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{run!r} is a file, not a run folder")
-    near = {str(f.parent) for place in (folder.parent, Path("runs")) for f in place.glob("*/config.json")}
-    raise UserError(f"there is no run folder {run!r}" + (f"; {nearest(run, near)}" if near else ""))

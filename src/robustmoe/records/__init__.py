@@ -14,7 +14,7 @@ from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
 from robustmoe.records.files import append_json, assert_ours, file_stem, read_jsonl, set_aside, write_atomic, write_own
 from robustmoe.records.lipschitz import Lipschitz
-from robustmoe.records.locks import check_folder, contents, writing
+from robustmoe.records.locks import at_work, check_folder, contents, writing
 from robustmoe.records.record import Record, Records, Told
 from robustmoe.records.rows import WORK, Writer, difference, differing, merge, read, rows_files
 from robustmoe.records.sweep import Override, Sweep, SweepAnswers
@@ -70,6 +70,7 @@ __all__ = [
     "Writer",
     "append_json",
     "assert_ours",
+    "at_work",
     "check_folder",
     "contents",
     "difference",

@@ -204,3 +204,24 @@ def _left(path: Path) -> str | None:
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+def at_work(folder: str | os.PathLike[str]) -> bool:
+    """Whether a process is writing in the folder. Where that cannot be asked, as in a folder that is somebody else's,
+    a lock that is there is believed.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    locks = list(folder.glob(".robustmoe-*.lock"))
+    if not locks:
+        return False
+    try:
+        with _gate(folder):
+            for path in locks:
+                if path.exists():
+                    with FileLock(path, timeout=0, fallback_to_soft=False):
+                        pass
+    except (Timeout, OSError, UserError):
+        return True
+    return False
