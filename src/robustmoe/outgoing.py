@@ -16,7 +16,7 @@ def track(
     out: Annotated[
         str | None, "the folder to write to, or the address of an MLflow server (default: runs/ and the tracker's name)"
     ] = None,
-    follow: Annotated[bool, "wait for the runs to begin, and go on until nobody writes in their folders any more"] = False,
+    follow: Annotated[bool, "wait for the runs to begin; go on until nobody writes in their folders any more"] = False,
 ) -> str:
     """Send runs to TensorBoard, MLflow or Weights & Biases.
 
