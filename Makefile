@@ -46,8 +46,8 @@ docs: $(VENV)/.dev  ## the documentation site, site/index.html; a dead link or a
 	$(INSTALL) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # not --quiet: it would not see the warnings that --strict counts
 
-crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks; ONNX graphs against torch
-	$(INSTALL) -e '.[crosscheck,onnx]'
+crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks; ONNX graphs against torch; figures as PNG and PDF
+	$(INSTALL) -e '.[crosscheck,onnx,figures]'
 	$(INSTALL) --no-deps torchattacks==3.5.1
 	$(BIN)/python -m pytest -m crosscheck
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from robustmoe import recipe as recipes
 from robustmoe import spec, zoo
@@ -301,15 +301,23 @@ def analyze(run: Annotated[str, "a run folder that was evaluated", Mark.POSITION
 def report(
     runs: Annotated[tuple[str, ...], "run folders that were evaluated", Mark.POSITIONAL],
     out: Annotated[str, "the file to write"] = "report.html",
+    figures: Annotated[str | None, "a folder: every figure also as a file of its own, for a paper"] = None,
+    format: Annotated[
+        Literal["svg", "png", "pdf"] | None, "of these files (default: svg); png and pdf need the extra figures"
+    ] = None,
 ) -> str:
     """Write one self-contained HTML report about evaluated runs.
 
-    Example: robustmoe report runs/standard runs/robust --out report.html
+    Example: robustmoe report runs/standard runs/robust --figures figures --format pdf
     """
+    if format is not None and figures is None:
+        raise UserError(f"--format {format} says how figures are written; expected --figures FOLDER beside it")
     folders = [run_folder(run) for run in runs]
     from robustmoe.reporting import report as write
+    from robustmoe.reporting.figure_files import LIST
 
-    return str(write(folders, Path(out)))
+    page = write(folders, Path(out), figures=figures, format=format or "svg")
+    return str(page) if figures is None else f"{page}\nfigures: {Path(figures) / LIST}"
 
 
 def compare(

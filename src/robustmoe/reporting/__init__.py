@@ -13,6 +13,7 @@ from robustmoe.errors import UserError, printable
 from robustmoe.options import several
 from robustmoe.records import Audit, assert_ours, write_own
 from robustmoe.reporting.collect import collect
+from robustmoe.reporting.figure_files import figure_writer
 from robustmoe.reporting.kinds import KINDS, story, text
 from robustmoe.reporting.markdown import markdown
 from robustmoe.reporting.numbers import numbers
@@ -30,15 +31,24 @@ NOT_PAGES = (".md", ".json", ".csv", ".tex", ".txt", ".pdf", ".png", ".svg", ".x
 """Endings of files that a report is not written as."""
 
 
-def report(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+def report(
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    figures: str | os.PathLike[str] | None = None,
+    format: str = "svg",
+) -> Path:
     """Write ``out`` (``.html`` is added if it is missing; a folder gets ``report.html``) and beside it the same name
     with ``.md`` and ``.json``; return the page's path. One run may be given alone, several are set
-    side by side.
+    side by side. ``figures``: a folder that gets every figure as a file, svg, or png or pdf (extra ``figures``).
 
     UserError if a folder is not a run, nothing was measured in it, or the files cannot be written. Nothing but an
     earlier report is overwritten."""
     files = report_files(out)
+    draw = None if figures is None else figure_writer(figures, format)
     views = collect(several(runs))
+    if draw is not None:
+        draw(views)
     texts = (
         printable(page(views)),
         printable(f"{MARKS['.md']}\n{markdown(views)}"),
@@ -56,7 +66,7 @@ def report_files(out: str | os.PathLike[str]) -> dict[Path, str]:
     if path.suffix.lower() in NOT_PAGES:
         raise UserError(
             f"{path}: a report is one HTML page, with the same numbers as .md and .json beside it; expected an --out "
-            "that ends in .html (robustmoe compare writes tables as .csv and .tex)"
+            "that ends in .html (--figures FOLDER writes its figures, robustmoe compare tables as .csv and .tex)"
         )
     if path.is_dir():
         path = path / "report.html"
