@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # compiled modules for the next run.
 KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
-.PHONY: demo test test-typed test-slow fuzz lint bench recipes docs crosscheck wild outgoing clean
+.PHONY: demo test test-typed test-slow fuzz lint bench recipes notebooks docs crosscheck wild outgoing clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
@@ -41,6 +41,9 @@ bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 
 recipes: $(VENV)/.dev  ## two training steps of every distinct recipe, its networks at true size (tiny: `make test`)
 	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m recipes tests/test_recipes_vit_moe.py tests/test_recipes_dual.py tests/test_recipes_advmoe.py tests/test_recipes_series.py tests/test_pages.py
+
+notebooks: $(VENV)/.dev  ## blocks of code in the docs that take seconds each (the others: `make test`)
+	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m notebooks
 
 docs: $(VENV)/.dev  ## the documentation site, site/index.html; a dead link or a page left out is an error
 	$(INSTALL) -e '.[docs]'

@@ -1,4 +1,4 @@
-"""docs/your_own.md: every example on it runs, MART and the attack from recipe to report on two processes."""
+"""docs/your_own.md: the method and the attack from recipe to report on two processes, the model, the data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = {
 RECIPE = """
 model = "ensemble(linear, experts=2, router=linear)"
 data = "digits"
-method = "my_method.py:mart(my_attack.py:Corners(linf(0.1), draws=2), beta=5)"
+method = "my_method.py:pairing(my_attack.py:Corners(linf(0.1), draws=2), beta=1)"
 epochs = 1
 batch_size = 128
 max_steps = 3
@@ -59,7 +59,7 @@ def worker(folder: str) -> int:
     return trained or main(["evaluate", "both", "--limit", "12", "--curve", "none", "--batch-size", "4"])
 
 
-def test_mart_and_the_attack_from_recipe_to_report_on_two_processes(here: Path) -> None:
+def test_the_method_and_the_attack_from_recipe_to_report_on_two_processes(here: Path) -> None:
     pair = fork_pair("test_your_own:worker", str(here), output=here / "said")
     assert [child.wait() for child in pair] == [0, 0], [child.output.read_text() for child in pair]
     assert main(["train", "mine.toml", "--out", "one"]) == 0
@@ -69,29 +69,30 @@ def test_mart_and_the_attack_from_recipe_to_report_on_two_processes(here: Path) 
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     config = json.loads(Path("both/config.json").read_text())
     assert config["processes"] == 2
-    assert config["files"] == spec.files("my_method.py:mart", "my_attack.py:Corners")
+    assert config["files"] == spec.files("my_method.py:pairing", "my_attack.py:Corners")
     rows = [records.read(records.rows_files(run)[0]) for run in ("both", "one")]
     assert {row.header.attack for row in rows} == {"my_attack.py:Corners(linf(0.1), draws=3)"}
     assert [row.index for row in rows[0].rows] == [row.index for row in rows[1].rows]
     assert main(["report", "both", "one"]) == 0
-    assert "my_method.py:mart" in Path("report.html").read_text()
+    assert "my_method.py:pairing" in Path("report.html").read_text()
 
 
-def test_mart_is_the_papers_loss(images: Callable[..., torch.Tensor], labels: Callable[[int], torch.Tensor]) -> None:
-    """In numpy, image by image, as the paper writes it: BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x))."""
+def test_the_method_is_what_its_sentence_says(
+    images: Callable[..., torch.Tensor], labels: Callable[[int], torch.Tensor]
+) -> None:
+    """In numpy, image by image: -log p_y(x') + beta * sum of (z(x) - z(x'))^2."""
     model, x, y = rm.build_model("linear", 4, (3, 8, 8)).train(), images(5), labels(5)
-    method = spec.build("my_method.py:mart(pgd(linf(0.1), steps=3), beta=2)", "method")
+    method = spec.build("my_method.py:pairing(pgd(linf(0.1), steps=3), beta=2)", "method")
     noise = Noise.of(torch.arange(5), 3)
     given = method.phases[0].loss(model, x, y, noise)
     assert given.pair is not None
     with torch.no_grad():
-        clean, attacked = (model(each).softmax(1).double().numpy() for each in (x, given.pair.x_adv))
+        clean, attacked = (model(each).double().numpy() for each in (x, given.pair.x_adv))
     total = 0.0
-    for p, q, label in zip(clean, attacked, y.tolist()):
-        wrong = max(q[c] for c in range(4) if c != label)
-        kl = sum(p[c] * np.log(p[c] / q[c]) for c in range(4))
-        total += -np.log(q[label]) - np.log(1.0001 - wrong) + 2 * kl * (1 - p[label])
+    for z, z_adv, label in zip(clean, attacked, y.tolist()):
+        total += np.log(np.exp(z_adv - z_adv[label]).sum()) + 2 * ((z - z_adv) ** 2).sum()
     assert float(given.value.detach()) == pytest.approx(total / 5, rel=1e-5)
+    assert int(given.correct) == int((attacked.argmax(1) == y.numpy()).sum())
     assert method.attack == PGD(linf(0.1), steps=3)
 
 
