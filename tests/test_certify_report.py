@@ -289,6 +289,6 @@ def test_certificates_alone_make_a_report_and_two_runs_stand_side_by_side(tmp_pa
             found.write(run)
         runs.append(run)
     page, numbers, text, _ = made(runs, tmp_path)
-    assert page.ids == ["verdict", "certificates", "made"]
+    assert page.ids == ["show-0", "show-1", "verdict", "certificates", "made"]
     assert text.count("| two (bounds(linf(0.1))) | 75.0% (40.9–92.9) | 25.0% (L∞ ≤ 0.1) |") == 1
     assert [len(run["certificates"]) for run in numbers["runs"]] == [2, 2]

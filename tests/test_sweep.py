@@ -423,7 +423,7 @@ def test_the_page_shows_it(tmp_path: Path) -> None:
     assert found["worst"]["0.3"]["count"] == 0
     assert found["spare"][1]["rates"]["0"]["count"] == 1
     assert found["curves"][0]["points"][0]["moved"]["router"] == 0.25
-    assert "<title>vmoe_pgd(linf(eps), steps=2): 25% at 76.5</title>" in source
+    assert "<title>vmoe_pgd(linf(eps), steps=2): 25% at 0.3</title>" in source
 
 
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:

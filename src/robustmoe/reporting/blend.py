@@ -252,6 +252,7 @@ def _trade(every: Sequence[Blended], size: Size) -> str:
     """Returns robust against clean accuracy, one cross an attacked alpha; certified floors dashed."""
     named = len(every) > 1
     curves, floors, bare = [], [], []
+    runs: dict[str, int] = {}
     for shown in every:
         first = shown.summary.point
         marks = [
@@ -263,6 +264,7 @@ def _trade(every: Sequence[Blended], size: Size) -> str:
             (100 * p.clean.value, 100 * p.certified.value) for p in shown.summary.points if p.certified is not None
         ]
         who = f"{shown.run}: " if named else ""
+        runs |= {f"{who}{what}": shown.at for what in ("under attack", "certified") if named}
         curves += [(f"{who}under attack", colour(shown.at), marks)] if marks else []
         if any(y for _, y in proven):
             floors.append((f"{who}certified", colour(shown.at) if named else 3, proven))
@@ -273,7 +275,7 @@ def _trade(every: Sequence[Blended], size: Size) -> str:
     whose = f" of {' and '.join(bare)}" if named and bare else ""
     note = f"Beside each point its alpha; ringed: {'the alphas' if named else 'the alpha'} to look at first."
     note += f" Nothing{whose} is certified: the proven floor is 0%." if bare else ""
-    return crosses("Robust against clean accuracy", curves, floors, AXES, note, size)
+    return crosses("Robust against clean accuracy", curves, floors, AXES, note, size, runs)
 
 
 def _against_alpha(shown: Blended, size: Size) -> str:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from robustmoe.reporting.figures import of_run
+
 
 def alarm(title: str, sentences: Sequence[str], *, mild: bool = False) -> str:
     """Returns a box that cannot be overlooked."""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     return f'<div class="alarm{" mild" if mild else ""}" role="note"><b>{escape(title)}</b><ul>{items}</ul></div>'
+
+
+def run_part(run: int | None, html: str) -> str:
+    """Returns what belongs to one of several runs, so that it goes when a reader leaves the run out; ``run`` None: the
+    only one."""
+    return html if run is None or not html else f'<div class="part{of_run(run)}">{html}</div>'
 
 
 def unbroken(text: str) -> str:

@@ -9,7 +9,7 @@ from robustmoe.records import Certificates
 from robustmoe.reporting.figures import Axes, Series, colour, lines
 from robustmoe.reporting.grid import Entry, Grid, rated
 from robustmoe.reporting.panel import Kind, Panel, Shown
-from robustmoe.reporting.words import NORM_NAMES, duration, eps_text, percent, plural, threat
+from robustmoe.reporting.words import NORM_NAMES, duration, eps_axis, eps_text, percent, plural, threat
 
 Certified = Shown[Certificates, CertificatesSummary]
 MOST_DOUBTS = 5
@@ -276,17 +276,19 @@ def _figure(every: Sequence[Certified]) -> str:
     """Returns certified accuracy against radius, of certifiers of one norm and eps; dashed: what attacks leave of the
     same images."""
     header = every[0].record.header
-    scale, unit = (255.0, " of 1/255") if header.norm == "linf" else (1.0, "")
+    scale = eps_axis(header.norm, [header.eps])[0]
+    unit = "" if scale == 1 else " of 1/255"
     several = len({shown.run for shown in every}) > 1
     end = 1.05 * max([header.eps, *(shown.summary.largest for shown in every)])
     series = []
     for at, shown in enumerate(every):
         name = f"{shown.run}, {shown.record.certifier}" if several else shown.record.certifier
-        series.append(Series(name, _steps(shown.summary, scale, end), colour(at), dots=False))
+        run = shown.at if shown.several else None
+        series.append(Series(name, _steps(shown.summary, scale, end), colour(at), dots=False, run=run))
         left = [(scale * each.eps, 100 * each.robust.value) for each in shown.summary.against if each.eps <= end]
         if left:
             clean = (0.0, 100 * shown.summary.against[0].clean.value)
-            series.append(Series(f"{name}: attacked", (clean, *left), colour(at), dashed=True))
+            series.append(Series(f"{name}: attacked", (clean, *left), colour(at), dashed=True, run=run))
     label = f"{NORM_NAMES[header.norm]} radius in pixels{unit}"
     note = "Right and certified at that radius; the upright line is the certifier’s eps."
     if any(line.dashed for line in series):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,13 @@ from robustmoe.records import (
     Audit,
     Check,
     Evaluation,
-    Example,
     Header,
-    examples_path,
     read,
-    read_examples,
     read_metrics,
     read_some_config,
     rows_files,
 )
+from robustmoe.reporting.kept import Kept, kept
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.panel import Shown
 
@@ -54,7 +53,7 @@ class RunView:
     clean_only: list[analysis.EvaluationSummary]
     curves: list[analysis.Curve]
     loads: list[analysis.Load]
-    examples: list[Example]
+    kept: Kept | None
     checks: list[tuple[str, Check]]
     shown: dict[str, tuple[Shown[Any, Any], ...]]
     notes: list[str]
@@ -109,8 +108,8 @@ def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
             "`robustmoe train` makes a run, `robustmoe evaluate RUN` its rows"
         )
     everything = [(path, read(path)) for path in rows_files(folder)]
-    kept = [(path, result) for path, result in everything if result.rows]
-    results = [result for _, result in kept]
+    files = [(path, result) for path, result in everything if result.rows]
+    results = [result for _, result in files]
     audit = Audit.read(folder)
     groups = [_group(members, audit) for members in analysis.groups(results)]
     head = groups[0].results[0] if groups else next(iter(results), None)
@@ -134,7 +133,7 @@ def _view(folder: Path, name: str, at: int, runs: int) -> RunView:
         clean_only=[analysis.evaluation_summary(*result) for result in results if result.header.attack is None],
         curves=analysis.eps_curve([(result.header, result.rows) for result in results]),
         loads=_loads(groups[0] if groups else None, head),
-        examples=_examples(kept, groups),
+        kept=kept(files, _by_strength(groups)),
         checks=_checks(results, audit),
         shown={
             kind: tuple(replace(each, run=name, at=at, runs=runs) for each in every) for kind, every in shown.items()
@@ -150,7 +149,7 @@ def _shown(
     what is left out, and why."""
     shown: dict[str, tuple[Shown[Any, Any], ...]] = {}
     for kind in KINDS:
-        kept = []
+        fit = []
         every: list[Any] = kind.record.read_all(folder)
         for record in every:
             where = record.path("", record.which)
@@ -163,10 +162,10 @@ def _shown(
             header = header or record.header
             if not record.done:
                 notes.append(f"{where} is not complete; the same `robustmoe {record.verb}` goes on with it")
-            kept.append(Shown(record, kind.summarise(record, results)))
-            if kind.doubts(kept[-1]):
+            fit.append(Shown(record, kind.summarise(record, results)))
+            if kind.doubts(fit[-1]):
                 notes.append(f"the numbers of {where} cannot be quoted; see {kind.title}")
-        shown[kind.name] = tuple(kept)
+        shown[kind.name] = tuple(fit)
     return shown
 
 
@@ -194,21 +193,13 @@ def _loads(group: Group | None, head: Evaluation | None) -> list[analysis.Load]:
     return [analysis.load_by_class(result.header, result.rows, name) for name in result.header.routers]
 
 
-def _examples(kept: list[tuple[Path, Evaluation]], groups: list[Group]) -> list[Example]:
-    """Returns the examples of the headline's strongest attack that has some, else of any file."""
-    ranked = [(path, result.header) for path, result in kept]
-    if groups:
-        group = groups[0]
-        order = sorted(
-            range(len(group.results)), key=lambda at: (group.summaries[at].robust or group.worst.clean).value
-        )
-        first = [(path, result.header) for at in order for path, result in kept if result is group.results[at]]
-        ranked = first + [each for each in ranked if each not in first]
-    for path, header in ranked:
-        examples = read_examples(examples_path(path), header) if os.path.lexists(examples_path(path)) else []
-        if examples:
-            return examples
-    return []
+def _by_strength(groups: list[Group]) -> list[Evaluation]:
+    """Returns the headline's attacks, the strongest first."""
+    if not groups:
+        return []
+    pairs = zip(groups[0].summaries, groups[0].results, strict=True)
+    left = [((summary.robust or groups[0].worst.clean).value, result) for summary, result in pairs]
+    return [result for _, result in sorted(left, key=lambda pair: pair[0])]
 
 
 def _checks(results: list[Evaluation], audit: Audit | None) -> list[tuple[str, Check]]:
@@ -243,6 +234,24 @@ def comparable(views: Sequence[RunView]) -> list[str]:
     return reasons
 
 
+def numbered(views: Sequence[RunView]) -> list[tuple[int | None, RunView]]:
+    """Returns the runs with their places, by which a reader chooses among them; None for the only one."""
+    return [(at if len(views) > 1 else None, view) for at, view in enumerate(views)]
+
+
 def of_kind(views: Sequence[RunView], kind: str) -> list[Shown[Any, Any]]:
     """Returns the records of one kind of all runs, in their order."""
     return [shown for view in views for shown in view.shown[kind]]
+
+
+def heading(views: Sequence[RunView]) -> str:
+    """Returns what is compared: "pathway on digits", "4 runs on digits"."""
+    names = [view.name for view in views]
+    said = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if len(names) < 4 else f"{len(names)} runs"
+    data = list(dict.fromkeys(_short(view.header.data) for view in views))
+    return f"{said} on {data[0]}" if len(data) == 1 else f"{said} on {len(data)} data sets"
+
+
+def _short(data: str) -> str:
+    """Returns the name of a data set's spec, without its arguments and folders."""
+    return re.split(r"[/\\]", data.partition("(")[0])[-1] or data

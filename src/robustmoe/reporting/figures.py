@@ -1,12 +1,14 @@
 """Plots as inline SVG, drawn by hand: colours come from the page's CSS variables, so that one drawing serves light,
-dark and print. Every figure carries its numbers as alternative text and as tooltips."""
+dark and print. Every figure carries its numbers as alternative text, as tooltips, and as attributes from which the
+page's script shows the values at the pointer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from typing import NamedTuple
 
 Size = tuple[int, int]
 NORMAL, SMALL, LARGE = (420, 236), (320, 216), (540, 290)  # drawing units; text is 12 of them
@@ -17,7 +19,8 @@ COLOURS = 8
 @dataclass(frozen=True)
 class Series:
     """One line: points (x, y) with x rising, an optional band (x, low, high), a colour number, dashed or not, with or
-    without ``dots`` (a mark and a tooltip at each point); without ``joined`` its dots alone."""
+    without ``dots`` (a mark and a tooltip at each point); without ``joined`` its dots alone. ``run``: the place of the
+    run that it is of, where a reader can choose among several."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -26,6 +29,21 @@ class Series:
     dashed: bool = False
     dots: bool = True
     joined: bool = True
+    run: int | None = None
+
+
+class Key(NamedTuple):
+    """An entry of a legend; ``run``: see `Series`."""
+
+    name: str
+    colour: int
+    dashed: bool = False
+    run: int | None = None
+
+
+def of_run(run: int | None) -> str:
+    """Returns the class of what goes when a reader leaves a run out, after a space; "" for what stays."""
+    return "" if run is None else f" run-{run}"
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,14 @@ class _Frame:
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
 
+    def data(self, x_label: str, unit: str) -> str:
+        """Returns attributes by which the script finds a point: slope, offset and kind of each axis."""
+        x, y = (
+            f"{slope:.6g} {offset:.6g}{' log' if along is math.log else ''}"
+            for (slope, offset), along in ((self._x, self._along_x), (self._y, self._along_y))
+        )
+        return f' data-x="{x}" data-y="{y}" data-label="{escape(x_label)}" data-unit="{escape(unit)}"'
+
     def grid(self, x_label: str, unit: str, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> str:
         bottom, right = self.height - BOTTOM, self.width - RIGHT
         parts = [
@@ -123,23 +149,25 @@ class _Frame:
         return "".join(parts)
 
 
-def svg(body: str, alt: str, size: Size) -> str:
-    """Returns a drawing with its alternative text."""
+def svg(body: str, alt: str, size: Size, data: str = "") -> str:
+    """Returns a drawing with its alternative text; ``data``: further attributes, each after a space."""
     width, height = size
     kind = "large" if size == LARGE else "plot"
-    return f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">{body}</svg>'
+    return (
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}"{data}>{body}</svg>'
+    )
 
 
-def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
-    """Returns names with their colours; (name, colour, dashed)."""
+def legend(entries: Sequence[Key]) -> str:
+    """Returns names with their colours."""
     items = "".join(
-        f'<li><i class="key b{number}{" dashed" if dashed else ""}"></i>{escape(name)}</li>'
-        for name, number, dashed in entries
+        f'<li class="entry{of_run(run)}"><i class="key b{number}{" dashed" if dashed else ""}"></i>{escape(name)}</li>'
+        for name, number, dashed, run in entries
     )
     return f'<ul class="legend">{items}</ul>'
 
 
-def figure(title: str, drawing: str, entries: Sequence[tuple[str, int, bool]] = (), note: str = "") -> str:
+def figure(title: str, drawing: str, entries: Sequence[Key] = (), note: str = "") -> str:
     """Returns a titled figure with its legend above and a note below."""
     keys = legend(entries) if entries else ""
     below = f'<p class="note">{escape(note)}</p>' if note else ""
@@ -173,8 +201,8 @@ def lines(title: str, series: Sequence[Series], axes: Axes, *, note: str = "", s
         )
         for line in series
     )
-    entries = [(line.name, line.colour, line.dashed) for line in series]
-    return figure(title, svg(body, alt, size), entries, note)
+    entries = [Key(line.name, line.colour, line.dashed, line.run) for line in series]
+    return figure(title, svg(body, alt, size, frame.data(axes.x_label, unit)), entries, note)
 
 
 def _mark(axes: Axes) -> list[float]:
@@ -202,11 +230,21 @@ def _line(frame: _Frame, line: Series, unit: str) -> str:
     radius = 3.2 if len(line.points) <= 24 else 1.6
     parts += [
         f'<circle class="dot f{line.colour}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">'
-        f"<title>{escape(line.name)}: {_text(round(y, 4))}{unit} at {_text(round(x, 4))}</title></circle>"
+        f"<title>{escape(line.name)}: {y:.4g}{unit} at {x:.6g}</title></circle>"
         for x, y in line.points
         if not line.dashed and (not line.joined or (line.dots and len(line.points) <= 120))
     ]
-    return "".join(parts)
+    between = {x: f",{low:.4g},{high:.4g}" for x, low, high in line.band}
+    values = [(x, f"{y:.4g}{between.get(x, '')}") for x, y in line.points]
+    return _values(line.name, line.colour, values, "".join(parts), line.run)
+
+
+def _values(name: str, number: int, values: Sequence[tuple[float, str]], drawn: str, run: int | None = None) -> str:
+    """Returns what is drawn of a line with its values, as "x,y" or "x,y,low,high"."""
+    data = " ".join(f"{x:.6g},{text}" for x, text in values)
+    return (
+        f'<g class="values{of_run(run)}" data-name="{escape(name)}" data-colour="{number}" data-xy="{data}">{drawn}</g>'
+    )
 
 
 def shares(title: str, epochs: Sequence[float], loads: Sequence[Sequence[float]], note: str = "") -> str:
@@ -221,13 +259,16 @@ def shares(title: str, epochs: Sequence[float], loads: Sequence[Sequence[float]]
         top = [b + 100 * (load[expert] if expert < len(load) else 0.0) for b, load in zip(base, loads, strict=True)]
         edge = list(zip(epochs, top, strict=True)) + list(zip(epochs, base, strict=True))[::-1]
         name = f"expert {expert}: {top[-1] - base[-1]:.1f}% in the last epoch"
-        body += f'<path class="layer f{colour(expert)}" d="{frame.path(edge)}Z"><title>{name}</title></path>'
+        drawn = f'<path class="layer f{colour(expert)}" d="{frame.path(edge)}Z"><title>{name}</title></path>'
+        values = [(epoch, f"{high - low:.1f}") for epoch, high, low in zip(epochs, top, base, strict=True)]
+        body += _values(f"expert {expert}", colour(expert), values, drawn)
         base = top
     whole = [value for value in ticks(epochs[0], epochs[-1], 6) if value == int(value)]
     body += frame.grid("epoch", "%", whole or [epochs[0]], [0.0, 25.0, 50.0, 75.0, 100.0])
     last = ", ".join(f"expert {at} {100 * share:.1f}%" for at, share in enumerate(loads[-1]))
-    entries = [(f"expert {at}", colour(at), False) for at in range(min(experts, COLOURS))]
-    return figure(title, svg(body, f"{title}. In the last epoch: {last}", NORMAL), entries, note)
+    entries = [Key(f"expert {at}", colour(at)) for at in range(min(experts, COLOURS))]
+    data = frame.data("epoch", "%").replace(" data-y=", " data-stack=")  # a share stands on those below it
+    return figure(title, svg(body, f"{title}. In the last epoch: {last}", NORMAL, data), entries, note)
 
 
 Bar = tuple[float, float, float]  # a value and its interval, in per cent
@@ -251,9 +292,12 @@ def crosses(
     labels: tuple[str, str],
     note: str = "",
     size: Size = NORMAL,
+    runs: Mapping[str, int] | None = None,
 ) -> str:
     """Draws per cents against per cents: each curve (name, colour, points) a line with a cross a point, each floor a
-    dashed line. ``labels``: of x and of y. y starts at 0, x a little below its least."""
+    dashed line. ``labels``: of x and of y. y starts at 0, x a little below its least. ``runs``: by the name of a curve
+    or a floor, see `Series`."""
+    runs = runs or {}
     every = [point for _, _, points in curves for point in points]
     xs = [x for point in every for x in point.x] + [x for _, _, points in floors for x, _ in points]
     ys = [y for point in every for y in point.y] + [y for _, _, points in floors for _, y in points]
@@ -263,22 +307,21 @@ def crosses(
     body = frame.grid(labels[0], "%", ticks(low, high, 6), ticks(0.0, top))
     taken: list[tuple[float, float]] = []
     for name, number, floor in floors:
-        body += _line(frame, Series(name, tuple(floor), number, dashed=True), "%")
+        body += _line(frame, Series(name, tuple(floor), number, dashed=True, run=runs.get(name)), "%")
     for name, number, points in curves:
-        body += f'<path class="line s{number}" d="{frame.path([(cross.x[0], cross.y[0]) for cross in points])}"/>'
-        body += "".join(_cross(frame, name, number, labels, cross) for cross in points)
-    for _, number, points in curves:
-        body += "".join(
+        drawn = f'<path class="line s{number}" d="{frame.path([(cross.x[0], cross.y[0]) for cross in points])}"/>'
+        drawn += "".join(_cross(frame, name, number, labels, cross) for cross in points)
+        drawn += "".join(
             _cross_name(frame, number, cross, taken) for cross in sorted(points, key=lambda cross: not cross.ring)
         )
+        body += f'<g class="curve{of_run(runs.get(name))}">{drawn}</g>'
     alt = f"{title}. " + "; ".join(
         f"{name}: "
         + ", ".join(f"{cross.name}: {cross.x[0]:.1f}% {labels[0]}, {cross.y[0]:.1f}% {labels[1]}" for cross in points)
         for name, _, points in curves
     )
-    entries = [(name, number, False) for name, number, _ in curves] + [
-        (name, number, True) for name, number, _ in floors
-    ]
+    entries = [Key(name, number, False, runs.get(name)) for name, number, _ in curves]
+    entries += [Key(name, number, True, runs.get(name)) for name, number, _ in floors]
     return figure(title, svg(body, alt, size), entries, note)
 
 
@@ -335,7 +378,7 @@ def bars(
         f"{name}: " + ", ".join(f"{x_label} {group} {bar[0]:.1f}%" for group, bar in zip(groups, values, strict=True))
         for name, _, values in series
     )
-    return figure(title, svg(body, alt, NORMAL), [(name, number, False) for name, number, _ in series], note)
+    return figure(title, svg(body, alt, NORMAL), [Key(name, number) for name, number, _ in series], note)
 
 
 def _one_bar(frame: _Frame, start: float, width: float, number: int, name: str, bar: Bar) -> str:
@@ -371,5 +414,5 @@ def heat(caption: str, rows: Sequence[str], table: Sequence[Sequence[float]], ma
     )
     return (
         f'<table class="heat"><caption>{escape(caption)}</caption>'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"<thead><tr><td>expert</td>{head}</tr></thead><tbody>{body}</tbody></table>"
     )

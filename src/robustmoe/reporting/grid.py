@@ -10,6 +10,7 @@ from html import escape
 
 from robustmoe.analysis import Rate
 from robustmoe.errors import printable
+from robustmoe.reporting.figures import colour, of_run
 from robustmoe.reporting.words import interval, percent
 
 WIDTH = 80
@@ -45,17 +46,22 @@ def rated(rate: Rate | None) -> Entry:
 # HTML ------------------------------------------------------------------------------------------------------------
 
 
-def cell(label: str, value: str, note: str = "", kind: str = "") -> str:
-    """Returns a table cell with small print; narrow screens show ``label`` beside it."""
+def cell(label: str, value: str, note: str = "", kind: str = "", run: int | None = None) -> str:
+    """Returns a table cell with small print; narrow screens show ``label`` beside it. ``run``: see `figures.Series`."""
     small = f"<small>{escape(note)}</small>" if note else ""
+    kind = f"{kind}{of_run(run)}".strip()
     cls = f' class="{kind}"' if kind else ""
     return f'<td{cls} data-label="{escape(label)}"><span>{escape(value)}{small}</span></td>'
 
 
-def grid_html(grid: Grid) -> str:
-    """Returns the table with its title above and its note below."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in grid.head)
-    body = "".join(_row_html(grid, row) for row in grid.rows)
+def grid_html(grid: Grid, rows: Sequence[int] = (), columns: Sequence[int] = ()) -> str:
+    """Returns the table with its title above and its note below. ``rows``, ``columns``: the run of each row, or of each
+    column but the first, where a reader can choose among several."""
+    of_rows: Sequence[int | None] = rows or [None] * len(grid.rows)
+    of_columns: Sequence[int | None] = columns or [None] * (len(grid.head) - 1)
+    head = f'<th scope="col">{escape(grid.head[0])}</th>'
+    head += "".join(_head_html(name, run) for name, run in zip(grid.head[1:], of_columns, strict=True))
+    body = "".join(_row_html(grid, row, run, of_columns) for row, run in zip(grid.rows, of_rows, strict=True))
     note = f'<p class="note">{escape(grid.note)}</p>' if grid.note else ""
     kind = "data stack" if len(grid.head) > WIDE else "data stack tight"
     return (
@@ -65,14 +71,29 @@ def grid_html(grid: Grid) -> str:
     )
 
 
-def _row_html(grid: Grid, row: tuple[Entry, ...]) -> str:
+def _head_html(name: str, run: int | None) -> str:
+    if run is None:
+        return f'<th scope="col">{escape(name)}</th>'
+    return f'<th scope="col" class="key{of_run(run)}">{run_key(run)}{escape(name)}</th>'
+
+
+def _row_html(grid: Grid, row: tuple[Entry, ...], run: int | None, columns: Sequence[int | None]) -> str:
     (name, small), *entries = row
     cells = "".join(
-        cell(column, *entry, kind="" if entry[0] else "none")
-        for column, entry in zip(grid.head[1:], entries, strict=True)
+        cell(column, *entry, kind="" if entry[0] else "none", run=of)
+        for column, entry, of in zip(grid.head[1:], entries, columns, strict=True)
     )
     kind = "worst" if name == grid.strong else "plain"
-    return f'<tr class="{kind}"><th scope="row">{escape(name)}<small>{escape(small)}</small></th>{cells}</tr>'
+    key = "" if run is None else run_key(run)
+    return (
+        f'<tr class="{kind}{of_run(run)}"><th scope="row">{key}{escape(name)}<small>{escape(small)}</small></th>'
+        f"{cells}</tr>"
+    )
+
+
+def run_key(run: int) -> str:
+    """Returns the dot in the colour of a run, with the space after it."""
+    return f'<i class="dotkey b{colour(run)}"></i> '
 
 
 # Markdown --------------------------------------------------------------------------------------------------------

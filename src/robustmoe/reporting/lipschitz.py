@@ -10,7 +10,7 @@ from robustmoe.records import Lipschitz
 from robustmoe.reporting.figures import Axes, Series, bars, colour, heat, lines
 from robustmoe.reporting.grid import Entry, Grid, rated
 from robustmoe.reporting.panel import Kind, Panel, Shown
-from robustmoe.reporting.words import NORM_NAMES, eps_text, percent, plural, threat
+from robustmoe.reporting.words import NORM_NAMES, eps_axis, eps_text, percent, plural, threat
 
 Measured = Shown[Lipschitz, LipschitzSummary]
 ROUTERS_SHOWN = 8
@@ -317,7 +317,8 @@ def _boundary_figure(shown: Measured, layers: Sequence[LayerPart]) -> str:
     if not some:
         return ""
     header = shown.record.header
-    scale, unit = (255, " of 1/255") if header.norm == "linf" else (1, "")
+    scale = eps_axis(header.norm, [header.eps])[0]
+    unit = "" if scale == 1 else " of 1/255"
     series = [
         Series(
             layer.short,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from robustmoe import analysis
 from robustmoe.records import Check, Evaluation
-from robustmoe.reporting.collect import Group, RunView, comparable, of_kind
+from robustmoe.reporting.collect import Group, RunView, comparable, heading, of_kind
 from robustmoe.reporting.grid import grid_markdown, safe, table_markdown
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.panel import as_markdown
@@ -17,7 +17,7 @@ from robustmoe.reporting.words import GLOSSARY, eps_text, gap_text, interval, pe
 
 def markdown(views: Sequence[RunView]) -> str:
     """Returns the whole report as text."""
-    parts = ["# Robustness report: " + " and ".join(safe(view.name) for view in views)]
+    parts = [f"# Robustness report: {safe(heading(views))}"]
     if len(views) > 1:
         parts += [f"> Compare with care: {safe(reason)}." for reason in comparable(views)]
     for kind in KINDS:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any, Generic, TypeVar
 
 from robustmoe.records import Evaluation, Told
-from robustmoe.reporting.boxes import alarm, term_list, unbroken
+from robustmoe.reporting.boxes import alarm, run_part, term_list, unbroken
 from robustmoe.reporting.figures import colour
 from robustmoe.reporting.grid import Grid, grid_html, grid_lines, grid_markdown, safe, wrapped
 
@@ -93,7 +93,8 @@ def section(kind: Kind, every: Sequence[Shown[Any, Any]]) -> str:
     if both is not None and both.note:
         parts.append(alarm("Compare with care", [both.note], mild=True))
     parts.append(kind.joint(every))
-    parts += [grid_html(replace(both, note=""))] if both is not None else []
+    runs = [shown.at for shown in every] if every[0].several else []
+    parts += [grid_html(replace(both, note=""), runs)] if both is not None else []
     parts += [_one(kind, shown, panel, len(every)) for shown, panel in zip(every, panels, strict=True)]
     terms = dict.fromkeys(term for panel in panels for term in panel.terms)
     return "".join(parts) + (term_list(list(terms)) if terms else "")
@@ -108,11 +109,12 @@ def _one(kind: Kind, shown: Shown[Any, Any], panel: Panel, many: int) -> str:
     wrong = alarm("† Do not quote these numbers", doubts) if doubts else ""
     tables = "".join(grid_html(grid) for grid in panel.grids[panel.open :])
     rest = f"<details{'' if many > 1 else ' open'}><summary>All numbers</summary>{tables}</details>" if tables else ""
-    return (
+    return run_part(
+        shown.at if shown.several else None,
         f'<div class="cards"><article class="card{" marked" if wrong else ""}">{heading}'
         f'<p class="story">{unbroken(panel.story)}</p>{wrong}{panel.card()}'
         f'<p class="note">{unbroken(panel.setting)}</p></article></div>'
-        f"{''.join(grid_html(grid) for grid in panel.grids[: panel.open])}{panel.figures()}{rest}"
+        f"{''.join(grid_html(grid) for grid in panel.grids[: panel.open])}{panel.figures()}{rest}",
     )
 
 

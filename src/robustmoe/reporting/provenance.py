@@ -7,8 +7,9 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Check, Header, Resumed
-from robustmoe.reporting.collect import RunView
-from robustmoe.reporting.figures import colour
+from robustmoe.reporting.boxes import run_part
+from robustmoe.reporting.collect import RunView, numbered
+from robustmoe.reporting.figures import colour, of_run
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.panel import named
 from robustmoe.reporting.words import count, duration, number, plain, plural, short, threat
@@ -49,15 +50,16 @@ def _by_number(id: str) -> tuple[str, int]:
 def check_section(views: Sequence[RunView]) -> str:
     """Returns the table of checks, one a run; "" if none was run."""
     body = ""
-    for view in views:
+    for run, view in numbered(views):
         if checks := merged(view):
-            title = f"<h3>{escape(view.name)}</h3>" if len(views) > 1 else ""
+            title = f"<h3>{escape(view.name)}</h3>" if run is not None else ""
             loud = [pair for pair in checks if pair[0].status in OPEN]
-            body += title + (_checks(view, loud) if loud else '<p class="lead">No check failed or warned.</p>')
+            part = title + (_checks(view, loud) if loud else '<p class="lead">No check failed or warned.</p>')
             for status, words in FOLDED.items():
                 if quiet := [pair for pair in checks if pair[0].status == status]:
                     number_of = plural(len(tally(view)[status]), "check")
-                    body += f"<details><summary>{number_of} {words}</summary>{_checks(view, quiet)}</details>"
+                    part += f"<details><summary>{number_of} {words}</summary>{_checks(view, quiet)}</details>"
+            body += run_part(run, part)
     if not body:
         return ""
     return (
@@ -110,16 +112,16 @@ def _check(view: RunView, check: Check, names: list[str]) -> str:
 def made_section(views: Sequence[RunView]) -> str:
     """Shows commands, recipe, versions, hashes: one card a run."""
     cards = "".join(
-        f'<div class="card">{_title(view, at, len(views) > 1)}{_commands(view)}<dl class="made">'
+        f'<div class="card{of_run(run)}">{_title(view, run)}{_commands(view)}<dl class="made">'
         + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts(view))
         + "</dl></div>"
-        for at, view in enumerate(views)
+        for run, view in numbered(views)
     )
     return f'<h2>How it was made</h2><div class="cards">{cards}</div>'
 
 
-def _title(view: RunView, position: int, several: bool) -> str:
-    return f'<h2><i class="dotkey b{colour(position)}"></i>{escape(view.name)}</h2>' if several else ""
+def _title(view: RunView, run: int | None) -> str:
+    return "" if run is None else f'<h2><i class="dotkey b{colour(run)}"></i>{escape(view.name)}</h2>'
 
 
 def commands(view: RunView) -> list[str]:

@@ -12,7 +12,7 @@ from robustmoe.records.sweep import KEPT, OTHER_K, RANDOM, WITHOUT
 from robustmoe.reporting.figures import LARGE, NORMAL, Axes, Series, colour, lines
 from robustmoe.reporting.grid import Entry, Grid, rated
 from robustmoe.reporting.panel import DATA, IMAGES, NORM, Kind, Panel, Shown, apart
-from robustmoe.reporting.words import NORM_NAMES, eps_text, percent, plural, threat
+from robustmoe.reporting.words import NORM_NAMES, eps_axis, eps_text, percent, plural, threat
 
 Swept = Shown[Sweep, SweepSummary]
 WEAK = "vmoe_pgd("
@@ -258,21 +258,23 @@ def _figures(shown: Swept) -> str:
     return f'<div class="plots {kind}" style="margin-top:20px">{_accuracy(shown, bool(moves))}{moves}</div>'
 
 
-def _axis(norm: str) -> tuple[float, str]:
+def _axis(every: Sequence[Swept]) -> tuple[float, str]:
     """Returns what an eps is multiplied by, and the label."""
-    return (255.0, "eps, in grey levels of 255") if norm == "linf" else (1.0, f"eps ({norm})")
+    return eps_axis(every[0].record.header.norm, (point.eps for shown in every for point in shown.record.points))
 
 
-def _series(name: str, number: int, pairs: Sequence[tuple[float, Rate]], dashed: bool = False) -> Series:
+def _series(
+    name: str, number: int, pairs: Sequence[tuple[float, Rate]], dashed: bool = False, run: int | None = None
+) -> Series:
     """Returns rates against eps, with their intervals where the line is not dashed."""
     points = tuple((eps, 100 * rate.value) for eps, rate in pairs)
     band = tuple((eps, 100 * rate.interval[0], 100 * rate.interval[1]) for eps, rate in pairs)
-    return Series(name, points, number, () if dashed else band, dashed)
+    return Series(name, points, number, () if dashed else band, dashed, run=run)
 
 
 def _accuracy(shown: Swept, beside: bool) -> str:
     """Draws accuracy against eps. ``beside``: it has another figure at its side."""
-    numbers, (unit, label) = shown.summary, _axis(shown.record.header.norm)
+    numbers, (unit, label) = shown.summary, _axis([shown])
     drawn = [
         _series(
             attack_name(curve.attack),
@@ -292,7 +294,7 @@ def _accuracy(shown: Swept, beside: bool) -> str:
 
 
 def _moves(shown: Swept) -> str:
-    best, (unit, label) = shown.summary.strongest, _axis(shown.record.header.norm)
+    best, (unit, label) = shown.summary.strongest, _axis([shown])
     if best is None or not best.points[0].moved:
         return ""
     names = list(best.points[0].moved)
@@ -313,12 +315,13 @@ def _side_by_side(every: Sequence[Swept]) -> str:
     """Returns every run's robust accuracy, all its attacks together."""
     if len(every) < 2:
         return ""
-    unit, label = _axis(every[0].record.header.norm)
+    unit, label = _axis(every)
     drawn = [
         _series(
             shown.run,
             colour(shown.at),
             [(0.0, shown.summary.clean), *((unit * eps, rate) for eps, rate in shown.summary.worst.items())],
+            run=shown.at,
         )
         for shown in every
     ]

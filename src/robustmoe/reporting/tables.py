@@ -7,9 +7,9 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.records import Evaluation
-from robustmoe.reporting.collect import Group, RunView, strongest
-from robustmoe.reporting.figures import colour
-from robustmoe.reporting.grid import Entry, cell, rated
+from robustmoe.reporting.boxes import run_part
+from robustmoe.reporting.collect import Group, RunView, numbered, strongest
+from robustmoe.reporting.grid import Entry, Grid, cell, grid_html, rated, run_key
 from robustmoe.reporting.words import GLOSSARY, aim, count, duration, gap_text, interval, percent, plural, threat
 
 
@@ -22,19 +22,24 @@ def section(views: Sequence[RunView]) -> str:
     if len(views) > 1:
         parts.append('<p class="lead">The runs side by side; every attack on its own is listed below.</p>')
         parts.append(_comparison(views))
-    routed = any(view.routed for view in views)
-    for position, view in enumerate(views):
-        if len(views) > 1:
-            key = f'<i class="dotkey b{colour(position)}"></i>'
-            parts.append(f"<h3>{key} {escape(view.name)}{'' if view.routed else ' (no router)'}</h3>")
-        for group in view.groups:
-            if len(view.groups) > 1:
-                parts.append(f"<h3>{escape(threat(group.worst.norm, group.worst.eps))}</h3>")
-            parts.append(_attacks(group, view.routed))
-            parts += [_suite(*pair) for pair in zip(group.names, group.results, strict=True) if pair[1].header.parts]
-        if not view.groups:
-            parts.append(f'<p class="lead">{"No attack was run." if view.results else "It has no rows."}</p>')
-    parts.append(_terms(routed))
+    parts += [run_part(run, _one(view, run)) for run, view in numbered(views)]
+    parts.append(_terms(any(view.routed for view in views)))
+    return "".join(parts)
+
+
+def _one(view: RunView, run: int | None) -> str:
+    """Returns the tables of one run, one a threat."""
+    heading = (
+        "" if run is None else f"<h3>{run_key(run)}{escape(view.name)}{'' if view.routed else ' (no router)'}</h3>"
+    )
+    parts = [heading]
+    for group in view.groups:
+        if len(view.groups) > 1:
+            parts.append(f"<h3>{escape(threat(group.worst.norm, group.worst.eps))}</h3>")
+        parts.append(_attacks(group, view.routed))
+        parts += [_suite(*pair) for pair in zip(group.names, group.results, strict=True) if pair[1].header.parts]
+    if not view.groups:
+        parts.append(f'<p class="lead">{"No attack was run." if view.results else "It has no rows."}</p>')
     return "".join(parts)
 
 
@@ -67,7 +72,7 @@ def _attacks(group: Group, routed: bool) -> str:
     )
     return (
         f'<div class="scroll"><table class="data stack attacks"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}{_worst_row(group, routed)}</tbody></table></div>"
+        f"<tbody>{body}</tbody><tfoot>{_worst_row(group, routed)}</tfoot></table></div>"
     )
 
 
@@ -145,57 +150,53 @@ def _left(rate: analysis.Rate) -> str:
 
 
 def _comparison(views: Sequence[RunView]) -> str:
-    rows: list[tuple[str, Callable[[RunView], Entry], bool]] = [
-        ("Clean accuracy", lambda view: rated(view.clean) if view.results else ("not measured", ""), False),
-        ("Robust accuracy, worst case", _worst_entry, True),
+    """Returns the runs, one a row; and the attacks, one a row, with what each leaves of each run."""
+    columns: list[tuple[str, Callable[[RunView], Entry]]] = [
+        ("Clean", lambda view: rated(view.clean) if view.results else ("not measured", "")),
+        ("Robust, worst case", _worst_entry),
+        ("Router’s part", lambda view: _part(view, "router_exposed")),
+        ("Experts’ part", lambda view: _part(view, "experts_exposed")),
+        ("Rerouted", _moved),
+        ("Router attacked", _attacked),
+        ("Threat", _threat),
+        ("Parameters", lambda view: (count(view.header.parameters), "")),
+        ("Time", lambda view: (duration(view.seconds) if view.seconds else "–", "")),
     ]
-    labels = list(dict.fromkeys(name for view in views for name in (view.groups[0].names if view.groups else [])))
-    rows += [(f"under {name}", _under(name), False) for name in labels]
-    rows += [
-        ("Router’s part, strongest attack", lambda view: _part(view, "router_exposed"), False),
-        ("Experts’ part, strongest attack", lambda view: _part(view, "experts_exposed"), False),
-        ("Rerouted, strongest attack", _moved, False),
-        ("Router attacked", _attacked, False),
-        ("Threat", lambda view: (threat(view.header.norm, view.header.eps), ""), False),
-        ("Images", lambda view: (count(view.clean.n) if view.results else "–", ""), False),
-        ("Parameters", lambda view: (count(view.header.parameters), ""), False),
-        ("Time of the evaluations", lambda view: (duration(view.seconds) if view.seconds else "–", ""), False),
-    ]
-    if not any(view.routed for view in views):
-        rows = [row for row in rows if "part" not in row[0] and "oute" not in row[0]]
-    head = "".join(
-        f'<th scope="col"><i class="dotkey b{colour(at)}"></i> {escape(view.name)}</th>'
-        for at, view in enumerate(views)
-    )
-    body = "".join(
-        f'<tr class="{"worst" if strong else "plain"}"><th scope="row">{escape(title)}</th>'
-        + "".join(cell(view.name, *entry(view)) for view in views)
-        + "</tr>"
-        for title, entry, strong in rows
-    )
-    return (
-        f'<div class="scroll"><table class="data stack"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    routed = any(view.routed for view in views)
+    if not routed:
+        columns = [each for each in columns if "part" not in each[0] and "oute" not in each[0]]
+    rows = tuple(((view.name, ""), *(entry(view) for _, entry in columns)) for view in views)
+    note = "Router’s part, experts’ part and rerouted: under the strongest attack of each run. " if routed else ""
+    note += "Time: of the evaluations."
+    places = range(len(views))
+    tables = grid_html(Grid("Run by run", ("Run", *(name for name, _ in columns)), rows, note), rows=places)
+    attacks = list(dict.fromkeys(name for view in views for name in (view.groups[0].names if view.groups else [])))
+    if len(attacks) < 2:
+        return tables
+    by_attack = tuple(((name, ""), *(_under(name, view) for view in views)) for name in attacks)
+    head = ("Robust accuracy under", *(view.name for view in views))
+    return tables + grid_html(Grid("Attack by attack", head, by_attack), columns=places)
+
+
+def _threat(view: RunView) -> Entry:
+    if not view.results:
+        return "–", ""
+    attacks = plural(len(view.groups[0].results), "attack") if view.groups else "no attack"
+    return threat(view.header.norm, view.header.eps), f"{attacks}, {plural(view.clean.n, 'image')}"
 
 
 def _worst_entry(view: RunView) -> Entry:
     if not view.groups:
         return "not measured", ""
     group = view.groups[0]
-    note = f"{interval(group.worst.robust)}, over {plural(len(group.results), 'attack')}"
-    return percent(group.worst.robust) + ("" if group.verdict.trusted else "†"), note
+    return percent(group.worst.robust) + ("" if group.verdict.trusted else "†"), interval(group.worst.robust)
 
 
-def _under(name: str) -> Callable[[RunView], Entry]:
-    def entry(view: RunView) -> Entry:
-        if not view.groups or name not in view.groups[0].names:
-            return "–", ""
-        group = view.groups[0]
-        summary = group.summaries[group.names.index(name)]
-        return percent(summary.robust), interval(summary.robust) + ("" if summary.complete else ", incomplete")
-
-    return entry
+def _under(name: str, view: RunView) -> Entry:
+    if not view.groups or name not in view.groups[0].names:
+        return "–", ""
+    summary = view.groups[0].summaries[view.groups[0].names.index(name)]
+    return percent(summary.robust), interval(summary.robust) + ("" if summary.complete else ", incomplete")
 
 
 def _part(view: RunView, field: str) -> Entry:

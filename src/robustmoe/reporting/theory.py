@@ -72,7 +72,11 @@ def draw(experiments: Sequence[Experiment], folder: str | os.PathLike[str]) -> P
         for experiment in drawn
     )
     path = Path(folder) / "figures.html"
-    write_own(path, document("Theory on synthetic data", "Theory of robust mixtures", "", sections, ""), MARK)
+    write_own(
+        path,
+        document("Theory on synthetic data", "Theory of robust mixtures", "", sections, ""),
+        MARK,
+    )
     return path
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from robustmoe.analysis import Curve
-from robustmoe.reporting.collect import RunView
-from robustmoe.reporting.figures import LARGE, NORMAL, SMALL, Axes, Series, Size, colour, lines, shares
-from robustmoe.reporting.words import eps_text, interval, number, percent, plural
+from robustmoe.analysis import Curve, router_names
+from robustmoe.reporting.boxes import run_part
+from robustmoe.reporting.collect import RunView, numbered
+from robustmoe.reporting.figures import LARGE, NORMAL, SMALL, Axes, Series, Size, colour, lines, of_run, shares
+from robustmoe.reporting.words import NORM_NAMES, eps_axis, eps_text, interval, number, percent, plural
 
 ROUTERS_SHOWN = 12
 
@@ -28,45 +29,50 @@ def eps_section(views: Sequence[RunView]) -> str:
     for norm in dict.fromkeys(curve.norm for _, curve in curves):
         chosen = [(view, curve) for view, curve in curves if curve.norm == norm]
         labels = [f"{view.name}: {curve.name}" if len(views) > 1 else curve.name for view, curve in chosen]
-        parts.append(_eps_pair(norm, labels, [curve for _, curve in chosen]))
+        runs = [views.index(view) if len(views) > 1 else None for view, _ in chosen]
+        parts.append(_eps_pair(norm, labels, [curve for _, curve in chosen], runs))
     return "".join(parts)
 
 
-def _eps_pair(norm: str, labels: list[str], curves: list[Curve]) -> str:
-    unit = 255 if norm == "linf" else 1
+def _eps_pair(norm: str, labels: list[str], curves: list[Curve], runs: list[int | None]) -> str:
+    unit, label = eps_axis(norm, (eps for curve in curves for eps, _ in curve.points))
+    colours = [at if run is None or runs.count(run) > 1 else run for at, run in enumerate(runs)]
     series = [
         Series(
-            name=label,
+            name=name,
             points=tuple((unit * eps, 100 * rate.value) for eps, rate in curve.points),
-            colour=colour(at),
+            colour=colour(number),
             band=tuple((unit * eps, 100 * rate.interval[0], 100 * rate.interval[1]) for eps, rate in curve.points),
+            run=run,
         )
-        for at, (label, curve) in enumerate(zip(labels, curves, strict=True))
+        for number, name, curve, run in zip(colours, labels, curves, runs, strict=True)
     ]
-    label = "eps, in grey levels of 255" if norm == "linf" else f"eps ({norm})"
     sizes = sorted({curve.n for curve in curves})
     chart = lines(
-        f"Accuracy against eps ({norm})",
+        f"Accuracy against eps, {NORM_NAMES.get(norm, norm)}",
         series,
         Axes(label, unit="%", y_range=(0.0, 100.0)),
         size=LARGE,
         note=f"Measured on {' / '.join(plural(size, 'image') for size in sizes)}.",
     )
-    return f'<div class="plots pair">{chart}{_eps_table(norm, labels, curves)}</div>'
+    return f'<div class="plots pair">{chart}{_eps_table(norm, curves, series)}</div>'
 
 
-def _eps_table(norm: str, labels: list[str], curves: list[Curve]) -> str:
+def _eps_table(norm: str, curves: list[Curve], series: list[Series]) -> str:
     every = sorted({eps for curve in curves for eps, _ in curve.points})
-    head = "".join(f'<th scope="col"><i class="dotkey b{colour(at)}" title="{escape(label)}"></i></th>'
-                   for at, label in enumerate(labels))  # fmt: skip
+    head = "".join(
+        f'<th scope="col" class="key{of_run(line.run)}"><i class="dotkey b{line.colour}"></i>'
+        f'<span class="unseen">{escape(line.name)}</span></th>'
+        for line in series
+    )
     if len(curves) == 1:
         head = '<th scope="col">accuracy</th>'
     body = ""
     for eps in every:
         cells = ""
-        for curve in curves:
+        for curve, line in zip(curves, series, strict=True):
             rate = dict(curve.points).get(eps)
-            cells += f"<td>{percent(rate)}<small>{interval(rate)}</small></td>"
+            cells += f'<td class="rate{of_run(line.run)}">{percent(rate)}<small>{interval(rate)}</small></td>'
         body += f'<tr><th scope="row">{escape(eps_text(norm, eps))}</th>{cells}</tr>'
     return (
         f'<div class="scroll"><table class="data{" tight" if len(curves) == 1 else ""}"><thead>'
@@ -105,11 +111,11 @@ def _drawn(title: str, series: list[Series], note: str = "", size: Size = NORMAL
 def section(views: Sequence[RunView]) -> str:
     """Shows loss, accuracy and learning rate over the epochs, one row of charts a run; "" without metrics."""
     body = ""
-    for view in views:
+    for run, view in numbered(views):
         charts = _charts(view.metrics)
         if charts:
-            title = f"<h3>{escape(view.name)}</h3>" if len(views) > 1 else ""
-            body += f'{title}<div class="plots">{charts}</div>'
+            title = f"<h3>{escape(view.name)}</h3>" if run is not None else ""
+            body += run_part(run, f'{title}<div class="plots">{charts}</div>')
     if not body:
         return ""
     lead = "Validation images are not the test images; robust validation uses the (weaker) attack named in the recipe."
@@ -142,7 +148,7 @@ def _charts(metrics: list[dict[str, Any]]) -> str:
 
 def health_section(views: Sequence[RunView]) -> str:
     """Returns load and entropy of each router over the epochs; "" without a router in the metrics."""
-    body = "".join(_health(view, len(views) > 1) for view in views)
+    body = "".join(run_part(run, _health(view, run is not None)) for run, view in numbered(views))
     if not body:
         return ""
     return (
@@ -158,13 +164,14 @@ def _health(view: RunView, several: bool) -> str:
     if not routers:
         return ""
     title = f"<h3>{escape(view.name)}</h3>" if several else ""
-    charts = "".join(_router(view.metrics, name) for name in routers[:ROUTERS_SHOWN])
+    short = router_names(routers)
+    charts = "".join(_router(view.metrics, name, short[name]) for name in routers[:ROUTERS_SHOWN])
     more = len(routers) - ROUTERS_SHOWN
     rest = f'<p class="note">{plural(more, "more router")} in the JSON beside this page.</p>' if more > 0 else ""
     return f'{title}<div class="plots wide">{charts}</div>{rest}'
 
 
-def _router(metrics: list[dict[str, Any]], name: str) -> str:
+def _router(metrics: list[dict[str, Any]], name: str, short: str) -> str:
     seen = [
         (number(line.get("epoch")), line["routers"][name])
         for line in metrics
@@ -173,7 +180,7 @@ def _router(metrics: list[dict[str, Any]], name: str) -> str:
     loads = [(epoch, [number(share) or 0.0 for share in state["load"]]) for epoch, state in seen
              if epoch is not None and state.get("load")]  # fmt: skip
     note = _state(seen[-1][1]) if seen else ""
-    area = shares(f"{name}: load", [epoch for epoch, _ in loads], [load for _, load in loads], note) if loads else ""
+    area = shares(f"{short}: load", [epoch for epoch, _ in loads], [load for _, load in loads], note) if loads else ""
     entropy = _over_epochs(metrics, "routers", name, "entropy")
     if not entropy:
         return area
@@ -183,7 +190,7 @@ def _router(metrics: list[dict[str, Any]], name: str) -> str:
         even = math.log(len(loads[-1][1]))
         series.append(Series("even", ((entropy[0][0], even), (entropy[-1][0], even)), 5, dashed=True))
         top = max(top, even)
-    return area + _drawn(f"{name}: entropy (nats)", series, y_range=(0.0, 1.08 * top or 1.0))
+    return area + _drawn(f"{short}: entropy (nats)", series, y_range=(0.0, 1.08 * top or 1.0))
 
 
 def _state(state: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from html import escape
 
 from robustmoe import analysis
 from robustmoe.reporting.boxes import alarm, figure_list, unbroken
-from robustmoe.reporting.collect import RunView, comparable
-from robustmoe.reporting.figures import colour
+from robustmoe.reporting.collect import RunView, comparable, numbered
+from robustmoe.reporting.figures import colour, of_run
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.provenance import tally
 from robustmoe.reporting.words import interval, percent, plural, threat
@@ -20,7 +20,7 @@ def section(views: Sequence[RunView]) -> str:
     """Returns the cards, and above them why the runs cannot be compared, if they cannot."""
     reasons = comparable(views) if len(views) > 1 else []
     warning = alarm("Compare with care", reasons, mild=True) if reasons else ""
-    cards = "".join(_card(view, colour(position), len(views) > 1) for position, view in enumerate(views))
+    cards = "".join(_card(view, run) for run, view in numbered(views))
     return f'<h2 hidden>Verdict</h2>{warning}<div class="cards">{cards}</div>'
 
 
@@ -52,14 +52,15 @@ def story(view: RunView) -> str:
     return text
 
 
-def _card(view: RunView, number: int, several: bool) -> str:
+def _card(view: RunView, run: int | None) -> str:
     trusted = bool(view.groups) and view.groups[0].verdict.trusted
-    name = f'<h2><i class="dotkey b{number}"></i><span>{escape(view.name)}</span></h2>' if several else ""
+    number = colour(run or 0)
+    name = f'<h2><i class="dotkey b{number}"></i><span>{escape(view.name)}</span></h2>' if run is not None else ""
     said = f'{name}<p class="story">{unbroken(story(view))}</p>'
     if not view.results:
-        return f'<article class="card">{said}{_notes(view)}</article>'
+        return f'<article class="card{of_run(run)}">{said}{_notes(view)}</article>'
     return (
-        f'<article class="card{"" if trusted else " marked"}">{said}'
+        f'<article class="card{"" if trusted else " marked"}{of_run(run)}">{said}'
         f"{_figures(view, trusted)}{_bar(view, number, trusted)}{_chips(view)}{_alarms(view)}</article>"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from robustmoe.analysis import Rate
@@ -73,6 +74,14 @@ def eps_text(norm: str, eps: float) -> str:
     if norm == "linf" and eps > 0 and whole and abs(float(f"{eps:.4g}") - eps) > 1e-9 * eps:
         return f"{round(levels, 2):g}/255"
     return f"{eps:g}"
+
+
+def eps_axis(norm: str, radii: Iterable[float]) -> tuple[float, str]:
+    """Returns what the eps of a figure are multiplied by, and the label of the axis: grey levels where users write one
+    of them as "8/255"."""
+    if any(eps_text(norm, eps).endswith("/255") for eps in radii):
+        return 255.0, "eps, in grey levels of 255"
+    return 1.0, f"eps, {NORM_NAMES.get(norm, norm)}"
 
 
 def threat(norm: str, eps: float) -> str:
