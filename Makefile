@@ -59,7 +59,7 @@ wild: $(VENV)/.dev  ## wrapping the routed layers of real packages
 	$(INSTALL) --no-deps timm==1.0.31
 	$(BIN)/python -m pytest -m wild
 
-outgoing: $(VENV)/.dev  ## runs sent to TensorBoard, MLflow and Weights & Biases, read back by their own readers
+outgoing: $(VENV)/.dev  ## runs sent to TensorBoard, MLflow and Weights & Biases, read back by their own readers; runs on a stand-in of the hub
 	$(INSTALL) -e '.[tensorboard,mlflow,wandb,hub]'
 	$(BIN)/python -m pytest -m outgoing
 

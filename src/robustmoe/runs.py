@@ -1,10 +1,10 @@
-"""Which folder a run is that was named: a folder, or zoo:NAME."""
+"""Which folder a run is that was named: a folder, zoo:NAME or hub:OWNER/NAME."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from robustmoe import zoo
+from robustmoe import hub, zoo
 from robustmoe.errors import UserError, nearest
 
 
@@ -12,6 +12,8 @@ def run_folder(run: str, begun: bool = True) -> Path:
     """Return the run folder of that name. UserError where there is none, unless it is one that has not ``begun``."""
     if run.startswith(zoo.PREFIX):
         return zoo.zoo_model(run)
+    if run.startswith(hub.PREFIX):
+        return hub.pull(run)
     folder = Path(run)
     if folder.is_dir() or not (begun or folder.exists()):
         return folder

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from robustmoe import hub, spec, zoo
 from robustmoe import recipe as recipes
-from robustmoe import spec, zoo
 from robustmoe.errors import UserError
 from robustmoe.flags import Verb
 from robustmoe.listing import list_names
@@ -29,7 +29,7 @@ from robustmoe.options import (
     SweepOptions,
     Target,
 )
-from robustmoe.outgoing import track
+from robustmoe.outgoing import pull, push, track
 from robustmoe.progress import first_process, note, show
 from robustmoe.runs import run_folder
 
@@ -97,7 +97,7 @@ def audit(
 
     Example: robustmoe audit my_file.py:make_model --data digits --threat "linf(0.1)"
     """
-    is_run = model.startswith(zoo.PREFIX) or Path(model).is_dir()
+    is_run = model.startswith((zoo.PREFIX, hub.PREFIX)) or Path(model).is_dir()
     if is_run and (data or out):
         raise UserError("--data and --out go with a model of your own; a run has its own data and folder")
     if not is_run and data is None:
@@ -396,6 +396,8 @@ VERBS: dict[str, Verb] = {
     "report": report,
     "compare": compare,
     "track": track,
+    "push": push,
+    "pull": pull,
     "theory": theory,
     "list": list_names,
 }

@@ -28,6 +28,11 @@ class Verdict:
         """Nothing failed, nothing is missing, and the router (if there is one) was attacked."""
         return not self.failed and not self.incomplete and self.router_attacked is not False
 
+    @property
+    def said(self) -> str:
+        """The verdict in words."""
+        return "no check speaks against this number" if self.trusted else "do NOT quote this number"
+
 
 def judge(results: Sequence[Evaluation], audit: Audit | None = None) -> Verdict:
     """Says whether the numbers of these files, taken together, can be quoted.

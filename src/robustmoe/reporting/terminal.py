@@ -51,7 +51,7 @@ def _block(group: list[Evaluation], audit: Audit | None) -> list[str]:
     table.append([*cells, *([""] * 3 if routed else []), "", str(worst.robust.n)])
     lines = [f"threat {threat(worst.norm, worst.eps)}", *aligned(table)]
     lines += _by_part(group)
-    lines.append(f"verdict: {'no check speaks against this number' if verdict.trusted else 'do NOT quote this number'}")
+    lines.append(f"verdict: {verdict.said}")
     if verdict.router_attacked is None:
         lines.append(_no_router(group))
     else:

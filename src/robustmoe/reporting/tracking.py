@@ -175,14 +175,12 @@ def measured(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
         for name, summary in zip(group.names, group.summaries, strict=True):
             if summary.complete and summary.robust is not None:
                 numbers[f"evaluation/robust/{file_stem(name)}"] = summary.robust.value
-        quotable = "no check speaks against this number" if group.verdict.trusted else "do NOT quote this number"
         reasons = "; ".join([*group.verdict.failed, *group.verdict.incomplete])
         if all(summary.complete for summary in group.summaries) and not group.worst.partial:
             numbers[f"evaluation/{ball}/clean"] = group.worst.clean.value
             numbers[f"evaluation/{ball}/worst"] = group.worst.robust.value
-            words[f"verdict/{ball}"] = f"worst of {', '.join(group.names)}: {quotable}" + f" ({reasons})" * bool(
-                reasons
-            )
+            said = f"worst of {', '.join(group.names)}: {group.verdict.said}"
+            words[f"verdict/{ball}"] = f"{said} ({reasons})" if reasons else said
     return numbers, words
 
 

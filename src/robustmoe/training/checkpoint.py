@@ -26,6 +26,7 @@ from robustmoe.models import RoutedModel, build_model
 from robustmoe.progress import note
 from robustmoe.records import read_config, write_atomic
 from robustmoe.records.files import explained
+from robustmoe.records.weights import digest, is_whole, split
 
 
 def save_weights(path: Path, state: dict[str, Tensor], spec: str) -> None:
@@ -33,38 +34,11 @@ def save_weights(path: Path, state: dict[str, Tensor], spec: str) -> None:
     Equal weights are equal files.
     """
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    header, start, content = _split(safetensors.torch.save(plain, metadata={"model": spec}))
-    header["__metadata__"]["sha256"] = _digest(header, io.BytesIO(content[start:]))
+    header, start, content = split(safetensors.torch.save(plain, metadata={"model": spec}))
+    header["__metadata__"]["sha256"] = digest(header, io.BytesIO(content[start:]))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     write_atomic(path, len(text).to_bytes(8, "little") + text + content[start:])
-
-
-def _split(content: bytes) -> tuple[dict[str, Any], int, bytes]:
-    """Returns the header of a safetensors file, and where its tensors start."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:start]), start, content
-
-
-def _digest(header: dict[str, Any], tensors: io.BufferedIOBase) -> str:
-    """Returns the SHA-256 of a safetensors file's header, without the entry that holds it, and of its tensors."""
-    metadata = {name: value for name, value in header["__metadata__"].items() if name != "sha256"}
-    start = json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode()
-    hashed = hashlib.sha256(start)
-    while piece := tensors.read(1 << 20):
-        hashed.update(piece)
-    return hashed.hexdigest()
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a safetensors file holds what it was written with; True of a file that does not say, such as another
-    tool's.
-    """
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        metadata = header.get("__metadata__") or {}
-        ours = "sha256" in metadata or ("model" in metadata and len(metadata) > 1)  # also where that name is damaged
-        return not ours or metadata.get("sha256") == _digest(header, file)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -77,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with explained("read", path):
             path.open("rb").close()
         weights = safetensors.torch.load_file(path)
-        if not _is_whole(path):
+        if not is_whole(path):
             raise ValueError("its SHA-256 is not the one that it was written with")
         return weights
     except UserError:
