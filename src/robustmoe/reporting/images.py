@@ -143,9 +143,9 @@ class _Strip:
         if len(self.radii) == 1:
             return f'<div class="{kind}">{make(0, *shot.after[0])}</div>'
         return "".join(
-            f'<div class="{kind} at at-{place}">'
+            f'<div class="{kind} at at-{place}{" own" if eps == self.kept.header.eps else ""}">'
             f"{make(place, *shot.after[place]) if place in shot.after else empty}</div>"
-            for place in range(len(self.radii))
+            for place, eps in enumerate(self.radii)
         )
 
     def _name(self, label: int) -> str:

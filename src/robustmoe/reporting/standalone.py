@@ -56,7 +56,7 @@ def drawings(page: str, runs: Sequence[str]) -> list[Drawing]:
 
 def _drawn(element: Element, section: Element, run: str) -> _Canvas | None:
     kinds = element.get("class", "").split()
-    if element.tag == "figure" and element.find(".//svg") is not None:
+    if element.tag == "figure" and "bare" not in kinds and element.find(".//svg") is not None:
         return _figure(element)
     if element.tag == "table" and "heat" in kinds:
         return _heat(element)
@@ -225,7 +225,11 @@ def _figure(element: Element) -> _Canvas:
 def _plain(element: Element) -> Element:
     """Returns an element of a drawing with its look as attributes."""
     kinds, own = element.get("class", "").split(), element.get("style", "")
-    kept = {name: value for name, value in element.items() if name not in ("class", "style", "tabindex", "role")}
+    kept = {
+        name: value
+        for name, value in element.items()
+        if name not in ("class", "style", "tabindex", "role") and not name.startswith("data-")
+    }
     plain = Element(element.tag, kept | _attributes(kinds, own))
     plain.text, plain.tail = element.text, element.tail
     plain.extend(list(map(_plain, element)))
@@ -234,7 +238,7 @@ def _plain(element: Element) -> Element:
 
 def _heat(table: Element) -> _Canvas:
     """Draws a heat map."""
-    head = [words(cell) for cell in table.iterfind("thead/tr/th")][1:]
+    head = [words(cell) for cell in table.iterfind("thead/tr/th")]
     rows = [(words(row.find("th")), row.findall("td")) for row in table.iterfind("tbody/tr")]
     left = min(NAMES, 16 + WIDE * TEXT * max((len(name) for name, _ in rows), default=0))
     title = words(table.find("caption"))
@@ -246,13 +250,12 @@ def _heat(table: Element) -> _Canvas:
         short = textwrap.shorten(name, int(left / (WIDE * TEXT)), placeholder="…") if len(name) > 20 else name
         canvas.write(short, 0.0, canvas.height + 16)
         for at, cell in enumerate(cells):
-            share = _declared(cell.get("style", "")).get("--v", "0")
+            share = float(_declared(cell.get("style", "")).get("--v", "0")) * float(VARIABLES["--most"])
             heat = f"rgb({','.join(VARIABLES['--heat'].split())})"
             x = left + CELL[0] * at
-            look = {"fill": heat, "fill-opacity": share, "rx": "3"}
+            look = {"fill": heat, "fill-opacity": f"{share:.3g}", "rx": "3"}
             canvas.box(x + 1, canvas.height + 1, (CELL[0] - 2, CELL[1] - 2), look)
-            ink = VARIABLES["--onheat" if "strong" in cell.get("class", "") else "--ink"]
-            canvas.write(words(cell), x + CELL[0] / 2, canvas.height + 16, look={"fill": ink} | MIDDLE)
+            canvas.write(words(cell), x + CELL[0] / 2, canvas.height + 16, look=MIDDLE)
         canvas.height += CELL[1]
     return canvas
 
@@ -265,9 +268,9 @@ def _said(head: Sequence[str], rows: Sequence[tuple[str, list[Element]]]) -> str
 
 
 def _strip(strip: Element) -> _Canvas:
-    """Draws images before and after an attack, the change beside them."""
-    shots = strip.findall("article")
-    alt = " ".join(f"{words(shot.find('p'))}." for shot in shots)
+    """Draws images before and after an attack at its own eps, the change beside them."""
+    shots = [_at_own_eps(shot) for shot in strip.findall("article")]
+    alt = " ".join(f"{words(shot.find('.//p'))}." for shot in shots)
     canvas = _Canvas("Images before and after the attack", alt, 3 * (SHOT + 8) + 260)
     for at, name in enumerate(words(span) for span in (shots[0].iterfind(".//div/span") if shots else ())):
         canvas.write(name, at * (SHOT + 8), 12.0)
@@ -277,10 +280,21 @@ def _strip(strip: Element) -> _Canvas:
             side = dict.fromkeys(("width", "height"), f"{SHOT:g}")
             place = {"x": f"{at * (SHOT + 8):g}", "y": f"{canvas.height:g}", "href": picture.get("src", "")}
             SubElement(canvas.body, "image", side | place | {"style": "image-rendering:pixelated"})
-        for line, text in enumerate(textwrap.wrap(words(shot.find("p")), 40)[:6]):
+        for line, text in enumerate(textwrap.wrap(words(shot.find(".//p")), 40)[:6]):
             canvas.write(text, 3 * (SHOT + 8) + 6, canvas.height + 14 * (line + 1), look={})
         canvas.height += SHOT + 8
     return canvas
+
+
+def _at_own_eps(element: Element) -> Element:
+    """Returns an element without what is shown at other eps alone, and without its routes."""
+    plain = Element(element.tag, element.attrib)
+    plain.text, plain.tail = element.text, element.tail
+    for part in element:
+        kinds = part.get("class", "").split()
+        if "routes" not in kinds and ("at" not in kinds or "own" in kinds):
+            plain.append(_at_own_eps(part))
+    return plain
 
 
 def _verdict(cards: Element, run: str) -> _Canvas:
