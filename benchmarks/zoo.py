@@ -157,7 +157,7 @@ def card(name: str, folder: Path, source: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "about": ABOUT[kind],
-        **{field: config[field] for field in ("model", "method")},
+        **{field: config[field] for field in ("model", "method", "threat")},
         "data": data,
         "n": worst.robust.n,
         "clean": worst.clean.count,

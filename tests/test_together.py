@@ -33,7 +33,7 @@ class Alone(RoutedModel):
 
 @pytest.fixture
 def asked(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> tuple[Alone, Tensor, Tensor]:
-    model, x = Alone(tiny("dense", seed=1)), images(12)
+    model, x = Alone(tiny("dense", seed=1)), images(8)
     return model, x, model(x).argmax(1)
 
 
@@ -59,7 +59,7 @@ def test_at_once_is_as_in_turn(attack: Attack, asked: tuple[Alone, Tensor, Tenso
     model, x, y = asked
     climbed = Surrogate(model, model, close=True)
     given, passes = [], []
-    for size in (1, 26, 200):
+    for size in (1, 18, 150):
         model.passes.clear()
         with room_for(size):
             given.append(attack(climbed, x, y))
@@ -97,7 +97,7 @@ def test_the_original_stays_as_it_is(asked: tuple[Alone, Tensor, Tensor]) -> Non
 def test_an_evaluation_gives_room_for_its_batch_size(asked: tuple[Alone, Tensor, Tensor]) -> None:
     model, x, y = asked
     verdicts = []
-    for size in (12, 48):
+    for size in (8, 32):
         model.passes.clear()
         [result] = evaluate(model, x, y, attacks=TargetedAPGD(linf(0.03), steps=4), precision="fp32", batch_size=size)
         verdicts.append([replace(row, part="") for row in result.rows])
@@ -122,7 +122,7 @@ def test_room() -> None:
 
 
 def test_a_suite_called_directly_has_room_for_what_it_was_given(asked: tuple[Alone, Tensor, Tensor]) -> None:
-    """Twelve images were given: the parts may ask about twelve, however few are left to them."""
+    """Eight images were given: the parts may ask about eight, however few are left to them."""
     model, x, y = asked
     suite = AutoAttack(linf(0.005))
     parts = dict(suite.parts(model.run(x)))
@@ -130,4 +130,4 @@ def test_a_suite_called_directly_has_room_for_what_it_was_given(asked: tuple[Alo
     model.passes.clear()
     with room_for(len(x)):
         parts["apgd-t"](model, *left)
-    assert max(model.passes) == 12
+    assert max(model.passes) == 8

@@ -112,7 +112,9 @@ def _claimed(claim: recipes.Claim) -> str:
 
 def _zoo_entry(card: zoo.ZooModel) -> str:
     rates = f"clean {100 * card.clean / card.n:.1f} %, worst of {len(card.attacks)} {100 * card.worst / card.n:.1f} %"
-    text = f"{card.about}: {card.model}; {rates} of {card.n} images of {card.data}, at {card.commit[:7]}"
+    proven = f", certified {100 * card.certified / card.certified_n:.1f} %" if card.certified_n else ""
+    text = f"{card.about}: {card.model}; {rates}{proven} of {card.n} images of {card.data} in {card.threat}, at "
+    text += card.commit[:7]
     return _wrapped(card.name, text)
 
 

@@ -18,7 +18,8 @@ FOLDER = Path(__file__).parent / "zoo_models"
 @dataclass(frozen=True)
 class ZooModel:
     """What a card says: the run it was, and what of ``n`` test images it got right, ``clean`` and in the ``worst`` case
-    of all its ``attacks``, measured at ``commit`` on ``hardware``.
+    of all its ``attacks`` at ``threat``, measured at ``commit`` on ``hardware``. Of a model trained for certificates,
+    ``certified`` of the first ``certified_n`` are proven.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ZooModel:
     model: str
     data: str
     method: str
+    threat: str
     n: int
     clean: int
     worst: int
@@ -33,6 +35,8 @@ class ZooModel:
     command: str
     commit: str
     hardware: str
+    certified: int = 0
+    certified_n: int = 0
 
 
 def cards() -> list[ZooModel]:
