@@ -117,7 +117,8 @@ def words(element: Element | None) -> str:
 
 def _styles() -> tuple[dict[str, str], list[tuple[frozenset[str], dict[str, str]]]]:
     """Returns the variables of the light page, and the style of each set of classes, in their order."""
-    sheet = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", "", css())
+    sheet = re.sub(r"/\*.*?\*/", "", css(), flags=re.S)
+    sheet = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", "", sheet)
     rules = [(names, _declared(body)) for names, body in re.findall(r"([^{}]+)\{([^{}]*)\}", sheet)]
     variables = next(style for names, style in rules if names.strip() == ":root")
     styles = [
