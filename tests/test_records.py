@@ -30,7 +30,6 @@ from robustmoe.records import (
     Writer,
     append_json,
     examples_path,
-    merge,
     read,
     read_examples,
     read_jsonl,
@@ -337,30 +336,6 @@ def test_two_rows_of_one_image(tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no rows in .*none\.jsonl; `robustmoe evaluate RUN` makes them"):
         read(tmp_path / "none.jsonl")
-
-
-def test_merge_shards(tmp_path: Path) -> None:
-    first = finished(tmp_path / "0.jsonl", [0, 2])
-    second = finished(tmp_path / "1.jsonl", [1, 2], device="cuda")
-    header, rows, checks = merge([first, second])
-    assert header == make_header()
-    assert [row.index for row in rows] == [0, 1, 2]
-    assert checks == Checks([CHECK], 3.0)
-    with Writer(tmp_path / "2.jsonl", make_header()) as writer:
-        writer.write([make_row(1)])
-        assert merge([first, writer.path]).checks is None
-        writer.finish([Check("H2", "inside", "fail", 1, "Outside.")], 1.0)
-    merged = merge([first, writer.path]).checks
-    assert merged is not None
-    assert [check.status for check in merged.checks] == ["fail"]
-    with pytest.raises(UserError, match=r"seed\.jsonl is not a shard of .*0\.jsonl: their headers differ in 'seed'"):
-        merge([first, finished(tmp_path / "seed.jsonl", [0], seed=1)])
-    with Writer(tmp_path / "3.jsonl", make_header()) as writer:
-        writer.write([make_row(2, clean=0)])
-    with pytest.raises(UserError, match="image 2 has two different rows"):
-        merge([first, writer.path])
-    with pytest.raises(UserError, match="nothing to merge"):
-        merge([])
 
 
 def test_append_after_a_kill(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import dataclasses
 import enum
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from robustmoe import spec
@@ -163,7 +165,28 @@ class EvaluateTarget(Target):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(Options):
+class SharedOptions(Options):
+    """What a measurement takes that machines without a common file system can share."""
+
+    shard: Annotated[
+        str | None, "this machine's share of the images, such as 2/3, in a folder of its own; robustmoe merge joins all"
+    ] = None
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of how many, from 1; the whole is (1, 1)."""
+        match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if self.shard is None else self.shard)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"shard is such as 2/3, the second of three; got {self.shard!r}")
+        return int(match[1]), int(match[2])
+
+    def folder(self, run: Path) -> Path:
+        """Where the share's records are: the run folder itself, for the whole."""
+        return run if self.shard is None else run / f"shard-{'-of-'.join(self.shard.split('/'))}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(SharedOptions):
     """How a model is evaluated."""
 
     WORDS = {"curve": {"auto": None, "none": ()}}  # noqa: RUF012 (never changed)
@@ -296,7 +319,7 @@ class LipschitzOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CertifyOptions(Options):
+class CertifyOptions(SharedOptions):
     """How a model is certified."""
 
     certifiers: Annotated[

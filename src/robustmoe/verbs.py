@@ -283,6 +283,26 @@ def blend(
     return f"{record}\n\nrun folder: {where}\nnext: robustmoe evaluate {where}; report shows the curve"
 
 
+def merge(
+    folders: Annotated[tuple[str, ...], "the folders of all shards", Mark.POSITIONAL],
+    out: Annotated[str | None, "the run folder that the whole goes into (needed)"] = None,
+) -> str:
+    """Join the shards of an evaluation or certification.
+
+    Machines without a common file system each make one, with evaluate --shard 1/3, --shard 2/3, ... A shard that is
+    missing or there twice is refused. Then evaluate makes the checks and the curve of the whole.
+
+    Example: robustmoe merge runs/a/shard-1-of-2 copied/shard-2-of-2 --out runs/a
+    """
+    if out is None:
+        raise UserError("expected --out: the run folder that the whole goes into, such as --out runs/a")
+    from robustmoe import records
+
+    files = records.merge(folders, out)
+    lines = [*(f"whole: {file}" for file in files)] or ["all of it is there already"]
+    return "\n".join([*lines, f"next: robustmoe evaluate {out}, for the checks of the whole"])
+
+
 def analyze(run: Annotated[str, "a run folder that was evaluated", Mark.POSITIONAL]) -> str:
     """Print the tables of an evaluated run.
 
@@ -392,6 +412,7 @@ VERBS: dict[str, Verb] = {
     "certify": certify,
     "sweep": sweep,
     "blend": blend,
+    "merge": merge,
     "analyze": analyze,
     "report": report,
     "compare": compare,

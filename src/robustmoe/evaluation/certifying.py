@@ -17,6 +17,7 @@ from robustmoe.certification import Bounds, Certificate, Certifier, build_certif
 from robustmoe.data import Batch, ImageSet
 from robustmoe.errors import UserError
 from robustmoe.evaluation.choosing import files_of, spec_or_repr, threat_of
+from robustmoe.evaluation.engine import in_share
 from robustmoe.evaluation.meters import Clock
 from robustmoe.evaluation.session import (
     Images,
@@ -118,9 +119,11 @@ class Certifying:
         spec = spec_or_repr(self.certifier)
         record = self._resume() or Certificates(self.header(images), spec, self.certifier.subject, [])
         known = {row.index for row in record.rows}
-        left = torch.tensor([at for at, index in enumerate(images.index.tolist()) if index not in known]).long()
-        with progress(len(images), f"certify, {spec}", unit="images") as bar:
-            bar.advance(len(images) - len(left))
+        index, options = images.index.tolist(), session.options
+        here = in_share(len(index), options.batch_size, options.share)
+        left = torch.tensor([at for at in here if index[at] not in known]).long()
+        with progress(len(here), f"certify, {spec}", unit="images") as bar:
+            bar.advance(len(here) - len(left))
             for batch in session.batches(left):
                 record = replace(record, rows=record.rows + self._proofs(batch))
                 session.write(record)

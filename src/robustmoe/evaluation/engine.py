@@ -96,6 +96,17 @@ def plan_of(attack: Attack, output: Output, images: ImageSet, certified: Mapping
 
 # ------------------------------------------------------------------------------------------------ the work
 
+Share = tuple[int, int]
+"""Which share of how many, from 1."""
+
+
+def in_share(n: int, batch_size: int, share: Share) -> list[int]:
+    """The positions of the images, of a set of ``n``, that are in a share: whole batches in turn, so that a simple
+    attack does the very batches that one machine would do.
+    """
+    number, of = share
+    return [at for at in range(n) if at // batch_size % of == number - 1]
+
 
 class BatchResult(NamedTuple):
     """What came out of one batch: rows, the images that are still to be attacked, images to look at, passes."""
@@ -137,7 +148,7 @@ class Ledger:
 @dataclass
 class EvaluationWork:
     """One attack on one set of images. ``climbed`` is what the attack sees, ``model`` judges. ``wanted``: the images to
-    look at, by index; None: any.
+    look at, by index; None: any. ``share``: which of the set's batches are done here.
     """
 
     model: RoutedModel
@@ -148,17 +159,23 @@ class EvaluationWork:
     device: torch.device
     meter: Meter
     wanted: frozenset[int] | None = None
+    share: Share = (1, 1)
+
+    def __len__(self) -> int:
+        """How many images are to be done here."""
+        return len(in_share(len(self.images), self.batch_size, self.share))
 
     def left(self, stage: WorkStage, ledger: Ledger) -> list[int]:
         """The positions of the images that ``stage`` has still to do, in the order of the set (once all stages before
         it are done).
         """
         passed = ledger.passed.get(stage.name, ())
+        index = self.images.index.tolist()
         chosen = None if self.plan.suite or stage.attack is not None else self.plan.certified
         return [
             position
-            for position, index in enumerate(self.images.index.tolist())
-            if index not in ledger.survived and index not in passed and (chosen is None or index in chosen)
+            for position in in_share(len(index), self.batch_size, self.share)
+            if (at := index[position]) not in ledger.survived and at not in passed and (chosen is None or at in chosen)
         ]
 
     def ahead(self, ledger: Ledger, now: WorkStage) -> int:
@@ -204,7 +221,7 @@ class EvaluationWork:
 def run(work: EvaluationWork, ledger: Ledger, writer: Writer | None, peers: Peers, clock: Clock, name: str) -> None:
     """Does all that is left. ``writer`` is the first process's; ``clock``: what it read last is written already."""
     live = all(stage.cost for stage in work.plan.stages if stage.attack is not None)
-    total = ledger.queries + work.ahead(ledger, work.plan.stages[0]) if live else len(work.images)
+    total = ledger.queries + work.ahead(ledger, work.plan.stages[0]) if live else len(work)
     with progress(total, name, unit="passes" if live else "images") as bar:
         bar.advance(ledger.queries if live else len(ledger.survived))
         work.meter.bar = bar if live else None
@@ -218,7 +235,7 @@ def run(work: EvaluationWork, ledger: Ledger, writer: Writer | None, peers: Peer
                     bar.expect(ledger.queries + work.ahead(ledger, stage))
                 else:
                     bar.advance(sum(len(result.rows) for result in results))
-                bar.say(_progress_text(work.plan, ledger, len(work.images), stage))
+                bar.say(_progress_text(work.plan, ledger, len(work), stage))
     if ledger.show and writer is not None:
         records.write_examples(records.examples_path(writer.path), [])
 

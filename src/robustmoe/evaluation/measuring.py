@@ -102,7 +102,7 @@ def evaluate_run(
     about = about_run(run, config, source, options.split, data)
     with eval_mode_on(device, model), distributed.session(device):
         session = Session(model, images, device, options, about)
-        return _evaluated(session, Path(out or run / "rows"), threat_of(config))
+        return _evaluated(session, Path(out or options.folder(run) / "rows"), threat_of(config))
 
 
 def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluation]:
@@ -112,13 +112,14 @@ def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluatio
     asked = attacks_for(session.output, given, threat)
     chosen = [seeded(attack, options.seed).for_verdict() for attack in asked]
     one_norm(chosen, options.certified)
+    _shareable(options, len(session.images))
     simple = [len(attack.parts(session.output)) == 1 for attack in chosen]  # a suite at every radius would take hours
     if options.curve and not any(simple):
         raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
     radii = {attack.threat: radii_of(attack.threat, options.curve) for attack in chosen}
     end = "" if options.split == "test" else f"-{options.split}"
     results = [attack_images(session, attack, _rows_path(out, end, attack)) for attack in chosen]
-    if any(simple):
+    if any(simple) and options.shard is None:
         pairs = [pair for pair, alone in zip(zip(chosen, results), simple) if alone]
         strongest, whole = min(pairs, key=lambda pair: sum(map(robust, pair[1].rows)))
         shown = Peers().first(partial(_shown, _rows_path(out, end, strongest), whole))
@@ -126,6 +127,15 @@ def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluatio
         results += _curve(session, strongest, whole, radii[strongest.threat], curve_path, shown)
     _tell(results)
     return Records(results)
+
+
+def _shareable(options: EvaluateOptions, n: int) -> None:
+    """UserError for a share that has no images, or a curve, which takes what all shares found."""
+    if options.shard is not None and options.curve:
+        raise UserError("a curve takes what all shards found; leave --curve out, merge them, and evaluate the whole")
+    if not engine.in_share(n, options.batch_size, options.share):
+        most = -(-n // options.batch_size)
+        raise UserError(f"shard {options.shard} has no image: {n} images are {most} batches of {options.batch_size}")
 
 
 def _shown(rows: Path, whole: Evaluation) -> frozenset[int]:
@@ -192,7 +202,8 @@ def attack_images(
         writer = peers.only_first(
             lambda: stack.enter_context(Writer(path, header(len(images)), header, session.recognise))
         )
-        ledger = peers.first(lambda: _ledger(writer, len(images), known))
+        here = len(engine.in_share(len(images), options.batch_size, options.share))
+        ledger = peers.first(lambda: _ledger(writer, here, known))
         if writer is not None:
             versions.tell(path, writer.resumed)
         if ledger is not None:
@@ -201,7 +212,7 @@ def attack_images(
             _same_everywhere(peers, fingerprint, images)
             climbed = session.surrogate(meter, options.precision)
             work = engine.EvaluationWork(
-                session.model, climbed, images, plan, options.batch_size, session.device, meter, shown
+                session.model, climbed, images, plan, options.batch_size, session.device, meter, shown, options.share
             )
             engine.run(work, ledger, writer, peers, clock, spec_or_repr(attack))
             pairs = peers.gather((fingerprint, checks.fingerprint(session.model)))

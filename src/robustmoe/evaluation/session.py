@@ -34,7 +34,7 @@ from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.foreign import awaited, blaming, blaming_backward, check_classes, require_weights, to_eval
 from robustmoe.models.plain import Plain, as_routed, sharded
-from robustmoe.options import Options
+from robustmoe.options import Options, SharedOptions
 from robustmoe.progress import first_process, note
 from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo, versions
 from robustmoe.training.checkpoint import load_model, read_config, run_data
@@ -195,6 +195,7 @@ class Session:
             parameters=sum(p.numel() for p in self.model.parameters()),
             started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             batch_size=self.options.batch_size,
+            shard=getattr(self.options, "shard", None) or "",
             **fields,
         )
         return Header.from_dict(json.loads(json.dumps(header.to_dict())))  # as it will be read: no work for a bad one
@@ -280,7 +281,8 @@ def on_run(run: str | Path, options: Any, float32: bool = False) -> Iterator[Ses
         data = run_data(folder, config)
         model = in_float32(model) if float32 else model
         about, images = about_run(folder, config, data), data.test.head(options.limit)
-        yield Session(model, images, device, options, about, folder, data.test)
+        place = options.folder(folder) if isinstance(options, SharedOptions) else folder
+        yield Session(model, images, device, options, about, place, data.test)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from robustmoe.records.files import append_json, assert_ours, file_stem, read_js
 from robustmoe.records.lipschitz import Lipschitz
 from robustmoe.records.locks import at_work, check_folder, contents, writing
 from robustmoe.records.record import Record, Records, Told
-from robustmoe.records.rows import WORK, Writer, difference, differing, merge, read, rows_files
+from robustmoe.records.rows import WORK, Writer, difference, differing, read, rows_files
+from robustmoe.records.shards import joined_shards, merge
 from robustmoe.records.sweep import Override, Sweep, SweepAnswers
 from robustmoe.records.training import read_config, read_metrics, read_some_config
 from robustmoe.records.types import (
@@ -77,6 +78,7 @@ __all__ = [
     "differing",
     "examples_path",
     "file_stem",
+    "joined_shards",
     "merge",
     "read",
     "read_config",

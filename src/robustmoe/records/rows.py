@@ -1,4 +1,4 @@
-"""The rows file: read, merge, write, resume.
+"""The rows file: read, write, resume.
 
 Append-only, each batch at once and flushed to the disk, so that a killed evaluation loses at most the batch it was
 working on. A line {"kind":"time",...} ends a batch; what stands after the last one is no whole batch, and is done
@@ -19,21 +19,24 @@ from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.files import dump_line, explained, parse_line, whole_lines, write_atomic
 from robustmoe.records.locks import writing
 from robustmoe.records.typed import build
-from robustmoe.records.types import STATUSES, Check, Checks, Header, Passed, Row, Time, misfits, unknown_part
+from robustmoe.records.types import Check, Checks, Header, Passed, Row, Time, misfits, unknown_part
 from robustmoe.records.versions import taken_up
 
 # Two files describe the same work when these agree; the rest of a header tells where and when it was done. Plain
 # words stand before hashes, so that a difference is named in the words that the user wrote.
 WORK = (
-    "model", "data", "split", "n", "attack", "objective", "norm", "eps", "role", "seed", "precision", "parts",
+    "model", "data", "split", "shard", "n", "attack", "objective", "norm", "eps", "role", "seed", "precision", "parts",
     "routers", "files", "model_hash", "data_hash", "index_hash", "certified_hash",
 )  # fmt: skip
 
 
 def difference(old: Header, new: Header) -> str | None:
     """Returns the first field of :data:`WORK` in which two headers differ; None if they describe the same work. Where
-    the rows depend on the batches, the batch size belongs to the work too."""
-    names = (*WORK, "batch_size") if new.bound_to_batches else WORK
+    the rows depend on the batches, the batch size belongs to the work too. Shards that were merged are the whole."""
+    names: tuple[str, ...] = (*WORK, "batch_size") if new.bound_to_batches else WORK
+    shards = (header.shard.endswith(" shards") and not other.shard for header, other in ((old, new), (new, old)))
+    if any(shards):
+        names = tuple(name for name in names if name != "shard")
     return next((name for name in names if getattr(old, name) != getattr(new, name)), None)
 
 
@@ -142,42 +145,6 @@ def _whole_batches(path: Path, lines: list[bytes]) -> list[bytes]:
 def _put(rows: dict[int, Row], row: Row) -> None:
     if rows.setdefault(row.index, row) != row:
         raise UserError(f"image {row.index} has two different rows; delete one of them")
-
-
-def merge(paths: Sequence[str | os.PathLike[str]]) -> Evaluation:
-    """Returns shards of one evaluation as one result: the same work in every header, rows disjoint or identical,
-    otherwise a UserError. The checks are None until every shard has them; a check's status is the worst over the
-    shards, seconds and queries are summed."""
-    if not paths:
-        raise UserError("nothing to merge: give at least one rows file")
-    results = [read(path) for path in paths]
-    rows: dict[int, Row] = {}
-    for path, result in zip(paths, results, strict=True):
-        name = difference(results[0].header, result.header)
-        if name is not None:
-            raise UserError(f"{path} is not a shard of {paths[0]}: their headers differ in {name!r}")
-        try:
-            for row in result.rows:
-                _put(rows, row)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-    checks = _merged_checks([result.checks for result in results])
-    return _result(results[0].header, rows, checks)
-
-
-def _merged_checks(parts: list[Checks | None]) -> Checks | None:
-    worst: dict[str, Check] = {}
-    seconds, queries = 0.0, 0
-    for part in parts:
-        if part is None:
-            return None
-        seconds += part.seconds
-        queries += part.queries
-        for check in part.checks:
-            known = worst.setdefault(check.id, check)
-            if STATUSES.index(check.status) > STATUSES.index(known.status):
-                worst[check.id] = check
-    return Checks(list(worst.values()), seconds, queries)
 
 
 def _shown(name: str, value: Any) -> str:

@@ -89,7 +89,8 @@ class Header:
     model itself ("fp32"). ``parts`` are the names of a suite's attacks, in order; [] for a simple attack.
     ``certified_hash`` is of the images that were not attacked because a certificate covers them; "" without any.
     ``files``: the SHA-256 of each file of a user's own that a part comes from, by its path as it is written.
-    ``resumed``: who went on with it later, where that was not under these ``versions`` and this ``commit``."""
+    ``resumed``: who went on with it later, where that was not under these ``versions`` and this ``commit``. ``shard``:
+    "2/3" where only the second of three shares of the images was asked for, "3 shards" where three were merged."""
 
     run: str
     model: str
@@ -121,6 +122,7 @@ class Header:
     certified_hash: str = ""
     files: dict[str, str] = field(default_factory=dict)
     resumed: list[Resumed] = field(default_factory=list)
+    shard: Annotated[str, Meta(pattern=r"^([1-9]\d*(/[1-9]\d*| shards))?$")] = ""
     kind: Literal["header"] = field(default="header", kw_only=True)
     version: Literal[3] = field(default=VERSION, kw_only=True)
 
