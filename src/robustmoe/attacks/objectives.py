@@ -110,7 +110,7 @@ class Diluted(Objective):
     """The whole model and its routers at once, as AdvMoE's released code attacks (``train_moe.py``): not a measure of
     robustness.
 
-    "ce", its evaluation: CE(f(x_adv), y) + ``weight`` * CE(router logits, y mod E), with weight 6. "kl", its training:
+    ``loss``: "ce", its evaluation: CE(f(x_adv), y) + ``weight`` * CE(router logits, y mod E), with weight 6. "kl", its training:
     KL(f clean || f attacked) + ``weight`` * KL(router clean || attacked), with weight 1. Both KL in log space and of
     the model as it is (the released code compares with the router's train-mode logits). Where the router's term owns
     the gradient, the budget goes into the route and the prediction is spared. Means over routers and items.
@@ -287,7 +287,7 @@ def joint(loss: Loss = "ce") -> Joint:
 
 
 def targeted(rank: int = 2, loss: Literal["dlr", "margin"] = "dlr") -> Targeted:
-    """A targeted loss of the whole model, towards the rank-th most likely class of the clean image."""
+    """A targeted loss of the whole model, towards the ``rank``-th most likely class of the clean image."""
     return Targeted(rank, loss)
 
 

@@ -110,7 +110,7 @@ class Exact(View):
 @dataclass(frozen=True)
 class StraightThrough(View):
     """The exact values; backward, each chosen weight moves also with its softmax probability, or with its logit
-    ("identity"). Only "softmax" shows the logits of the unchosen.
+    ("identity"). ``surrogate``: "softmax" or "identity"; only "softmax" shows the logits of the unchosen.
     """
 
     same_value: ClassVar[bool] = True
@@ -124,7 +124,7 @@ class StraightThrough(View):
 
 @dataclass(frozen=True)
 class Soft(View):
-    """All experts, by softmax(logits / temperature).
+    """All experts, by softmax(logits / ``temperature``).
 
     With one top-1 router that decides once an image: log sum_k softmax(g / T)_k p_k(y | x), over one forced pass for
     each expert, in log space; for T -> 0 the exact prediction. Otherwise (several routers, tokens, k above 1) the
@@ -183,6 +183,7 @@ class ExpertView(View):
 class HalfView(View):
     """One half of a dual model alone, before any sharpening; the other one only records its routes. An attack on it
     transfers to the blend, past a sharpening that hides the gradient (cf. MixedNUTS, arXiv 2402.02263).
+    ``half``: "robust" or "standard".
 
     UserError for any other model.
     """

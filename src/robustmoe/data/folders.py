@@ -196,7 +196,7 @@ def folder(
 ) -> Data:
     """A user's own images: root/train/<class>/* and root/test/<class>/*, or root/<class>/* alone.
 
-    Without a folder named train, a fixed 20 % of each class is the test split. Labels number the class folders in
+    ``root``: the folder of them. Without a folder named train, a fixed 20 % of each class is the test split. Labels number the class folders in
     order. Images in folders inside a class folder are of that class, which is said, and so is what is left out.
     With a ``size``, each image is resized on its shorter side and cut to its centre, size x size; without, all must
     have the size of the first. ``channels`` is 3 (RGB) or 1 (grey). ``in_memory`` decodes everything once to uint8
@@ -235,7 +235,8 @@ def imagenet(root: str | Path, size: int = 224, val: float = 0.1) -> Data:
     """ImageNet (ILSVRC 2012) as class folders: root/train/<wnid>/* and root/val/<wnid>/*, streamed, 3 x size x size.
 
     The official validation split (50,000) is our ``test``, since its true test labels are not public; our ``val``
-    comes out of train. Each image is resized on its shorter side to size * 256 / 224 and cut to its centre, as is the
+    comes out of train. ``root``: the folder that holds train and val. ``size``: each image is resized on its shorter
+    side to size * 256 / 224 and cut to its centre, as is the
     custom. Labels number the sorted wnids (the common order of 1,000 outputs); the classes are named by wnid.
     """
     base = existing(root)
@@ -320,7 +321,7 @@ def tiny_imagenet(root: str | Path, val: float = 0.1, in_memory: bool = False) -
     """Tiny ImageNet (Stanford CS231n, 2015) as unpacked: 100,000 + 10,000 images, 3 x 64 x 64, 200 classes.
 
     The official validation split (10,000) is our ``test``, since its true test labels are not public; our ``val``
-    comes out of train. Read are wnids.txt, words.txt, train/<wnid>/images/* and val/val_annotations.txt with
+    comes out of train. ``root``: the unpacked folder. Read are wnids.txt, words.txt, train/<wnid>/images/* and val/val_annotations.txt with
     val/images/*. Labels number the sorted wnids; the classes are named by words.txt. ``in_memory`` decodes everything
     once to uint8 (1.4 GB for the whole set).
     """

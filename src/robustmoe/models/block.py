@@ -206,7 +206,7 @@ class LayerMoE(ModelSpec):
 class BlockMoE(LayerMoE):
     """Residual blocks of late stages as experts, BatchNorms included: in each of ``stages`` (1 is the first) "all"
     blocks, the "first" or the "last" one (arXiv 2509.05086, BlockMoE and its "residual" variant, the last). Of a
-    backbone without residual blocks, what its stages consist of.
+    backbone without residual blocks, what its stages consist of. ``blocks``: "all", "first" or "last".
 
     Every expert has the block's full width: with ``k`` = 1 a pass costs the dense network and the routers, and the
     parameters grow. ``router``: see `LayerRouter`. ``gate``: how the chosen are weighted, as in `Ensemble`; the default

@@ -57,7 +57,7 @@ class Scaled(Sharpening):
 @dataclass(frozen=True)
 class Nuts(Sharpening):
     """MixedNUTS (Bai et al., TMLR 2024, arXiv 2402.02263): scale * sign(u) |u|^power with u = GELU(v + shift), v the
-    logits of an image with mean 0 and variance 1 over the classes.
+    logits of an image with mean 0 and variance 1 over the classes. ``scale``, ``shift``, ``power``: the numbers in it.
 
     The defaults are the values they tuned for CIFAR-10, to be used with alpha = 0.99875. Predictions stay what they
     were where the largest v is above -shift: its u is then above 0. Below, they may change, as GELU falls towards its

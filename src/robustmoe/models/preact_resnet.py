@@ -59,6 +59,7 @@ class PreActResNet(Backbone):
     ``padding``: of 3x3 convolutions of stride 2, "even" or "same" (TensorFlow's: for even sides a zero at the end
     alone). kuangliu's code is ``last_norm=False``; RobustBench's PreActBlock is ``shortcut=raw``, its PreActBlockV2
     "active", each with or without ``last_norm``; DeepMind's is ``shortcut=conv3, padding=same``, mostly with silu.
+    ``stem``: "cifar" or "imagenet", as in `ResNet`.
     """
 
     depth: int = 18

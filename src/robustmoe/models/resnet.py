@@ -173,7 +173,7 @@ class ResNetNetwork(StagedNetwork):
 class ResNet(Backbone):
     """ResNet of any depth and width, for small images or for large ones.
 
-    Depths 8, 14, 20, 32 have three stages, 10, 18, 34, 50 four. ``width``: channels of the stem and first stage.
+    ``depth``: 8, 14, 20 and 32 have three stages, 10, 18, 34, 50 four. ``width``: channels of the stem and first stage.
     ``shortcut``: "projection" (1x1 convolution) or "pad" (no parameters). ``stem``: "cifar" (3x3, no max-pooling;
     also for Tiny-ImageNet's 64 pixels, which AdvMoE's code enlarges to 128) or "imagenet" (7x7 of stride 2, then
     max-pooling of stride 2). ``inner``: how many times wider the inner convolutions of depth 50 are; 2 is torchvision's

@@ -48,7 +48,10 @@ class SmallCNNNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class SmallCNN(NetworkSpec):
-    """Two strided 3x3 convolutions, average pooling, one linear layer; no BatchNorm. A cheap router."""
+    """Two strided 3x3 convolutions, average pooling, one linear layer; no BatchNorm. A cheap router.
+
+    ``width``: channels of the first convolution; the second has twice as many.
+    """
 
     width: int = 16
 

@@ -99,8 +99,9 @@ def gaussian(
     """Cross-entropy on images plus noise from N(0, sigma^2), the training for randomised smoothing (Lecuyer et al.
     2019; Cohen et al. 2019): one fresh noisy copy of an image a step.
 
-    ``sigma``: in pixels of [0, 1]; the noisy images are not clipped, as in `robustmoe.certification.Smoothing`. The
-    others: as in `standard`, ``balance`` on the noisy images.
+    ``sigma``: in pixels of [0, 1]; the noisy images are not clipped, as in `robustmoe.certification.Smoothing`.
+    ``label_smoothing``, ``balance_loss``, ``moves``, ``mixup``, ``loss``: as in `standard`; ``balance`` too, on the
+    noisy images.
     """
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be above 0, in pixels of [0, 1]; got {sigma}")
@@ -118,9 +119,9 @@ def at(
 ) -> Method:
     """Adversarial training (Madry et al. 2018): cross-entropy on the images as ``attack`` leaves them.
 
-    The attack runs on the model in eval mode. With ``pgd(linf(8/255), steps=1, step_size=10/255, keep=last)`` it is the
-    one-step training of Wong et al. 2020. ``balance``, ``balance_loss``: as in `standard`, on the attacked images;
-    ``moves``, ``loss``: as there (the attack climbs its own); ``mixup``: as there, the mixed image attacked as one of
+    ``label_smoothing``, ``balance``, ``balance_loss``: as in `standard`, on the attacked images. The attack runs on the
+    model in eval mode. With ``pgd(linf(8/255), steps=1, step_size=10/255, keep=last)`` it is the
+    one-step training of Wong et al. 2020. ``moves``, ``loss``: as there (the attack climbs its own); ``mixup``: as there, the mixed image attacked as one of
     the label that has the larger share.
     """
     return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, loss, attack), attack)
@@ -133,7 +134,7 @@ def trades(
     balance_loss: BalanceLoss = "switch",
     moves: Moves = "all",
 ) -> Method:
-    """TRADES (Zhang et al. 2019): cross-entropy on clean images + beta * KL(clean || attacked), the attack climbing
+    """TRADES (Zhang et al. 2019): cross-entropy on clean images + ``beta`` * KL(clean || attacked), the attack climbing
     that KL.
 
     A `PGD` whose objective is the plain cross-entropy is taken with the KL loss instead, as in the paper. The KL is a

@@ -38,7 +38,7 @@ def _check(lr: float, weight_decay: float, **shares: float) -> None:
 
 @dataclass(frozen=True)
 class SGD(OptimizerSpec):
-    """Stochastic gradient descent with momentum. ``undecayed``: parameters whose names begin with this regular
+    """Stochastic gradient descent with ``momentum``, ``nesterov``: Nesterov's. ``undecayed``: parameters whose names begin with this regular
     expression have no weight decay; the others all have.
     """
 
@@ -76,7 +76,8 @@ class SGD(OptimizerSpec):
 
 @dataclass(frozen=True)
 class AdamW(OptimizerSpec):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019). ``beta1``, ``beta2``: how slowly the means of the
+    gradient and of its square forget."""
 
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -124,14 +125,14 @@ def one_cycle(rise: float = 0.4) -> Schedule:
 
 
 def poly(power: float = 0.9) -> Schedule:
-    """(1 - progress)^power, as in Robust Experts' code (arXiv 2509.05086)."""
+    """(1 - progress)^``power``, as in Robust Experts' code (arXiv 2509.05086)."""
     if not 0 < power < math.inf:
         raise ValueError(f"power must be above 0; got {power}")
     return lambda progress: (1 - progress) ** power
 
 
 def step(milestones: tuple[float, ...] = (0.5, 0.75), factor: float = 0.1) -> Schedule:
-    """Times ``factor`` at each milestone, given as shares of the run."""
+    """Times ``factor`` at each of ``milestones``, given as shares of the run."""
     for milestone in milestones:
         _check_share("milestones", milestone)
     return lambda progress: factor ** sum(progress >= milestone for milestone in milestones)

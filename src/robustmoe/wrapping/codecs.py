@@ -65,7 +65,8 @@ class _IndexAndWeight(Codec):
 class TripleCodec(_IndexAndWeight):
     """(logits (m, e), weights (m, k), index (m, k)), in the order that the numbers say: the routers of transformers 5.
 
-    ``scores``: what stands at ``logits`` may also be the probabilities. Where the router chooses by other scores than
+    ``logits``, ``weight``, ``index``: where each stands in what the module gives, from 0. What stands at ``logits`` may
+    also be the probabilities (``scores_are``). Where the router chooses by other scores than
     these (a bias for balance is added), those are the routing's logits.
     """
 
@@ -77,7 +78,10 @@ class TripleCodec(_IndexAndWeight):
 
 @dataclass(frozen=True)
 class PairCodec(_IndexAndWeight):
-    """(index (m, k), weights (m, k), ...), in the order that the numbers say: DeepSeek's gate and its kin."""
+    """(index (m, k), weights (m, k), ...), in the order that the numbers say: DeepSeek's gate and its kin.
+
+    ``index``, ``weight``: where the experts' numbers and their weights stand in what the module gives, from 0.
+    """
 
     index: int = 0
     weight: int = 1
@@ -109,7 +113,8 @@ class DenseCodec(Codec):
 @dataclass(frozen=True)
 class IndexCodec(Codec):
     """The chosen expert's number (m), and no weight: what is chosen counts in full. ``experts``: how many there are,
-    where no logits are known (the route's radius is not known then either).
+    where no logits are known (the route's radius is not known then either). ``output``: the entry with the number, where
+    there are several.
     """
 
     experts: int | None = None
@@ -137,7 +142,7 @@ class DispatchCodec(Codec):
     """(dispatch (b, t, e, c), combine (b, t, e, c), ...): which place of which expert each item takes, and with what
     weight (Mesh TensorFlow's, st-moe-pytorch, mixture-of-experts). Items without a place have weight 0.
 
-    A decision that is written gets as many places as it needs: the capacity c is lifted.
+    ``dispatch``, ``combine``: where these two stand in what the module gives. A decision that is written gets as many places as it needs: the capacity c is lifted.
     """
 
     k: int = 2
@@ -224,7 +229,7 @@ class CallCodec(Codec):
     """A call inside the module's own forward: ``topk``, ``max`` (along a dimension) or ``argmax`` of the scores,
     ``softmax`` or ``gumbel_softmax`` (a weight for every expert), or ``one_hot`` of an index.
 
-    ``weights``: what the code after a top-k makes of its values: they are the weights, perhaps divided by their sum
+    ``name``: which of these calls. ``weights``: what the code after a top-k makes of its values: they are the weights, perhaps divided by their sum
     ("values", "renormalised"), or their softmax is. ``nth``: which such call in one call of the module, from 0; None:
     each of them.
     """

@@ -66,6 +66,7 @@ class OtherRoutes(Attack):
     "clean": the route of the image itself. "pushed": that of the image whose routers were pushed off their decisions
     (`RouterHinge`) for ``steps`` steps, from where the ascent then starts. "mirrored", "negative": the route of these
     other images. ``steps`` of ``step_size`` (eps / 4 by default) each; a broken image leaves at once.
+    ``loss``: what is ascended.
     """
 
     threat: Threat
