@@ -297,7 +297,11 @@ def test_list_the_kinds_one_kind_or_one_name(
     assert main(["list", "models"]) == 0
     assert capsys.readouterr().out == "models\n  small(width=8)\n      A small one.\n"
     assert main(["list", "small"]) == 0
-    assert capsys.readouterr().out == "  small(width=8)\n      A small one.\n"
+    assert capsys.readouterr().out == (
+        "small: a model\n  A small one.\n\narguments:\n  width=8 (a whole number)\n"
+        "      channels of the stem and the first stage.\n\nexample:\n"
+        '  robustmoe train digits_hard_moe --model "small"\n'
+    )
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["models", "data"]

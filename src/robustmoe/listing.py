@@ -11,7 +11,10 @@ from robustmoe import spec, zoo
 from robustmoe.errors import UserError, nearest
 from robustmoe.options import Mark
 
-OF_A_KIND = "robustmoe list KIND lists the names of a kind with their arguments."
+OF_A_KIND = (
+    "robustmoe list KIND lists the names of a kind with their arguments,\n"
+    "robustmoe list NAME tells what each argument of a name means."
+)
 OF_YOUR_OWN = (
     "Wherever such a name is taken, my_file.py:name(...) is one of your own:\n"
     '--attack "my_file.py:noise(linf(0.1))"; installed packages may offer names too.'
@@ -68,12 +71,14 @@ def list_names(
     kinds = [name for name in spec.TABLES if kind in (name, _plural(name))]
     if kinds:
         return "\n".join([_plural(kinds[0]), *map(_entry, spec.describe(kinds[0]))])
-    everything = [entry for name in spec.TABLES for entry in spec.describe(name)]
-    entries = [entry for entry in everything if entry[0] == kind]
-    if not entries:
-        guess, _, _ = nearest(kind, {*spec.TABLES, *(name for name, _, _ in everything)}).partition("known:")
+    everything = {name: load() for name, load in spec.TABLES.items()}
+    pages = [spec.explain(name, kind) for name, table in everything.items() if kind in table]
+    if not pages:
+        guess, _, _ = nearest(
+            kind, {*spec.TABLES, *(name for table in everything.values() for name in table)}
+        ).partition("known:")
         raise UserError(f"unknown kind or name {kind!r}; {guess}the kinds: {', '.join(map(_plural, spec.TABLES))}")
-    return "\n".join(map(_entry, entries))
+    return "\n\n".join(pages)
 
 
 def _recipes() -> list[str]:
@@ -131,7 +136,10 @@ def _paragraph(text: str) -> str:
 
 def _entry(entry: tuple[str, str, str]) -> str:
     _, signature, line = entry
-    return f"  {signature}\n      {line}" if line else f"  {signature}"
+    name = signature.partition("(")[0]
+    head = textwrap.wrap(signature, 80, initial_indent="  ", subsequent_indent=" " * min(len(name) + 3, 20))
+    lines = textwrap.wrap(line, 80, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return "\n".join([*head, *lines])
 
 
 def _plural(kind: str) -> str:

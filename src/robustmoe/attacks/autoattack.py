@@ -47,13 +47,13 @@ gradient of "rand"."""
 class AutoAttack(Suite):
     """The ensemble of Croce and Hein (2020), with the iterations, restarts and targets of the released code.
 
-    ``version``: "standard", APGD on cross-entropy, targeted APGD on DLR, targeted FAB, Square with 5,000 queries; "plus", five
-    restarts, and untargeted APGD on DLR and FAB; "rand", APGD on both losses, each gradient the mean of 20 passes.
-    Targets are the 9 (l1: 5) most likely wrong classes, or all there are; DLR needs 3 classes, its targeted form 4:
-    with fewer the margin stands in (see `losses.loss_of`), and the run is not called AutoAttack standard. ``rng``:
-    "image" draws from each image's own stream (results do not depend on the batch) and lets broken images leave at
-    once; "autoattack" reproduces the original's random stream and runs every image to the end, so that the robust
-    images are the original's at equal batches.
+    ``version``: "standard", APGD on cross-entropy, targeted APGD on DLR, targeted FAB, Square with 5,000 queries;
+    "plus", five restarts, and untargeted APGD on DLR and FAB; "rand", APGD on both losses, each gradient the mean of 20
+    passes. Targets are the 9 (l1: 5) most likely wrong classes, or all there are; DLR needs 3 classes, its targeted
+    form 4: with fewer the margin stands in (see `losses.loss_of`), and the run is not called AutoAttack standard.
+    ``rng``: "image" draws from each image's own stream (results do not depend on the batch) and lets broken images
+    leave at once; "autoattack" reproduces the original's random stream and runs every image to the end, so that the
+    robust images are the original's at equal batches.
     """
 
     threat: Threat

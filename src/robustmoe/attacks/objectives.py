@@ -110,10 +110,10 @@ class Diluted(Objective):
     """The whole model and its routers at once, as AdvMoE's released code attacks (``train_moe.py``): not a measure of
     robustness.
 
-    ``loss``: "ce", its evaluation: CE(f(x_adv), y) + ``weight`` * CE(router logits, y mod E), with weight 6. "kl", its training:
-    KL(f clean || f attacked) + ``weight`` * KL(router clean || attacked), with weight 1. Both KL in log space and of
-    the model as it is (the released code compares with the router's train-mode logits). Where the router's term owns
-    the gradient, the budget goes into the route and the prediction is spared. Means over routers and items.
+    ``loss``: "ce", its evaluation: CE(f(x_adv), y) + ``weight`` * CE(router logits, y mod E), with weight 6. "kl", its
+    training: KL(f clean || f attacked) + ``weight`` * KL(router clean || attacked), with weight 1. Both KL in log space
+    and of the model as it is (the released code compares with the router's train-mode logits). Where the router's term
+    owns the gradient, the budget goes into the route and the prediction is spared. Means over routers and items.
     """
 
     name: ClassVar[str] = "joint"

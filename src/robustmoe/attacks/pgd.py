@@ -62,7 +62,7 @@ class _Best:
 
 @dataclass(frozen=True)
 class PGD(Attack):
-    """Projected gradient ascent with random start.
+    """Projected gradient ascent with random start (Madry et al. 2018).
 
     ``step_size`` in pixels; by default eps / 4 (the field's 2/255 at 8/255), or eps for a single step. ``restarts``:
     later ones attack only the images not yet fooled. ``keep``: "best" returns the best iterate (one forward pass

@@ -42,12 +42,12 @@ class Smoothing(Certifier):
     noisy copies a forward pass; the result does not depend on it. In a certificate, ``stable`` is the share of the
     ``n`` copies that every router treats as it does the image; ``reachable`` is None: noise goes everywhere.
 
-    ``of``: "model", or "robust", which is for duals that mix probabilities with a constant share a > 1/2 of the robust half (CERT-10). What
-    is certified is argmax_j E[(1 - a) S_j + a R_j] under noise, whatever the standard half S says; only R is asked.
-    With h = E R, every Phi^-1(h_j) is 1 / sigma Lipschitz (Salman et al. 2019, lemma 2), and y stays on top where h_y -
-    h_j > (1 - a) / a (CERT-7), which h_y > 1 / (2 a) implies: hence the ``least`` share of `radius`. Clopper and
-    Pearson bound counts, not means of probabilities: of each copy one class is drawn by R's probabilities, and how
-    often it is y has the binomial distribution of h_y exactly.
+    ``of``: "model", or "robust", which is for duals that mix probabilities with a constant share a > 1/2 of the robust
+    half (CERT-10). What is certified is argmax_j E[(1 - a) S_j + a R_j] under noise, whatever the standard half S says;
+    only R is asked. With h = E R, every Phi^-1(h_j) is 1 / sigma Lipschitz (Salman et al. 2019, lemma 2), and y stays
+    on top where h_y - h_j > (1 - a) / a (CERT-7), which h_y > 1 / (2 a) implies: hence the ``least`` share of `radius`.
+    Clopper and Pearson bound counts, not means of probabilities: of each copy one class is drawn by R's probabilities,
+    and how often it is y has the binomial distribution of h_y exactly.
     """
 
     sigma: float = 0.25

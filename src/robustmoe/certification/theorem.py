@@ -144,10 +144,11 @@ class _ByConstants(Searched):
 
 @dataclass(frozen=True)
 class Theorem54(_ByConstants):
-    """Theorem 5.4: min_j margin_j / sum_i (r_i M_i + a_i(x) L_i), in the space that is mixed. L_i: the Lipschitz
-    constant of expert i's margin; r_i: that of its weight (a quarter of the largest one of a difference of its router
-    logit and another); M_i: the largest size of its margin (1 of probabilities); each over the ball that is claimed.
-    For a dual, Theorem 5.5's form: (alpha margin_j - (1 - alpha)) / (alpha times the constant of the robust half).
+    """Theorem 5.4 of Zhang et al. (ICML 2025): min_j margin_j / sum_i (r_i M_i + a_i(x) L_i), in the space that is
+    mixed. L_i: the Lipschitz constant of expert i's margin; r_i: that of its weight (a quarter of the largest one of a
+    difference of its router logit and another); M_i: the largest size of its margin (1 of probabilities); each over the
+    ball that is claimed. For a dual, Theorem 5.5's form: (alpha margin_j - (1 - alpha)) / (alpha times the constant of
+    the robust half).
 
     Assumes a soft router and, in a dual, blended probabilities; a UserError names what is not so. The paper's constants
     are of single classes in one reading; then its radius is up to twice the truth. Of margins it is right.

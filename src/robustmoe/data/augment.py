@@ -63,8 +63,8 @@ def _cut_out(x: Tensor, noise: Noise, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Random crop after ``padding`` with zeros, and random mirroring (``flip``): what CIFAR is trained with; and a square of
-    ``cutout`` pixels a side set to 0 (see `augment`). Called as f(x, noise).
+    """Random crop after ``padding`` with zeros, and random mirroring (``flip``): what CIFAR is trained with; and a
+    square of ``cutout`` pixels a side set to 0 (see `augment`). Called as f(x, noise).
     """
 
     padding: int = 4

@@ -196,12 +196,12 @@ def folder(
 ) -> Data:
     """A user's own images: root/train/<class>/* and root/test/<class>/*, or root/<class>/* alone.
 
-    ``root``: the folder of them. Without a folder named train, a fixed 20 % of each class is the test split. Labels number the class folders in
-    order. Images in folders inside a class folder are of that class, which is said, and so is what is left out.
-    With a ``size``, each image is resized on its shorter side and cut to its centre, size x size; without, all must
-    have the size of the first. ``channels`` is 3 (RGB) or 1 (grey). ``in_memory`` decodes everything once to uint8
-    (and takes mean and std from it). `UserError` on missing or empty folders, on class folders that differ between
-    train and test, and, when it is read or verified, on an image that is damaged or of another size.
+    ``root``: the folder of them. Without a folder named train, a fixed 20 % of each class is the test split. Labels
+    number the class folders in order. Images in folders inside a class folder are of that class, which is said, and so
+    is what is left out. With a ``size``, each image is resized on its shorter side and cut to its centre, size x size;
+    without, all must have the size of the first. ``channels`` is 3 (RGB) or 1 (grey). ``in_memory`` decodes everything
+    once to uint8 (and takes mean and std from it). `UserError` on missing or empty folders, on class folders that
+    differ between train and test, and, when it is read or verified, on an image that is damaged or of another size.
     """
     base = existing(root)
     _check_size(size)
@@ -320,10 +320,10 @@ def _words(file: Path, wnids: list[str]) -> list[str]:
 def tiny_imagenet(root: str | Path, val: float = 0.1, in_memory: bool = False) -> Data:
     """Tiny ImageNet (Stanford CS231n, 2015) as unpacked: 100,000 + 10,000 images, 3 x 64 x 64, 200 classes.
 
-    The official validation split (10,000) is our ``test``, since its true test labels are not public; our ``val``
-    comes out of train. ``root``: the unpacked folder. Read are wnids.txt, words.txt, train/<wnid>/images/* and val/val_annotations.txt with
-    val/images/*. Labels number the sorted wnids; the classes are named by words.txt. ``in_memory`` decodes everything
-    once to uint8 (1.4 GB for the whole set).
+    The official validation split (10,000) is our ``test``, since its true test labels are not public; our ``val`` comes
+    out of train. ``root``: the unpacked folder. Read are wnids.txt, words.txt, train/<wnid>/images/* and
+    val/val_annotations.txt with val/images/*. Labels number the sorted wnids; the classes are named by words.txt.
+    ``in_memory`` decodes everything once to uint8 (1.4 GB for the whole set).
     """
     base = existing(root)
     said = _Said()

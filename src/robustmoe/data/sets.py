@@ -62,8 +62,8 @@ def digits(val: float = 0.1) -> Data:
 def fashion_mnist(root: str | Path = FASHION_MNIST_ROOT, val: float = 0.1) -> Data:
     """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 images, 1 x 28 x 28, 10 classes.
 
-    Read from its four IDX files, gzipped or not. ``root``: their folder; the default is where Debian's package puts them. Magic numbers,
-    sizes and lengths are checked, no checksums.
+    Read from its four IDX files, gzipped or not. ``root``: their folder; the default is where Debian's package puts
+    them. Magic numbers, sizes and lengths are checked, no checksums.
     """
     place = existing(root, "run: apt-get install dataset-fashion-mnist, or give the folder with root=")
     splits = []

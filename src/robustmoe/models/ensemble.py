@@ -79,9 +79,9 @@ class Ensemble(ModelSpec):
     """``experts`` whole networks of kind ``network`` and one image ``router``.
 
     ``gate``: "straight_through" (top-k, 1/k each, with a straight-through gradient for the router), "renormalised" or
-    "vmoe" (top-k softmax), "hard" (the router gets no gradient at all: the released code's), "soft" (all experts).
-    Only chosen experts run. ``mix``: what of the experts is averaged, "logits" or "probabilities". ``standardise``: the router's logits have mean 0 and variance 1 over the training
-    batches, so that no expert is dead at the start.
+    "vmoe" (top-k softmax), "hard" (the router gets no gradient at all: the released code's), "soft" (all experts). Only
+    chosen experts run. ``mix``: what of the experts is averaged, "logits" or "probabilities". ``standardise``: the
+    router's logits have mean 0 and variance 1 over the training batches, so that no expert is dead at the start.
     """
 
     network: NetworkSpec

@@ -55,7 +55,8 @@ class ViTMoEModel(NetworkModel):
 
 @dataclass(frozen=True)
 class ViTMoE(ModelSpec):
-    """A vision transformer of which some blocks have ``experts`` MLPs and a router on their tokens.
+    """A vision transformer of which some blocks have ``experts`` MLPs and a router on their tokens (V-MoE, Riquelme et
+    al. 2021).
 
     ``size``: of the dense model (see `SIZES`); ``width``, ``depth``, ``heads`` and ``mlp_ratio`` replace its numbers,
     and ``gelu`` (of the experts too), ``classifier``, ``pre_logits``, ``positions``, ``qk_norm``, ``dropout`` and

@@ -39,7 +39,7 @@ class WideResNetNetwork(PreactivationNetwork):
 
 @dataclass(frozen=True)
 class WideResNet(Backbone):
-    """Wide ResNet: three stages of pre-activation blocks, no dropout.
+    """Wide ResNet (Zagoruyko and Komodakis 2016): three stages of pre-activation blocks, no dropout.
 
     ``depth``: 6n + 4, n blocks a stage. ``width``: how many times 16, 32, 64 the channels of the stages are (the stem
     has 16). ``stem``: "cifar" (3x3) or "imagenet" (7x7 of stride 2, BatchNorm, ReLU, max-pooling of stride 2).

@@ -21,6 +21,7 @@ from robustmoe.spec.listing import entries
 from robustmoe.spec.offered import packages as offering
 from robustmoe.spec.offered import parts_offered
 from robustmoe.spec.own import OwnPart, Written, blamed, called, said, sha256_of
+from robustmoe.spec.pages import page
 from robustmoe.spec.parse import canonical, numbers, own_names, tree_of
 from robustmoe.spec.write import CallWriter
 
@@ -35,6 +36,7 @@ __all__ = [
     "canonical",
     "conform",
     "describe",
+    "explain",
     "files",
     "hint_text",
     "numbers",
@@ -129,5 +131,10 @@ def packages() -> dict[str, str]:
 
 
 def describe(kind: str) -> list[tuple[str, str, str]]:
-    """Returns for each name of a kind (name, signature, first line of its docstring)."""
+    """Returns for each name of a kind (name, signature, first sentence of its docstring)."""
     return entries(mapping(kind, TABLES), CallWriter(load() for load in TABLES.values()))
+
+
+def explain(kind: str, name: str) -> str:
+    """Returns all that is known of a name of a kind: each argument with its meaning, an example, the papers."""
+    return page(kind, name, mapping(kind, TABLES)[name], CallWriter(load() for load in TABLES.values()))

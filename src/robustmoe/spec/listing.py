@@ -10,17 +10,18 @@ from typing import Any
 from robustmoe.errors import UserError
 from robustmoe.spec.bind import Table
 from robustmoe.spec.hints import ANYTHING, Factory, signature_of
+from robustmoe.spec.meanings import first_sentence
 from robustmoe.spec.own import OwnPart
 from robustmoe.spec.write import CallWriter
 
 
 def entries(table: Table, writer: CallWriter) -> list[tuple[str, str, str]]:
-    """Returns for each name of a table (name, signature, first line of its docstring)."""
+    """Returns for each name of a table (name, signature, first sentence of its docstring)."""
     rows = []
     for name, function in sorted(table.items()):
         function = function.thing if isinstance(function, OwnPart) else function
         parameters = ", ".join(_parameter(p, writer) for p in signature_of(function).parameters.values())
-        line = (inspect.getdoc(function) or "").partition("\n")[0]
+        line = first_sentence(inspect.getdoc(function) or "").replace("``", "")
         rows.append((name, f"{name}({parameters})" if parameters else name, line))
     return rows
 
@@ -29,7 +30,7 @@ def _parameter(parameter: inspect.Parameter, writer: CallWriter) -> str:
     star = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
     star = "**" if parameter.kind is parameter.VAR_KEYWORD else star
     if parameter.default is parameter.empty:
-        hint = "" if parameter.annotation is ANYTHING else f": {_hint_source(parameter.annotation)}"
+        hint = "" if parameter.annotation is ANYTHING else f": {hint_source(parameter.annotation)}"
         return f"{star}{parameter.name}{hint}"
     default = parameter.default
     if isinstance(default, Factory):
@@ -40,7 +41,7 @@ def _parameter(parameter: inspect.Parameter, writer: CallWriter) -> str:
         return f"{parameter.name}={getattr(default, '__name__', default)}"
 
 
-def _hint_source(hint: Any) -> str:
+def hint_source(hint: Any) -> str:
     """Returns an annotation as one writes it, without module names."""
     if isinstance(hint, str):
         return hint

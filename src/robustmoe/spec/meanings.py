@@ -1,5 +1,5 @@
-"""What a docstring says of each argument. Arguments stand in it as ``name``; what follows ``name``: is of that argument,
-and else the sentences that it stands in.
+"""What a docstring says of each argument. Arguments stand in it as ``name``; what follows ``name``: is of that one, and
+else the sentences that it stands in.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ COMMON = {
     "lr": "the learning rate at the top of the schedule.",
     "scores_are": "what stands at ``logits``: the router's logits, or their probabilities.",
     "objective.loss": "what is climbed: cross-entropy, the margin, or the difference of logits ratio (DLR).",
+    "method.loss": "the cross-entropy: of the softmax, or of a sigmoid for each class.",
     "beta": "the weight of the robustness term beside the cross-entropy.",
     "objective": "what is climbed, see robustmoe list objectives.",
     "network": "the kind of network of which each expert is one, such as resnet18.",
@@ -80,12 +81,13 @@ def first_sentence(doc: str) -> str:
     return next(iter(sentences(next(iter(paragraphs(doc)), ""))), "")
 
 
-def docs_of(thing: Callable[..., Any]) -> Iterator[str]:
+def docs_of(kind: str, thing: Callable[..., Any]) -> Iterator[str]:
     """Yields the docstrings that may say what an argument of ``thing`` means: its own, those of what it makes and its
     bases, and those that its own refers to.
     """
     made = thing if isinstance(thing, type) else signature_of(thing).return_annotation
-    bases = [base for base in inspect.getmro(made) if isinstance(made, type)] if isinstance(made, type) else []
+    whole = isinstance(thing, type) or kind == "model"  # else what is made is only of the kind's class
+    bases = inspect.getmro(made) if isinstance(made, type) and whole else ()
     own = inspect.getdoc(thing) or ""
     module = vars(sys.modules[thing.__module__]) if thing.__module__ in sys.modules else {}
     named = [module.get(name) for name in re.findall(r"(?<!`)`(\w+)`(?!`)", own)]
@@ -97,11 +99,12 @@ def docs_of(thing: Callable[..., Any]) -> Iterator[str]:
 def meaning(kind: str, thing: Callable[..., Any], name: str) -> str:
     """Returns what the argument ``name`` of ``thing``, one of ``kind``, means; "" where nothing says it."""
     common = COMMON.get(f"{kind}.{name}", COMMON.get(name, ""))
-    docs = list(docs_of(thing))
+    docs = list(docs_of(kind, thing))
     labelled = next((text for doc in docs if (text := _labelled(doc, name))), "")
     refers = re.match(r"(``\w+``(, | and )?)*:? ?(as|see) ", labelled)
     if refers and common:
-        return f"{common} ({labelled.rstrip('.;,')}.)"
+        reference = re.sub(r"^(``\w+``(, | and )?)*: ?", "", labelled).rstrip(".;,")
+        return common if reference == "as there" else f"{common} ({reference}.)"
     return labelled or common or next((text for doc in docs if (text := _mentioned(doc, name))), "")
 
 

@@ -31,8 +31,8 @@ def certified(
     balance: float = 0.0,
     balance_loss: BalanceLoss = "switch",
 ) -> Method:
-    """Interval bound propagation (Gowal et al. 2018), or CROWN-IBP (Zhang et al. 2020), for models with routers: ``kappa``
-    CE(clean) + (1 - ``kappa``) CE(-lower bounds of the margins over the ball).
+    """Interval bound propagation (Gowal et al. 2018), or CROWN-IBP (Zhang et al. 2020), for models with routers:
+    ``kappa`` CE(clean) + (1 - ``kappa``) CE(-lower bounds of the margins over the ball).
 
     The bounds are those of the certifier: of a hard router, of every expert that it can choose in the ball (CERT-2,
     CERT-3), the lowest class by class; of a soft one, of the worst weights (CERT-4); of a dual, of the blend (CERT-8).

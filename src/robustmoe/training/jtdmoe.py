@@ -41,10 +41,10 @@ def jtdmoe(
     standard half on the cross-entropy of the clean blend at the model's alpha.
 
     ``variant``: which experts of the robust half are protected, "released": every one, on the whole batch; "paper": the
-    second-ranked. ``loss``, ``beta``: as in `rt_er`. ``gamma`` (not the paper's): weight of the blend's cross-entropy under
-    attack in the standard half's loss, in which otherwise nothing keeps that half from breaking the blend. Each half is
-    in train mode in its own phase alone, and in eval mode in the other: no phase moves a weight or a statistic of the
-    other half. Start from trained halves with the recipe's ``init``.
+    second-ranked. ``loss``, ``beta``: as in `rt_er`. ``gamma`` (not the paper's): weight of the blend's cross-entropy
+    under attack in the standard half's loss, in which otherwise nothing keeps that half from breaking the blend. Each
+    half is in train mode in its own phase alone, and in eval mode in the other: no phase moves a weight or a statistic
+    of the other half. Start from trained halves with the recipe's ``init``.
     """
     for name, weight in (("beta", beta), ("gamma", gamma)):
         check_weight(name, weight)

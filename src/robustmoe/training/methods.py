@@ -120,9 +120,9 @@ def at(
     """Adversarial training (Madry et al. 2018): cross-entropy on the images as ``attack`` leaves them.
 
     ``label_smoothing``, ``balance``, ``balance_loss``: as in `standard`, on the attacked images. The attack runs on the
-    model in eval mode. With ``pgd(linf(8/255), steps=1, step_size=10/255, keep=last)`` it is the
-    one-step training of Wong et al. 2020. ``moves``, ``loss``: as there (the attack climbs its own); ``mixup``: as there, the mixed image attacked as one of
-    the label that has the larger share.
+    model in eval mode. With ``pgd(linf(8/255), steps=1, step_size=10/255, keep=last)`` it is the one-step training of
+    Wong et al. 2020. ``moves``, ``loss``: as there (the attack climbs its own); ``mixup``: as there, the mixed image
+    attacked as one of the label that has the larger share.
     """
     return _one_phase(moves, _classification(label_smoothing, balance, balance_loss, mixup, loss, attack), attack)
 

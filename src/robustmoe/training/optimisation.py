@@ -38,8 +38,9 @@ def _check(lr: float, weight_decay: float, **shares: float) -> None:
 
 @dataclass(frozen=True)
 class SGD(OptimizerSpec):
-    """Stochastic gradient descent with ``momentum``, ``nesterov``: Nesterov's. ``undecayed``: parameters whose names begin with this regular
-    expression have no weight decay; the others all have.
+    """Stochastic gradient descent. ``momentum``: the share of the last step that a step keeps; ``nesterov``: momentum
+    in Nesterov's form. ``undecayed``: parameters whose names begin with this regular expression have no weight decay;
+    the others all have.
     """
 
     lr: float = 0.1

@@ -113,8 +113,8 @@ class DenseCodec(Codec):
 @dataclass(frozen=True)
 class IndexCodec(Codec):
     """The chosen expert's number (m), and no weight: what is chosen counts in full. ``experts``: how many there are,
-    where no logits are known (the route's radius is not known then either). ``output``: the entry with the number, where
-    there are several.
+    where no logits are known (the route's radius is not known then either). ``output``: the entry with the number,
+    where there are several.
     """
 
     experts: int | None = None
@@ -142,7 +142,8 @@ class DispatchCodec(Codec):
     """(dispatch (b, t, e, c), combine (b, t, e, c), ...): which place of which expert each item takes, and with what
     weight (Mesh TensorFlow's, st-moe-pytorch, mixture-of-experts). Items without a place have weight 0.
 
-    ``dispatch``, ``combine``: where these two stand in what the module gives. A decision that is written gets as many places as it needs: the capacity c is lifted.
+    ``dispatch``, ``combine``: where these two stand in what the module gives. A decision that is written gets as many
+    places as it needs: the capacity c is lifted.
     """
 
     k: int = 2
@@ -229,9 +230,9 @@ class CallCodec(Codec):
     """A call inside the module's own forward: ``topk``, ``max`` (along a dimension) or ``argmax`` of the scores,
     ``softmax`` or ``gumbel_softmax`` (a weight for every expert), or ``one_hot`` of an index.
 
-    ``name``: which of these calls. ``weights``: what the code after a top-k makes of its values: they are the weights, perhaps divided by their sum
-    ("values", "renormalised"), or their softmax is. ``nth``: which such call in one call of the module, from 0; None:
-    each of them.
+    ``name``: which of these calls. ``weights``: what the code after a top-k makes of its values: they are the weights,
+    perhaps divided by their sum ("values", "renormalised"), or their softmax is. ``nth``: which such call in one call
+    of the module, from 0; None: each of them.
     """
 
     name: Intercepted = "topk"
