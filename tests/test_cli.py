@@ -274,7 +274,7 @@ def test_report_takes_several_runs(
     calls = stand_in(monkeypatch, "robustmoe.reporting", "report")
     calls.result = Path("x.html")
     assert main(["report", "runs/one", "runs/one", "--out", "x.html"]) == 0
-    assert calls == [(([Path("runs/one")] * 2, Path("x.html")), {})]
+    assert calls == [(([Path("runs/one")] * 2, Path("x.html")), {"figures": None, "format": "svg"})]
     assert capsys.readouterr().out == "x.html\n"
 
 

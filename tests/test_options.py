@@ -28,6 +28,7 @@ from robustmoe.options import (
     LipschitzOptions,
     Mark,
     Options,
+    SharedOptions,
     SweepOptions,
     hints_of,
     read,
@@ -61,7 +62,7 @@ LISTS = [
 
 def test_every_measuring_verb_has_one_class() -> None:
     classes = {kind for kind in vars(options).values() if isinstance(kind, type) and issubclass(kind, Options)}
-    assert classes == {Options, *KINDS.values()}
+    assert classes == {Options, SharedOptions, *KINDS.values()}
     for verb, kind in KINDS.items():
         assert typing.get_type_hints(verbs.VERBS[verb])["options"] is kind
 
