@@ -42,7 +42,8 @@ bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 recipes: $(VENV)/.dev  ## two training steps of every distinct recipe, its networks at true size (tiny: `make test`)
 	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m recipes tests/test_recipes_vit_moe.py tests/test_recipes_dual.py tests/test_recipes_advmoe.py tests/test_recipes_series.py tests/test_pages.py
 
-notebooks: $(VENV)/.dev  ## blocks of code in the docs that take seconds each (the others: `make test`)
+notebooks: $(VENV)/.dev  ## the notebooks, and blocks of code in the docs that take seconds each (the others: `make test`)
+	$(INSTALL) -e '.[notebooks]'
 	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m notebooks
 
 docs: $(VENV)/.dev  ## the documentation site, site/index.html; a dead link or a page left out is an error

@@ -111,7 +111,7 @@ def _kind_of(code: str) -> str:
 def check(block: Block) -> None:
     """What can be seen of a block without running it: names, flags and specs."""
     if block.kind in ("python", "setup"):
-        _check_python(block.code)
+        check_python(block.code)
     elif block.kind == "shell":
         for command in commands(block.code):
             _check_command(command)
@@ -127,7 +127,7 @@ def write(page: list[Block]) -> None:
             Path(named[1]).write_text(block.code, encoding="utf-8")
 
 
-def _check_python(code: str) -> None:
+def check_python(code: str) -> None:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("robustmoe"):
             module = importlib.import_module(node.module or "")
