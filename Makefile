@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # compiled modules for the next run.
 KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
-.PHONY: demo test test-typed test-slow fuzz lint bench recipes notebooks docs crosscheck wild outgoing clean
+.PHONY: demo test test-typed test-slow fuzz lint bench recipes notebooks docs crosscheck wild browser outgoing clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
@@ -54,6 +54,10 @@ crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbo
 	$(INSTALL) -e '.[crosscheck,onnx,figures]'
 	$(INSTALL) --no-deps torchattacks==3.5.1
 	$(BIN)/python -m pytest -m crosscheck
+
+browser: $(VENV)/.dev  ## the report in Chromium or Chrome (which must be there): by pointer, by keys, printed, read by axe-core
+	$(INSTALL) -e '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 wild: $(VENV)/.dev  ## wrapping the routed layers of real packages
 	$(INSTALL) -e '.[wild]'

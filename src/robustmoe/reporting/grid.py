@@ -74,7 +74,7 @@ def grid_html(grid: Grid, rows: Sequence[int] = (), columns: Sequence[int] = ())
 def _head_html(name: str, run: int | None) -> str:
     if run is None:
         return f'<th scope="col">{escape(name)}</th>'
-    return f'<th scope="col" class="key{of_run(run)}">{run_key(run)}{escape(name)}</th>'
+    return f'<th scope="col" class="column{of_run(run)}">{run_key(run)}{escape(name)}</th>'
 
 
 def _row_html(grid: Grid, row: tuple[Entry, ...], run: int | None, columns: Sequence[int | None]) -> str:

@@ -130,8 +130,7 @@
     };
     svg.addEventListener("pointermove", nearest);
     svg.addEventListener("pointerdown", nearest);
-    svg.addEventListener("pointerleave", () => hide(svg));
-    svg.addEventListener("blur", () => { at = null; hide(svg); });
+    for (const end of ["pointerleave", "blur"]) svg.addEventListener(end, () => { at = null; hide(svg); });
     svg.addEventListener("keydown", (event) => {
       const stops = stopsOf(svg), last = stops.length - 1, step = wide(svg);
       const from = at === null ? -1 : at;

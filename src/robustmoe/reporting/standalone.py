@@ -268,10 +268,13 @@ def _said(head: Sequence[str], rows: Sequence[tuple[str, list[Element]]]) -> str
     )
 
 
+ABOUT = ".//div[@class='about']"
+
+
 def _strip(strip: Element) -> _Canvas:
     """Draws images before and after an attack at its own eps, the change beside them."""
     shots = [_at_own_eps(shot) for shot in strip.findall("article")]
-    alt = " ".join(f"{words(shot.find('.//p'))}." for shot in shots)
+    alt = " ".join(f"{words(shot.find(ABOUT))}." for shot in shots)
     canvas = _Canvas("Images before and after the attack", alt, 3 * (SHOT + 8) + 260)
     for at, name in enumerate(words(span) for span in (shots[0].iterfind(".//div/span") if shots else ())):
         canvas.write(name, at * (SHOT + 8), 12.0)
@@ -281,7 +284,7 @@ def _strip(strip: Element) -> _Canvas:
             side = dict.fromkeys(("width", "height"), f"{SHOT:g}")
             place = {"x": f"{at * (SHOT + 8):g}", "y": f"{canvas.height:g}", "href": picture.get("src", "")}
             SubElement(canvas.body, "image", side | place | {"style": "image-rendering:pixelated"})
-        for line, text in enumerate(textwrap.wrap(words(shot.find(".//p")), 40)[:6]):
+        for line, text in enumerate(textwrap.wrap(words(shot.find(ABOUT)), 40)[:6]):
             canvas.write(text, 3 * (SHOT + 8) + 6, canvas.height + 14 * (line + 1), look={})
         canvas.height += SHOT + 8
     return canvas

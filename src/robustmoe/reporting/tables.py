@@ -181,8 +181,7 @@ def _comparison(views: Sequence[RunView]) -> str:
 def _threat(view: RunView) -> Entry:
     if not view.results:
         return "–", ""
-    attacks = plural(len(view.groups[0].results), "attack") if view.groups else "no attack"
-    return threat(view.header.norm, view.header.eps), f"{attacks}, {plural(view.clean.n, 'image')}"
+    return threat(view.header.norm, view.header.eps) if view.groups else "no attack", plural(view.clean.n, "image")
 
 
 def _worst_entry(view: RunView) -> Entry:
@@ -200,20 +199,16 @@ def _under(name: str, view: RunView) -> Entry:
 
 
 def _part(view: RunView, field: str) -> Entry:
-    if not view.routed:
-        return "no router", ""
-    if not view.groups:
+    if not view.routed or not view.groups:
         return "–", ""
     rate = getattr(view.groups[0].summaries[strongest(view.groups[0])], field)
     return percent(rate), interval(rate)
 
 
 def _moved(view: RunView) -> Entry:
-    if not view.routed:
-        return "no router", ""
-    return (
-        (percent(view.groups[0].summaries[strongest(view.groups[0])].rerouted_mean), "") if view.groups else ("–", "")
-    )
+    if not view.routed or not view.groups:
+        return "–", ""
+    return percent(view.groups[0].summaries[strongest(view.groups[0])].rerouted_mean), ""
 
 
 def _attacked(view: RunView) -> Entry:

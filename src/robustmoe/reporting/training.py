@@ -61,7 +61,7 @@ def _eps_pair(norm: str, labels: list[str], curves: list[Curve], runs: list[int 
 def _eps_table(norm: str, curves: list[Curve], series: list[Series]) -> str:
     every = sorted({eps for curve in curves for eps, _ in curve.points})
     head = "".join(
-        f'<th scope="col" class="key{of_run(line.run)}"><i class="dotkey b{line.colour}"></i>'
+        f'<th scope="col" class="column{of_run(line.run)}"><i class="dotkey b{line.colour}"></i>'
         f'<span class="unseen">{escape(line.name)}</span></th>'
         for line in series
     )
