@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import inspect
 import math
+import re
 import textwrap
 import types
 import typing
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 from robustmoe.options import SPECS, Mark, hints_of, read
+from robustmoe.spec import familiar
 from robustmoe.spec.hints import arms_of
 
 Verb = Callable[..., str]
@@ -188,13 +190,23 @@ def parse(name: str, verb: Verb, argv: Sequence[str]) -> dict[str, Any]:
     flags = flags_of(verb)
     given, rest = _parser(name, verb, flags).parse_known_args([_dashed(word) for word in argv])
     if rest:
-        options = [flag.option for flag in flags if not flag.positional]
-        unknown = next((word.partition("=")[0] for word in rest if word.startswith("--")), None)
+        unknown = next((word for word in rest if re.match("--?[A-Za-z]", word)), None)
         if unknown is not None:
-            raise UserError(f"unknown option {unknown!r}; {nearest(unknown, options)}")
+            raise UserError(_unknown(unknown, flags, argv))
         raise UserError(f"unrecognized arguments: {' '.join(rest)}; see robustmoe {name} --help")
     values = {flag.name: _read(flag, getattr(given, flag.name)) for flag in flags if hasattr(given, flag.name)}
     return _grouped(verb, flags, values)
+
+
+def _unknown(word: str, flags: Sequence[Flag], argv: Sequence[str]) -> str:
+    """Returns what to say of an option that there is not, written ``word`` and perhaps with "=" and a value."""
+    option, equals, value = word.partition("=")
+    following = [_dashed(word) for word in argv]
+    after = following[following.index(option) + 1 :] if option in following else []
+    given = value if equals else after[0] if after and not after[0].startswith("--") else None
+    names = {flag.name for flag in flags if not flag.positional}
+    meant = familiar.option(option, given, names, "flag")
+    return f"unknown option {option!r}; {meant or nearest(option, [f.option for f in flags if not f.positional])}"
 
 
 def _dashed(word: str) -> str:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
+from robustmoe.spec import familiar
 from robustmoe.spec.hints import arms_of
 
 Spec = Any
@@ -96,7 +97,8 @@ def read(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
     hints = hints_of(kind)
     for name in fields:
         if name not in hints:
-            raise UserError(f"unknown argument {name!r}; {nearest(name, hints)}")
+            meant = familiar.option(name, str(fields[name]), hints, "python")
+            raise UserError(f"unknown argument {name!r}; {meant or nearest(name, hints)}")
     return kind(**{name: _meant(kind, name, value, hints[name]) for name, value in fields.items()})
 
 

@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 from robustmoe.options import Inputs, hints_of
+from robustmoe.spec import familiar
 
 THREADS = 1024
 """More than any machine has cores; where threads cannot be made, OpenMP ends the process."""
 
 SEEDS = 1000
 """More trainings than anybody starts at once; a slip such as 0..10**9 must not fill the memory."""
-
 
 LATER: Mapping[str, str | None] = {"inputs": "data", "recalibrate": None}
 """Fields that recipes of older runs do not have, and what those runs did."""
@@ -207,7 +207,8 @@ def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for name, value in fields.items():
         if name not in hints:
-            raise UserError(f"unknown field {name!r}; {nearest(name, hints)}")
+            meant = familiar.option(name, str(value), hints, "python")
+            raise UserError(f"unknown field {name!r}; {meant or nearest(name, hints)}")
         if isinstance(value, str) and value.lower() == "none" and types.NoneType in typing.get_args(_bare(hints[name])):
             value = None
         try:

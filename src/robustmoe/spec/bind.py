@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from robustmoe.errors import UserError, nearest
+from robustmoe.spec.familiar import argument
 from robustmoe.spec.hints import ANYTHING, SCALARS, arms_of, conform, hint_text, item_hint, signature_of, takes_bare
 from robustmoe.spec.own import OwnPart, Written, called, is_own, part_of
 from robustmoe.spec.parse import number, render, short
@@ -178,7 +179,8 @@ class CallReader:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for place, (key, _) in enumerate(keywords):
             if key not in by_keyword and not takes_any:
-                takes = nearest(key, by_keyword) if by_keyword else "it takes none"
+                meant = argument(name, key, short(render(keywords[place][1]), 40), by_keyword)
+                takes = meant or (nearest(key, by_keyword) if by_keyword else "it takes none")
                 raise UserError(f"{where}: {name!r} has no argument {key!r}; {takes}")
             if key in [other for other, _ in keywords[:place]]:
                 raise UserError(f"{where}: argument {key!r} is given twice")
