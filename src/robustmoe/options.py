@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from robustmoe import spec
-from robustmoe.errors import UserError, nearest
-from robustmoe.spec import familiar
+from robustmoe.errors import UserError
 from robustmoe.spec.hints import arms_of
 
 Spec = Any
@@ -97,8 +96,7 @@ def read(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
     hints = hints_of(kind)
     for name in fields:
         if name not in hints:
-            meant = familiar.option(name, str(fields[name]), hints, "python")
-            raise UserError(f"unknown argument {name!r}; {meant or nearest(name, hints)}")
+            raise UserError(spec.unknown("argument", name, fields[name], hints))
     return kind(**{name: _meant(kind, name, value, hints[name]) for name, value in fields.items()})
 
 

@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal
 from robustmoe import spec
 from robustmoe.errors import UserError, nearest
 from robustmoe.options import Inputs, hints_of
-from robustmoe.spec import familiar
 
 THREADS = 1024
 """More than any machine has cores; where threads cannot be made, OpenMP ends the process."""
@@ -207,8 +206,7 @@ def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for name, value in fields.items():
         if name not in hints:
-            meant = familiar.option(name, str(value), hints, "python")
-            raise UserError(f"unknown field {name!r}; {meant or nearest(name, hints)}")
+            raise UserError(spec.unknown("field", name, value, hints))
         if isinstance(value, str) and value.lower() == "none" and types.NoneType in typing.get_args(_bare(hints[name])):
             value = None
         try:

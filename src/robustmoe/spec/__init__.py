@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from robustmoe.spec.bind import CallReader, Table, mapping
+from robustmoe.spec.familiar import unknown
 from robustmoe.spec.hints import conform, hint_text
 from robustmoe.spec.listing import entries
 from robustmoe.spec.offered import packages as offering
@@ -44,6 +45,7 @@ __all__ = [
     "packages",
     "said",
     "text",
+    "unknown",
 ]
 
 PLACES = {

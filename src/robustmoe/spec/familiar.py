@@ -5,7 +5,9 @@ here in their place.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
+
+from robustmoe.errors import nearest
 
 LEARNING = ("lr", "learning_rate", "base_lr")
 EPS = ("eps", "epsilon", "radius")
@@ -113,6 +115,14 @@ def option(word: str, value: str | None, known: Collection[str], way: Literal["f
                 text = "fast" if name == "precision" and "method" not in known else form.replace("{}", given)
                 return f"write {_written(name, text, way)}"
     return next((told for words, told in _TOLD.items() if word in words), None)
+
+
+def unknown(what: str, name: str, value: Any, known: Collection[str]) -> str:
+    """Returns what to say of a Python argument or a recipe's field that there is not: what people mean by it, or else
+    the names that are near.
+    """
+    meant = option(name, str(value), known, "python")
+    return f"unknown {what} {name!r}; {meant or nearest(name, known)}"
 
 
 def _written(name: str, text: str, way: str) -> str:
