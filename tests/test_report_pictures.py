@@ -70,7 +70,7 @@ def test_a_route_is_drawn_patch_by_patch_at_every_radius(tmp_path: Path) -> None
     assert first.count("<b>block 0</b> 1 of 17 items moved") == 3  # at 2 and, from there, at 4 and 16
     assert first.count("<b>block 0</b> 2 of 17 items moved") == 1  # at 8
     assert first.count("<b>block 1</b> nothing moved") == 4
-    drawn = first[first.index("at-2 ") if "at-2 " in first else first.index("routes at at-2") :]
+    drawn = first[first.index('<div class="routes at at-2 own">') :]
     attacked = next(svg for svg in re.findall(r"<svg.*?</svg>", drawn) if "block 0, attacked" in svg)
     assert 'aria-label="block 0, attacked: 15 items to expert 1, 2 items to expert 2; 2 moved"' in attacked
     assert re.findall(r'<text x="([\d.]+)" y="([-\d.]+)"[^>]*>2</text>', attacked) == [("0.5", "-1"), ("0.5", "1.5")]
