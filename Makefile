@@ -44,11 +44,12 @@ recipes: $(VENV)/.dev  ## two training steps of every distinct recipe, its netwo
 
 notebooks: $(VENV)/.dev  ## the notebooks, and blocks of code in the docs that take seconds each (the others: `make test`)
 	$(INSTALL) -e '.[notebooks]'
-	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m notebooks
+	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m notebooks tests/test_notebooks.py tests/test_blocks.py
 
 docs: $(VENV)/.dev  ## the documentation site, site/index.html; a dead link or a page left out is an error
 	$(INSTALL) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # not --quiet: it would not see the warnings that --strict counts
+	! grep -rlE '<(script|link|img)[^>]* (src|href)="?https?:' site --include='*.html'  # nothing is loaded from the network
 
 crosscheck: $(VENV)/.dev  ## our models and attacks against pyautoattack, foolbox and torchattacks; ONNX graphs against torch; figures as PNG and PDF
 	$(INSTALL) -e '.[crosscheck,onnx,figures]'
