@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from tiny_models import CLASSES, IMAGE_SHAPE, TINY
 if TYPE_CHECKING:
     from robustmoe.models import RoutedModel
 
+os.environ["ROBUSTMOE_PROGRESS"] = "off"  # no line in the middle of what a slow test captures
 gc.disable()  # until all is imported and collected: it stays, the collector would go through it again and again
 shapes.install()
 torch.set_num_threads(1)

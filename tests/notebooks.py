@@ -23,7 +23,7 @@ def executed(path: Path, folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     notebook = nbformat.read(path, as_version=4)
     paths = os.pathsep.join([str(ROOT / "src"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ROBUSTMOE_PROGRESS": "off"}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     for cell in notebook.cells:

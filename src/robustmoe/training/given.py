@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from robustmoe import recipe as recipes
-from robustmoe import spec
 from robustmoe import spec as specs
 from robustmoe.data import Data, as_data
 from robustmoe.errors import UserError
@@ -85,7 +84,7 @@ def _recipe(texts: dict[str, Any]) -> Recipe:
     known = {field.name: field for field in dataclasses.fields(Recipe)}
     for name in texts:
         if name not in known:
-            raise UserError(spec.unknown("argument", name, texts[name], known))
+            raise UserError(specs.unknown("argument", name, texts[name], known))
     missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in texts]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, such as method='at(pgd(linf(8/255)))', epochs=10")
