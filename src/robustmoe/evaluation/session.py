@@ -275,7 +275,7 @@ def on_run(run: str | Path, options: Any, float32: bool = False) -> Iterator[Ses
     """
     folder = Path(run)
     config = read_config(folder)
-    with records.writing(folder):
+    with records.writing(folder), whole_float32():
         device = device_of(options)
         model = load_model(folder, device)
         data = run_data(folder, config)
@@ -340,6 +340,22 @@ def images_of(x: Any, y: Labels, num_classes: int | None, split: str = "test") -
 
 
 @contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside, float32 products on CUDA are of float32: TF32, which convolutions take by default, keeps 10 bits of their
+    24, and an image's verdict would depend on the batch that it stands in. What is set is put back.
+    """
+    places: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, value in zip(places, before):
+            place.allow_tf32 = value
+
+
+@contextlib.contextmanager
 def eval_mode_on(device: torch.device, model: nn.Module) -> Iterator[None]:
     """The user's model on ``device`` and in eval mode inside; after, each submodule in its own former mode, and on the
     former device. A model spread over several devices is not moved.
@@ -351,7 +367,8 @@ def eval_mode_on(device: torch.device, model: nn.Module) -> Iterator[None]:
         try:
             if len(places) == 1:
                 model.to(device)
-            yield
+            with whole_float32():
+                yield
         finally:
             if len(places) == 1:
                 model.to(places.pop())

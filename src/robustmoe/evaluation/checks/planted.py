@@ -147,7 +147,8 @@ class PlantedRoute(RoutedModel):
     def images(self, n: int, shape: tuple[int, int, int]) -> Tensor:
         """n grey images with a little texture of their own, the score of each -eps / 2."""
         towards = self.towards.to(torch.float64)
-        texture = 0.1 * (Noise.of(torch.arange(n), 15).uniform(len(towards)).double() - 0.5)
+        index = torch.arange(n, device=towards.device)
+        texture = 0.1 * (Noise.of(index, 15).uniform(len(towards)).double() - 0.5)
         length = towards @ towards
         texture = texture - ((texture @ towards) / length)[:, None] * towards
-        return (0.5 + texture - (self.eps / 2 / length) * towards).float().view(n, *shape).to(self.towards.device)
+        return (0.5 + texture - (self.eps / 2 / length) * towards).float().view(n, *shape)
