@@ -97,6 +97,8 @@ class _Reader(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
             self.builder.end(tag)
+        if tag in ("p", "div"):
+            self.builder.data(" ")
 
     def handle_data(self, data: str) -> None:
         self.builder.data(data)
