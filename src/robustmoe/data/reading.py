@@ -57,8 +57,10 @@ def check_file(path: Path, limit: int, status: os.stat_result | None = None) -> 
     return status
 
 
-def read_file(path: Path, limit: int = GIB) -> bytes:
-    """Returns the bytes of a regular file of at most ``limit`` bytes; `UserError` on anything else, at once."""
+def read_file(path: Path, limit: int = GIB, count: int | None = None) -> bytes:
+    """Returns the bytes of a regular file of at most ``limit`` bytes, or the first ``count`` of them; `UserError` on
+    anything else, at once.
+    """
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer is opened, not waited for
@@ -66,6 +68,7 @@ def read_file(path: Path, limit: int = GIB) -> bytes:
     check_file(path, limit)  # before it is opened: that alone can have effects on a device
     try:
         with open(path, "rb", opener=opener) as file:
-            return file.read(check_file(path, limit, os.fstat(file.fileno())).st_size)
+            size = check_file(path, limit, os.fstat(file.fileno())).st_size
+            return file.read(size if count is None else min(size, count))
     except OSError as e:
         raise unreadable(path, e) from e
