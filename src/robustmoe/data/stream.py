@@ -262,8 +262,8 @@ class Streamed(ImageSet):
 
     def verify(self) -> None:
         """`UserError` for files that cannot be used, all of them counted: first by their headers, so that what is no
-        image or of another size is told in seconds, then by reading them. Each file is read once, by one of the processes;
-        the set remembers that it was.
+        image or of another size is told in seconds, then by reading them. Each file is read once, by one of the
+        processes; the set remembers that it was.
         """
         if self._verified:
             return
