@@ -11,7 +11,8 @@ from robustmoe.reporting.collect import RunView, numbered
 from robustmoe.reporting.figures import heat
 from robustmoe.reporting.words import plural
 
-ROUTERS_SHOWN = 8
+ROUTERS_SHOWN, MANY = 8, 10
+"""Routers whose tables are shown; experts beyond which the two tables of one are not side by side."""
 
 
 def load_section(views: Sequence[RunView]) -> str:
@@ -44,4 +45,5 @@ def _pair(router: str, load: Load) -> str:
         f'<div class="heatbox" tabindex="0">{heat(f"{router}, {words}", names, table, load.dead)}</div>'
         for words, table in (("clean", clean), ("attacked", attacked))
     )
-    return f'<div class="heats" style="margin-bottom:20px">{boxes}</div>'
+    kind = "heats stacked" if len(load.total_clean) > MANY else "heats"
+    return f'<div class="{kind}" style="margin-bottom:20px">{boxes}</div>'

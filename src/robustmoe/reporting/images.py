@@ -20,6 +20,7 @@ from robustmoe.reporting.words import eps_text, plural
 
 EXAMPLES_SHOWN = 12
 RADII_SHOWN = 8
+FINE = 8  # patches side by side, beyond which their pictures are larger
 MOST_PIXELS = 2**24
 SIDE, SMALLER_SIDE = 96, 64  # pixels: larger images are shown smaller, so that the page stays small
 
@@ -205,4 +206,5 @@ class _Strip:
             ids = (f"{start}-before", f"{start}-{at}")
             return routes.pictures(self.kept.header, made.example, array.shape[:2], ids)
 
-        return routes.image_definitions(under) + self._at(shot, "routes", make)
+        fine = routes.columns(self.kept.header, shot.example, shot.before.shape[:2]) > FINE
+        return routes.image_definitions(under) + self._at(shot, "routes fine" if fine else "routes", make)

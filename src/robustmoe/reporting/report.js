@@ -55,11 +55,11 @@
 
   const patchStops = (svg) => {
     const [prefix, columns] = svg.dataset.lie.split(" ").map(Number);
-    const other = svg.dataset.other.split(" ");
-    return svg.dataset.experts.split(" ").map((expert, at) => {
+    const [clean, attacked] = every("svg.patches", svg.closest(".pair")).map((side) => side.dataset.experts.split(" "));
+    return clean.map((was, at) => {
       const place = at - prefix, row = Math.floor(place / columns), column = place % columns;
-      const [was, now] = svg.dataset.side === "clean" ? [expert, other[at]] : [other[at], expert];
       const head = place < 0 ? "class token" : `row ${row + 1}, column ${column + 1}`;
+      const now = attacked[at];
       const moved = was === now ? `expert ${was}, as before` : `expert ${was} → ${now}`;
       return { x: place < 0 ? 0.5 : column + 0.5, y: place < 0 ? -1 : row + 0.5, head: `${head}: ${moved}`, rows: [] };
     });

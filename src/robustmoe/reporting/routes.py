@@ -13,8 +13,8 @@ from robustmoe.reporting.figures import COLOURS, Key, colour, legend
 from robustmoe.reporting.words import plural, route_text
 
 ROUTERS_DRAWN = 12
-CELLS = 24_000
-"""Patches drawn in one run's pictures, at most: a page of so many is about a megabyte."""
+CELLS = 16_000
+"""Patches drawn in one run's pictures, at most: they take half a megabyte, or one where experts have two digits."""
 
 Items = Sequence[Sequence[int]]
 
@@ -41,6 +41,12 @@ def patches(items: int, height: int, width: int) -> Patches | None:
 def of_tokens(header: Header, example: Example) -> list[str]:
     """Returns the routers whose choice of experts was kept item by item, of several items an image."""
     return [name for name in example.experts_clean if header.routers[name].items > 1][:ROUTERS_DRAWN]
+
+
+def columns(header: Header, example: Example, shape: tuple[int, int]) -> int:
+    """Returns how many patches stand side by side at most."""
+    lies = [patches(header.routers[name].items, *shape) for name in of_tokens(header, example)]
+    return max((lie.columns for lie in lies if lie is not None), default=0)
 
 
 def moved(clean: Items, attacked: Items) -> list[int]:
@@ -79,7 +85,8 @@ def key(header: Header, names: Sequence[str]) -> str:
     """Returns the legend of the pictures of these routers."""
     experts = max(header.routers[name].experts for name in names)
     entries = [Key(f"expert {at}", colour(at)) for at in range(min(experts, COLOURS))]
-    return legend(entries)
+    more = f"Colours repeat every {COLOURS} experts; the numbers tell them apart." if experts > COLOURS else ""
+    return legend(entries) + (f'<p class="note">{more}</p>' if more else "")
 
 
 def pictures(header: Header, example: Example, shape: tuple[int, int], ids: tuple[str, str]) -> str:
@@ -99,14 +106,14 @@ def _pair(name: str, clean: Items, attacked: Items, shape: tuple[int, int], ids:
     drawn = ""
     if lie is not None:
         drawn = "".join(
-            _picture((name, side), items, other, gone, lie, id)
-            for side, items, other, id in (("clean", clean, attacked, ids[0]), ("attacked", attacked, clean, ids[1]))
+            _picture((name, side), items, gone, lie, id)
+            for side, items, id in (("clean", clean, ids[0]), ("attacked", attacked, ids[1]))
         )
         drawn = f'<div class="pair">{drawn}</div>'
     return f'<div class="layer-route"><p class="routed"><b>{escape(name)}</b> {said}</p>{drawn}</div>'
 
 
-def _picture(title: tuple[str, str], items: Items, other: Items, gone: Sequence[int], lie: Patches, image: str) -> str:
+def _picture(title: tuple[str, str], items: Items, gone: Sequence[int], lie: Patches, image: str) -> str:
     """Draws one image's patches, each in the colour of its best expert; those that moved are outlined."""
     places = [(-1.5, 0.0)] * lie.prefix + [
         (float(row), float(column)) for row in range(lie.rows) for column in range(lie.columns)
@@ -118,16 +125,13 @@ def _picture(title: tuple[str, str], items: Items, other: Items, gone: Sequence[
     body = "".join(f'<path class="cell {kind}" d="{path}"/>' for kind, path in cells.items())
     inset = "".join(f"M{places[at][1] + 0.07:g} {places[at][0] + 0.07:g}h.86v.86h-.86z" for at in gone)
     body += f'<path class="gone under" d="{inset}"/><path class="gone" d="{inset}"/>' if gone else ""
-    body += "".join(
-        f'<text x="{column + 0.5:g}" y="{row + 0.5:g}"{_size(item)}>{_label(item)}</text>'
-        for item, (row, column) in zip(items, places, strict=True)
-    )
+    body += _labels(items, places)
     body += '<text class="said" x="1.25" y="-1">class token</text>' if lie.prefix else ""
     top = -1.5 if lie.prefix else 0.0
     side = title[1]
     alt = f"{', '.join(title)}: {_shares(items)}; {len(gone) or 'nothing'} moved"
     data = f'data-side="{side}" data-lie="{lie.prefix} {lie.columns}"'
-    data += f' data-experts="{_list(items)}" data-other="{_list(other)}"'
+    data += f' data-experts="{" ".join(map(_label, items))}"'
     return (
         f'<figure class="bare"><figcaption>{side}</figcaption>'
         f'<svg class="patches" viewBox="-.1 {top - 0.1:g} {lie.columns + 0.2:g} {lie.rows - top + 0.2:g}" role="img" '
@@ -140,14 +144,26 @@ def _label(item: Sequence[int]) -> str:
     return "+".join(map(str, sorted(item))) or "–"
 
 
-def _size(item: Sequence[int]) -> str:
-    """Returns a smaller letter where the label is long."""
-    length = len(_label(item))
-    return f' font-size="{1.3 / length:.2g}"' if length > 2 else ""
+def _short(item: Sequence[int]) -> str:
+    """Returns what fits on a patch: every expert, or the best one and a plus."""
+    return _label(item) if len(_label(item)) <= 3 else f"{item[0]}+"
 
 
-def _list(items: Items) -> str:
-    return " ".join(_label(item) for item in items)
+def _labels(items: Items, places: Sequence[tuple[float, float]]) -> str:
+    """Returns the numbers of the experts: those of one digit row by row, so that the page stays small."""
+    lines: dict[float, list[tuple[float, str]]] = {}
+    drawn = ""
+    for item, (row, column) in zip(items, places, strict=True):
+        label = _short(item)
+        if len(label) == 1:
+            lines.setdefault(row, []).append((column, label))
+        else:
+            kind = ' class="long"' if len(label) > 2 else ""
+            drawn += f'<text{kind} x="{column + 0.5:g}" y="{row + 0.5:g}">{label}</text>'
+    for row, line in lines.items():
+        x = " ".join(f"{column + 0.5:g}" for column, _ in line)
+        drawn += f'<text x="{x}" y="{row + 0.5:g}">{"".join(label for _, label in line)}</text>'
+    return drawn
 
 
 def _shares(items: Items) -> str:
