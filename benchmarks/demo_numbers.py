@@ -24,6 +24,16 @@ from robustmoe.demo import CERTIFIED
 LOWER = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
 SETS: dict[str, dict[str, str]] = {"native": {}, "lower": LOWER}
 
+PARTS = {
+    "experts_only": "experts_only",
+    "router_only": "router_only",
+    "transition": "transition",
+    "targeted(loss": "towards_second",
+    "targeted(rank=3": "towards_third",
+    "margin": "margin",
+}
+"""What an attack's text has that another's has not, in turn: what its number is called; PGD-20 has none of it."""
+
 PROBE = """
 import torch
 torch.nn.functional.conv2d(torch.ones(64, 16, 32, 32), torch.ones(16, 16, 3, 3))
@@ -76,12 +86,7 @@ def accuracies(run: Path) -> dict[str, float]:
         summary = analysis.evaluation_summary(result.header, result.rows, result.checks)
         text = summary.attack or ""
         assert summary.robust is not None
-        names = [
-            name
-            for name in ("experts_only", "router_only", "transition", "targeted(2", "targeted(3", "margin")
-            if name in text
-        ]
-        found[names[0].replace("(", "_") if names else "pgd"] = 100 * summary.robust.value
+        found[next((name for part, name in PARTS.items() if part in text), "pgd")] = 100 * summary.robust.value
     worst = analysis.worst_case([(result.header, result.rows) for result in results])
     return {"clean": 100 * worst.clean.value, **found, "worst": 100 * worst.robust.value}
 
