@@ -17,6 +17,7 @@ from robustmoe.reporting.collect import collect
 from robustmoe.reporting.page import page
 from robustmoe.reporting.standalone import Drawing, drawings
 from test_report import R1_FAILED, make_run
+from test_report_pictures import token_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -121,6 +122,27 @@ def test_a_doubted_number_is_doubted_in_its_figure_too(both: tuple[list[Path], s
     assert "doubted †" in texts(verdict)
     assert "dense" in texts(verdict)
     assert any("do not quote" in text for text in texts(verdict))
+
+
+def test_the_expert_of_each_patch_at_the_attacks_own_eps(tmp_path: Path) -> None:
+    run, _ = token_run(tmp_path)
+    views = collect([run])
+    made = [each for each in drawings(page(views), ["tokens"]) if "expert of each patch" in each.title]
+    assert made[0].title == "tokens: image 0, a airplane: the expert of each patch"
+    assert len(made) == 3
+    root = ElementTree.fromstring(made[0].svg)
+    assert [text for text in texts(made[0]) if "moved" in text] == [
+        "block 0: 2 of 17 items moved",
+        "block 1: nothing moved",
+    ]
+    grids = [each for each in root.iter(f"{SVG}g") if "scale" in each.get("transform", "")]
+    assert len(grids) == len(["clean", "attacked"]) * len(["block 0", "block 1"])
+    clean, attacked, *_ = ([text.text for text in each.iter(f"{SVG}text")] for each in grids)
+    assert [at for at, (was, now) in enumerate(zip(clean, attacked, strict=True)) if was != now] == [0, 5]
+    assert {attacked[0], attacked[5]} == {"2"}
+    assert all(each.find(f"{SVG}image") is not None for each in grids), "the image itself is in the file"
+    assert not list(root.iter(f"{SVG}use"))
+    assert "block 0, attacked: 15 items to expert 1, 2 items to expert 2; 2 moved" in made[0].alt
 
 
 # ----------------------------------------------------------------------------------------------------------- files

@@ -40,13 +40,15 @@ def drawings(page: str, runs: Sequence[str]) -> list[Drawing]:
     """Returns every figure of a report's page, in its order. ``runs``: the names of its runs."""
     made: list[Drawing] = []
     names: set[str] = set()
-    for section in parsed(page).iter("section"):
+    tree = parsed(page)
+    pictures = {picture.get("id", ""): picture for picture in tree.iter("image")}
+    for section in tree.iter("section"):
         run = runs[0] if len(runs) == 1 else ""
         for element in section.iter():
             text = words(element)
             if element.tag in ("h2", "h3") and any(text == name or text.startswith(f"{name}: ") for name in runs):
                 run = text
-            canvas = _drawn(element, section, run)
+            canvas = _drawn(element, section, run, pictures)
             if canvas is not None:
                 title = canvas.title if not run or canvas.title.startswith(run) else f"{run}: {canvas.title}"
                 name = _name(section.get("id", ""), title, names)
@@ -54,7 +56,7 @@ def drawings(page: str, runs: Sequence[str]) -> list[Drawing]:
     return made
 
 
-def _drawn(element: Element, section: Element, run: str) -> _Canvas | None:
+def _drawn(element: Element, section: Element, run: str, pictures: Mapping[str, Element]) -> _Canvas | None:
     kinds = element.get("class", "").split()
     if element.tag == "figure" and "bare" not in kinds and element.find(".//svg") is not None:
         return _figure(element)
@@ -62,6 +64,8 @@ def _drawn(element: Element, section: Element, run: str) -> _Canvas | None:
         return _heat(element)
     if element.tag == "div" and "strip" in kinds:
         return _strip(element)
+    if element.tag == "article" and element.find(".//svg[@class='patches']") is not None:
+        return _routes(element, pictures)
     if element.tag == "div" and "cards" in kinds and section.get("id") == "verdict":
         return _verdict(element, run)
     return None
@@ -278,7 +282,7 @@ def _strip(strip: Element) -> _Canvas:
     shots = [_at_own_eps(shot) for shot in strip.findall("article")]
     alt = " ".join(f"{words(shot.find(ABOUT))}." for shot in shots)
     canvas = _Canvas("Images before and after the attack", alt, 3 * (SHOT + 8) + 260)
-    for at, name in enumerate(words(span) for span in (shots[0].iterfind(".//div/span") if shots else ())):
+    for at, name in enumerate(words(span) for span in (list(shots[0].iterfind(".//div/span"))[:3] if shots else ())):
         canvas.write(name, at * (SHOT + 8), 12.0)
     canvas.height = 18.0
     for shot in shots:
@@ -292,14 +296,56 @@ def _strip(strip: Element) -> _Canvas:
     return canvas
 
 
-def _at_own_eps(element: Element) -> Element:
-    """Returns an element without what is shown at other eps alone, and without its routes."""
+def _at_own_eps(element: Element, routes: bool = False) -> Element:
+    """Returns an element without what is shown at other eps alone; its ``routes`` or the rest."""
     plain = Element(element.tag, element.attrib)
     plain.text, plain.tail = element.text, element.tail
     for part in element:
         kinds = part.get("class", "").split()
-        if "routes" not in kinds and ("at" not in kinds or "own" in kinds):
-            plain.append(_at_own_eps(part))
+        if ("routes" not in kinds or routes) and ("at" not in kinds or "own" in kinds):
+            plain.append(_at_own_eps(part, routes))
+    return plain
+
+
+def _routes(shot: Element, pictures: Mapping[str, Element]) -> _Canvas:
+    """Draws which expert gets each patch of one image, layer by layer, clean and under the attack at its own eps."""
+    shot = _at_own_eps(shot, routes=True)
+    drawn = [svg for svg in shot.iter("svg") if svg.get("class") == "patches"]
+    name = next(shot.iter("img")).get("alt", "").removesuffix(" before the attack").removesuffix(",")
+    canvas = _Canvas(
+        f"{name}: the expert of each patch", "; ".join(svg.get("aria-label", "") for svg in drawn), 3.8 * SHOT
+    )
+    for at, side in enumerate(("clean", "attacked")):
+        canvas.write(side, at * 1.9 * SHOT, 12.0)
+    canvas.height = 18.0
+    for layer in shot.iterfind(".//div[@class='layer-route']"):
+        name = words(layer.find("p/b"))
+        canvas.write(f"{name}:{words(layer.find('p')).removeprefix(name)}", 0.0, canvas.height + 13, look={})
+        canvas.height += 20
+        tall = 0.0
+        for at, svg in enumerate(layer.iter("svg")):
+            left, top, width, height = map(float, svg.get("viewbox", "0 0 1 1").split())
+            scale = 1.7 * SHOT / width
+            moved = f"translate({at * 1.9 * SHOT:g} {canvas.height:g}) scale({scale:.5g}) translate({-left:g} {-top:g})"
+            group = SubElement(canvas.body, "g", {"transform": moved})
+            group.extend([_patch(part, pictures) for part in svg])
+            tall = max(tall, scale * height)
+        canvas.height += tall + 10
+    return canvas
+
+
+def _patch(part: Element, pictures: Mapping[str, Element]) -> Element:
+    """Returns a part of a picture of patches: the image below them itself, and numbers in the middle of their patch."""
+    if part.tag == "use":
+        picture = pictures[part.get("href", "").removeprefix("#")]
+        place = {"width": "1", "height": "1", "preserveAspectRatio": "none", "opacity": ".34"}
+        look = {"transform": part.get("transform", ""), "href": picture.get("href", "")}
+        return Element("image", place | look | {"style": "image-rendering:pixelated"})
+    plain = _plain(part)
+    if part.tag == "text":
+        said = part.get("class") == "said"
+        look = {"font-size": part.get("font-size", ".46"), "font-weight": "400" if said else "600", "dy": ".16"}
+        plain.attrib |= look | (SOFT if said else MIDDLE | {"fill": VARIABLES["--ink"]})
     return plain
 
 
