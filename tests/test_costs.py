@@ -255,9 +255,11 @@ def test_the_printed_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert main(["list", "models", "--costs"]) == 0
     printed = capsys.readouterr().out
     assert printed == table(found) + "\n"
-    line = next(line for line in printed.splitlines() if line.startswith("resnet18 ")).split()
-    assert line[1:7] == ["32", "10", "11.174", "2.798", "5.565", "0.269"]
-    assert line[7:] == ["0.5554", "0.1393", "0.1517", "0.0406", "32", "25", "35"]
+    first, second, third = (line.split() for line in printed.splitlines() if line.startswith("resnet18 "))
+    assert first[1:] == ["32", "10", "11.174", "2.798", "5.565", "0.269"]
+    assert second[1:] == ["32", "0.5554", "0.1393", "0.1517", "0.0406", "32"]
+    assert third[1:] == ["32", "32", "25", "35"]
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("argv, got", [(["list", "--costs"], "no kind"), (["list", "attacks", "--costs"], "'attacks'")])

@@ -162,34 +162,42 @@ def rows() -> list[ArchitectureCosts]:
 
 
 COLUMNS = ("dense", "slim", "pathway", "router")
-HEAD = ["architecture", "pixels", "classes", *COLUMNS, *COLUMNS, "at", "slim", "pathway + router"]
-FIRST = {3: "million parameters", 7: "GMAC an image", 12: "% of dense GMAC"}
-"""What stands over some of the columns."""
-
-NOTE = """slim: every width halved. pathway: experts=2, ratio=0.5, without its router; its GMAC is one pathway's, for
-any number of experts. router: resnet20, at so many pixels (at 64 of 224: downsampled(resnet20, size=64)). GMAC: 10^9
+WHERE = ["architecture", "pixels", "classes"]
+NOTE = """slim: every width halved. pathway: experts=2, ratio=0.5, without its router;
+its GMAC is one pathway's, for any number of experts. router: resnet20, at so
+many pixels (at 64 of 224: downsampled(resnet20, size=64)). GMAC: 10^9
 multiply-adds of convolutions and linear layers."""
 
 
 def table(entries: list[ArchitectureCosts]) -> str:
-    """Returns the rows as lines of text."""
-    cells = [HEAD, *map(_cells, entries)]
+    """Returns the rows as lines of text, in three tables."""
+    parameters = [[*WHERE, *COLUMNS], *map(_parameters, entries)]
+    macs = [[*WHERE[:2], *COLUMNS, "at"], *map(_macs, entries)]
+    shares = [[*WHERE[:2], "at", "slim", "pathway + router"], *map(_shares, entries)]
+    titled = {"million parameters": parameters, "GMAC an image": macs, "% of dense GMAC": shares}
+    return "\n\n".join(["\n".join([title, *_lines(cells)]) for title, cells in titled.items()] + [NOTE])
+
+
+def _lines(cells: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    over = ""
-    for at, words in FIRST.items():
-        over = over.ljust(sum(widths[:at]) + 2 * at) + words
-    lines = [
+    return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in cells
     ]
-    return "\n".join([over, *lines, NOTE])
 
 
-def _cells(row: ArchitectureCosts) -> list[str]:
-    path, dense, slim = row.pathway, row.dense, row.slim
-    own = path.parameters - path.router_parameters
-    millions = [n / 1e6 for n in (dense.parameters, slim.parameters, own, path.router_parameters)]
-    gmacs = [n / 1e9 for n in (dense.macs, slim.macs, path.macs - path.router_macs, path.router_macs)]
-    cells = [row.architecture, str(row.image_shape[2]), str(row.num_classes)]
-    cells += [f"{n:.3f}" for n in millions] + [f"{n:.4f}" for n in gmacs] + [str(row.router_pixels)]
-    return [*cells, f"{row.slim_percent:.0f}", f"{row.pathway_percent:.0f}"]
+def _parameters(row: ArchitectureCosts) -> list[str]:
+    own = row.pathway.parameters - row.pathway.router_parameters
+    millions = [n / 1e6 for n in (row.dense.parameters, row.slim.parameters, own, row.pathway.router_parameters)]
+    return [row.architecture, str(row.image_shape[2]), str(row.num_classes), *(f"{n:.3f}" for n in millions)]
+
+
+def _macs(row: ArchitectureCosts) -> list[str]:
+    own = row.pathway.macs - row.pathway.router_macs
+    gmacs = [n / 1e9 for n in (row.dense.macs, row.slim.macs, own, row.pathway.router_macs)]
+    return [row.architecture, str(row.image_shape[2]), *(f"{n:.4f}" for n in gmacs), str(row.router_pixels)]
+
+
+def _shares(row: ArchitectureCosts) -> list[str]:
+    percents = [f"{row.slim_percent:.0f}", f"{row.pathway_percent:.0f}"]
+    return [row.architecture, str(row.image_shape[2]), str(row.router_pixels), *percents]

@@ -29,13 +29,16 @@ def said(line: EpochLine, epochs: int) -> str:
     """Returns the epoch's line for a person."""
     accuracies = {
         "train": line["train_accuracy"],
-        "val clean": line["val_clean"],
-        "val robust": line["val_robust"],
-        "val certified": line["val_certified"],
+        "val": line["val_clean"],
+        "robust": line["val_robust"],
+        "certified": line["val_certified"],
     }
-    shown = [f"{kind} {100 * rate:5.1f} %" for kind, rate in accuracies.items() if rate is not None]
-    return (
-        f"epoch {line['epoch']}/{epochs}  loss {' '.join(f'{loss:.3f}' for loss in line['loss'].values())}  "
-        f"{'  '.join(shown)}  {line['seconds']:.0f} s"
-        f"{'  best' if line['best'] else ''}"
-    )
+    shown = [f"{kind} {100 * rate:.1f}%" for kind, rate in accuracies.items() if rate is not None]
+    parts = [
+        f"epoch {line['epoch']}/{epochs}",
+        f"loss {' '.join(f'{loss:.3g}' for loss in line['loss'].values())}",
+        *shown,
+        f"{line['seconds']:.0f}s",
+        *(["best"] if line["best"] else []),
+    ]
+    return "  ".join(parts)
