@@ -54,6 +54,18 @@ def test_a_model_is_copied_once_and_stays_as_it_is(capsys: pytest.CaptureFixture
     assert (folder / "config.json").read_text() == "{}"
 
 
+def test_its_name_stands_for_a_run_in_python_too(tmp_path: Path) -> None:
+    name = "zoo:digits_pathway"
+    assert rm.load_model(name).training is False
+    results = rm.evaluate_run(name, attacks="fgsm(linf(0.1))", limit=4, curve=())
+    assert len(results[0].rows) == 4
+    assert rm.certify_run(name, certifiers="smoothing(sigma=0.25, n=10)", limit=1)[0].done
+    rm.export_run(name, tmp_path / "w.safetensors")
+    assert rm.report([name], tmp_path / "report.html").is_file()
+    with pytest.raises(rm.UserError, match="there is no model 'digits_pathwy' in the zoo; did you mean"):
+        rm.load_model("zoo:digits_pathwy")
+
+
 def test_a_folder_of_other_things_is_left_alone() -> None:
     Path("runs/zoo-digits_dense").mkdir(parents=True)
     Path("runs/zoo-digits_dense/notes.txt").write_text("mine")

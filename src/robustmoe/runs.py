@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from robustmoe import hub, zoo
 from robustmoe.errors import UserError, nearest
 
 
+def named(run: str | os.PathLike[str]) -> Path:
+    """Return the path of a run: that of zoo:NAME and hub:OWNER/NAME, which are copied into runs/, else what it says."""
+    if isinstance(run, str) and run.startswith(zoo.PREFIX):
+        return zoo.zoo_model(run)
+    if isinstance(run, str) and run.startswith(hub.PREFIX):
+        return hub.pull(run)
+    return Path(run)
+
+
 def run_folder(run: str, begun: bool = True) -> Path:
     """Return the run folder of that name. UserError where there is none, unless it is one that has not ``begun``."""
-    if run.startswith(zoo.PREFIX):
-        return zoo.zoo_model(run)
-    if run.startswith(hub.PREFIX):
-        return hub.pull(run)
-    folder = Path(run)
+    folder = named(run)
     if folder.is_dir() or not (begun or folder.exists()):
         return folder
     if folder.exists():

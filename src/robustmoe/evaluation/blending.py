@@ -53,6 +53,7 @@ from robustmoe.models.plain import as_routed
 from robustmoe.options import BlendOptions, takes
 from robustmoe.progress import first_process, note, progress
 from robustmoe.records import Blend, versions
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import read_weights, run_data, save_weights
 
 STEPS = 20
@@ -108,7 +109,7 @@ def blend_run(
     ``sharpen``: by default those of the dual run, else probabilities and none. ``seed``: of the attacks, unless the
     spec gives one.
     """
-    runs = [Path(run) for run in (standard, robust) if run is not None]
+    runs = [named(run) for run in (standard, robust) if run is not None]
     halves = halves_of(runs, options.mix, _sharpening(options))
     folder = out_of(runs, out)
     base = _base(options, threat_of(halves.config))

@@ -30,6 +30,7 @@ from robustmoe.noise import Noise
 from robustmoe.options import CertifyOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Certificates, Header, Proof, Records, versions
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import read_config
 
 
@@ -63,11 +64,12 @@ def certify_run(run: str | Path, *, options: CertifyOptions) -> Records[Certific
     By default the certifier is bounds over the ball that the run was trained for. Raises UserError where an attack on
     the same model, in ``RUN/rows``, breaks what is certified. Under torchrun every process does the whole work.
     """
-    certifiers = _certifiers(options, threat_of(read_config(Path(run))))
+    run = named(run)
+    certifiers = _certifiers(options, threat_of(read_config(run)))
     with on_run(run, options, float32=True) as session:
         certified = Records(Certifying(session, certifier).run() for certifier in certifiers)
     for record in certified:
-        assert_consistent_with_attacks(record, Path(run))
+        assert_consistent_with_attacks(record, run)
     return certified
 
 

@@ -56,6 +56,7 @@ from robustmoe.progress import progress
 from robustmoe.records import Answers, Dissection, Header
 from robustmoe.records.dissection import CLEAN
 from robustmoe.routing import Routing, Trace, detach, rerouted, to_expert
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import read_config
 
 STEPS = 20
@@ -207,7 +208,7 @@ def dissect_run(run: str | Path, *, options: DissectOptions) -> Dissection:
 
     The attack is by default PGD-20 at the threat the run was trained for. Raises UserError where `dissect` does.
     """
-    base = _base(options, threat_of(read_config(Path(run))))
+    base = _base(options, threat_of(read_config(named(run))))
     with on_run(run, options) as session:
         return _dissected(session, base)
 

@@ -38,6 +38,7 @@ from robustmoe.options import LipschitzOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Header, Lipschitz
 from robustmoe.records.lipschitz import MULTIPLES
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import read_config
 
 STEPS = 20
@@ -84,7 +85,7 @@ def lipschitz_run(run: str | Path, *, options: LipschitzOptions) -> Lipschitz:
     The attack is by default PGD-20 at the threat the run was trained for. ``seed``: also of every iteration's start.
     Raises UserError where `evaluate` does.
     """
-    attack = _attack(options, threat_of(read_config(Path(run))))
+    attack = _attack(options, threat_of(read_config(named(run))))
     with on_run(run, options, float32=True) as session:
         return _measured(session, attack)
 

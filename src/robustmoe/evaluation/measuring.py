@@ -37,6 +37,7 @@ from robustmoe.records import (
     read_examples,
     versions,
 )
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 CURVE_LIMIT = 256
@@ -86,7 +87,7 @@ def evaluate_run(
     ``curve`` is by default at a quarter to twice the attack's own radius (suites are never run again). Raises UserError
     where `evaluate` does.
     """
-    run = Path(run)
+    run = named(run)
     config = read_config(run)
     device = device_of(options)
     model = load_model(run, device)

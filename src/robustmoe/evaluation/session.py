@@ -37,6 +37,7 @@ from robustmoe.models.plain import Plain, as_routed, sharded
 from robustmoe.options import Options, SharedOptions
 from robustmoe.progress import first_process, note
 from robustmoe.records import Header, ObjectiveInfo, Record, RouterInfo, versions
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 Timed = TypeVar("Timed", bound=Record)
@@ -273,7 +274,7 @@ def on_run(run: str | Path, options: Any, float32: bool = False) -> Iterator[Ses
     ``float32``: weights in half precision are replaced by a float32 copy. UserError for what is no run folder, or one
     that another process writes.
     """
-    folder = Path(run)
+    folder = named(run)
     config = read_config(folder)
     with records.writing(folder), whole_float32():
         device = device_of(options)

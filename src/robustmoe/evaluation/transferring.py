@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from robustmoe.attacks import Attack, Surrogate, Wrapped, exact_of
 from robustmoe.errors import UserError
 from robustmoe.models import Output, RoutedModel
 from robustmoe.noise import Noise
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import load_model
 
 Stamp = tuple[tuple[str, int], ...]
@@ -59,7 +59,8 @@ def _answer(source: RoutedModel, x: Tensor, run: str) -> Tensor:
 
 def _stamp(run: str) -> Stamp:
     """Returns when the files of a run were written last: a run that is trained on is read again."""
-    files = [Path(run) / name for name in ("config.json", "model.safetensors")]
+    folder = named(run)
+    files = [folder / name for name in ("config.json", "model.safetensors")]
     return tuple((file.name, file.stat().st_mtime_ns) for file in files if file.exists())
 
 

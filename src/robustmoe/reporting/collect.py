@@ -25,6 +25,7 @@ from robustmoe.records import (
 from robustmoe.reporting.kept import Kept, kept
 from robustmoe.reporting.kinds import KINDS
 from robustmoe.reporting.panel import Shown
+from robustmoe.runs import named
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def collect(runs: Sequence[str | os.PathLike[str]]) -> list[RunView]:
     """Read every run; UserError if there is none, or one is not a run folder or nothing was measured in it."""
     if not runs:
         raise UserError("nothing to report: name at least one run folder")
-    folders = [Path(run) for run in runs]
+    folders = [named(run) for run in runs]
     plain = [folder.resolve().name for folder in folders]
     labels = [str(folder) if plain.count(name) > 1 else name for folder, name in zip(folders, plain, strict=True)]
     return [

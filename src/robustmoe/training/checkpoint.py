@@ -27,6 +27,7 @@ from robustmoe.progress import note
 from robustmoe.records import read_config, write_atomic
 from robustmoe.records.files import explained
 from robustmoe.records.weights import digest, is_whole, split
+from robustmoe.runs import named
 
 
 def save_weights(path: Path, state: dict[str, Tensor], spec: str) -> None:
@@ -119,7 +120,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> RoutedMod
     """The model of a run folder, in eval mode: the weights that were best on validation, or those that a model of a
     user's own brings. Needs no model flags.
     """
-    run = Path(run)
+    run = named(run)
     config = read_config(run)
     if "model" in (config.get("in_python") or ()):
         raise UserError(

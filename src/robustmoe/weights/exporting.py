@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from robustmoe.errors import UserError, nearest
 from robustmoe.records import read_config, write_atomic
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import load_model
 from robustmoe.weights.layouts import LAYOUTS
 from robustmoe.weights.loading import is_normalisation, notes
@@ -35,6 +36,7 @@ def export_run(run: str | Path, out: str | Path, layout: str | None = None) -> s
         raise UserError(f"{path}: expected an --out that ends in one of {endings}; without an ending it is a folder")
     if path.suffix == ".onnx" and layout is not None:
         raise UserError("an .onnx file holds the whole model, in no layout; leave --layout out")
+    run = named(run)
     config = read_config(run)
     chosen = layout if layout is not None else (config.get("imported") or {}).get("layout", "own")
     if chosen not in LAYOUTS:

@@ -22,6 +22,7 @@ from robustmoe.models.base import Output, RoutedModel
 from robustmoe.options import CheckOptions, takes
 from robustmoe.progress import progress
 from robustmoe.records import Audit, Check
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import load_model, read_config, run_data
 
 NOT_ASKED = "not asked for"
@@ -108,7 +109,7 @@ def check_run(run: str | Path, *, options: CheckOptions) -> Audit:
     run. Takes minutes on one thread.
     """
     _known(options.only)
-    folder = Path(run)
+    folder = named(run)
     config = read_config(folder)
     where = provenance.pick_device(options.device)
     model = load_model(folder, where)
