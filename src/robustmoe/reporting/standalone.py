@@ -344,7 +344,11 @@ def _patch(part: Element, pictures: Mapping[str, Element]) -> Element:
     plain = _plain(part)
     if part.tag == "text":
         said = part.get("class") == "said"
-        look = {"font-size": part.get("font-size", ".46"), "font-weight": "400" if said else "600", "dy": ".16"}
+        look = {
+            "font-size": ".36" if part.get("class") == "long" else ".46",
+            "font-weight": "400" if said else "600",
+            "dy": ".16",
+        }
         plain.attrib |= look | (SOFT if said else MIDDLE | {"fill": VARIABLES["--ink"]})
     return plain
 
