@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ class Audited:
     folder: Path
     results: Records[Evaluation]
     unwrapped: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.results), *self._beside()])
+
+    def _repr_html_(self) -> str:
+        """Returns the results as the report shows them, for a notebook."""
+        return "".join(f"<p>{escape(line)}</p>" for line in self._beside()) + self.results._repr_html_()
+
+    def _beside(self) -> list[str]:
+        unseen = [f"routing was seen, but not wrapped: {self.unwrapped}"] if self.unwrapped else []
+        return [*unseen, f"run folder: {self.folder}"]
 
 
 @takes(AuditOptions)

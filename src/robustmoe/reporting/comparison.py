@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from robustmoe.analysis import ImagesLeft, Paired, Rate, Spread, paired, paired_bootstrap, welch, worst_images
@@ -165,7 +166,9 @@ class RunComparison:
         return "\n".join([*lines, *(line for note in self.notes for line in wrapped(note, "note: "))]).rstrip()
 
     def _repr_html_(self) -> str:
-        return "".join(grid_html(grid) for grid in self.grids())
+        tables = "".join(grid_html(grid) for grid in self.grids())
+        said = [*self.verdicts(), *(f"note: {note}" for note in self.notes)]
+        return f"<p>{escape(self.setting)}</p>{tables}" + "".join(f"<p>{escape(line)}</p>" for line in said)
 
     def numbers(self) -> dict[str, object]:
         """Returns everything as plain JSON: each run's shares, and the differences."""

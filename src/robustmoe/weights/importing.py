@@ -29,6 +29,9 @@ class Imported(NamedTuple):
     loaded: Loaded
     inputs: Inputs
 
+    def __repr__(self) -> str:
+        return f"{self.loaded}\nimages: {self.inputs}\nrun folder: {self.folder}"
+
 
 @takes(ImportOptions)
 def import_run(file: str | Path, model: str, *, options: ImportOptions, out: str | Path) -> Imported:

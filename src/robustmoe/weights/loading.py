@@ -43,6 +43,8 @@ class Loaded:
                 lines.append(f"  {len(names)} {said}, such as {names[0]!r}")
         return "\n".join([*lines, *(f"note: {sentence}" for sentence in self.notes)])
 
+    __repr__ = __str__
+
 
 def load_weights(
     model: nn.Module,
