@@ -414,9 +414,12 @@ def test_list_recipes_and_what_one_of_them_says(capsys: pytest.CaptureFixture[st
         file.stem for file in files
     ]
     assert max(map(len, said.splitlines())) <= 80
+    assert " ".join(said.split()).count(" GMAC an image and pass") == len(files)
+    assert "not said" not in said
     assert main(["list", "digits_hard_moe"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "certified(linf(0.1), stability=0.3, balance=0.1); 60 epochs A hard-routed MoE of two networks" in said
+    assert "balance=0.1); 60 epochs; 0.0001 GMAC an image and pass, 0.05 M parameters; result: smaller runs" in said
+    assert "A hard-routed MoE of two networks" in said
     assert "robustmoe train digits_hard_moe robustmoe certify runs/digits_hard_moe" in said
     assert main(["train", "nope"]) == 2
     assert "robustmoe list recipes has them all" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -105,8 +106,19 @@ _BESIDES = {
 
 def _recipe_entry(file: Path) -> str:
     recipe = recipes.load_recipe(file)
-    text = f"{recipe.data}: {recipe.model}; {recipe.method}; {recipe.epochs} epochs"
+    text = f"{recipe.data}: {recipe.model}; {recipe.method}; {recipe.epochs} epochs; {_told(file)}"
     return _wrapped(file.stem, text)
+
+
+def _told(file: Path) -> str:
+    """Returns what the head of a recipe says of its cost, its time and what came of it."""
+    words = " ".join(recipes.words(file).split())
+    macs, weights = re.search(r"Cost: ([\d.]+ GMAC)", words), re.search(r"([\d.]+ M) parameters", words)
+    result = re.search(r"Result: (.*?)\.(?= |$)", words)
+    cost = f"{macs[1]} an image and pass" if macs else "cost not said"
+    size = f", {weights[1]} parameters" if weights else ""
+    timed = ", not timed" if "Not timed" in words else ""
+    return f"{cost}{size}{timed}; result: {result[1] if result else 'not said'}"
 
 
 def _claimed(claim: recipes.Claim) -> str:
