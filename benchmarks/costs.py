@@ -47,6 +47,8 @@ MODELS = {
 
 
 SHAPES = {
+    "digits": (10, (1, 8, 8)),
+    "fashion_mnist": (10, (1, 28, 28)),
     "cifar10": (10, (3, 32, 32)),
     "cifar100": (100, (3, 32, 32)),
     "tiny_imagenet": (200, (3, 64, 64)),

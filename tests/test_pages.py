@@ -116,7 +116,7 @@ def cost_faults(text: str, name: str, numbers: dict[str, dict[str, int]]) -> lis
         return ["no sentence on the cost that can be read"]
     own, dense = numbers[name], numbers.get(re.sub(r"_(advmoe|at_\w+)$", "_at_dense", name), {"macs": 1})
     true = {
-        "macs": f"{own['macs'] / 1e9:.3f}",
+        "macs": f"{own['macs'] / 1e9:.{4 if own['macs'] < 1e6 else 3}f}",
         "router": f"{own['router_macs'] / 1e9:.3f}",
         "share": f"{100 * own['macs'] / dense['macs']:.0f}",
         "dense": f"{dense['macs'] / 1e9:.3f}",
