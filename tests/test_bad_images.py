@@ -83,6 +83,18 @@ def test_headers_are_looked_at_before_anything_is_decoded(root: Path, monkeypatc
         folder(root).verify()
 
 
+def test_the_headers_of_every_split_come_before_anything_is_decoded(root: Path) -> None:
+    """Also those of the last one; and damage in several splits is told of together."""
+    tests = sorted((root / "test").rglob("*.jpg"))
+    truncated(sorted((root / "train").rglob("*.jpg"))[3])
+    resized(tests[0])
+    with pytest.raises(UserError, match=rf"^{tests[0]} is 12 x 20 pixels"):
+        folder(root).verify()
+    truncated(tests[5])
+    with pytest.raises(UserError, match=r"train/.* cannot be read .*; .*test/.* cannot be read"):
+        folder(root, size=8).verify()
+
+
 def test_a_header_that_is_longer_than_what_is_read_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_HEAD", 20)
     folder(root).verify()

@@ -103,6 +103,8 @@ def pull(name: str, out: str | os.PathLike[str] | None = None, revision: str | N
 
 def _check_room(folder: Path, by_default: bool) -> None:
     """UserError unless a run can start in the folder, or an earlier pull there was stopped: config.json comes last."""
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder} already holds a run; choose another --out")
     stopped = {path.name for path in contents(folder)} <= {CARD, "model.safetensors"}
     if not (by_default and stopped and folder.is_dir()):
         check_folder(folder, resume=False)

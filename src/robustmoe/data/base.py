@@ -77,6 +77,9 @@ class ImageSet(ABC):
         """
         return permutation(len(self), *key)[: steps * batch_size]
 
+    def glance(self) -> None:  # noqa: B027, no work for most sets
+        """`UserError` for what the headers of its files show of images that cannot be used, in seconds."""
+
     def verify(self) -> None:  # noqa: B027, no work for most sets
         """`UserError` for an image that cannot be read. Nothing to do for images in memory: they have been read."""
 
@@ -177,9 +180,19 @@ class Data:
     std: tuple[float, ...]
 
     def verify(self) -> None:
-        """`UserError` for the first image, of any split, that cannot be read (see `ImageSet.verify`)."""
-        for part in (self.train, self.val, self.test):
-            part.verify()
+        """`UserError` for images, of any split, that cannot be used: what headers show in all splits comes before
+        anything is decoded (see `ImageSet.glance` and `ImageSet.verify`).
+        """
+        parts = (self.train, self.val, self.test)
+        for looks in ([part.glance for part in parts], [part.verify for part in parts]):
+            wrong = []
+            for look in looks:
+                try:
+                    look()
+                except UserError as error:
+                    wrong.append(str(error))
+            if wrong:
+                raise UserError("; ".join(wrong))
 
     @property
     def num_classes(self) -> int:

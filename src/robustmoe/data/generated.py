@@ -97,6 +97,9 @@ class WithGenerated(ImageSet):
         """Returns a set of some of the real images alone."""
         return self.real.subset(positions)
 
+    def glance(self) -> None:
+        self.real.glance()
+
     def verify(self) -> None:
         self.real.verify()
 

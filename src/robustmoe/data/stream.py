@@ -227,7 +227,7 @@ class Streamed(ImageSet):
         self.files = files
         self.zoom = zoom
         self._shape = shape
-        self._verified = False
+        self._glanced = self._verified = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -249,7 +249,7 @@ class Streamed(ImageSet):
         where = as_positions(positions)
         files = [self.files[i] for i in where.tolist()]
         some = Streamed(self.root, files, self.labels[where], self._shape, self.zoom, self.index[where])
-        some._verified = self._verified
+        some._glanced, some._verified = self._glanced, self._verified
         return some
 
     def in_memory(self) -> InMemory:
@@ -260,24 +260,31 @@ class Streamed(ImageSet):
             self.verify()  # which counts all that cannot be used
             raise
 
+    def glance(self) -> None:
+        """`UserError` for files that are no image or of another size, all of them counted, by their headers alone."""
+        if not self._glanced:
+            self._look("looking at the image files", glance)
+            self._glanced = True
+
     def verify(self) -> None:
-        """`UserError` for files that cannot be used, all of them counted: first by their headers, so that what is no
-        image or of another size is told in seconds, then by reading them. Each file is read once, by one of the
-        processes; the set remembers that it was.
+        """`UserError` for files that cannot be used, all of them counted: those that `glance` sees, or else those that
+        cannot be read. Each file is read once, by one of the processes; the set remembers that it was.
         """
-        if self._verified:
-            return
+        if not self._verified:
+            self.glance()
+            self._look("reading the image files once", verify)
+            self._verified = True
+
+    def _look(self, what: str, look: Callable[..., None]) -> None:
         mine = torch.arange(len(self))[distributed.rank() :: distributed.world()]
-        for what, look in (("looking at the image files", glance), ("reading the image files once", verify)):
-            bad: list[tuple[Path, UserError]] = []
-            with progress(len(mine), what, unit="images") as bar:
-                for places in mine.split(_A_LOT):
-                    files = [self.root / self.files[i] for i in places.tolist()]
-                    bad += _failures(files, functools.partial(look, shape=self._shape, zoom=self.zoom))
-                    bar.advance(len(files))
-            if bad:
-                raise _told(bad, len(mine))
-        self._verified = True
+        bad: list[tuple[Path, UserError]] = []
+        with progress(len(mine), what, unit="images") as bar:
+            for places in mine.split(_A_LOT):
+                files = [self.root / self.files[i] for i in places.tolist()]
+                bad += _failures(files, functools.partial(look, shape=self._shape, zoom=self.zoom))
+                bar.advance(len(files))
+        if bad:
+            raise _told(bad, len(mine))
 
     def _contents(self) -> Iterator[Any]:
         yield repr(self.zoom).encode()
