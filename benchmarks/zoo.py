@@ -1,6 +1,7 @@
 """Makes the zoo: trains each model into a run folder, attacks it, and writes it and its card into the package.
 
 python benchmarks/zoo.py --out DIR --cifar10 DIR [--only NAME ...] [--train]
+python benchmarks/zoo.py --table                       # what the cards say: docs/results/zoo.json
 
 Some two hours on one CPU thread; a model that is trained or attacked is not done again. ``--train`` stops before the
 attacks. The attacks are the package's defaults, on the first 1,000 test images (of transformers 200); certificates of
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from results import described
+from results import RESULTS, described, write
 from robustmoe import demo, zoo
 from robustmoe.analysis import groups, worst_case
 from robustmoe.evaluation import certify_run, evaluate_run
@@ -180,13 +181,35 @@ def ship(name: str, folder: Path, told: dict[str, Any]) -> None:
     (place / zoo.CARD).write_text(json.dumps(told, indent=1) + "\n")
 
 
+def table() -> None:
+    """Writes docs/results/zoo.json: what the cards say, in per cent."""
+    cards = zoo.cards()
+    numbers = {
+        card.name: {
+            "clean": 100 * card.clean / card.n,
+            "worst": 100 * card.worst / card.n,
+            "certified": 100 * card.certified / card.certified_n if card.certified_n else None,
+            "n": card.n,
+            "kilobytes": (zoo.FOLDER / card.name / "model.safetensors").stat().st_size / 1e3,
+        }
+        for card in cards
+    }
+    made = [{"name": card.name, "commit": card.commit, "hardware": card.hardware} for card in cards]
+    seeds = sorted({read_config(zoo.FOLDER / card.name)["seed"] for card in cards})
+    write(RESULTS / "zoo.json", described("python benchmarks/zoo.py --table", seeds=seeds), numbers, models=made)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
     parser.add_argument("--cifar10", default="cifar10", help="the folder of CIFAR-10")
     parser.add_argument("--only", nargs="*", help="these models alone")
     parser.add_argument("--train", action="store_true", help="stop before the attacks")
+    parser.add_argument("--table", action="store_true", help="write docs/results/zoo.json of the cards, and stop")
     args = parser.parse_args()
+    if args.table:
+        table()
+        return
     torch.set_num_threads(1)
     source = described("python benchmarks/zoo.py")
     recipes = {name: each for name, each in entries(args.cifar10).items() if not args.only or name in args.only}

@@ -129,8 +129,9 @@ def _claimed(claim: recipes.Claim) -> str:
 
 def _zoo_entry(card: zoo.ZooModel) -> str:
     rates = f"clean {100 * card.clean / card.n:.1f} %, worst of {len(card.attacks)} {100 * card.worst / card.n:.1f} %"
-    proven = f", certified {100 * card.certified / card.certified_n:.1f} %" if card.certified_n else ""
-    text = f"{card.about}: {card.model}; {rates}{proven} of {card.n} images of {card.data} in {card.threat}, at "
+    share = 100 * card.certified / max(card.certified_n, 1)
+    proven = f" (certified {share:.1f} % of the first {card.certified_n})" if card.certified_n else ""
+    text = f"{card.about}: {card.model}; {rates} of {card.n} images of {card.data} in {card.threat}{proven}, at "
     text += card.commit[:7]
     return _wrapped(card.name, text)
 
