@@ -399,6 +399,16 @@ def test_every_radius_that_is_claimed_verifies_on_its_own(how: Bounding) -> None
             assert not again.reason
 
 
+def test_what_is_told_of_routes_and_reasons_is_of_eps_not_of_the_last_radius_of_the_search() -> None:
+    model, x = lively("hard"), random_images(12, 3)
+    asked, searched = (certified(model, x, Bounds(linf(0.02), "ibp", search=search)) for search in (0, 5))
+    assert [one[3:] for one in searched] == [one[3:] for one in asked]
+    assert {one.reachable for one in asked} == {1, 2}
+    smaller = [one for one in searched if 0 < one.radius < 0.02]
+    assert smaller
+    assert all("not proven to say" in one.reason for one in smaller)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["hard", "soft", "dual", "top_2"])
 def test_intervals_never_certify_more_in_a_larger_ball(name: str, norm: str) -> None:

@@ -133,7 +133,7 @@ class Bounds(Searched):
         for each in leaves(part):
             check(record(each, x), each, (x + self.eps * (2 * noise.uniform(*x.shape[1:]).to(x) - 1)).clamp(0.0, 1.0))
         asked = torch.full((len(x),), self.eps, dtype=torch.float64)  # in float32 0.03 is less than 0.03
-        worst = self._worst(part, x, asked, y)
+        at_eps = worst = self._worst(part, x, asked, y)  # what is told of routes and reasons is of this radius
         proven = worst.proven(y).cpu()
         radius = torch.where(proven, asked, 0.0)
         above = torch.where(proven, self.up * asked, asked)
@@ -149,10 +149,10 @@ class Bounds(Searched):
                 int(y[i]),
                 float(radius[i]),
                 rule[i],
-                int(worst.reached[i].sum()),
-                float(worst.stable[i]),
-                "" if proven[i] else reason(worst, i, int(y[i])),
-                int((worst.reached[i] & worst.held[i]).sum()),
+                int(at_eps.reached[i].sum()),
+                float(at_eps.stable[i]),
+                "" if proven[i] else reason(at_eps, i, int(y[i])),
+                int((at_eps.reached[i] & at_eps.held[i]).sum()),
             )
             for i in range(len(x))
         ]
