@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import struct
@@ -132,6 +133,18 @@ def test_a_number_that_more_images_change_is_a_further_step(tmp_path: Path, kept
     worst = [value for (tag, _), value in sorted(kept.runs["pathway"].items()) if tag.endswith("/worst")]
     assert len(worst) == 2
     assert worst[0] > worst[1]
+
+
+def test_losses_that_are_no_numbers_are_sent_once_too(tmp_path: Path, kept: Kept) -> None:
+    run = make_run(tmp_path, attacks=(), curve=False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, loss in zip(lines, (math.nan, math.inf, -math.inf, 1e39, -1e300, 1e-300)):
+        line["loss"]["experts"] = loss
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    track([run], "tensorboard", None, follow=False)
+    as_kept = {key: ctypes.c_float(value).value for key, value in kept.runs["pathway"].items()}
+    kept.runs["pathway"] = as_kept  # as TensorBoard gives them back
+    assert "0 new points" in track([run], "tensorboard", None, follow=False)
 
 
 def test_a_run_is_followed_until_its_writer_is_gone(

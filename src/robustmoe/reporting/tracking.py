@@ -4,9 +4,10 @@ Training knows no tracker: whoever may read the run folder can follow it, at any
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import re
-import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ def _send_measured(each: _Following) -> None:
 
 def _same(a: float, b: float) -> bool:
     """Whether two numbers are equal as 32-bit floats, which is what TensorBoard keeps."""
-    return a == b or struct.pack("f", a) == struct.pack("f", b)
+    x, y = ctypes.c_float(a).value, ctypes.c_float(b).value
+    return x == y or (math.isnan(x) and math.isnan(y))
 
 
 def _said(each: _Following) -> str:
