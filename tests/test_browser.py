@@ -159,6 +159,16 @@ def test_without_a_script_all_is_there(name: str, reports: dict[str, Path], chro
     assert len(words[False, WIDE]) > 400
 
 
+def test_many_runs_fit(tmp_path: Path, chromium: Any) -> None:
+    runs = [test_report.make_run(tmp_path, name=f"run-{at}-of-a-long-name", n=20) for at in range(7)]
+    path = rm.report(runs, tmp_path / "many.html")
+    for width in (320, PHONE, 700, WIDE):
+        for script in (True, False):
+            with Tab(chromium, path, width, script=script) as page:
+                assert overflow(page) <= 0, (width, script)
+                assert page.locator("h1").inner_text() == "7 runs on cifar10"
+
+
 def test_tables_are_sorted_by_their_heads(reports: dict[str, Path], chromium: Any) -> None:
     numbers = json.loads(reports["trained"].with_suffix(".json").read_text())["runs"]
     clean = {run["run"]: run["clean"]["value"] for run in numbers}
