@@ -149,7 +149,8 @@ def _transformer(model: str, attack: str, size: str, epochs: int, common: dict[s
 
 def card(name: str, folder: Path, source: dict[str, Any]) -> dict[str, Any]:
     """Attacks (and certifies) a trained run, and returns what its card says."""
-    data, _, kind = name.partition("_") if name.startswith("digits") else name.rpartition("_")
+    data = next(each for each in SIZES if name.startswith(each))
+    kind = name.removeprefix(f"{data}_")
     config = read_config(folder)
     results = evaluate_run(folder, attacks=(), limit=LIMITS.get(kind, 1000), curve=())
     worst = worst_case([(result.header, result.rows) for result in groups(results)[0]])
