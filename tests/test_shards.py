@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,7 +76,11 @@ def test_merged_shards_are_what_one_machine_does(shared: Path, tmp_path: Path) -
     ]
     assert certify_run(whole, certifiers=BOUNDS, **WORK)[0].rows == proven.rows
     assert merge(shards(shared), whole)  # again: nothing changes
-    assert read(whole / "rows" / pgd.name).rows == alone.rows
+    text = (whole / "rows" / pgd.name).read_bytes()
+    for end in (len(text), 1, text.index(b"\n") + 9):  # and after a kill
+        (whole / "rows" / pgd.name).write_bytes(text[:end])
+        assert merge(shards(shared), whole)
+        assert read(whole / "rows" / pgd.name).rows == alone.rows
 
 
 def test_what_does_not_make_a_whole_is_refused(shared: Path, tmp_path: Path) -> None:
@@ -97,6 +102,36 @@ def test_what_does_not_make_a_whole_is_refused(shared: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match=said):
             merge([a, other / folder, c], tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+def test_shards_of_another_model_or_other_batches_are_refused(shared: Path, tmp_path: Path) -> None:
+    a, b, c = shards(shared)
+    run = shutil.copytree(shared / "run", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "model": "small_cnn"}))
+    with pytest.raises(UserError, match=r"is not the run of the shards: they are of .*, .*run small_cnn; choose"):
+        merge([a, b, c], run)
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "rows").mkdir()
+    head = rows_files(shared / "one")[0].read_text().splitlines(keepends=True)[0]
+    hashed = read(rows_files(shared / "one")[0]).header.model_hash
+    (run / "rows" / "other.jsonl").write_text(head.replace(hashed, "0" * 64))
+    with pytest.raises(UserError, match=r"is not the run of the shards: they are of .* with other weights; choose"):
+        merge([a, b, c], run)
+
+    other = shutil.copytree(b, tmp_path / "other")
+    for file in rows_files(other):
+        file.write_text(file.read_text().replace('"batch_size":4', '"batch_size":3'))
+    with pytest.raises(
+        UserError, match=r"is not a shard of .*: their (batch sizes are 3 and 4|headers differ in batch)"
+    ):
+        merge([a, other, c], tmp_path / "out")
+
+    many = shutil.copytree(a, tmp_path / "many")
+    for file in rows_files(many):
+        file.write_text(file.read_text().replace('"shard":"1/3"', '"shard":"1/999999"'))
+    with pytest.raises(UserError, match=r"there is no 2/999999, no 3/999999, no 4/999999, no 5/999999 \.\.\.; name"):
+        merge([many], tmp_path / "out")
 
 
 def test_a_shard_that_is_not_finished_or_overlaps_is_refused(shared: Path, tmp_path: Path) -> None:
@@ -126,12 +161,24 @@ def test_on_the_command_line(shared: Path, tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["merge", *folders, "--out", str(run)]) == 0
     assert f"next: robustmoe evaluate {run}" in capsys.readouterr().out
     assert cli.main(["evaluate", str(run), *work]) == 0
+    capsys.readouterr()
+    shard = ["--shard", "1/2", "--limit", "8", "--batch-size", "4", "--certifier", BOUNDS]
+    assert cli.main(["certify", str(run), *shard]) == 0
+    assert f"written to {run}/shard-1-of-2/certificates; robustmoe merge joins" in capsys.readouterr().out
     for arguments, said in (
         (["evaluate", str(run), "--shard", "3/2"], "shard is such as 2/3, the second of three; got '3/2'"),
         (["evaluate", str(run), "--shard", "half"], "shard is such as 2/3, the second of three; got 'half'"),
-        (["evaluate", str(run), "--shard", "2/3", "--limit", "4", *work[2:]], "shard 2/3 has no image: 4 images are 1"),
+        (
+            ["evaluate", str(run), "--shard", "2/3", "--limit", "4", *work[2:]],
+            "shard 2/3: 4 images are 1 batch of 4, so",
+        ),
+        (["certify", str(run), "--shard", "1/3", "--limit", "4", "--batch-size", "4"], "so that not each of 3 shards"),
+        (["evaluate", str(run), "--shard", "01/02", *work], "shard is such as 2/3, the second of three; got '01/02'"),
+        (["evaluate", str(run), "--shard", "１/2", *work], "shard is such as 2/3, the second of three; got '１/2'"),
+        (["merge", *folders, str(run / "shard-9"), "--out", str(run)], "shard-9 has no shard; `robustmoe evaluate"),
         (["evaluate", str(run), "--shard", "1/2", "--curve", "0.1", *work], "a curve takes what all shards found"),
-        (["merge", folders[0], "--out", str(tmp_path / "new")], "of its 2 shards there is no 2/2"),
+        (["merge", folders[0], "--out", str(run)], "of its 2 shards there is no 2/2"),
+        (["merge", *folders, "--out", str(tmp_path / "new")], "there is no run folder"),
         (["merge", *folders], "expected --out"),
     ):
         assert cli.main(arguments) == 2

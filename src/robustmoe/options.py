@@ -175,8 +175,8 @@ class SharedOptions(Options):
     @property
     def share(self) -> tuple[int, int]:
         """Which share of how many, from 1; the whole is (1, 1)."""
-        match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if self.shard is None else self.shard)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        match = re.fullmatch("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", "1/1" if self.shard is None else self.shard)
+        if match is None or int(match[1]) > int(match[2]):
             raise UserError(f"shard is such as 2/3, the second of three; got {self.shard!r}")
         return int(match[1]), int(match[2])
 

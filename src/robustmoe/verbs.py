@@ -238,7 +238,8 @@ def certify(target: Target, options: CertifyOptions) -> str:
     certified = certify_run(folder, options=options)
     results = [records.read(path) for path in records.rows_files(folder)]
     tables = "\n\n".join(text(record, results) for record in certified)
-    return f"{tables}\n\nwritten to {folder / 'certificates'}; report shows it"
+    then = "report shows it" if options.shard is None else "robustmoe merge joins the shards"
+    return f"{tables}\n\nwritten to {options.folder(folder) / 'certificates'}; {then}"
 
 
 def sweep(target: Target, options: SweepOptions) -> str:
@@ -298,7 +299,7 @@ def merge(
         raise UserError("expected --out: the run folder that the whole goes into, such as --out runs/a")
     from robustmoe import records
 
-    files = records.merge(folders, out)
+    files = records.merge(folders, run_folder(out))
     lines = [*(f"whole: {file}" for file in files)] or ["all of it is there already"]
     return "\n".join([*lines, f"next: robustmoe evaluate {out}, for the checks of the whole"])
 

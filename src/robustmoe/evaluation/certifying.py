@@ -17,7 +17,7 @@ from robustmoe.certification import Bounds, Certificate, Certifier, build_certif
 from robustmoe.data import Batch, ImageSet
 from robustmoe.errors import UserError
 from robustmoe.evaluation.choosing import files_of, spec_or_repr, threat_of
-from robustmoe.evaluation.engine import in_share
+from robustmoe.evaluation.engine import assert_shared, in_share
 from robustmoe.evaluation.meters import Clock
 from robustmoe.evaluation.session import (
     Images,
@@ -67,6 +67,7 @@ def certify_run(run: str | Path, *, options: CertifyOptions) -> Records[Certific
     run = named(run)
     certifiers = _certifiers(options, threat_of(read_config(run)))
     with on_run(run, options, float32=True) as session:
+        assert_shared(len(session.images), options.batch_size, options.share)
         certified = Records(Certifying(session, certifier).run() for certifier in certifiers)
     for record in certified:
         assert_consistent_with_attacks(record, run)

@@ -108,6 +108,16 @@ def in_share(n: int, batch_size: int, share: Share) -> list[int]:
     return [at for at in range(n) if at // batch_size % of == number - 1]
 
 
+def assert_shared(n: int, batch_size: int, share: Share) -> None:
+    """UserError where one of the shares, of this machine or another, has no image: they could not be merged."""
+    batches = -(-n // batch_size)
+    if share[1] > max(batches, 1):
+        raise UserError(
+            f"shard {share[0]}/{share[1]}: {n} images are {batches} {'batch' if batches == 1 else 'batches'} of "
+            f"{batch_size}, so that not each of {share[1]} shards has an image; take fewer, or a smaller --batch-size"
+        )
+
+
 class BatchResult(NamedTuple):
     """What came out of one batch: rows, the images that are still to be attacked, images to look at, passes."""
 

@@ -131,12 +131,10 @@ def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluatio
 
 
 def _shareable(options: EvaluateOptions, n: int) -> None:
-    """UserError for a share that has no images, or a curve, which takes what all shares found."""
+    """UserError where a share has no images, or for a curve, which takes what all shares found."""
     if options.shard is not None and options.curve:
         raise UserError("a curve takes what all shards found; leave --curve out, merge them, and evaluate the whole")
-    if not engine.in_share(n, options.batch_size, options.share):
-        most = -(-n // options.batch_size)
-        raise UserError(f"shard {options.shard} has no image: {n} images are {most} batches of {options.batch_size}")
+    engine.assert_shared(n, options.batch_size, options.share)
 
 
 def _shown(rows: Path, whole: Evaluation) -> frozenset[int]:

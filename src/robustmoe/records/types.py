@@ -122,7 +122,7 @@ class Header:
     certified_hash: str = ""
     files: dict[str, str] = field(default_factory=dict)
     resumed: list[Resumed] = field(default_factory=list)
-    shard: Annotated[str, Meta(pattern=r"^([1-9]\d*(/[1-9]\d*| shards))?$")] = ""
+    shard: Annotated[str, Meta(pattern="^([1-9][0-9]{0,5}(/[1-9][0-9]{0,5}| shards))?$")] = ""
     kind: Literal["header"] = field(default="header", kw_only=True)
     version: Literal[3] = field(default=VERSION, kw_only=True)
 
