@@ -55,6 +55,22 @@ def starting(
     return model
 
 
+def test_a_model_of_the_zoo_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    zoo = load_model("zoo:digits_dense").state_dict()
+    mixture = "ensemble(resnet8(width=16), experts=2, router=linear)"
+    for init, spec, name in (
+        ("zoo:digits_dense", "resnet8(width=16)", "network.stem.weight"),
+        ("experts.1 = zoo:digits_dense", mixture, "experts.1.stem.weight"),
+    ):
+        model = build_model(spec, 10, (1, 8, 8), (0.5,), (0.5,), seed=99)
+        start_from(model, init)
+        assert torch.equal(model.state_dict()[name], zoo["network.stem.weight"])
+    for init in ("zoo:nothing", "experts.1=zoo:nothing"):
+        with pytest.raises(UserError, match="there is no model 'nothing' in the zoo"):
+            start_from(model, init)
+
+
 @torch.no_grad()
 def test_a_dense_run_fills_every_expert(
     made: Callable[..., Path], images: Callable[..., Tensor], capsys: pytest.CaptureFixture[str]

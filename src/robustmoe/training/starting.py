@@ -18,6 +18,7 @@ from robustmoe.models.pruned import reset_scores
 from robustmoe.models.tokens import Experts
 from robustmoe.models.vit import Positioned, resample_positions
 from robustmoe.progress import note
+from robustmoe.runs import named
 from robustmoe.training.checkpoint import other_kind, read_weights, run_weights
 
 
@@ -33,7 +34,7 @@ def start_from(model: RoutedModel, init: str | Path) -> None:
     """Weights that training starts from into a fresh model; what they do not name stays as it is. Says with `note` what
     went where.
 
-    ``init``: a run folder, a safetensors file (timm's names fit our `ViT`), or sources of parts of the model,
+    ``init``: a run folder (or zoo:NAME), a safetensors file (timm's names fit our `ViT`), or sources of parts of the model,
     "standard=runs/std, robust=runs/rt", a part being a module's path. Where a tensor's name is one of the model's (or
     the part's), it goes there. Where none is, the weights are of a network inside: they fill every submodule that has
     all of their names (``head.`` apart), such as each expert of an ensemble, all of which then start equal (as in
@@ -67,7 +68,7 @@ _PART = r"\s*[A-Za-z_][\w.]*\s*="
 def _sources(init: str) -> list[tuple[str, Path]]:
     """(part, path) of each source; the part "" is the whole model."""
     if os.path.exists(init) or not re.match(_PART, init):
-        return [("", Path(init))]
+        return [("", named(init))]
     sources: dict[str, Path] = {}
     for piece in re.split(rf",(?={_PART})", init):
         part, path = (text.strip() for text in piece.split("=", 1))
@@ -75,7 +76,7 @@ def _sources(init: str) -> list[tuple[str, Path]]:
             raise UserError(f"init: {part!r} has no source; expected {part}=RUN or {part}=FILE.safetensors")
         if part in sources:
             raise UserError(f"init: the part {part!r} is named twice; expected each part once")
-        sources[part] = Path(path)
+        sources[part] = named(path)
     return list(sources.items())
 
 
