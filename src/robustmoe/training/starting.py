@@ -34,7 +34,7 @@ def start_from(model: RoutedModel, init: str | Path) -> None:
     """Weights that training starts from into a fresh model; what they do not name stays as it is. Says with `note` what
     went where.
 
-    ``init``: a run folder (or zoo:NAME), a safetensors file (timm's names fit our `ViT`), or sources of parts of the model,
+    ``init``: a run folder, also zoo:NAME, a safetensors file (timm's names fit our `ViT`), or sources of parts,
     "standard=runs/std, robust=runs/rt", a part being a module's path. Where a tensor's name is one of the model's (or
     the part's), it goes there. Where none is, the weights are of a network inside: they fill every submodule that has
     all of their names (``head.`` apart), such as each expert of an ensemble, all of which then start equal (as in
