@@ -18,7 +18,7 @@ from objective_infos import JOINT
 from robustmoe import cli
 from robustmoe import hub as module
 from robustmoe.errors import UserError
-from robustmoe.hub import parsed
+from robustmoe.hub import folder_of, parsed
 from robustmoe.records.weights import model_of
 from robustmoe.reporting.sharing import model_card, share
 from test_report import R1_FAILED, make_run
@@ -65,9 +65,25 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_what_a_name_on_the_hub_is() -> None:
     assert parsed("hub:me/a.b-c_d") == ("me/a.b-c_d", None)
     assert parsed("me/x@v1.0") == ("me/x", "v1.0")
-    for wrong in ("me", "hub:me", "a/b/c", "me/x@", "me/x y", "../x/y", ""):
+    unlike = ("../..", "me/..", "-me/x", "me/x.", "mé/x", "me--you/x", "me/x@..", "me/x@a/../b", f"me/{'x' * 97}")
+    for wrong in ("me", "hub:me", "a/b/c", "me/x@", "me/x y", "../x/y", "", *unlike):
         with pytest.raises(UserError, match=r"expected OWNER/NAME, or OWNER/NAME@REVISION"):
             parsed(wrong)
+
+
+def test_no_two_repositories_share_a_folder() -> None:
+    names = [
+        ("a-b/c", None),
+        ("a/b-c", None),
+        ("a/b", "c"),
+        ("a/b", "c/d"),
+        ("a/b", "c-d"),
+        ("a/b-c", "d"),
+        ("a/b", None),
+    ]
+    folders = [folder_of(*name) for name in names]
+    assert len(set(folders)) == len(names)
+    assert {folder.parent for folder in folders} == {Path("runs")}
 
 
 def test_a_card_says_what_its_reader_types(evaluated: Path, tmp_path: Path) -> None:
@@ -117,7 +133,7 @@ def test_a_run_comes_back_equal_to_the_byte(evaluated: Path, server: Hub, capsys
         assert (Path("theirs") / name).read_bytes() == (evaluated / name).read_bytes() == files[name]
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(rm.load_model(rm.pull("me/digits"))(x), rm.load_model(evaluated)(x))
-    assert rm.pull("me/digits") == Path("runs/hub-me-digits"), "once: it is there"
+    assert rm.pull("me/digits") == Path("runs/hub-me--digits"), "once: it is there"
     capsys.readouterr()
     assert cli.main(["evaluate", "hub:me/digits", "--attack", "fgsm(linf(0.1))", "--limit", "2"]) == 0
     assert cli.main(["pull", "me/digits", "--out", "theirs"]) == 2
@@ -224,7 +240,7 @@ def test_who_may_not_write_is_told(
 @outgoing
 def test_a_pull_that_was_stopped_goes_on(evaluated: Path, server: Hub) -> None:
     assert cli.main(["push", str(evaluated), "me/digits"]) == 0
-    folder = Path("runs/hub-me-digits")
+    folder = Path("runs/hub-me--digits")
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"half")
     assert rm.load_model(rm.pull("me/digits")) is not None

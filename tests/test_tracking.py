@@ -111,7 +111,8 @@ def test_nothing_is_sent_twice_and_other_numbers_are_refused(tmp_path: Path, kep
     assert {step for tag, step in kept.runs["pathway"] if tag.startswith("loss/")} == {1, 2}
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(left)
-    said = track([run], "tensorboard", None, follow=False)
+    said = track([run, run / ".." / run.name], "tensorboard", None, follow=False)  # named twice
+    assert said.count("new points") == 1
     assert {key: value for key, value in kept.runs["pathway"].items() if not key[0].startswith(MEASURED)} == points_of(
         run
     )

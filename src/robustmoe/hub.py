@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from robustmoe import spec
 from robustmoe.errors import UserError
@@ -32,15 +33,24 @@ LARGEST = {"config.json": 1 << 20, CARD: 1 << 24}
 """Bytes that a text may have which was written elsewhere."""
 
 _OURS = {*FILES, CARD, ".gitattributes"}
-_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_WORD = "[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?P<repo>{_WORD}/{_WORD})(?:@(?P<revision>[A-Za-z0-9_./-]+))?")
+_LONGEST = 96
+"""Characters of NAME, by the hub's rules; "--" and ".." are not in OWNER/NAME."""
 
 
 def parsed(name: str) -> tuple[str, str | None]:
     """Returns repository and revision of OWNER/NAME or OWNER/NAME@REVISION, with or without "hub:"."""
     match = _NAME.fullmatch(name.removeprefix(PREFIX))
-    if match is None:
-        raise UserError(f"{name!r} names nothing on the hub; expected OWNER/NAME, or OWNER/NAME@REVISION")
+    if match is None or ".." in name or "--" in match["repo"] or len(match["repo"].partition("/")[2]) > _LONGEST:
+        raise UserError(f"{name!r:.120} names nothing on the hub; expected OWNER/NAME, or OWNER/NAME@REVISION")
     return match["repo"], match["revision"]
+
+
+def folder_of(repo: str, revision: str | None = None) -> Path:
+    """Returns where a repository is pulled to by default. No two share a folder: neither holds "--" nor "@"."""
+    at = f"@{quote(revision, safe='')}" if revision else ""
+    return Path("runs") / f"hub-{repo.replace('/', '--')}{at}"
 
 
 def push_folder(folder: Path, repo: str, public: bool, message: str) -> str:
@@ -76,14 +86,13 @@ def pull(name: str, out: str | os.PathLike[str] | None = None, revision: str | N
     extra ``hub``).
 
     ``revision``: a branch, tag or commit (default: main); OWNER/NAME@REVISION says the same. The files go to ``out``,
-    by default runs/hub-OWNER-NAME, once: a folder that has them already is returned as it is, and what is measured is
+    by default runs/hub-OWNER--NAME, once: a folder that has them already is returned as it is, and what is measured is
     written there beside them. UserError where the repository is no robustmoe run, or a file is damaged."""
     repo, said = parsed(name)
     if said and revision and said != revision:
         raise UserError(f"{name} and revision {revision} are two revisions; expected one of them")
     revision = revision or said
-    plain = f"hub-{repo}" + (f"-{revision}" if revision else "")
-    folder = Path(out) if out is not None else Path("runs") / plain.replace("/", "-")
+    folder = Path(out) if out is not None else folder_of(repo, revision)
     if out is None and (folder / "config.json").is_file():
         _check(folder, str(folder))
         return folder

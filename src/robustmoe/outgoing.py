@@ -59,7 +59,7 @@ def push(
 
 def pull(
     repo: Annotated[str, "what: OWNER/NAME, or OWNER/NAME@REVISION", Mark.POSITIONAL],
-    out: Annotated[str | None, "the run folder (default: runs/hub-OWNER-NAME)"] = None,
+    out: Annotated[str | None, "the run folder (default: runs/hub-OWNER--NAME)"] = None,
     revision: Annotated[str | None, "a branch, a tag or a commit (default: main)"] = None,
 ) -> str:
     """Get a run that was pushed to the Hugging Face hub.

@@ -59,6 +59,7 @@ def track(runs: Sequence[Path], to: str, out: str | None, follow: bool) -> str:
 
     What the tracker has already is not sent again. UserError where a folder is no run, the tracker is not installed or
     does not answer, or it has other numbers under the run's name."""
+    runs = list({folder.resolve(): folder for folder in runs}.values())  # each once
     _wait_for([folder for folder in runs if follow and not (folder / "config.json").is_file()])
     configs = [_config(folder) for folder in runs]
     plain = [folder.resolve().name for folder in runs]
