@@ -184,6 +184,8 @@ def test_verdict_says_what_is_wrong() -> None:
     assert judged.warned == ("G5 end: Rising.",)
     assert judged.incomplete == ("pgd(linf(8/255), steps=50), seed 1: 2 of 4 images",)
     assert not judged.trusted
+    shared = judge([Evaluation(make_header(shard="1/2"), outcomes("1100")[:2], bad)])
+    assert shared.incomplete == ("pgd(linf(8/255), steps=50): 2 of 4 images (shard 1/2; robustmoe merge joins all)",)
     unfinished = judge([Evaluation(make_header(), outcomes("1100"), None)])
     assert unfinished.incomplete == ("pgd(linf(8/255), steps=50): not finished, its checks were not run",)
 

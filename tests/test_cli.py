@@ -192,6 +192,7 @@ def test_a_worker_does_not_refuse_the_folder_the_first_process_made_and_is_silen
         ("blend runs/one runs/two", r"there is no run folder 'runs/two'; .*"),
         ("analyze runs/one", "'runs/one' has no rows yet; robustmoe evaluate runs/one makes them"),
         ("list atack", r"unknown kind or name 'atack'; did you mean 'attack'.*"),
+        ("list digits_densee", r"unknown kind or name .*; did you mean 'digits_dense'.*, recipes, zoo, layouts"),
         ("--verbose", "unknown verb '--verbose'; .*"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from robustmoe import spec
+from robustmoe import recipe, spec
 from robustmoe.cli import main
 from robustmoe.spec.hints import signature_of
 from robustmoe.spec.meanings import cited, first_sentence, meaning, sentences
@@ -61,6 +61,8 @@ def test_the_other_lists_fit_80_columns(beside: str, capsys: pytest.CaptureFixtu
 def test_every_example_is_taken() -> None:
     """But for those of the user's own folders and files, and data sets, which would be loaded."""
     assert EXAMPLES.keys() == spec.TABLES.keys()
+    trained = {words[2] for words in map(str.split, EXAMPLES.values()) if words[:2] == ["robustmoe", "train"]}
+    assert trained <= {file.stem for file in recipe.every()}
     for kind, name, thing in EVERY:
         call = call_of(name, thing)
         if kind != "data" and "path/to" not in call and "runs/" not in call and "my_file" not in call:

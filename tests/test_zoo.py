@@ -90,6 +90,9 @@ def test_the_zoo_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out
     assert all(f"  {card.name}\n" in said for card in CARDS)
     assert max(map(len, said.splitlines())) <= 80
+    for name in ("digits_dense", "zoo:digits_dense"):
+        assert cli.main(["list", name]) == 0
+        assert capsys.readouterr().out.strip() in said
     assert cli.main(["evaluate", "zoo:digits_dens", "--limit", "2"]) == 2
     assert "there is no model 'digits_dens' in the zoo; did you mean 'digits_dense'" in capsys.readouterr().err
     arguments = ["--limit", "4", "--curve", "none", "--attack", "fgsm(linf(0.1))"]

@@ -69,17 +69,24 @@ def list_names(
     if file := next((file for file in recipes.every() if file.stem == kind), None):
         told = [*recipes.words(file).split("\n\n"), *map(_claimed, recipes.claims(file))]
         return "\n".join([_recipe_entry(file), *map(_paragraph, told)])
+    if card := next((card for card in zoo.cards() if card.name == kind.removeprefix(zoo.PREFIX)), None):
+        return _zoo_entry(card)
     kinds = [name for name in spec.TABLES if kind in (name, _plural(name))]
     if kinds:
         return "\n".join([_plural(kinds[0]), *map(_entry, spec.describe(kinds[0]))])
     everything = {name: load() for name, load in spec.TABLES.items()}
     pages = [spec.explain(name, kind) for name, table in everything.items() if kind in table]
     if not pages:
-        guess, _, _ = nearest(
-            kind, {*spec.TABLES, *(name for table in everything.values() for name in table)}
-        ).partition("known:")
-        raise UserError(f"unknown kind or name {kind!r}; {guess}the kinds: {', '.join(map(_plural, spec.TABLES))}")
+        names = {name for table in everything.values() for name in table}
+        raise _unknown(kind, names | {file.stem for file in recipes.every()} | {card.name for card in zoo.cards()})
     return "\n\n".join(pages)
+
+
+def _unknown(kind: str, names: set[str]) -> UserError:
+    """Returns the answer to what is neither a kind nor one of the ``names``."""
+    guess, _, _ = nearest(kind, {*spec.TABLES, *_BESIDES, *names}).partition("known:")
+    kinds = ", ".join([*map(_plural, spec.TABLES), *_BESIDES])
+    return UserError(f"unknown kind or name {kind!r}; {guess}the kinds: {kinds}")
 
 
 def _recipes() -> list[str]:

@@ -46,7 +46,8 @@ def judge(results: Sequence[Evaluation], audit: Audit | None = None) -> Verdict:
     incomplete: list[str] = []
     for name, (header, rows, checks) in zip(names([result.header for result in results]), results, strict=True):
         if len(rows) < header.n:
-            incomplete.append(f"{name}: {len(rows)} of {header.n} images")
+            shard = f" (shard {header.shard}; robustmoe merge joins all)" if "/" in header.shard else ""
+            incomplete.append(f"{name}: {len(rows)} of {header.n} images{shard}")
         elif checks is None:
             incomplete.append(f"{name}: not finished, its checks were not run")
         for check in checks.checks if checks is not None else ():

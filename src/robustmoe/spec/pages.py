@@ -39,7 +39,7 @@ GIVEN = {
 EXAMPLES = {
     "model": 'robustmoe train digits_hard_moe --model "{}"',
     "sharpening": 'robustmoe blend runs/standard runs/robust --sharpen "{}"',
-    "data": 'robustmoe train cifar10_dense_at --data "{}"',
+    "data": 'robustmoe train cifar10_small_dense_at --data "{}"',
     "attack": 'robustmoe evaluate runs/digits --attack "{}"',
     "threat": 'robustmoe audit runs/digits --threat "{}"',
     "objective": 'robustmoe evaluate runs/digits --attack "pgd(linf(8/255), objective={})"',
