@@ -19,7 +19,7 @@ measuring = importlib.import_module("robustmoe.evaluation.measuring")
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ROUTED", "DENSE", "PROVABLE"):
         recipe = getattr(demo, name)
-        attacks = recipe.attacks or tuple(f"pgd({demo.EPS}, steps=20, seed={seed})" for seed in range(4))
+        attacks = recipe.attacks or (f"pgd({demo.EPS}, steps=20)",)
         quick = tuple(attack.replace("steps=20", "steps=1, keep=first") for attack in attacks[:3])
         quick += tuple(attack.replace("steps=20", "steps=1") for attack in attacks[3:])
         changes = {
@@ -45,7 +45,7 @@ def test_demo_makes_three_runs_and_one_report_and_goes_on_where_it_was(tmp_path:
     main = {
         run: [f for f in files if not f.name.endswith(("curve.jsonl", "examples.jsonl"))] for run, files in rows.items()
     }
-    assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 4, "certified": 4}
+    assert {run: len(files) for run, files in main.items()} == {"pathway": 4, "dense": 1, "certified": 4}
     rows_then = read(main["dense"][0]).rows
     assert len(rows_then) == 359
     proofs = {run: Certificates.read_all(tmp_path / "demo" / run) for run in demo.RUNS}

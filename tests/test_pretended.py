@@ -47,13 +47,14 @@ QUICK = {
     "fmn": ["fmn(linf(0.1), steps=3)", "fmn(l2(0.5), steps=3)"],
     "route_flip": ["route_flip(linf(0.1), steps=2)"],
     "expert_transition": ["expert_transition(linf(0.1), steps=2)"],
-    "route_beam": ["route_beam(linf(0.1), steps=2)"],
+    "route_beam": ["route_beam(linf(0.1), steps=1, beam=2, candidates=4)"],
     "other_routes": ["other_routes(linf(0.1), steps=2)"],
     "through": ["through(soft(1.0), pgd(linf(0.1), steps=2))", "through(straight_through, pgd(linf(0.1), steps=2))"],
     "bf16": ["bf16(pgd(linf(0.1), steps=2))"],
     "folded": ["folded(pgd(linf(0.1), steps=2))"],
     "noisy": ["noisy(pgd(linf(0.1), steps=2))"],
 }  # fmt: skip
+LINEAR = "ensemble(linear, experts=3, router=linear, gate=straight_through)"
 PARTS = ("autoattack", "autoattack_routing")
 """Suites of the others."""
 
@@ -187,14 +188,14 @@ def test_a_whole_evaluation(name: str, tiny: Callable[..., RoutedModel], images:
 
 def test_every_check(there: Callable[..., tuple[RoutedModel, Tensor, Tensor]]) -> None:
     with Pretending():
-        model, x, y = there("ensemble_straight")
+        model, x, y = there(LINEAR)
         answers = checks.deep(
-            model, Batch(x[:4], y[:4], torch.arange(4)).to(DEVICE), [build_attack("pgd(linf(0.05), steps=2)")]
+            model, Batch(x[:4], y[:4], torch.arange(4)).to(DEVICE), [build_attack("pgd(linf(0.05), steps=1)")]
         )
     assert [answer.id for answer in answers] == checks.ids()
 
 
-@pytest.mark.parametrize("name", ["ensemble_straight", "dual"])
+@pytest.mark.parametrize("name", [LINEAR, "dual"])
 def test_the_laboratory(name: str, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
     model, x, y = tiny(name), images(8), torch.arange(8) % 4
     with Pretending():
