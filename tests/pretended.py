@@ -29,7 +29,6 @@ FACTORIES = {
     "tril_indices", "triu_indices", "hann_window", "complex", "range", "normal",
 }  # fmt: skip
 MOVES = {"to", "cpu", "type", "pin_memory"}
-TO_HOST = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose", "is_nonzero"}
 SIZED_BY_VALUES = {"nonzero", "masked_select", "bincount", "unique2", "_unique2", "unique_consecutive", "unique_dim"}
 _GET_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 FREE = {"copy_", "_to_copy", "lift_fresh", "detach", "alias", "set_"}

@@ -14,6 +14,7 @@ from robustmoe.attacks import ATTACKS, Attack, build_attack
 from robustmoe.data import Batch
 from robustmoe.evaluation import checks
 from robustmoe.models import DualModel, RoutedModel, ViTMoEModel, build_model
+from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 from robustmoe.training import MiniBatch, build_method, train_step
 from test_direct_calls import CALLS
@@ -119,6 +120,8 @@ def test_what_judges_takes_no_tf32_and_puts_it_back(
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     try:
         rm.evaluate(told, images(2), torch.tensor([0, 1]), attacks="fgsm(linf(0.1))")
+        batch = Batch(images(2), torch.tensor([0, 1]), torch.arange(2))
+        checks.deep(as_routed(told), batch, [build_attack("fgsm(linf(0.1))")], only=("H2",))
         assert torch.backends.cudnn.allow_tf32
         assert torch.backends.cuda.matmul.allow_tf32
     finally:

@@ -10,7 +10,8 @@ from robustmoe.errors import UserError, nearest
 
 
 def named(run: str | os.PathLike[str]) -> Path:
-    """Return the path of a run: that of zoo:NAME and hub:OWNER/NAME, which are copied into runs/, else what it says."""
+    """Return the path of a run: that of zoo:NAME and hub:OWNER/NAME, which are copied into runs/, else what it says.
+    UserError where the zoo or the hub has none of that name."""
     if isinstance(run, str) and run.startswith(zoo.PREFIX):
         return zoo.zoo_model(run)
     if isinstance(run, str) and run.startswith(hub.PREFIX):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,21 +171,22 @@ class EvaluationWork:
     wanted: frozenset[int] | None = None
     share: Share = (1, 1)
 
-    def __len__(self) -> int:
-        """How many images are to be done here."""
-        return len(in_share(len(self.images), self.batch_size, self.share))
+    @cached_property
+    def here(self) -> list[tuple[int, int]]:
+        """Position and index of the images that are to be done here."""
+        index = self.images.index.tolist()
+        return [(at, index[at]) for at in in_share(len(index), self.batch_size, self.share)]
 
     def left(self, stage: WorkStage, ledger: Ledger) -> list[int]:
         """The positions of the images that ``stage`` has still to do, in the order of the set (once all stages before
         it are done).
         """
         passed = ledger.passed.get(stage.name, ())
-        index = self.images.index.tolist()
         chosen = None if self.plan.suite or stage.attack is not None else self.plan.certified
         return [
             position
-            for position in in_share(len(index), self.batch_size, self.share)
-            if (at := index[position]) not in ledger.survived and at not in passed and (chosen is None or at in chosen)
+            for position, index in self.here
+            if index not in ledger.survived and index not in passed and (chosen is None or index in chosen)
         ]
 
     def ahead(self, ledger: Ledger, now: WorkStage) -> int:
@@ -231,7 +232,7 @@ class EvaluationWork:
 def run(work: EvaluationWork, ledger: Ledger, writer: Writer | None, peers: Peers, clock: Clock, name: str) -> None:
     """Does all that is left. ``writer`` is the first process's; ``clock``: what it read last is written already."""
     live = all(stage.cost for stage in work.plan.stages if stage.attack is not None)
-    total = ledger.queries + work.ahead(ledger, work.plan.stages[0]) if live else len(work)
+    total = ledger.queries + work.ahead(ledger, work.plan.stages[0]) if live else len(work.here)
     with progress(total, name, unit="passes" if live else "images") as bar:
         bar.advance(ledger.queries if live else len(ledger.survived))
         work.meter.bar = bar if live else None
@@ -245,7 +246,7 @@ def run(work: EvaluationWork, ledger: Ledger, writer: Writer | None, peers: Peer
                     bar.expect(ledger.queries + work.ahead(ledger, stage))
                 else:
                     bar.advance(sum(len(result.rows) for result in results))
-                bar.say(_progress_text(work.plan, ledger, len(work), stage))
+                bar.say(_progress_text(work.plan, ledger, len(work.here), stage))
     if ledger.show and writer is not None:
         records.write_examples(records.examples_path(writer.path), [])
 

@@ -4,9 +4,10 @@ asked. The model itself says what is broken (see `Surrogate`), so a copy can cos
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -163,3 +164,19 @@ def _bf16(model: RoutedModel) -> RoutedModel:
         elif isinstance(module, nn.Conv2d | nn.Linear):
             module.to(torch.bfloat16)
     return made
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside, float32 products on CUDA are of float32: TF32, which convolutions take by default, keeps 10 bits of their
+    24, and an image's verdict would depend on the batch that it stands in. What is set is put back.
+    """
+    places: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, value in zip(places, before):
+            place.allow_tf32 = value

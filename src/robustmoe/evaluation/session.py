@@ -30,7 +30,7 @@ from robustmoe.evaluation import checks
 from robustmoe.evaluation.choosing import files_of, spec_or_repr
 from robustmoe.evaluation.engine import Plan, plan_of
 from robustmoe.evaluation.meters import Clock, Meter
-from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32
+from robustmoe.evaluation.precision import Precision, frozen_copy, in_float32, whole_float32
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.models.foreign import awaited, blaming, blaming_backward, check_classes, require_weights, to_eval
 from robustmoe.models.plain import Plain, as_routed, sharded
@@ -338,22 +338,6 @@ def images_of(x: Any, y: Labels, num_classes: int | None, split: str = "test") -
         raise UserError("images were given without labels; expected y, one integer an image")
     x, labels = (ordinary(value) if isinstance(value, Tensor) else value for value in (x, y))
     return from_arrays(x, labels, num_classes)
-
-
-@contextlib.contextmanager
-def whole_float32() -> Iterator[None]:
-    """Inside, float32 products on CUDA are of float32: TF32, which convolutions take by default, keeps 10 bits of their
-    24, and an image's verdict would depend on the batch that it stands in. What is set is put back.
-    """
-    places: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [place.allow_tf32 for place in places]
-    try:
-        for place in places:
-            place.allow_tf32 = False
-        yield
-    finally:
-        for place, value in zip(places, before):
-            place.allow_tf32 = value
 
 
 @contextlib.contextmanager

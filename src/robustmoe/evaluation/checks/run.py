@@ -18,6 +18,7 @@ from robustmoe.evaluation.checks.fingerprints import fingerprint, weights_hash
 from robustmoe.evaluation.checks.registry import CHECKS, Answer, Registered, ids, not_run
 from robustmoe.evaluation.checks.subject import Finished, Subject
 from robustmoe.evaluation.choosing import attacks_for, seeded, spec_or_repr, threat_of
+from robustmoe.evaluation.precision import whole_float32
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.options import CheckOptions, takes
 from robustmoe.progress import progress
@@ -69,7 +70,8 @@ def deep(
     asked = ids("model", "attack")
     order = [FIRST, *(id for id in asked if id not in (FIRST, LAST)), LAST]
     checks: dict[str, Check] = {}
-    with evaluating(model), looked_at(), torch.no_grad(), progress(len(order), "checks", unit="checks") as bar:
+    bars = progress(len(order), "checks", unit="checks")
+    with evaluating(model), looked_at(), whole_float32(), torch.no_grad(), bars as bar:
         case = Subject.of(model, attacks, batch, seed, run, fingerprint(model))
         for id in order:
             bar.say(id)
