@@ -41,9 +41,11 @@ from robustmoe.spec import build
 from robustmoe.training import load_model
 
 if __package__:
+    from benchmarks.bounds_reference import theirs
     from benchmarks.pgd import digits_net
     from benchmarks.results import RESULTS, described, write
 else:
+    from bounds_reference import theirs
     from pgd import digits_net
     from results import RESULTS, described, write
 
@@ -185,31 +187,54 @@ def statistics_rows() -> dict[str, Row]:
     return {"mean_std": Row(lambda: mean_std(images), {"float64_sums": summed}, lambda new, old: bool(new == old))}
 
 
+def crown_networks() -> dict[str, tuple[nn.Sequential, tuple[int, ...], int]]:
+    """Untrained ReLU networks in float64 by name, with the shape and the number of their images."""
+
+    def of(*layers: nn.Module) -> nn.Sequential:
+        return (
+            nn.Sequential(*[part for layer in layers[:-1] for part in (layer, nn.ReLU())], layers[-1]).double().eval()
+        )
+
+    def last(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(inputs, outputs))
+
+    conv = nn.Conv2d
+    two = (conv(3, 16, 4, 2, 1), conv(16, 32, 4, 2, 1))
+    four = (conv(3, 16, 3, 1, 1), conv(16, 16, 4, 2, 1), conv(16, 32, 3, 1, 1), conv(32, 32, 4, 2, 1))
+    return {
+        "crown_mlp": (of(last(784, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)), (1, 28, 28), 32),
+        "crown_two": (of(*two, last(512, 100), nn.Linear(100, 10)), (3, 16, 16), 16),
+        "crown_four": (of(*four, last(2048, 10)), (3, 32, 32), 2),
+    }
+
+
 def crown_rows() -> dict[str, Row]:
-    """CROWN on four convolutions of 3x32x32, two images, linf 8/255, beside 256 MiB at a time and every layer bounded
-    anew.
-    """
+    """CROWN at linf 2/255, margins of the predicted class, beside whole maps of coefficients and beside auto_LiRPA."""
     torch.manual_seed(0)
-    shapes = ((3, 8, 2), (8, 8, 1), (8, 16, 2), (16, 16, 1))
-    layers = [part for i, o, step in shapes for part in (nn.Conv2d(i, o, 3, step, 1), nn.ReLU())]
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10)).double().eval()
-    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    ball = Ball(x, "linf", torch.full((2,), 8 / 255, dtype=x.dtype))
-    rows = torch.eye(10, dtype=x.dtype)[:, None].expand(-1, 2, -1)
+    return {name: crown_row(*each) for name, each in crown_networks().items()}
+
+
+def crown_row(network: nn.Sequential, shape: tuple[int, ...], images: int) -> Row:
+    x = 0.3 + 0.4 * torch.rand(images, *shape, dtype=torch.float64)  # theirs do not keep to the box [0, 1]
+    ball = Ball(x, "linf", torch.full((images,), 2 / 255, dtype=x.dtype))
+    unit = torch.eye(10, dtype=x.dtype)
+    rows = unit[network(x).argmax(1)][None] - unit[:, None]
 
     @torch.no_grad()
     def new() -> Tensor:
-        return Bounded(record(network, x), ball, "crown").lower(rows)
+        slope, offset = Bounded(record(network, x), ball, "crown").linear(rows)
+        return ball.lowest(slope) + offset
 
-    def old() -> Tensor:
-        with (
-            mock.patch.object(bounds, "MEMORY", 256 * 2**20),
-            mock.patch.object(bounds, "reached_in_a_box", return_value=set()),
-        ):
+    def maps() -> Tensor:
+        with mock.patch.object(bounds.Patches, "units", bounds._units):
             return new()
 
+    old: dict[str, Work] = {"whole_maps": maps} if any(isinstance(m, nn.Conv2d) for m in network) else {}
+    with contextlib.suppress(ImportError):
+        lirpa: Any = importlib.import_module("auto_LiRPA")
+        old["auto_lirpa"] = lambda: theirs(lirpa, network, ball, rows, "CROWN").T
     close: Callable[[Tensor, Tensor], bool] = lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-10)  # noqa: E731
-    return {"crown": Row(new, {"every_layer_256_mib": old}, close)}
+    return Row(new, old, close)
 
 
 def route_rows() -> dict[str, Row]:

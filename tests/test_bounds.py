@@ -138,7 +138,8 @@ def test_an_activation_lies_between_its_bounds_and_its_lines_on_every_interval(n
     assert (values >= bounds.lower - 1e-12).all()
     assert (values <= bounds.upper + 1e-12).all()
     assert ((values.amin(0) - bounds.lower) <= 1.1e-3 + 0.1 * (upper - lower)).all()  # near, on short intervals
-    low, low_offset, high, high_offset = operation.lines(lower, upper)
+    low, offset, high, high_offset = operation.lines(lower, upper)
+    low_offset = 0.0 if offset is None else offset
     assert (values >= low * at + low_offset - 1e-12).all()
     assert (values <= high * at + high_offset + 1e-12).all()
     gap = (high - low) * 0.5 * (lower + upper) + high_offset - low_offset

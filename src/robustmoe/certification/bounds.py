@@ -15,12 +15,20 @@ from torch import Tensor
 
 from robustmoe.attacks.threat import Norm
 from robustmoe.certification.graph import Graph, Node
-from robustmoe.certification.operations import Affine, Interval, Operation, Round
+from robustmoe.certification.nonlinear import Elementwise
+from robustmoe.certification.operations import Adding, Affine, Cast, Convolution, Interval, Operation, Round, Scaling
+from robustmoe.certification.patches import Coefficients, Patches, along, count, dense, dot, flat, plus, sizes
 from robustmoe.models.norm import full_precision
 
 Bounding = Literal["ibp", "crown_ibp", "crown"]
 """How: intervals alone; linear bounds of the result, whose relaxations come from intervals (Zhang et al. 2020); linear
 bounds of every layer (Zhang et al. 2018)."""
+
+KEEPING = (Scaling, Cast, Adding, Elementwise)
+"""Operations whose output at a place of a map depends on the inputs at that place."""
+
+WHOLE = (2**20, 2**20)
+"""A window larger than any map."""
 
 MEMORY = 32 * 2**20
 """Bytes of coefficients held at a time, about: more would not stay in a CPU's cache (twice as slow at 256 MiB)."""
@@ -49,7 +57,7 @@ class Ball:
         ball = Round(self.x, torch.ones_like(self.x), self.eps) if self.norm == "l2" else None
         return Interval((self.x - eps).clamp(min=0.0), (self.x + eps).clamp(max=1.0), ball)
 
-    def lowest(self, slope: Float[Tensor, "s n ch h w"]) -> Float[Tensor, "s n"]:
+    def lowest(self, slope: Coefficients) -> Float[Tensor, "s n"]:
         """The minimum over the ball of the sum of slope times image: exact in linf; in l2 exact but for the steps of a
         search, and never above the minimum.
 
@@ -57,17 +65,19 @@ class Ball:
         is a lower bound (weak duality); m is searched by bisection, and m = 0 and no box are tried too.
         """
         box = self.box
-        sign = slope >= 0
-        cube = (slope * torch.where(sign, box.lower, box.upper)).flatten(2).sum(2)
+        cube = _lowest(slope, box)
         if self.norm == "linf":
             return cube
-        at = (slope * self.x).flatten(2).sum(2)
-        plain = at - self.eps * torch.linalg.vector_norm(slope.flatten(2), dim=2)
-        return torch.maximum(torch.maximum(cube, plain), at + self._priced(slope.flatten(2), box))
+        values, x = flat(slope), along(slope, self.x)
+        low, high = along(slope, box.lower) - x, along(slope, box.upper) - x
+        at = dot(slope, self.x)
+        plain = at - self.eps * torch.linalg.vector_norm(values, dim=2)
+        return torch.maximum(torch.maximum(cube, plain), at + self._priced(values, low, high))
 
-    def _priced(self, slope: Tensor, box: Interval) -> Tensor:
-        """The best of the bounds of `lowest` by weak duality, without slope . x; for slopes (s, n, pixels)."""
-        low, high = (box.lower - self.x).flatten(1), (box.upper - self.x).flatten(1)
+    def _priced(self, slope: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The best of the bounds of `lowest` by weak duality, without slope . x; for slopes (s, n, pixels) and steps
+        between ``low`` and ``high``.
+        """
         budget = self.eps.square()
         with torch.no_grad():
             size = torch.linalg.vector_norm(slope, dim=2)
@@ -109,24 +119,24 @@ class Bounded:
         """slope . x + offset, below the sum of ``rows`` times the outputs everywhere in the ball."""
         with full_precision(rows):
             left, offset = self._pull(self.graph.output, rows, through=True)
-        return left[self.graph.image], offset
+        return dense(left[self.graph.image]), offset
 
     def _lower(self, node: Node, rows: Tensor) -> Tensor:
         left, bound = self._pull(node, rows, through=False)
         for each, above in left.items():
-            bound = bound + _least(above, self.interval[each], self.ball if each is self.graph.image else None)
+            bound = bound + _least(dense(above), self.interval[each], self.ball if each is self.graph.image else None)
         if self.how == "ibp":
             return bound
         left, offset = self._pull(node, rows, through=True)
         return torch.maximum(bound, self.ball.lowest(left[self.graph.image]) + offset)
 
-    def _pull(self, node: Node, rows: Tensor, through: bool) -> tuple[dict[Node, Tensor], Tensor]:
+    def _pull(self, node: Node, rows: Coefficients, through: bool) -> tuple[dict[Node, Coefficients], Tensor]:
         """``rows`` (s, n, ...) of a step as coefficients of earlier ones, and what they leave over: of the image alone,
         or, unless ``through``, of the steps that are not affine.
         """
         above = {node: rows}
-        offset = rows.new_zeros(rows.shape[:2])
-        left: dict[Node, Tensor] = {}
+        offset = self.ball.x.new_zeros(count(rows), len(self.ball.x))
+        left: dict[Node, Coefficients] = {}
         for each in reversed(self.graph.nodes[: self.graph.nodes.index(node) + 1]):
             if each not in above:
                 continue
@@ -134,13 +144,18 @@ class Bounded:
             if each.operation is None or not (through or each.operation.affine):
                 left[each] = own
                 continue
-            pulled = each.operation.pull(own, [self.interval[source] for source in each.inputs])
-            if pulled.bias is not None:
-                offset = offset + pulled.bias
-            for source, coefficient in zip(each.inputs, pulled.coefficients, strict=True):
-                above[source] = above[source] + coefficient if source in above else coefficient
+            inputs = [self.interval[source] for source in each.inputs]
+            coefficients, bias = (
+                each.operation.pull_patches(own, inputs)
+                if isinstance(own, Patches)
+                else each.operation.pull(own, inputs)
+            )
+            if bias is not None:
+                offset = offset + bias
+            for source, coefficient in zip(each.inputs, coefficients, strict=True):
+                above[source] = plus(above[source], coefficient) if source in above else coefficient
         if through and self.graph.image not in left:
-            left[self.graph.image] = self.ball.x.new_zeros(rows.shape[0], *self.ball.x.shape)
+            left[self.graph.image] = self.ball.x.new_zeros(count(rows), *self.ball.x.shape)
         return left, offset
 
     def _tighten(self, node: Node, operation: Operation) -> None:
@@ -149,19 +164,43 @@ class Bounded:
         open_ = operation.open(own).any(0).flatten()
         places = open_.nonzero()[:, 0]
         lower, upper = own.lower.flatten(1).clone(), own.upper.flatten(1).clone()
-        widest = max(each.shape.numel() for each in self.graph.nodes)
-        at_once = max(1, MEMORY // (widest * lower.element_size() * 4))
+        field = own.lower.ndim == 4
+        held = _held(self.graph, node) if field else max(each.shape.numel() for each in self.graph.nodes)
+        at_once = max(1, MEMORY // (held * lower.element_size() * 4))
         for part in places.split(at_once) if len(places) else ():
-            rows = torch.zeros(len(part), *lower.shape, dtype=lower.dtype, device=lower.device)
-            rows[torch.arange(len(part)), :, part] = 1.0
-            rows = rows.view(len(part), *own.lower.shape)
+            rows = (Patches.units if field else _units)(part, own.lower)
             lower[:, part] = torch.maximum(lower[:, part], self._crown(node, rows).T)
             upper[:, part] = torch.minimum(upper[:, part], -self._crown(node, -rows).T)
         self.interval[node] = Interval(lower.view_as(own.lower), upper.view_as(own.upper), own.round, own.joint)
 
-    def _crown(self, node: Node, rows: Tensor) -> Tensor:
+    def _crown(self, node: Node, rows: Coefficients) -> Tensor:
         left, offset = self._pull(node, rows, through=True)
         return self.ball.lowest(left[self.graph.image]) + offset
+
+
+def _units(numbers: Tensor, like: Tensor) -> Tensor:
+    """(s, n, ...) coefficients that are 1 at each of ``numbers`` (s,), counted through ``like`` (n, ...)."""
+    rows = torch.zeros(len(numbers), len(like), like[0].numel(), dtype=like.dtype, device=like.device)
+    rows[torch.arange(len(numbers)), :, numbers] = 1.0
+    return rows.view(-1, *like.shape)
+
+
+def _held(graph: Graph, node: Node) -> int:
+    """How many coefficients one row of patches of a step has at most on its way to the image, over all images."""
+    windows, most = {node: (1, 1)}, 1
+    for each in reversed(graph.nodes[: graph.nodes.index(node) + 1]):
+        if each not in windows:
+            continue
+        window = windows.pop(each)
+        whole = each.shape[2:].numel() if each.shape[2:] else 1
+        most = max(most, each.shape.numel() // whole * min(whole, window[0] * window[1]))
+        if isinstance(each.operation, Convolution):
+            window = each.operation.sliding.field(window)
+        elif each.operation is not None and not isinstance(each.operation, KEEPING):
+            window = WHOLE
+        for source in each.inputs:
+            windows[source] = max(windows.get(source, (1, 1)), window)
+    return most
 
 
 def reached_in_a_box(graph: Graph) -> set[Node]:
@@ -186,5 +225,10 @@ def _least(above: Tensor, interval: Interval, ball: Ball | None) -> Tensor:
         return ball.lowest(above)
     if interval.joint is not None:
         return interval.joint.lowest(above)
+    return _lowest(above, interval)
+
+
+def _lowest(above: Coefficients, interval: Interval) -> Tensor:
+    """(s, n) the minimum of the sum of ``above`` times a value within the interval of each number."""
     middle, reach = 0.5 * (interval.lower + interval.upper), 0.5 * (interval.upper - interval.lower)
-    return (above * middle).flatten(2).sum(2) - (above.abs() * reach).flatten(2).sum(2)
+    return dot(above, middle) - dot(sizes(above), reach)

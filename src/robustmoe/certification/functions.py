@@ -207,7 +207,8 @@ def _conv2d(
         raise Unbounded(f"a convolution with padding={padding!r}")
     if x.ndim != 4:
         raise Unbounded(f"a convolution of {x.ndim} dimensions")
-    return Convolution(weight, bias, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups})
+    options = {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation), "groups": groups}
+    return Convolution(weight, bias, options)
 
 
 def _batch_norm(

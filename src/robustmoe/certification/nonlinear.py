@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe.certification.operations import Interval, Operation, Pulled, Slopes, dot
+from robustmoe.certification.operations import Interval, Operation, Pulled, PulledPatches, Slopes
+from robustmoe.certification.patches import Patches, dot
 
 
 class Elementwise(Operation):
@@ -21,8 +22,8 @@ class Elementwise(Operation):
     affine = False
 
     @abstractmethod
-    def lines(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Slope and offset of a line below the function, then of one above it, on [lower, upper]."""
+    def lines(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Slope and offset of a line below the function, then of one above it, on [lower, upper]; None: 0."""
 
     @abstractmethod
     def derivative(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,17 @@ class Elementwise(Operation):
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         low, low_offset, high, high_offset = self.lines(inputs[0].lower, inputs[0].upper)
         positive, negative = above.clamp(min=0), above.clamp(max=0)
-        return Pulled((positive * low + negative * high,), dot(positive, low_offset) + dot(negative, high_offset))
+        bias = dot(negative, high_offset)
+        bias = bias if low_offset is None else bias + dot(positive, low_offset)
+        return Pulled((torch.addcmul(positive * low, negative, high),), bias)
+
+    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+        low, low_offset, high, high_offset = self.lines(inputs[0].lower, inputs[0].upper)
+        positive, negative = above.of(above.values.clamp(min=0)), above.of(above.values.clamp(max=0))
+        bias = negative.dot(high_offset)
+        bias = bias if low_offset is None else bias + positive.dot(low_offset)
+        values = torch.addcmul(positive.values * above.pick(low), negative.values, above.pick(high))
+        return PulledPatches((above.of(values),), bias)
 
     def slopes(self, above: Slopes, inputs: Sequence[Interval]) -> tuple[Slopes, ...]:
         least, most = self.derivative(inputs[0].lower, inputs[0].upper)
@@ -58,12 +69,12 @@ class Relu(Elementwise):
     def interval(self, *inputs: Interval) -> Interval:
         return Interval(self(inputs[0].lower), self(inputs[0].upper))
 
-    def lines(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def lines(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         low, high = lower.clamp(max=0), upper.clamp(min=0)
         share = high / (high - low).clamp(min=torch.finfo(low.dtype).tiny)  # 1 where active, 0 where not
         below = torch.where(lower >= 0, 1.0, torch.where(upper <= 0, 0.0, (upper > -lower).to(low.dtype)))
         bent = 1 - self.leak
-        return self.leak + bent * below, torch.zeros_like(low), self.leak + bent * share, -bent * share * low
+        return self.leak + bent * below, None, self.leak + bent * share, -bent * share * low
 
     def derivative(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         full = torch.ones_like(lower)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from robustmoe.certification.patches import Coefficients, Patches, Sliding, dot
+
 
 class Unbounded(Exception):
     """No rule for a function, or for the way it is called; the message names it."""
@@ -75,6 +77,13 @@ class Pulled(NamedTuple):
     bias: Tensor | None
 
 
+class PulledPatches(NamedTuple):
+    """The same of patches; some may be whole maps now."""
+
+    coefficients: tuple[Coefficients, ...]
+    bias: Tensor | None
+
+
 class Slopes(NamedTuple):
     """Bounds of derivatives, each (s, n, ...)."""
 
@@ -102,6 +111,10 @@ class Operation(ABC):
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         """The linear rule for coefficients ``above`` (s, n, *output); ``inputs``: their bounds."""
 
+    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+        """The same for coefficients that are 0 but for windows; where they do not stay that, they become whole maps."""
+        return PulledPatches(*self.pull(above.dense(), inputs))
+
     def open(self, x: Interval) -> Tensor:
         """Of an operation that is not affine: where closer bounds of its input would make a closer relaxation."""
         return (x.lower < 0) & (x.upper > 0)
@@ -116,11 +129,6 @@ class Operation(ABC):
 def _rows(function: Callable[[Tensor], Tensor], above: Tensor) -> Tensor:
     """``function`` on (s n, ...), for (s, n, ...)."""
     return function(above.flatten(0, 1)).unflatten(0, above.shape[:2])
-
-
-def dot(above: Tensor, value: Tensor) -> Tensor:
-    """(s, n) the sums of the products of (s, n, ...) and what broadcasts to (n, ...)."""
-    return (above * value).flatten(2).sum(2)
 
 
 class Affine(Operation):
@@ -177,6 +185,9 @@ class Cast(Affine):
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         return Pulled((above.to(inputs[0].lower),), None)
 
+    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+        return PulledPatches((above.of(above.values.to(inputs[0].lower)),), None)
+
 
 @dataclass(frozen=True, eq=False)
 class Weighing(Affine):
@@ -221,6 +232,9 @@ class Scaling(Affine):
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         return Pulled((above * self.scale,), dot(above, self.shift))
 
+    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+        return PulledPatches((above.of(above.values * above.pick(self.scale)),), above.dot(self.shift))
+
     def absolute(self) -> Operation:
         return Scaling(self.scale.abs(), torch.zeros_like(self.shift))
 
@@ -253,6 +267,9 @@ class Adding(Affine):
 
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         return Pulled((above, self.sign * above), None)
+
+    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+        return PulledPatches((above, above.of(self.sign * above.values)), None)
 
     def absolute(self) -> Operation:
         return Adding(1)
@@ -341,6 +358,18 @@ class Convolution(_Weighted):
 
     def transposed(self, above: Tensor, size: torch.Size) -> Tensor:
         return conv2d_input((len(above), *size), self.weight, above, **self.options)
+
+    @property
+    def sliding(self) -> Sliding:
+        return Sliding((self.weight.shape[2], self.weight.shape[3]), **self.options)
+
+    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+        height, width = inputs[0].lower.shape[2:]
+        field = self.sliding.field(above.window)
+        if field[0] * field[1] >= height * width:
+            return super().pull_patches(above, inputs)
+        below = above.before(self.sliding, self.weight, (height, width))
+        return PulledPatches((below,), None if self.bias is None else above.dot(self.spread()))
 
     def spread(self) -> Tensor:
         return self.weight.new_zeros(()) if self.bias is None else self.bias.view(-1, 1, 1)
