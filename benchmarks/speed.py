@@ -226,7 +226,7 @@ def crown_row(network: nn.Sequential, shape: tuple[int, ...], images: int) -> Ro
         return ball.lowest(slope) + offset
 
     def maps() -> Tensor:
-        with mock.patch.object(bounds.Patches, "units", bounds._units):
+        with mock.patch.object(bounds.Windows, "units", bounds._units):
             return new()
 
     old: dict[str, Work] = {"whole_maps": maps} if any(isinstance(m, nn.Conv2d) for m in network) else {}

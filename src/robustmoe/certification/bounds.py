@@ -17,7 +17,7 @@ from robustmoe.attacks.threat import Norm
 from robustmoe.certification.graph import Graph, Node
 from robustmoe.certification.nonlinear import Elementwise
 from robustmoe.certification.operations import Adding, Affine, Cast, Convolution, Interval, Operation, Round, Scaling
-from robustmoe.certification.patches import Coefficients, Patches, along, count, dense, dot, flat, plus, sizes
+from robustmoe.certification.windows import Coefficients, Windows, along, count, dense, dot, flat, plus, sizes
 from robustmoe.models.norm import full_precision
 
 Bounding = Literal["ibp", "crown_ibp", "crown"]
@@ -146,8 +146,8 @@ class Bounded:
                 continue
             inputs = [self.interval[source] for source in each.inputs]
             coefficients, bias = (
-                each.operation.pull_patches(own, inputs)
-                if isinstance(own, Patches)
+                each.operation.pull_windows(own, inputs)
+                if isinstance(own, Windows)
                 else each.operation.pull(own, inputs)
             )
             if bias is not None:
@@ -168,7 +168,7 @@ class Bounded:
         held = _held(self.graph, node) if field else max(each.shape.numel() for each in self.graph.nodes)
         at_once = max(1, MEMORY // (held * lower.element_size() * 4))
         for part in places.split(at_once) if len(places) else ():
-            rows = (Patches.units if field else _units)(part, own.lower)
+            rows = (Windows.units if field else _units)(part, own.lower)
             lower[:, part] = torch.maximum(lower[:, part], self._crown(node, rows).T)
             upper[:, part] = torch.minimum(upper[:, part], -self._crown(node, -rows).T)
         self.interval[node] = Interval(lower.view_as(own.lower), upper.view_as(own.upper), own.round, own.joint)
@@ -186,7 +186,7 @@ def _units(numbers: Tensor, like: Tensor) -> Tensor:
 
 
 def _held(graph: Graph, node: Node) -> int:
-    """How many coefficients one row of patches of a step has at most on its way to the image, over all images."""
+    """How many coefficients one row of windows of a step has at most on its way to the image, over all images."""
     windows, most = {node: (1, 1)}, 1
     for each in reversed(graph.nodes[: graph.nodes.index(node) + 1]):
         if each not in windows:

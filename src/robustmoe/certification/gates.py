@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from robustmoe.certification.operations import Interval, Jointly, Operation, Pulled, Slopes
-from robustmoe.certification.patches import dot
+from robustmoe.certification.windows import dot
 from robustmoe.errors import UserError
 from robustmoe.routing import chosen_shares
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe.certification.operations import Interval, Operation, Pulled, PulledPatches, Slopes
-from robustmoe.certification.patches import Patches, dot
+from robustmoe.certification.operations import Interval, Operation, Pulled, PulledWindows, Slopes
+from robustmoe.certification.windows import Windows, dot
 
 
 class Elementwise(Operation):
@@ -36,13 +36,13 @@ class Elementwise(Operation):
         bias = bias if low_offset is None else bias + dot(positive, low_offset)
         return Pulled((torch.addcmul(positive * low, negative, high),), bias)
 
-    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+    def pull_windows(self, above: Windows, inputs: Sequence[Interval]) -> PulledWindows:
         low, low_offset, high, high_offset = self.lines(inputs[0].lower, inputs[0].upper)
         positive, negative = above.of(above.values.clamp(min=0)), above.of(above.values.clamp(max=0))
         bias = negative.dot(high_offset)
         bias = bias if low_offset is None else bias + positive.dot(low_offset)
         values = torch.addcmul(positive.values * above.pick(low), negative.values, above.pick(high))
-        return PulledPatches((above.of(values),), bias)
+        return PulledWindows((above.of(values),), bias)
 
     def slopes(self, above: Slopes, inputs: Sequence[Interval]) -> tuple[Slopes, ...]:
         least, most = self.derivative(inputs[0].lower, inputs[0].upper)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from robustmoe.certification.patches import Coefficients, Patches, Sliding, dot
+from robustmoe.certification.windows import Coefficients, Sliding, Windows, dot
 
 
 class Unbounded(Exception):
@@ -77,8 +77,8 @@ class Pulled(NamedTuple):
     bias: Tensor | None
 
 
-class PulledPatches(NamedTuple):
-    """The same of patches; some may be whole maps now."""
+class PulledWindows(NamedTuple):
+    """The same of windows; some may be whole maps now."""
 
     coefficients: tuple[Coefficients, ...]
     bias: Tensor | None
@@ -111,9 +111,9 @@ class Operation(ABC):
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         """The linear rule for coefficients ``above`` (s, n, *output); ``inputs``: their bounds."""
 
-    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+    def pull_windows(self, above: Windows, inputs: Sequence[Interval]) -> PulledWindows:
         """The same for coefficients that are 0 but for windows; where they do not stay that, they become whole maps."""
-        return PulledPatches(*self.pull(above.dense(), inputs))
+        return PulledWindows(*self.pull(above.dense(), inputs))
 
     def open(self, x: Interval) -> Tensor:
         """Of an operation that is not affine: where closer bounds of its input would make a closer relaxation."""
@@ -185,8 +185,8 @@ class Cast(Affine):
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         return Pulled((above.to(inputs[0].lower),), None)
 
-    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
-        return PulledPatches((above.of(above.values.to(inputs[0].lower)),), None)
+    def pull_windows(self, above: Windows, inputs: Sequence[Interval]) -> PulledWindows:
+        return PulledWindows((above.of(above.values.to(inputs[0].lower)),), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,8 +232,8 @@ class Scaling(Affine):
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         return Pulled((above * self.scale,), dot(above, self.shift))
 
-    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
-        return PulledPatches((above.of(above.values * above.pick(self.scale)),), above.dot(self.shift))
+    def pull_windows(self, above: Windows, inputs: Sequence[Interval]) -> PulledWindows:
+        return PulledWindows((above.of(above.values * above.pick(self.scale)),), above.dot(self.shift))
 
     def absolute(self) -> Operation:
         return Scaling(self.scale.abs(), torch.zeros_like(self.shift))
@@ -268,8 +268,8 @@ class Adding(Affine):
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         return Pulled((above, self.sign * above), None)
 
-    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
-        return PulledPatches((above, above.of(self.sign * above.values)), None)
+    def pull_windows(self, above: Windows, inputs: Sequence[Interval]) -> PulledWindows:
+        return PulledWindows((above, above.of(self.sign * above.values)), None)
 
     def absolute(self) -> Operation:
         return Adding(1)
@@ -363,13 +363,13 @@ class Convolution(_Weighted):
     def sliding(self) -> Sliding:
         return Sliding((self.weight.shape[2], self.weight.shape[3]), **self.options)
 
-    def pull_patches(self, above: Patches, inputs: Sequence[Interval]) -> PulledPatches:
+    def pull_windows(self, above: Windows, inputs: Sequence[Interval]) -> PulledWindows:
         height, width = inputs[0].lower.shape[2:]
         field = self.sliding.field(above.window)
         if field[0] * field[1] >= height * width:
-            return super().pull_patches(above, inputs)
+            return super().pull_windows(above, inputs)
         below = above.before(self.sliding, self.weight, (height, width))
-        return PulledPatches((below,), None if self.bias is None else above.dot(self.spread()))
+        return PulledWindows((below,), None if self.bias is None else above.dot(self.spread()))
 
     def spread(self) -> Tensor:
         return self.weight.new_zeros(()) if self.bias is None else self.bias.view(-1, 1, 1)

@@ -38,7 +38,7 @@ class Sliding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Patches:
+class Windows:
     """Coefficients (s, n, c, h, w) of n ``images`` that are 0 but for a window of p x q fields a row.
 
     ``values`` (n, s, p, q, c), or (1, s, p, q, c) where they are those of every image; the window of a row begins at
@@ -54,7 +54,7 @@ class Patches:
     shift: Pair = (0, 0)
 
     @classmethod
-    def units(cls, numbers: Tensor, like: Tensor) -> Patches:
+    def units(cls, numbers: Tensor, like: Tensor) -> Windows:
         """1 at each of ``numbers`` (s,), counted through ``like`` (n, c, h, w)."""
         _, channels, height, width = like.shape
         field = numbers % (height * width)
@@ -66,14 +66,14 @@ class Patches:
     def window(self) -> Pair:
         return self.values.shape[2], self.values.shape[3]
 
-    def of(self, values: Tensor) -> Patches:
+    def of(self, values: Tensor) -> Windows:
         """Coefficients of the same places, with other values."""
         return replace(self, values=values)
 
-    def __neg__(self) -> Patches:
+    def __neg__(self) -> Windows:
         return self.of(-self.values)
 
-    def __add__(self, other: Patches) -> Patches:
+    def __add__(self, other: Windows) -> Windows:
         """The sum, in the smallest window that holds both. The rows must be the same, with strides alike."""
         if self.stride != other.stride or self.size != other.size:
             raise ValueError(f"windows that move by {self.stride} and {other.stride} fields have no common one")
@@ -110,7 +110,7 @@ class Patches:
         lines, columns = (each.clamp(0, end - 1) for each, end in zip(self._fields, self.size, strict=True))
         return lines[:, :, None] * self.size[1] + columns[:, None]
 
-    def inside(self) -> Patches:
+    def inside(self) -> Windows:
         """The same with 0 where a window lies outside of the map."""
         lines, columns = ((each >= 0) & (each < end) for each, end in zip(self._fields, self.size, strict=True))
         return self.of(self.values * (lines[:, :, None] & columns[:, None])[..., None].to(self.values))
@@ -135,7 +135,7 @@ class Patches:
         whole = whole.scatter_add(2, index, self.values.flatten(2, 3)).unflatten(2, self.size)
         return whole.permute(1, 0, 4, 2, 3).expand(-1, self.images, -1, -1, -1)
 
-    def before(self, convolution: Sliding, weight: Tensor, size: Pair) -> Patches:
+    def before(self, convolution: Sliding, weight: Tensor, size: Pair) -> Windows:
         """Coefficients of what enters a convolution, of maps of ``size``, for these of what leaves it."""
         n, s, p, q, _ = self.values.shape
         (a, b), (c, d) = convolution.stride, convolution.dilation
@@ -154,8 +154,8 @@ class Patches:
         top, left = convolution.padding
         stride = (self.stride[0] * a, self.stride[1] * b)
         shift = (self.shift[0] * a - top, self.shift[1] * b - left)
-        patches = Patches(self.images, below, self.place, size, stride, shift)
-        return patches.inside() if top or left else patches
+        windows = Windows(self.images, below, self.place, size, stride, shift)
+        return windows.inside() if top or left else windows
 
 
 def total(values: Tensor) -> Tensor:
@@ -163,13 +163,13 @@ def total(values: Tensor) -> Tensor:
     return values.flatten(2).sum(2).T
 
 
-Coefficients = Tensor | Patches
+Coefficients = Tensor | Windows
 """(s, n, ...): s rows for each of n images."""
 
 
 def dot(above: Coefficients, value: Tensor) -> Tensor:
     """(s, n) the sums of the products of ``above`` and what broadcasts to (n, ...)."""
-    if isinstance(above, Patches):
+    if isinstance(above, Windows):
         return above.dot(value)
     if value.shape == above.shape[1:]:  # one pass over the coefficients
         return torch.bmm(above.flatten(2).transpose(0, 1), value.flatten(1)[:, :, None])[:, :, 0].T
@@ -178,30 +178,30 @@ def dot(above: Coefficients, value: Tensor) -> Tensor:
 
 def sizes(above: Coefficients) -> Coefficients:
     """The absolute coefficients."""
-    return above.of(above.values.abs()) if isinstance(above, Patches) else above.abs()
+    return above.of(above.values.abs()) if isinstance(above, Windows) else above.abs()
 
 
 def plus(a: Coefficients, b: Coefficients) -> Coefficients:
     """The sum of two coefficients of the same rows."""
-    if isinstance(a, Patches) and isinstance(b, Patches) and a.stride == b.stride:
+    if isinstance(a, Windows) and isinstance(b, Windows) and a.stride == b.stride:
         return a + b
     return dense(a) + dense(b)
 
 
 def dense(above: Coefficients) -> Tensor:
-    return above.dense() if isinstance(above, Patches) else above
+    return above.dense() if isinstance(above, Windows) else above
 
 
 def count(above: Coefficients) -> int:
     """How many rows there are."""
-    return len(above.place) if isinstance(above, Patches) else len(above)
+    return len(above.place) if isinstance(above, Windows) else len(above)
 
 
 def flat(above: Coefficients) -> Tensor:
     """(s, n, numbers): the coefficients in a row, without most of those that are 0."""
-    return above.values.flatten(2).transpose(0, 1) if isinstance(above, Patches) else above.flatten(2)
+    return above.values.flatten(2).transpose(0, 1) if isinstance(above, Windows) else above.flatten(2)
 
 
 def along(above: Coefficients, value: Tensor) -> Tensor:
     """A value (n, ...) in the order of `flat`: (n, numbers), or (s, n, numbers)."""
-    return above.pick(value).flatten(2).transpose(0, 1) if isinstance(above, Patches) else value.flatten(1)
+    return above.pick(value).flatten(2).transpose(0, 1) if isinstance(above, Windows) else value.flatten(1)

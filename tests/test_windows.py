@@ -13,7 +13,7 @@ from robustmoe.attacks.threat import Norm
 from robustmoe.certification import Ball, Bounded
 from robustmoe.certification import bounds as module
 from robustmoe.certification.graph import record
-from robustmoe.certification.patches import Patches, Sliding, dense, plus
+from robustmoe.certification.windows import Sliding, Windows, dense, plus
 
 
 class Residual(nn.Module):
@@ -60,7 +60,7 @@ def test_windows_bound_every_step_as_whole_maps_do(name: str, norm: Norm, monkey
     ball = Ball(x, norm, torch.tensor([0.02, 0.05], dtype=torch.float64) * (1 if norm == "linf" else 5))
     graph = record(network, x)
     windows = Bounded(graph, ball, "crown")
-    monkeypatch.setattr(module.Patches, "units", module._units)
+    monkeypatch.setattr(module.Windows, "units", module._units)
     maps = Bounded(graph, ball, "crown")
     assert any(len(node.shape) == 4 and node.operation is not None for node in graph.nodes)
     for node in graph.nodes:
@@ -81,7 +81,7 @@ def test_bounds_by_windows_move_with_the_weights(monkeypatch: pytest.MonkeyPatch
         return list(torch.autograd.grad(bound, list(network.parameters())))
 
     windows = gradients()
-    monkeypatch.setattr(module.Patches, "units", module._units)
+    monkeypatch.setattr(module.Windows, "units", module._units)
     for ours, theirs in zip(windows, gradients(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert sum(float(each.abs().sum()) for each in windows) > 0
@@ -98,7 +98,7 @@ def test_what_enters_a_convolution_is_its_transpose_of_what_leaves(sliding: Slid
     weight = torch.randn(6, 4 // groups, *kernel, dtype=torch.float64)
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     z = F.conv2d(y, last := torch.randn(5, 6, 2, 2, dtype=torch.float64), padding=1)
-    rows = Patches.units(torch.arange(z[0].numel()), z.detach())
+    rows = Windows.units(torch.arange(z[0].numel()), z.detach())
     above = rows.before(Sliding((2, 2), (1, 1), (1, 1), (1, 1), 1), last, (y.shape[2], y.shape[3]))
     below = above.before(sliding, weight, (9, 8))
     assert below.window < (9, 8), "a window, no whole map"
@@ -109,11 +109,11 @@ def test_what_enters_a_convolution_is_its_transpose_of_what_leaves(sliding: Slid
 def test_windows_of_two_branches_are_added_where_they_lie() -> None:
     torch.manual_seed(3)
     place = torch.tensor([[0, 0], [3, 4]])
-    one = Patches(1, torch.rand(1, 2, 3, 3, 2), place, (8, 9), (2, 2), (-1, -1)).inside()
-    other = Patches(1, torch.rand(1, 2, 1, 2, 2), place, (8, 9), (2, 2), (0, 1)).inside()
-    strided = Patches(1, torch.rand(1, 2, 1, 2, 2), place, (8, 9), (1, 1), (0, 1)).inside()
+    one = Windows(1, torch.rand(1, 2, 3, 3, 2), place, (8, 9), (2, 2), (-1, -1)).inside()
+    other = Windows(1, torch.rand(1, 2, 1, 2, 2), place, (8, 9), (2, 2), (0, 1)).inside()
+    strided = Windows(1, torch.rand(1, 2, 1, 2, 2), place, (8, 9), (1, 1), (0, 1)).inside()
     both = plus(one, other)
-    assert isinstance(both, Patches)
+    assert isinstance(both, Windows)
     assert both.window == (3, 4)
     assert torch.equal(both.dense(), one.dense() + other.dense())
     assert torch.equal(dense(plus(one, strided)), one.dense() + strided.dense())
