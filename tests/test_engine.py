@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -370,6 +371,9 @@ class Shown:
     def say(self, text: str) -> None:
         self.said.append(text)
 
+    def log(self) -> None:
+        self.said.append("now in the log")
+
 
 def test_the_bar_counts_passes_and_expects_less_as_images_break(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -391,7 +395,11 @@ def test_the_bar_counts_passes_and_expects_less_as_images_break(
     assert (bar.unit, bar.done) == ("passes", 4 * 23)
     assert bar.said[0] == "robust 100.0 %"
     assert bar.said[2:4] == ["robust 91.7 %", "one 1/3, robust 75.0 %"]  # 11 and 9 of 12
-    assert bar.said[-1] == "three 3/3, robust 25.0 %"
+    speed = r", [\d.e+]+ images/s, memory peak [\d.]+ [MG]B"
+    assert re.fullmatch(rf"one 1/3, robust 58.3 %{speed}", bar.said[4])
+    assert bar.said.index("now in the log") == 5
+    assert bar.said.count("now in the log") == 1
+    assert re.fullmatch(rf"three 3/3, robust 25.0 %{speed}", bar.said[-1])
 
     @dataclasses.dataclass(frozen=True)
     class Unknown(Breaks):

@@ -18,7 +18,7 @@ MODULES = {
 LAYERS = [
     {"compat", "errors", "noise"},
     {"progress"},
-    {"arrays", "distributed", "provenance", "records", "routing", "spec"},
+    {"arrays", "distributed", "memory", "provenance", "records", "routing", "spec"},
     {"hub", "options", "zoo"},
     {"analysis", "data", "models", "recipe", "runs"},
     {"attacks", "reporting"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"training", "costs", "theory"},
     {"weights"},
     {"evaluation"},
-    {"demo", "flags", "interop", "listing", "outgoing", "reading"},
+    {"demo", "flags", "forecasting", "interop", "listing", "outgoing", "reading"},
     {"verbs"},
     {"cli"},
     {"__main__"},

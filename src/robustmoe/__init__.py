@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from robustmoe.evaluation import measure_lipschitz as measure_lipschitz
     from robustmoe.evaluation import sweep as sweep
     from robustmoe.evaluation import sweep_run as sweep_run
+    from robustmoe.forecasting import forecast as forecast
     from robustmoe.hub import pull as pull
     from robustmoe.interop import as_art as as_art
     from robustmoe.interop import as_foolbox as as_foolbox

@@ -70,7 +70,7 @@ class Flag:
         arms = arms_of(self.hint)
         literals = [arm for arm in arms if typing.get_origin(arm) is typing.Literal]
         choices = [choice for literal in literals for choice in typing.get_args(literal)]
-        if choices:
+        if choices and int not in arms:
             return f"{{{','.join(choices)}}}"
         return "N" if int in arms else "X" if float in arms else "X,..." if self.numbers else "TEXT"
 
@@ -88,6 +88,8 @@ class Flag:
             return text
         if types.NoneType in arms and text.lower() == "none":
             return None
+        if any(text in typing.get_args(arm) for arm in arms if typing.get_origin(arm) is typing.Literal):
+            return text
         kind = int if int in arms else float if float in arms else str
         wanted = spec.hint_text(self.hint)
         try:

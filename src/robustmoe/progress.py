@@ -135,17 +135,43 @@ class Bar(Generic[T]):
         if self._display is not None:
             self._display.update(self._task, extra=self._said)
 
+    def log(self) -> None:
+        """Show the line now, where lines are shown: in a log file. Elsewhere it is to be seen anyway."""
+        if self in _bars and not _kernel():
+            show(self.line(), sys.stderr)
+
     def line(self) -> str:
         """How far it is, as a line: "epoch 3/10: 120/352 steps, 8:02 left, loss 0.31"."""
         of = "" if self.total is None else f"/{self.total}"
         parts = [f"{self.description}: {self._done}{of} {self.unit}".rstrip()]
         if self._began is not None and self.total is not None and self._done > self._began[1]:
             pace = (time.monotonic() - self._began[0]) / (self._done - self._began[1])
-            parts.append(f"{_span(pace * max(0, self.total - self._done))} left")
+            parts.append(f"{span(pace * max(0, self.total - self._done))} left")
         return ", ".join([*parts, *([self._said] if self._said else [])])
 
 
-def _span(seconds: float) -> str:
+class Pace:
+    """Images a second, once ``after`` batches are done; the first of them, which pays for what is made once, does not
+    count.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after, self.batches = after, 0
+        self._images, self._seconds = 0, 0.0
+
+    def add(self, images: int, seconds: float) -> None:
+        """A batch is done."""
+        self.batches += 1
+        if self.batches > 1:
+            self._images, self._seconds = self._images + images, self._seconds + seconds
+
+    @property
+    def rate(self) -> float | None:
+        """Images a second; None as long as too few batches are done."""
+        return self._images / self._seconds if self.batches >= self.after and self._seconds else None
+
+
+def span(seconds: float) -> str:
     """Returns a time as a clock shows it: "8:02", "1:08:02"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -51,7 +51,11 @@ class Recipe:
     optimizer: Annotated[str, "the optimiser of each phase"] = "sgd(lr=0.1, momentum=0.9, weight_decay=5e-4)"
     schedule: Annotated[str, "how the learning rate moves over the run"] = "cosine"
     epochs: Annotated[int, "passes over the training images"]
-    batch_size: Annotated[int, "images a step, over all processes together"] = 128
+    batch_size: Annotated[
+        int | Literal["auto"],
+        "images a step, over all processes together; auto = as many as the memory holds (the learning rate belongs to "
+        "a number)",
+    ] = 128
     augment: Annotated[str | None, "what is done to training images, such as crop_flip(padding=4)"] = None
     inputs: Annotated[
         Inputs,
@@ -97,7 +101,7 @@ class Recipe:
             _check_spec("attacks", attack)
         for name in ("epochs", "batch_size", "val_limit", "threads", "max_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", value)
+            _require(value is None or value == "auto" or value >= 1, name, "at least 1", value)
         for name in ("checkpoint_every", "clip", "seed"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _require(self.threads is None or self.threads <= THREADS, "threads", f"at most {THREADS}", self.threads)

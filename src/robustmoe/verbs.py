@@ -4,7 +4,9 @@ printed. Nothing heavy is imported before a verb runs.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +36,8 @@ from robustmoe.progress import first_process, note, show
 from robustmoe.reading import analyze, compare, merge, report
 from robustmoe.runs import run_folder
 
+DryRun = Annotated[bool, "say in seconds how long it would take and how much memory, part by part, and write nothing"]
+
 
 def train(
     recipe: Annotated[str, "a recipe file, or the name of one in recipes/", Mark.POSITIONAL],
@@ -43,6 +47,7 @@ def train(
     seeds: Annotated[
         str | None, "several seeds, such as 0..4 or 0,3,7: one training each, in OUT-seed0, OUT-seed3, ..."
     ] = None,
+    dry_run: DryRun = False,
 ) -> str:
     """Train a model as a recipe says; each field of the recipe is a flag.
 
@@ -53,6 +58,11 @@ def train(
     if seeds is not None and "seed" in fields:
         raise UserError("--seed and --seeds both say the seed; expected one of them")
     trainings = {folder: settings} if seeds is None else recipes.seeded(settings, folder, seeds)
+    if dry_run:
+        from robustmoe.forecasting import forecast
+
+        several = "" if seeds is None else f"\nfor each of {len(trainings)} seeds"
+        return f"{forecast(settings)}{several}"
     from robustmoe.records import check_folder
 
     begun = {where: resume and (seeds is None or (where / "config.json").is_file()) for where in trainings}
@@ -68,13 +78,15 @@ def train(
     return f"{places}\nnext: robustmoe evaluate {next(iter(trainings))}{then}"
 
 
-def evaluate(target: EvaluateTarget, options: EvaluateOptions) -> str:
+def evaluate(target: EvaluateTarget, options: EvaluateOptions, dry_run: DryRun = False) -> str:
     """Attack a model and measure what survives.
 
     Images that are done are not done again.
 
     Example: robustmoe evaluate runs/digits --attack "pgd(linf(0.1), steps=50)"
     """
+    if dry_run:
+        return _evaluation_forecast(target, options)
     folder = _folder(target)
     own = target.model is not None
     from robustmoe import records
@@ -84,6 +96,16 @@ def evaluate(target: EvaluateTarget, options: EvaluateOptions) -> str:
     out = None if own or target.out is None else Path(target.out) / "rows"
     results = evaluate_run(folder, data=None if own else target.data, out=out, options=options)
     return summary_table(results, records.Audit.read(folder))
+
+
+def _evaluation_forecast(target: EvaluateTarget, options: EvaluateOptions) -> str:
+    """What an evaluation would take. The run folder of a model of a user's own is made where it goes again."""
+    with tempfile.TemporaryDirectory(prefix="robustmoe-") as place:
+        own = target.model is not None
+        folder = _folder(dataclasses.replace(target, out=f"{place}/run") if own else target, told=False)
+        from robustmoe.forecasting import forecast
+
+        return str(forecast(folder, data=None if own else target.data, options=options))
 
 
 def audit(
@@ -348,7 +370,7 @@ STOPPED = {
 }
 
 
-def _folder(target: Target) -> Path:
+def _folder(target: Target, told: bool = True) -> Path:
     """The run folder that is measured: the one that was named, or that of a model of a user's own."""
     if (target.run is None) == (target.model is None):
         raise UserError("expected one of a run folder and --model my_file.py:make_model; see --help")
@@ -362,5 +384,6 @@ def _folder(target: Target) -> Path:
     from robustmoe.evaluation.own_run import own_run
 
     folder = own_run(target.model, target.data, target.out)
-    note(f"run folder: {folder}")
+    if told:
+        note(f"run folder: {folder}")
     return folder

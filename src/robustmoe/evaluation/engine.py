@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from robustmoe import records
+from robustmoe import memory, records
 from robustmoe.analysis import right, robust
 from robustmoe.attacks import Attack
 from robustmoe.attacks.base import part_noise
@@ -30,11 +30,13 @@ from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.peers import Peers
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
-from robustmoe.progress import progress
+from robustmoe.progress import Pace, progress
 from robustmoe.records import Example, Passed, Row, Writer
 from robustmoe.records.types import CERTIFIED, CLEAN
 
 EXAMPLES = 10
+PACED = 2
+"""Batches of an attack after which it is told how fast they are."""
 
 
 # ------------------------------------------------------------------------------------------------ what is to be done
@@ -236,7 +238,9 @@ def run(work: EvaluationWork, ledger: Ledger, writer: Writer | None, peers: Peer
     with progress(total, name, unit="passes" if live else "images") as bar:
         bar.advance(ledger.queries if live else len(ledger.survived))
         work.meter.bar = bar if live else None
+        first = next(stage for stage in work.plan.stages if stage.attack is not None)
         for stage in work.plan.stages:
+            pace, stopwatch = Pace(PACED), Clock()
             for results, own in _rounds(work, stage, ledger, peers):
                 peers.first(partial(_write, writer, results, ledger.show, clock.lap()))
                 for result in results:
@@ -246,7 +250,11 @@ def run(work: EvaluationWork, ledger: Ledger, writer: Writer | None, peers: Peer
                     bar.expect(ledger.queries + work.ahead(ledger, stage))
                 else:
                     bar.advance(sum(len(result.rows) for result in results))
-                bar.say(_progress_text(work.plan, ledger, len(work.here), stage))
+                pace.add(sum(len(result.rows) + len(result.passed) for result in results), stopwatch.lap())
+                speed = _speed(work, stage, pace)
+                bar.say(_progress_text(work.plan, ledger, len(work.here), stage) + speed)
+                if pace.batches == PACED and stage == first:
+                    bar.log()
     if ledger.show and writer is not None:
         records.write_examples(records.examples_path(writer.path), [])
 
@@ -275,6 +283,13 @@ def _write(writer: Writer | None, results: Sequence[BatchResult], show: bool, se
             show = False
         writer.write(result.rows, seconds, result.passed, result.queries)
         seconds = 0.0
+
+
+def _speed(work: EvaluationWork, stage: WorkStage, pace: Pace) -> str:
+    """How fast an attack is, once it is known, and the peak of memory."""
+    if stage.attack is None or pace.rate is None:
+        return ""
+    return f", {pace.rate:.3g} images/s{memory.told(work.device)}"
 
 
 def _progress_text(plan: Plan, ledger: Ledger, n: int, stage: WorkStage) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from robustmoe.errors import UserError
 from robustmoe.evaluation import checks, engine
 from robustmoe.evaluation.choosing import attacks_for, one_norm, radii_of, seeded, spec_or_repr, threat_of
 from robustmoe.evaluation.curve import broken_below, nearest_within
+from robustmoe.evaluation.fitting import fit
 from robustmoe.evaluation.meters import Clock, Meter
 from robustmoe.evaluation.peers import Peers
 from robustmoe.evaluation.session import Images, Labels, Session, about_run, device_of, eval_mode_on, in_hand
@@ -87,6 +88,13 @@ def evaluate_run(
     ``curve`` is by default at a quarter to twice the attack's own radius (suites are never run again). Raises UserError
     where `evaluate` does.
     """
+    with session_on(run, options, data) as (session, threat):
+        return _evaluated(session, Path(out or session.options.folder(named(run)) / "rows"), threat)
+
+
+@contextlib.contextmanager
+def session_on(run: str | Path, options: EvaluateOptions, data: str | None = None) -> Iterator[tuple[Session, Threat]]:
+    """The session of `evaluate_run`, and the ball that the run was trained for. Nothing is written."""
     run = named(run)
     config = read_config(run)
     device = device_of(options)
@@ -102,23 +110,29 @@ def evaluate_run(
     options = replace(options, attacks=options.attacks or tuple(config.get("attacks") or ()))
     about = about_run(run, config, source, options.split, data)
     with eval_mode_on(device, model), distributed.session(device):
-        session = Session(model, images, device, options, about)
-        return _evaluated(session, Path(out or options.folder(run) / "rows"), threat_of(config))
+        yield Session(model, images, device, options, about), threat_of(config)
+
+
+def chosen_attacks(session: Session, threat: Threat) -> list[Attack]:
+    """The attacks of an evaluation as they are made. ``threat``: of the default ones."""
+    options: EvaluateOptions = session.options
+    asked = attacks_for(session.output, [build_attack(attack) for attack in options.attacks], threat)
+    return [seeded(attack, options.seed).for_verdict() for attack in asked]
 
 
 def _evaluated(session: Session, out: Path, threat: Threat) -> Records[Evaluation]:
     """Runs every attack, and the curve of one of them. ``threat``: of the default attacks."""
     options: EvaluateOptions = session.options
-    given = [build_attack(attack) for attack in options.attacks]
-    asked = attacks_for(session.output, given, threat)
-    chosen = [seeded(attack, options.seed).for_verdict() for attack in asked]
+    chosen = chosen_attacks(session, threat)
     one_norm(chosen, options.certified)
+    end = "" if options.split == "test" else f"-{options.split}"
+    fit(session, chosen, [_rows_path(out, end, attack) for attack in chosen])
+    options = session.options
     _shareable(options, len(session.images))
     simple = [len(attack.parts(session.output)) == 1 for attack in chosen]  # a suite at every radius would take hours
     if options.curve and not any(simple):
         raise UserError("a curve needs a simple attack beside the suite; add --attack, such as one of kind pgd")
     radii = {attack.threat: radii_of(attack.threat, options.curve) for attack in chosen}
-    end = "" if options.split == "test" else f"-{options.split}"
     results = [attack_images(session, attack, _rows_path(out, end, attack)) for attack in chosen]
     if any(simple) and options.shard is None:
         pairs = [pair for pair, alone in zip(zip(chosen, results), simple) if alone]
@@ -134,7 +148,7 @@ def _shareable(options: EvaluateOptions, n: int) -> None:
     """UserError where a share has no images, or for a curve, which takes what all shares found."""
     if options.shard is not None and options.curve:
         raise UserError("a curve takes what all shards found; leave --curve out, merge them, and evaluate the whole")
-    engine.assert_shared(n, options.batch_size, options.share)
+    engine.assert_shared(n, options.at_a_time, options.share)
 
 
 def _shown(rows: Path, whole: Evaluation) -> frozenset[int]:
@@ -201,7 +215,7 @@ def attack_images(
         writer = peers.only_first(
             lambda: stack.enter_context(Writer(path, header(len(images)), header, session.recognise))
         )
-        here = len(engine.in_share(len(images), options.batch_size, options.share))
+        here = len(engine.in_share(len(images), options.at_a_time, options.share))
         ledger = peers.first(lambda: _ledger(writer, here, known))
         if writer is not None:
             versions.tell(path, writer.resumed)
@@ -211,7 +225,7 @@ def attack_images(
             _same_everywhere(peers, fingerprint, images)
             climbed = session.surrogate(meter, options.precision)
             work = engine.EvaluationWork(
-                session.model, climbed, images, plan, options.batch_size, session.device, meter, shown, options.share
+                session.model, climbed, images, plan, options.at_a_time, session.device, meter, shown, options.share
             )
             engine.run(work, ledger, writer, peers, clock, spec_or_repr(attack))
             pairs = peers.gather((fingerprint, checks.fingerprint(session.model)))

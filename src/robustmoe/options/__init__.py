@@ -106,7 +106,7 @@ class EvaluateOptions(SharedOptions):
     ] = ()
     split: Annotated[Literal["test", "val", "train"], "which images"] = "test"
     limit: Annotated[int | None, "at most this many images"] = None
-    batch_size: Annotated[int, "images at a time"] = 128
+    batch_size: Annotated[int | Literal["auto"], "images at a time; auto = as many as the memory holds"] = 128
     curve: Annotated[
         Numbers | None,
         "radii of the accuracy curve, such as 0,2/255,4/255; auto = around the attack's; none = no curve "
@@ -123,6 +123,12 @@ class EvaluateOptions(SharedOptions):
         "(`Certificates.radii()`); images that are right and proven up to eps are not attacked",
         Mark.PYTHON,
     ] = None
+
+    @property
+    def at_a_time(self) -> int:
+        """The batch size, once it is a number."""
+        assert self.batch_size != "auto"
+        return self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

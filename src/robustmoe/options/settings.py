@@ -43,7 +43,7 @@ class Settings:
             object.__setattr__(self, name, _conform(name, getattr(self, name), hint))
         for name, least, sentence in _LEAST:
             value = getattr(self, name, None)
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise UserError(f"{sentence.format(value)}, expected {'at least 1' if least else '0 (none) or more'}")
 
 

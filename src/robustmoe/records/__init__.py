@@ -13,6 +13,7 @@ from robustmoe.records.dissection import Answers, Dissection
 from robustmoe.records.evaluation import Evaluation
 from robustmoe.records.examples import Example, examples_path, read_examples, write_examples
 from robustmoe.records.files import append_json, assert_ours, file_stem, read_jsonl, set_aside, write_atomic, write_own
+from robustmoe.records.forecast import Forecast, ForecastPart
 from robustmoe.records.lipschitz import Lipschitz
 from robustmoe.records.locks import at_work, check_folder, contents, writing
 from robustmoe.records.record import Record, Records, Told
@@ -53,6 +54,8 @@ __all__ = [
     "Dissection",
     "Evaluation",
     "Example",
+    "Forecast",
+    "ForecastPart",
     "Header",
     "Lipschitz",
     "ObjectiveInfo",

@@ -10,9 +10,10 @@ from html import escape
 from typing import Any
 
 from robustmoe.errors import UserError
-from robustmoe.records import Audit, Evaluation, Told
+from robustmoe.records import Audit, Evaluation, Forecast, Told
 from robustmoe.reporting import blend, certificates, dissection, evaluation, lipschitz, sweep
 from robustmoe.reporting.card import card
+from robustmoe.reporting.forecast import forecast_text
 from robustmoe.reporting.grid import wrapped
 from robustmoe.reporting.panel import Kind, Shown, as_text, section
 from robustmoe.reporting.style import css
@@ -50,6 +51,8 @@ def text(record: Told, evaluations: Sequence[Evaluation] = ()) -> str:
     """Returns a record as lines of at most 80 columns: what it says, then every number."""
     if isinstance(record, Audit):
         return card(record.checks)
+    if isinstance(record, Forecast):
+        return forecast_text(record)
     if isinstance(record, Evaluation):
         return summary_table([record])
     kind = kind_of(record)
@@ -67,7 +70,7 @@ def together(records: Sequence[Told]) -> str:
 
 def html(record: Told) -> str:
     """Returns a record as the report shows it, in a frame of its own, so that its style touches nothing else."""
-    if isinstance(record, Audit):
+    if isinstance(record, Audit | Forecast):
         return f"<pre>{escape(text(record))}</pre>"
     kind = kind_of(record)
     shown = "" if kind.unfit(record) else section(kind, [Shown(record, summary(record))])

@@ -52,8 +52,15 @@ def train(
     a run that was never stopped. Under ``torchrun`` the processes share each batch. Raises UserError for what cannot
     be built, written or resumed, and `TrainingStopped` (a UserError) where a loss or gradient is not finite.
     """
+    return _trained(*asked(model, x, y, out, fields), resume)
+
+
+def asked(model: Any, x: Any, y: Any, out: Any, fields: dict[str, Any]) -> tuple[Recipe, Given, Path]:
+    """Returns the recipe that the arguments of `train` mean, what Python gives in the place of its texts, and the
+    folder. UserError for arguments that do not go together.
+    """
     if isinstance(model, Recipe | str | os.PathLike):
-        return _of_recipe(model, x, y, out, resume, fields)
+        return _of_recipe(model, x, y, out, fields)
     if not isinstance(model, nn.Module | ModelSpec):
         raise UserError(f"cannot train a {type(model).__name__}; expected a recipe, its name or file, or an nn.Module")
     if x is None:
@@ -65,10 +72,10 @@ def train(
     if y is not None:
         raise UserError("labels were given beside a data set, which has its own; expected one of them")
     given, texts = _split({"model": model, "data": x, **fields})
-    return _trained(_recipe(texts), given, out or Path("runs") / type(model).__name__, resume)
+    return _recipe(texts), given, Path(out or Path("runs") / type(model).__name__)
 
 
-def _of_recipe(recipe: Any, x: Any, y: Any, out: str | Path | None, resume: bool, fields: dict[str, Any]) -> Path:
+def _of_recipe(recipe: Any, x: Any, y: Any, out: Any, fields: dict[str, Any]) -> tuple[Recipe, Given, Path]:
     if y is not None or not isinstance(x, str | os.PathLike | None) or (x is not None and out is not None):
         raise UserError("a recipe is trained as train(recipe, folder); give other images as data=, a Data or its spec")
     given, texts = _split(fields)
@@ -76,8 +83,7 @@ def _of_recipe(recipe: Any, x: Any, y: Any, out: str | Path | None, resume: bool
         settings, name = dataclasses.replace(recipe, **texts), "run"
     else:
         settings, name = recipes.load_recipe(recipe, **texts), recipes.resolve(recipe).stem
-    where: Any = x or out or Path("runs") / name
-    return _trained(settings, given, where, resume)
+    return settings, given, Path(x or out or Path("runs") / name)
 
 
 def _recipe(texts: dict[str, Any]) -> Recipe:
@@ -121,13 +127,13 @@ def _written(value: Any) -> str | None:
         return None
 
 
-def _trained(recipe: Recipe, given: Given, out: str | Path, resume: bool) -> Path:
+def _trained(recipe: Recipe, given: Given, out: Path, resume: bool) -> Path:
     module = given.objects.get("model")
     if module is None:
-        return train_recipe(recipe, Path(out), resume, given)
+        return train_recipe(recipe, out, resume, given)
     places = {tensor.device for tensor in [*module.parameters(), *module.buffers()]}
     try:
-        return train_recipe(recipe, Path(out), resume, given)
+        return train_recipe(recipe, out, resume, given)
     finally:
         for layer, kind in given.switched.items():
             layer.__class__ = kind

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustmoe import distributed, provenance
+from robustmoe import distributed, memory, provenance
 from robustmoe.attacks import NotFiniteError
 from robustmoe.attacks.base import looked_at
 from robustmoe.data import Batch, batches
 from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise
-from robustmoe.progress import Bar, note, progress
+from robustmoe.progress import Bar, Pace, note, progress, span
 from robustmoe.recipe import Recipe
 from robustmoe.records import Resumed, append_json, check_folder, write_atomic, writing
 from robustmoe.records.versions import entries, tell
 from robustmoe.training import checkpoint, health
+from robustmoe.training.fitting import before_fitting, fitted
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
 from robustmoe.training.parts import Given, RunParts, build_parts, check_same_run, config_of
@@ -39,6 +41,9 @@ ORDER, AUGMENT, TRAIN, RECALIBRATE = 1, 2, 3, 4
 
 SECOND = 1
 """Further key of a step's second mini-batch."""
+
+PACED = 20
+"""Steps after which it is told how fast they are."""
 
 
 def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
@@ -53,14 +58,18 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
         if distributed.rank() == 0:
             check_folder(out, resume)  # another writer may have been in it until now
         torch.manual_seed(recipe.seed)  # for a model's own draws (dropout); ours come from robustmoe.noise
-        parts = build_parts(recipe, device, fresh=not (resume and (out / "state.pt").exists()), given=given)
+        number = before_fitting(recipe, out if resume else None)
+        parts = build_parts(number, device, fresh=not (resume and (out / "state.pt").exists()), given=given)
+        if recipe.batch_size == "auto" and not resume:
+            parts = fitted(parts)
         state = _prepare(parts, out, resume)
+        pace = Pace(PACED)
         while state.epoch < recipe.epochs and (state.step or _steps_to_do(parts, state)):
-            _epoch(parts, state, out)
+            _epoch(parts, state, out, pace)
             if state.step < parts.steps:
                 break
             state = TrainingState(epoch=state.epoch + 1, best=state.best)
-            _save(parts, state, out)
+            save(parts, state, out)
         if "model" in given.objects:
             _take_best(parts.model, out)
     return out
@@ -104,7 +113,8 @@ def _take_up(out: Path, old: dict[str, Any], new: dict[str, Any], done: int) -> 
         write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _save(parts: RunParts, state: TrainingState, out: Path) -> None:
+def save(parts: RunParts, state: TrainingState, out: Path) -> None:
+    """Writes the checkpoint into the run folder."""
     progress = dataclasses.asdict(_over_processes(parts, state))
     if distributed.rank() == 0:
         checkpoint.save_state(
@@ -139,7 +149,7 @@ def _steps_to_do(parts: RunParts, state: TrainingState) -> int:
     return max(0, last - state.step)
 
 
-def _training_batches(parts: RunParts, state: TrainingState, *key: int) -> Iterator[Batch]:
+def training_batches(parts: RunParts, state: TrainingState, *key: int) -> Iterator[Batch]:
     """This process's share of the batches to do in this epoch: rank r has the r-th part of each. ``key``: another
     order and augmentation of the same images.
     """
@@ -153,35 +163,47 @@ def _training_batches(parts: RunParts, state: TrainingState, *key: int) -> Itera
         yield Batch(x, batch.y, batch.index)
 
 
-def _epoch(parts: RunParts, state: TrainingState, out: Path) -> None:
+def paired_batches(parts: RunParts, state: TrainingState) -> Iterator[tuple[Batch, Batch | None]]:
+    """The batches to do in this epoch, each with the step's second one where the method wants that."""
+    others = training_batches(parts, state, SECOND) if parts.method.two_batches else itertools.repeat(None)
+    return zip(training_batches(parts, state), others)
+
+
+def _epoch(parts: RunParts, state: TrainingState, out: Path, pace: Pace) -> None:
     """Does the rest of an epoch, or what ``max_steps`` leaves of it, and what follows it."""
     recipe = parts.recipe
-    moving = {name for phase in parts.method.phases for name in phase.parameters(parts.model)}
-    routers = {
-        name: trainable and any(key.startswith(f"{name}.") for key in moving)
-        for name, trainable in health.trainable_routers(parts.model, parts.val.batch([0]).to(parts.device).x).items()
-    }
+    routers = routers_of(parts)
     before = {name: _router_weights(parts.model, name) for name in routers}
     with progress(parts.steps, f"epoch {state.epoch + 1}/{recipe.epochs}", unit="steps") as bar:
         bar.advance(state.step)
         started = time.monotonic()
-        others = _training_batches(parts, state, SECOND) if parts.method.two_batches else itertools.repeat(None)
-        for batch, second in zip(_training_batches(parts, state), others):
-            result = _step(parts, state, batch, second, list(routers))
+        for batch, second in paired_batches(parts, state):
+            result = take_step(parts, state, batch, second, list(routers))
             for name, norm in result.router_grad.items():
                 state.router_grad[name] = max(state.router_grad.get(name, 0.0), float(norm))
-            _show(bar, state)
             now = time.monotonic()
+            pace.add(parts.batch_size, now - started)
             state.seconds, started = state.seconds + now - started, now
+            _show(bar, parts, state, pace)
             stopping = state.step < parts.steps and not _steps_to_do(parts, state)
             if stopping or (recipe.checkpoint_every and state.step % recipe.checkpoint_every == 0):
                 _note_moved(parts, state, before)
-                _save(parts, state, out)
+                save(parts, state, out)
     _note_moved(parts, state, before)
     _finish_epoch(parts, state, out, routers)
 
 
-def _step(parts: RunParts, state: TrainingState, batch: Batch, second: Batch | None, routers: list[str]) -> StepResult:
+def routers_of(parts: RunParts) -> dict[str, bool]:
+    """Returns for each router whether a phase moves it, along a gradient that its decision passes."""
+    moving = {name for phase in parts.method.phases for name in phase.parameters(parts.model)}
+    trainable = health.trainable_routers(parts.model, parts.val.batch([0]).to(parts.device).x)
+    return {name: passes and any(key.startswith(f"{name}.") for key in moving) for name, passes in trainable.items()}
+
+
+def take_step(
+    parts: RunParts, state: TrainingState, batch: Batch, second: Batch | None, routers: list[str]
+) -> StepResult:
+    """Takes one step of the run, and notes in ``state`` what it gave."""
     done = state.epoch * parts.steps + state.step
     progress = done / (parts.recipe.epochs * parts.steps)
     lr = parts.base_lr * parts.schedule(progress)
@@ -214,10 +236,20 @@ def _step(parts: RunParts, state: TrainingState, batch: Batch, second: Batch | N
     return result
 
 
-def _show(bar: Bar[Any], state: TrainingState) -> None:
+def _show(bar: Bar[Any], parts: RunParts, state: TrainingState, pace: Pace) -> None:
+    """The losses, and once there is a pace: images a second, how long all epochs will take without their validations,
+    and the peak of memory.
+    """
     bar.advance()
     losses = "  ".join(f"{name} {sums['loss'] / state.step:.3f}" for name, sums in state.sums.items())
-    bar.say(f"loss {losses}")
+    if pace.rate is None:
+        bar.say(f"loss {losses}")
+        return
+    steps = min(parts.recipe.epochs * parts.steps, parts.recipe.max_steps or math.inf)
+    left = (steps - state.epoch * parts.steps - state.step) * parts.batch_size / pace.rate
+    bar.say(f"loss {losses}, {pace.rate:.3g} images/s, {span(left)} left of all training{memory.told(parts.device)}")
+    if pace.batches == PACED:
+        bar.log()
 
 
 def _router_weights(model: RoutedModel, name: str) -> Tensor:
@@ -237,7 +269,7 @@ def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dic
     Part of an epoch (``max_steps``) is no candidate: its weights are kept only until a whole epoch is done.
     """
     started = time.monotonic()
-    judged = _judged(parts, state)
+    judged = judged_model(parts, state)
     result = _validated(parts, state, judged)
     score = next(rate for rate in (result.certified, result.robust, result.clean) if rate is not None)
     whole = state.step == parts.steps
@@ -295,7 +327,7 @@ def _line(
     }
 
 
-def _judged(parts: RunParts, state: TrainingState) -> RoutedModel:
+def judged_model(parts: RunParts, state: TrainingState) -> RoutedModel:
     """Returns the model that is validated and kept: the averaged weights where there are any, and where the recipe
     says so BatchNorm's statistics taken anew, on the batches with which the epoch began.
     """
@@ -307,7 +339,7 @@ def _judged(parts: RunParts, state: TrainingState) -> RoutedModel:
         model.load_state_dict(parts.average.state)
     if recipe.recalibrate is not None:
         key = (recipe.seed, RECALIBRATE, state.epoch)
-        again = _training_batches(parts, dataclasses.replace(state, step=0))
+        again = training_batches(parts, dataclasses.replace(state, step=0))
         given = (MiniBatch(batch.x, batch.y, Noise.of(batch.index, *key)) for batch in again)
         attack = parts.method.attack if recipe.recalibrate == "attacked" else None
         recalibrate(model, given, attack, parts.autocast)

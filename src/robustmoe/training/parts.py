@@ -71,6 +71,7 @@ class RunParts:
 
     @property
     def batch_size(self) -> int:
+        assert self.recipe.batch_size != "auto", "see robustmoe.training.fitting"
         return min(self.recipe.batch_size, len(self.data.train))
 
     @cached_property

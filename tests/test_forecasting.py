@@ -1,0 +1,213 @@
+"""`robustmoe.forecast` beside the work itself, on a clock that only the model's passes move; what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import robustmoe as rm
+from robustmoe.cli import main
+from robustmoe.errors import UserError
+from robustmoe.forecasting import timing
+from robustmoe.forecasting.probing import PassCost, Trace
+from robustmoe.forecasting.timing import Seconds
+from robustmoe.recipe import Recipe
+
+NOW = [0.0]
+"""Seconds on the clock of these tests."""
+
+CALL, IMAGE = 0.01, 0.001
+"""What a pass of `Ticking` takes, and each of its images."""
+
+
+class Ticking(nn.Module):
+    """A linear net whose passes take time. ``scale`` of its logits: 0 is never broken."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, 4)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        NOW[0] += CALL + IMAGE * len(x)
+        logits: Tensor = self.linear(x.flatten(1))
+        return self.scale * logits + (1 - self.scale) * torch.tensor([1.0, 0.0, 0.0, 0.0])
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time that only passes of `Ticking` take; nine seconds of the CPU are ten on the wall."""
+    NOW[0] = 0.0
+    fake = types.SimpleNamespace(process_time=lambda: 0.9 * NOW[0], monotonic=lambda: NOW[0])
+    monkeypatch.setattr(timing, "time", fake)
+    return NOW
+
+
+def pictures(n: int) -> tuple[Tensor, Tensor]:
+    """n random images, and the side that each is brighter on as one of four labels."""
+    x = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    halves = torch.stack([x[..., :4, :4], x[..., :4, 4:], x[..., 4:, :4], x[..., 4:, 4:]]).flatten(2).mean(2)
+    return x, halves.argmax(0)
+
+
+def fit(net: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Teach the net its images, so that attacks break some of them."""
+    optimiser = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(40):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimiser.step()
+
+
+# ------------------------------------------------------------------------------------------------ beside the truth
+
+
+@pytest.mark.parametrize("method", ["standard", "at(pgd(linf(0.1), steps=2, keep=last))"])
+def test_a_training_takes_what_was_forecast(method: str, clock: list[float], tmp_path: Path) -> None:
+    x, y = pictures(300)
+    net = Ticking()
+    before = [p.clone() for p in net.parameters()]
+    fields: dict[str, Any] = {"method": method, "epochs": 4, "batch_size": 16, "val_attack": "pgd(linf(0.1), steps=3)"}
+    told = rm.forecast(net, x, y, seconds=1.0, device="cpu", **fields)
+    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters())), "its steps are made on a copy"
+    begun = clock[0]
+    rm.train(net, x, y, out=tmp_path / "run", device="cpu", **fields)
+    truth = clock[0] - begun
+    numbers = told.summary()
+    assert numbers["wall_seconds"] == pytest.approx(truth, rel=0.03)
+    assert numbers["cpu_seconds"] == pytest.approx(0.9 * truth, rel=0.03)
+    assert numbers["measured_cpu_seconds"] < 0.5 * numbers["cpu_seconds"]
+    counts = {part["name"]: part["count"] for part in numbers["parts"]}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (counts["training steps"], counts["validations"]) == (lines[-1]["step"], len(lines))
+    written = sum((tmp_path / "run" / name).stat().st_size for name in ("state.pt", "model.safetensors"))
+    assert numbers["files_bytes"] == pytest.approx(written, rel=0.1)
+
+
+def test_max_steps_and_seeds_of_a_method_that_changes(clock: list[float]) -> None:
+    x, y = pictures(100)
+    told = rm.forecast(Ticking(), x, y, method="standard", epochs=9, batch_size=10, max_steps=12, seconds=0.1)
+    counts = {part.name: part.count for part in told.parts}
+    assert (counts["training steps"], counts["validations"]) == (12, 2)
+
+
+@pytest.mark.parametrize("attack", ["pgd(linf(0.03), steps=20, keep=first)", "pgd(linf(0.03), steps=20, keep=best)"])
+def test_an_evaluation_takes_what_was_forecast(attack: str, clock: list[float]) -> None:
+    x, y = pictures(90)
+    net = Ticking()
+    fit(net, x, y)
+    asked: dict[str, Any] = {"attacks": attack, "curve": "auto", "batch_size": 32, "device": "cpu"}
+    told = rm.forecast(net, x, y, seconds=20.0, **asked)
+    begun = clock[0]
+    (whole, *_) = rm.evaluate(net, x, y, **asked)
+    truth = clock[0] - begun
+    assert 0.2 < whole.summary().robust.value < 0.9, "some of the images break, not all"
+    assert told.wall == pytest.approx(truth, rel=0.2)
+    part = next(part for part in told.parts if part.passes is not None)
+    assert part.low <= part.cpu <= part.high <= part.most
+    assert part.most_passes is not None
+    assert (part.passes < part.most_passes) == ("first" in attack)
+
+
+def test_where_nothing_breaks_a_short_probe_tells_it_all(clock: list[float]) -> None:
+    """The probe is stopped long before its end, and what is left is what `Attack.queries` says."""
+    x, y = pictures(64)
+    net, y = Ticking(scale=0.0), torch.zeros_like(y)
+    asked: dict[str, Any] = {"attacks": "pgd(linf(0.1), steps=200, keep=first)", "batch_size": 32, "device": "cpu"}
+    told = rm.forecast(net, x, y, seconds=2.0, **asked)
+    begun = clock[0]
+    rm.evaluate(net, x, y, **asked)
+    assert told.wall == pytest.approx(clock[0] - begun, rel=0.05)
+    assert told.measured < 0.3 * told.cpu
+    attack = next(part for part in told.parts if part.passes is not None)
+    assert attack.passes == pytest.approx(attack.most_passes, rel=0.01)
+
+
+def test_a_suite_is_forecast_part_by_part(clock: list[float]) -> None:
+    x, y = pictures(40)
+    net = Ticking()
+    fit(net, x, y)
+    told = rm.forecast(net, x, y, attacks="autoattack(linf(0.02))", seconds=5.0, batch_size=16, device="cpu")
+    names = [part.name.rpartition(": ")[2] for part in told.parts if part.passes is not None]
+    assert names == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    left = [part.left for part in told.parts if part.left is not None]
+    assert left == sorted(left, reverse=True)
+    entering = [part.count for part in told.parts if part.passes is not None]
+    assert entering == sorted(entering, reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------ the model of the cost
+
+
+def test_a_trace_scales_by_hand() -> None:
+    """Ten calls with a gradient on 8 images, of which 4 are left from the fifth on: 12 + 0.5 x 60 seconds there."""
+    costs = {True: PassCost(1.2, 0.5), False: PassCost(1.0, 1.0)}
+    trace = Trace(8, cost=30)
+    for n in (8, 8, 8, 8, 8, 4, 4, 4, 4, 4):
+        trace.count(n, True)
+    trace.took = Seconds(84.0, 42.0)
+    assert trace.passes == pytest.approx(3 * 60 / 8)
+    whole = trace.scaled(costs, images=20, batch_size=8)  # three batches: 30 calls, 150 images
+    assert whole.cpu == pytest.approx(84 * (30 * 1.2 + 150 * 0.5) / (10 * 1.2 + 60 * 0.5))
+    assert whole.wall == pytest.approx(whole.cpu / 2)
+    unbroken = trace.scaled(costs, images=8, batch_size=8, unbroken=True)
+    assert unbroken.cpu == pytest.approx(84 * (10 * 1.2 + 80 * 0.5) / (10 * 1.2 + 60 * 0.5))
+
+
+def test_a_trace_that_did_not_end_goes_on_with_the_images_that_were_left() -> None:
+    costs = {True: PassCost(0.0, 1.0), False: PassCost(0.0, 1.0)}
+    trace = Trace(8, cost=60, whole=False, took=Seconds(60.0, 60.0))
+    for n in (8, 8, 8, 8, 8, 4, 4, 4, 4, 4):
+        trace.count(n, True)
+    assert trace.passes == pytest.approx(3 * (60 + 10 * 4) / 8)  # as many calls again, on four images
+    assert trace.scaled(costs, images=8, batch_size=8).cpu == pytest.approx(100.0)
+    assert trace.scaled(costs, images=8, batch_size=8, unbroken=True).cpu == pytest.approx(160.0)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_a_dry_run_prints_a_table_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robustmoe.forecasting.BUDGET", 0.2)
+    Path("small.toml").write_text(
+        'model = "small_cnn(width=4)"\ndata = "digits"\nmethod = "at(pgd(linf(0.1), steps=2))"\nepochs = 30\n'
+    )
+    Path("own.py").write_text(
+        "from torch import nn\n\n\ndef make_model():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    there = sorted(tmp_path.iterdir())
+    draws = torch.get_rng_state()
+    assert main(["train", "small.toml", "--dry_run", "--seeds", "0..2", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "training steps    300 " in out
+    assert "for each of 3 seeds" in out
+    model = ["--model", "own.py:make_model", "--data", "digits"]
+    attack = ["--attack", "pgd(linf(0.1), steps=5)", "--limit", "40", "--device", "cpu"]
+    assert main(["evaluate", *model, *attack, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "pgd(linf(0.1), steps=5" in text
+    assert "passes an image (a gradient counts as 3)" in text
+    assert "curve at 0.15" in text
+    assert max(map(len, (out + text).splitlines())) <= 80
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == there
+    assert torch.equal(draws, torch.get_rng_state())
+
+
+def test_what_cannot_be_forecast_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = pictures(8)
+    with pytest.raises(UserError, match="seconds is 0; expected above 0"):
+        rm.forecast(Ticking(), x, y, seconds=0.0)
+    with pytest.raises(UserError, match="there is no recipe 'nothing'"):
+        rm.forecast("nothing")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="a forecast is made by one process"):
+        rm.forecast(Recipe(model="small_cnn", data="digits", method="standard", epochs=1))
