@@ -1,7 +1,7 @@
 """Forecasts beside the truth: docs/results/forecasts.json.
 
 python benchmarks/forecasts.py     # half an hour on one thread
-python benchmarks/forecasts.py dense rt_er     # some of them alone, printed and not written
+python benchmarks/forecasts.py dense rt_er     # some of them alone, beside those of the same commit
 
 Five trainings on digits and three evaluations. Each is forecast in a process of its own, and then done in another:
 seconds of the CPU (another job on the machine does not lengthen them) and the peak of memory of each.
@@ -127,23 +127,28 @@ def main() -> None:
     if sys.argv[1:2] in (["--truth"], ["--forecast"]):
         print(json.dumps(told(sys.argv[2], sys.argv[1] == "--truth")))
         return
-    chosen = sys.argv[1:] or [*TRAININGS, *EVALUATIONS]
-    cases = {}
-    for name in chosen:
-        cases[name] = beside(name)
-        print(f"{name}: {json.dumps(cases[name])}", flush=True)
-    if sys.argv[1:]:
-        return
-    off = [abs(case["off"]) for case in cases.values()]
+    about = described("python benchmarks/forecasts.py", seeds=[SEED], threads=THREADS)
+    for name in sys.argv[1:] or [*TRAININGS, *EVALUATIONS]:
+        case = beside(name)
+        print(f"{name}: {json.dumps(case)}", flush=True)
+        keep(about, name, case)
+
+
+def keep(about: dict[str, Any], name: str, case: dict[str, Any]) -> None:
+    """Writes a case into the results, beside those that are there of the same commit."""
+    file = RESULTS / "forecasts.json"
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"about": {}, "numbers": {}}
+    there = old["numbers"] if old["about"].get("commit") == about["commit"] else {}
+    cases = {each: there[each] for each in [*TRAININGS, *EVALUATIONS] if each in there} | {name: case}
+    off = [abs(each["off"]) for each in cases.values()]
     summary = {
         "off": spread_of(off),
-        "peak_off": spread_of([abs(case["peak_off"]) for case in cases.values()]),
+        "peak_off": spread_of([abs(each["peak_off"]) for each in cases.values()]),
         "within_25": sum(each <= 25 for each in off),
         "cases": len(off),
     }
-    about = described("python benchmarks/forecasts.py", seeds=[SEED], threads=THREADS)
     asked = {"common": COMMON, "trainings": TRAININGS, "evaluations": EVALUATIONS}
-    write(RESULTS / "forecasts.json", about, {**cases, "all": summary}, asked=asked)
+    write(file, about, {**cases, "all": summary}, asked=asked)
 
 
 if __name__ == "__main__":

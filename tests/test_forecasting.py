@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,10 @@ def test_a_trace_scales_by_hand() -> None:
         trace.count(n, True)
     trace.took = Seconds(84.0, 42.0)
     assert trace.passes == pytest.approx(3 * 60 / 8)
-    whole = trace.scaled(costs, images=20, batch_size=8)  # three batches: 30 calls, 150 images
+    whole = trace.scaled(costs, trace.pace(costs), images=20, batch_size=8)  # three batches: 30 calls, 150 images
     assert whole.cpu == pytest.approx(84 * (30 * 1.2 + 150 * 0.5) / (10 * 1.2 + 60 * 0.5))
     assert whole.wall == pytest.approx(whole.cpu / 2)
-    unbroken = trace.scaled(costs, images=8, batch_size=8, unbroken=True)
+    unbroken = trace.scaled(costs, trace.pace(costs), images=8, batch_size=8, unbroken=True)
     assert unbroken.cpu == pytest.approx(84 * (10 * 1.2 + 80 * 0.5) / (10 * 1.2 + 60 * 0.5))
 
 
@@ -166,8 +167,8 @@ def test_a_trace_that_did_not_end_goes_on_with_the_images_that_were_left() -> No
     for n in (8, 8, 8, 8, 8, 4, 4, 4, 4, 4):
         trace.count(n, True)
     assert trace.passes == pytest.approx(3 * (60 + 10 * 4) / 8)  # as many calls again, on four images
-    assert trace.scaled(costs, images=8, batch_size=8).cpu == pytest.approx(100.0)
-    assert trace.scaled(costs, images=8, batch_size=8, unbroken=True).cpu == pytest.approx(160.0)
+    assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(100.0)
+    assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8, unbroken=True).cpu == pytest.approx(160.0)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -211,3 +212,25 @@ def test_what_cannot_be_forecast_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="a forecast is made by one process"):
         rm.forecast(Recipe(model="small_cnn", data="digits", method="standard", epochs=1))
+
+
+# ------------------------------------------------------------------------------------------------ while it works
+
+
+def test_a_log_file_is_told_once_how_fast_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After 20 steps of a training (here of 2 x 13: the second epoch's seventh), and two batches of an attack."""
+    monkeypatch.setenv("ROBUSTMOE_PROGRESS", "1000")
+    x, y = pictures(150)
+    net = Ticking()
+    rm.train(net, x, y, method="standard", epochs=2, batch_size=10, out=tmp_path / "run", device="cpu")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "images/s" in line]
+    assert re.fullmatch(
+        r"epoch 2/2: 7/13 steps, 0:00 left, loss all [\d.]+, [\d.e+]+ images/s, 0:00 left of all training, "
+        r"memory peak [\d.]+ [MG]B",
+        line,
+    )
+    rm.evaluate(net, x, y, attacks="pgd(linf(0.1), steps=2, keep=best)", batch_size=50, device="cpu")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "images/s" in line]
+    assert re.match(r"pgd\(.*: \d+/\d+ passes, 0:00 left, robust [\d.]+ %, [\d.e+]+ images/s, memory peak", line)

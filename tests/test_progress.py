@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from robustmoe import progress as module
-from robustmoe.progress import note, progress
+from robustmoe.progress import Pace, note, progress
 
 
 class Terminal(io.StringIO):
@@ -202,3 +202,27 @@ def test_a_notebook_gets_a_bar_in_one_output(monkeypatch: pytest.MonkeyPatch) ->
     assert texts[0] == "", "a bar that is done is taken off"
     assert re.fullmatch(r"epoch 1/1: 3/4 steps, 0:00 left, loss 0\.5", texts[1])
     assert len(texts) == 2
+
+
+def test_a_pace_leaves_out_the_first_batch() -> None:
+    pace = Pace(3)
+    rates = []
+    for seconds in (50.0, 1.0, 3.0):
+        pace.add(8, seconds)
+        rates.append(pace.rate)
+    assert rates == [None, None, 16 / 4]
+
+
+def test_a_log_file_is_told_at_once_a_terminal_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ROBUSTMOE_PROGRESS", "1000")
+    with progress(4, "attack", unit="images") as bar:
+        bar.advance(2)
+        bar.say("8 images/s")
+        bar.log()
+    assert capsys.readouterr().err == "attack: 2/4 images, 8 images/s\n"
+    terminal = to_terminal(monkeypatch)
+    with progress(4, "attack", unit="images") as bar:
+        bar.log()
+    assert "attack: " not in terminal.getvalue()

@@ -62,7 +62,8 @@ def train(
         from robustmoe.forecasting import forecast
 
         several = "" if seeds is None else f"\nfor each of {len(trainings)} seeds"
-        return f"{forecast(settings)}{several}"
+        done = "\nsteps that are done already are not taken off" if resume else ""
+        return f"{forecast(settings)}{several}{done}"
     from robustmoe.records import check_folder
 
     begun = {where: resume and (seeds is None or (where / "config.json").is_file()) for where in trainings}

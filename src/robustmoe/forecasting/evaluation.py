@@ -30,6 +30,9 @@ from robustmoe.records.forecast import Forecast, ForecastPart
 FEWEST = 16
 """Images of a probe, at least: the share that survives is told by them."""
 
+PASSES_SEEN = 0.2
+"""Of an attack's passes, those that a probe has time for at least, on a network that is fast enough."""
+
 CURVE_SHARE = 0.25
 """Of the time for the probes, what the curve takes."""
 
@@ -48,7 +51,9 @@ class ProbedStage(NamedTuple):
 
 @dataclass
 class Probe:
-    """The first images, what is known of them, and of the model."""
+    """The first images, what is known of them, and of the model. ``pace``: see `Trace.pace`, where it is known from
+    more images than these.
+    """
 
     session: Session
     batch: Batch
@@ -56,6 +61,7 @@ class Probe:
     right: Tensor
     judging: Seconds
     rows: Seconds
+    pace: Seconds | None = None
 
     def attack(self, attack: Attack, budget: float) -> tuple[list[ProbedStage], Tensor]:
         """Each part of an attack on the images of the probe that the parts before it left, and which are broken."""
@@ -82,8 +88,9 @@ class Probe:
         """What a stage takes, its judging included, with the range that the size of the probe leaves."""
         images, batch_size = stage.entering, self.session.options.batch_size
         trace = stage.trace
-        likely = trace.scaled(self.costs, images, batch_size) + self.judging * images
-        most = trace.scaled(self.costs, images, batch_size, unbroken=True) + self.judging * images
+        pace = self.pace or trace.pace(self.costs)
+        likely = trace.scaled(self.costs, pace, images, batch_size) + self.judging * images
+        most = trace.scaled(self.costs, pace, images, batch_size, unbroken=True) + self.judging * images
         low, high = 1.0, 1.0
         if stage.seen < len(self.session.images):  # else the probe is all there is
             share = min(1.0, trace.passes * trace.images / max(1, trace.cost) / stage.seen)
@@ -139,30 +146,29 @@ def _measured(
     """All parts but the set-up, and the images that each attack was probed on."""
     options, n = session.options, len(session.images)
     costs = costs_of(session, climbed, min(options.batch_size, n), 0.2 * seconds)
-    simple = [len(attack.parts(session.output)) == 1 for attack in attacks]
-    for_curve = CURVE_SHARE if any(simple) and options.curve != () and options.shard is None else 0.0
+    simple = [attack for attack in attacks if len(attack.parts(session.output)) == 1]
+    for_curve = CURVE_SHARE if simple and options.curve != () and options.shard is None else 0.0
     share = 0.8 * seconds * (1 - for_curve) / len(attacks)
-    parts, broken, sizes, fixed = [], [], [], []
+    parts, sizes, fixed, candidates = [], [], [], []
     for attack in attacks:
         probe = _probe(session, attack, costs, share)
         sizes.append(len(probe.batch))
         fixed.append(_fixed(session, attack))
-        own, lost = _parts_of(probe, attack, share)
-        parts += own
-        broken.append(lost)
-    candidates = [pair for pair, alone in zip(zip(attacks, broken), simple) if alone] if for_curve else []
+        stages, lost = probe.attack(attack, share)
+        parts += _parts_of(probe, attack, stages)
+        if attack in simple and for_curve:
+            candidates.append((attack, lost, stages[0].trace.pace(costs)))
     curve = _curve(session, candidates, costs, for_curve * 0.8 * seconds)
     each = max(fixed, key=lambda took: took.cpu)
     checked = (sum(fixed, Seconds()) + each * len(curve)).part("checks", len(fixed) + len(curve), "times")
     return [*parts, *curve, checked], sizes
 
 
-def _parts_of(probe: Probe, attack: Attack, budget: float) -> tuple[list[ForecastPart], Tensor]:
-    """The parts of an attack, its rows among them, and which images of the probe it breaks."""
-    stages, lost = probe.attack(attack, budget)
+def _parts_of(probe: Probe, attack: Attack, stages: Sequence[ProbedStage]) -> list[ForecastPart]:
+    """The parts of an attack, its rows among them."""
     name, n = spec_or_repr(attack), len(probe.session.images)
     parts = [probe.part(f"{name}: {stage.name}" if stage.name else name, stage) for stage in stages]
-    return [*parts, (probe.rows * n).part("its rows", n, "images")], lost
+    return [*parts, (probe.rows * n).part("its rows", n, "images")]
 
 
 def _peak(device: torch.device, base: int, probe: int, batch: int) -> int | None:
@@ -174,10 +180,12 @@ def _peak(device: torch.device, base: int, probe: int, batch: int) -> int | None
 
 
 def _probe(session: Session, attack: Attack, costs: Costs, budget: float) -> Probe:
-    """As many of the first images as the attack can be made on in the time."""
+    """As many of the first images as a part of the attack's passes can be made on in the time: most of the images that
+    break do so early.
+    """
     n, passes = len(session.images), attack.queries(session.output)
     each = costs[True].of_image * max(1, passes) / 3
-    size = min(n, session.options.batch_size, max(FEWEST, int(budget / max(each, 1e-9))))
+    size = min(n, session.options.batch_size, max(FEWEST, int(budget / max(PASSES_SEEN * each, 1e-9))))
     batch = session.images.batch(list(range(size))).to(session.device)
     with torch.no_grad():
         session.model.run(batch.x)
@@ -207,22 +215,22 @@ def _fixed(session: Session, attack: Attack) -> Seconds:
 
 
 def _curve(
-    session: Session, candidates: Sequence[tuple[Attack, Tensor]], costs: Costs, budget: float
+    session: Session, candidates: Sequence[tuple[Attack, Tensor, Seconds]], costs: Costs, budget: float
 ) -> list[ForecastPart]:
-    """The strongest of the simple attacks, given with the images of the probe that each breaks, at each radius of the
-    curve on the images that no smaller radius broke.
+    """The strongest of the simple attacks, given with the images of the probe that each breaks and its pace, at each
+    radius of the curve on the images that no smaller radius broke.
     """
     if not candidates:
         return []
     options = session.options
-    attack, lost = max(candidates, key=lambda pair: float(pair[1].double().mean()))
+    attack, lost, pace = max(candidates, key=lambda each: float(each[1].double().mean()))
     few = session.on(session.images.head(CURVE_LIMIT))
     radii = sorted(radii_of(attack.threat, options.curve), reverse=attack.finds_nearest)
     parts: list[ForecastPart] = []
     at_once = 1 if attack.finds_nearest else len(radii)
     probe = _probe(few, attack, costs, budget / max(1, at_once))
     size = min(len(probe.batch), len(lost))
-    probe.batch, probe.right = probe.batch[:size], probe.right[:size]
+    probe.batch, probe.right, probe.pace = probe.batch[:size], probe.right[:size], pace
     down = torch.zeros_like(probe.right)
     for at, eps in enumerate(radii):
         below = down | lost[:size] if eps > attack.threat.eps else down
@@ -265,5 +273,5 @@ def _note(least: int, most: int, n: int) -> str:
     probe = f"{least}" if least == most else f"{least} to {most}"
     return (
         f"How many images survive, and so are attacked on, is told by a probe: the first {probe} of {n}. The range is "
-        "what so few images leave open (95 %); at most: if no image breaks."
+        "what so few images leave open (95 %); at most: if no image breaks. Images that are done are not taken off."
     )

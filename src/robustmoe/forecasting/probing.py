@@ -99,14 +99,17 @@ class Trace:
         """Forward passes an image of the whole attack, as far as the probe can tell."""
         return self._sum(self._ended()) / max(1, self.images)
 
-    def scaled(self, costs: Costs, images: int, batch_size: int, unbroken: bool = False) -> Seconds:
+    def pace(self, costs: Costs) -> Seconds:
+        """What the attack took for each second that its passes alone would have taken."""
+        alone = sum(costs[kind].of(self.calls[kind], self.rows[kind]) for kind in costs)
+        return self.took * (1 / alone) if alone > 0 else Seconds(1.0, 1.0)
+
+    def scaled(self, costs: Costs, pace: Seconds, images: int, batch_size: int, unbroken: bool = False) -> Seconds:
         """The seconds of the whole attack on ``images``, in batches. ``unbroken``: if none of them ever breaks."""
         calls, rows = self._unbroken() if unbroken else self._ended()
         batches = -(-images // batch_size)
         share = images / max(1, self.images)
-        there = sum(costs[kind].of(self.calls[kind], self.rows[kind]) for kind in costs)
-        wanted = sum(costs[kind].of(calls[kind] * batches, rows[kind] * share) for kind in costs)
-        return self.took * (wanted / there) if there > 0 else Seconds(wanted, wanted)
+        return pace * sum(costs[kind].of(calls[kind] * batches, rows[kind] * share) for kind in costs)
 
     def _sum(self, counted: tuple[dict[bool, float], dict[bool, float]]) -> float:
         return GRADIENT * counted[1][True] + counted[1][False]
