@@ -59,7 +59,7 @@ TRAININGS = {
 EVALUATIONS = {
     "pgd_and_curve": ("zoo:digits_pathway", {"attacks": f"pgd({BALL}, steps=100)"}),
     "apgd": ("zoo:digits_dense", {"attacks": f"apgd({BALL}, steps=100, restarts=3)", "curve": "none"}),
-    "autoattack_routing": ("zoo:digits_pathway", {"attacks": f"autoattack_routing({BALL})", "limit": 48}),
+    "autoattack_routing": ("zoo:digits_pathway", {"attacks": f"autoattack_routing({BALL})", "limit": 16}),
 }
 
 

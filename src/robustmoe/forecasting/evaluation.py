@@ -167,7 +167,8 @@ def _measured(
 def _parts_of(probe: Probe, attack: Attack, stages: Sequence[ProbedStage]) -> list[ForecastPart]:
     """The parts of an attack, its rows among them."""
     name, n = spec_or_repr(attack), len(probe.session.images)
-    parts = [probe.part(f"{name}: {stage.name}" if stage.name else name, stage) for stage in stages]
+    kind = name.partition("(")[0]
+    parts = [probe.part(f"{kind}: {stage.name}" if stage.name else name, stage) for stage in stages]
     return [*parts, (probe.rows * n).part("its rows", n, "images")]
 
 
