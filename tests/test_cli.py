@@ -130,7 +130,7 @@ def test_help_of_train_shows_every_field_with_its_words_and_default(capsys: pyte
     assert main(["train", "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "--checkpoint-every N steps between checkpoints; 0 = one at the end of each epoch (recipe default: 0)" in out
-    assert "images a step, over all processes together (recipe default: 128)" in out
+    assert "over all processes together; auto = as many as the memory holds (recipe default: 128)" in out
     assert "RECIPE a recipe file" in out
 
 

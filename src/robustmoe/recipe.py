@@ -52,9 +52,7 @@ class Recipe:
     schedule: Annotated[str, "how the learning rate moves over the run"] = "cosine"
     epochs: Annotated[int, "passes over the training images"]
     batch_size: Annotated[
-        int | Literal["auto"],
-        "images a step, over all processes together; auto = as many as the memory holds (the learning rate belongs to "
-        "a number)",
+        int | Literal["auto"], "images a step, over all processes together; auto = as many as the memory holds"
     ] = 128
     augment: Annotated[str | None, "what is done to training images, such as crop_flip(padding=4)"] = None
     inputs: Annotated[
