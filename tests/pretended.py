@@ -69,11 +69,14 @@ def asked_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device 
 
 
 class Pretending(TorchDispatchMode):
-    """The mode: a context manager. ``syncs`` counts what would wait for the device, by the name of the operation."""
+    """The mode: a context manager. ``syncs`` counts what would wait for the device, by the name of the operation,
+    ``copies`` what is sent there, ``operations`` all there is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.syncs: Counter[str] = Counter()
+        self.copies = self.operations = 0
         self.calls: list[str] = []
         self._python = _FromPython(self)
 
@@ -89,6 +92,7 @@ class Pretending(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        self.operations += 1
         given = tensors((args, kwargs))
         where = [ANYWHERE if leaf.dim() == 0 and place(leaf) == HERE else place(leaf) for leaf in given]
         if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"):
@@ -97,13 +101,14 @@ class Pretending(TorchDispatchMode):
                 given[:1] + given[len(tensors(args[1])) + 1 :],
                 where[:1] + where[len(tensors(args[1])) + 1 :],
             )
-        if THERE in where and name in SIZED_BY_VALUES | {"_local_scalar_dense"}:
+        if THERE in where and name in SIZED_BY_VALUES | {"_local_scalar_dense"} and self.calls[-1:] != ["one_hot"]:
             self.syncs[name] += 1
         if THERE in where and HERE in where and name not in FREE:
             shapes = [f"{tuple(leaf.shape)} {at}" for leaf, at in zip(given, where)]
             raise MixedDevicesError(f"{name}: expected all tensors to be on the same device, got {', '.join(shapes)}")
         result = func(*args, **kwargs)
         if name in ("copy_", "set_"):
+            self.copies += name == "copy_" and where[0] == THERE and HERE in where
             return result
         return put(result, self._place_of(name, where, [place(leaf) for leaf in given], kwargs))
 
@@ -160,6 +165,7 @@ class _FromPython(TorchFunctionMode):
             shared = isinstance(args[0], Tensor) and result.data_ptr() == args[0].data_ptr()
             return result if shared else put(result, HERE)
         there = torch.device(device) == DEVICE
+        self.mode.copies += there
         if isinstance(args[0], Tensor) and place(args[0]) != (THERE if there else HERE):
             result = result.clone()
         return put(result, THERE if there else HERE)
@@ -172,6 +178,5 @@ class _FromPython(TorchFunctionMode):
         wanted = THERE if device == DEVICE else HERE
         if place(args[0]) == THERE and wanted == HERE:
             self.mode.syncs["copy to the host"] += 1
-        if place(result) == wanted:
-            return result
-        return put(result.clone(), wanted)
+        self.mode.copies += place(args[0]) == HERE and wanted == THERE
+        return result if place(result) == wanted else put(result.clone(), wanted)

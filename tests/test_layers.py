@@ -16,7 +16,7 @@ MODULES = {
 }
 
 LAYERS = [
-    {"compat", "errors", "noise"},
+    {"asking", "compat", "errors", "noise"},
     {"progress"},
     {"arrays", "distributed", "memory", "provenance", "records", "routing", "spec"},
     {"hub", "options", "zoo"},

@@ -149,12 +149,23 @@ def test_every_attack_is_here() -> None:
     "spec, name",
     in_turn([each for some in QUICK.values() for each in some], ["pathway", "vit_moe", "ensemble_straight"], 3),
 )
-def test_attacks(spec: str, name: str, there: Callable[..., tuple[RoutedModel, Tensor, Tensor]]) -> None:
+def test_attacks(
+    spec: str,
+    name: str,
+    there: Callable[..., tuple[RoutedModel, Tensor, Tensor]],
+    tiny: Callable[..., RoutedModel],
+    images: Callable[..., Tensor],
+) -> None:
     attack: Attack = build_attack(spec)
+    noise = Noise.of(torch.arange(6), 0)
     with Pretending():
         model, x, y = there(name)
-        noise = Noise.of(torch.arange(6), 0)
-        assert place(attack(model, x, y, Noise(noise.state.to(DEVICE)))) == "there"
+        x_adv = attack(model, x, y, Noise(noise.state.to(DEVICE)))
+        assert place(x_adv) == "there"
+    torch.default_generator.manual_seed(0)
+    assert torch.equal(x_adv, attack(tiny(MODELS.get(name, name)), images(6), torch.arange(6) % 4, noise)), (
+        "the host asks otherwise, and is answered the same"
+    )
 
 
 @pytest.mark.parametrize("method, name", in_turn(list(METHODS_HERE), sorted(TINY), 4))

@@ -64,7 +64,8 @@ class Noise:
         """Derives streams from these by each integer of ``key`` in turn; a tensor has one integer a stream."""
         state = self.state
         for part in key:
-            state = _mix(state ^ _mix(torch.as_tensor(part, dtype=torch.int64, device=state.device)))
+            key_part = part.to(state) if isinstance(part, Tensor) else state.new_full((), part)  # sent by no copy
+            state = _mix(state ^ _mix(key_part))
         return Noise(state)
 
     def __getitem__(self, select: Tensor | slice) -> Noise:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from robustmoe import asking
 from robustmoe.noise import Noise
 
 Gating = Literal["renormalised", "vmoe", "hard"]
@@ -40,6 +41,8 @@ class Routing:
     weight: Float[Tensor, "n t k"]
     noisy: Float[Tensor, "n t e"] | None = None
     slots: Float[Tensor, "n t s"] | None = None
+    known: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What the host has asked of index and weight, and need not ask again."""
 
     @property
     def num_experts(self) -> int:
@@ -51,12 +54,31 @@ class Routing:
 
     def detach(self) -> Routing:
         noisy, slots = (None if value is None else value.detach() for value in (self.noisy, self.slots))
-        return Routing(self.logits.detach(), self.index, self.weight.detach(), noisy, slots)
+        return Routing(self.logits.detach(), self.index, self.weight.detach(), noisy, slots).knowing(self.known)
 
     def __getitem__(self, select: Tensor | slice) -> Routing:
         """Returns the decisions for some of the images."""
         noisy, slots = (None if value is None else value[select] for value in (self.noisy, self.slots))
         return Routing(self.logits[select], self.index[select], self.weight[select], noisy, slots)
+
+    def replayed(self, fresh: Routing) -> Routing:
+        """Returns this decision beside what the router says of another input."""
+        slots = fresh.slots if self.slots is None else self.slots
+        return Routing(fresh.logits, self.index, self.weight, fresh.noisy, slots).knowing(self.known)
+
+    def knowing(self, known: dict[str, Any]) -> Routing:
+        """Returns this decision, of which the host knows so much: of another one of equal index and weight."""
+        object.__setattr__(self, "known", known)
+        return self
+
+    def sizes(self) -> list[int]:
+        """Returns how many pairs of an item and a chosen expert each expert has; asked once, however often the decision
+        is replayed.
+        """
+        if "sizes" not in self.known:
+            self.known["sizes"] = asking.tally(self.index.reshape(-1), self.num_experts).tolist()
+        sizes: list[int] = self.known["sizes"]
+        return sizes
 
     def chosen(self) -> Tensor:
         """(n, t, e) bool: which experts each item goes to."""
@@ -116,8 +138,7 @@ class Tape:
                 raise ValueError(
                     f"the forced routing of {name!r} has {forced.num_experts} experts, the model {fresh.num_experts}"
                 )
-            slots = fresh.slots if forced.slots is None else forced.slots
-            used = Routing(fresh.logits, forced.index, forced.weight, fresh.noisy, slots)
+            used = forced.replayed(fresh)
         self.trace[name] = used
         return used
 

@@ -10,6 +10,7 @@ from robustmoe.attacks.apgd import APGD, TargetedAPGD
 from robustmoe.attacks.autoattack import AutoAttack, AutoAttackRouting
 from robustmoe.attacks.base import Attack, Suite, Wrapped, changed, evaluating, part_noise
 from robustmoe.attacks.fab import FAB
+from robustmoe.attacks.finite import NotFiniteError
 from robustmoe.attacks.fmn import FMN, accuracy_curve
 from robustmoe.attacks.folding import Folded
 from robustmoe.attacks.half import Bf16
@@ -29,7 +30,7 @@ from robustmoe.attacks.objectives import (
     router_only,
     targeted,
 )
-from robustmoe.attacks.pgd import FGSM, PGD, NotFiniteError, vmoe_pgd
+from robustmoe.attacks.pgd import FGSM, PGD, vmoe_pgd
 from robustmoe.attacks.routes import (
     ExpertTransition,
     JointNormalised,

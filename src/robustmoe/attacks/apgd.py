@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from robustmoe import asking
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.climbing import Climbing, Collected, as_column, length_of
 from robustmoe.attacks.l1 import fitted, onto_l1
@@ -227,10 +228,9 @@ class APGD(Attack):
                 now.move(MOMENTUM if step > 1 else 1.0)
             score = self._gradient(inner, now, rows)
             now.offer(score.loss, counted=step > 0)
-            if leave and bool(score.fooled.any()):
-                if not self._let_go(now, score, collected, together):
-                    return collected
-            elif note:
+            if leave and not self._let_go(now, score, collected, together):
+                return collected
+            if note:
                 now.note(score.fooled)
             if step in checkpoints:
                 if self.threat.norm == "l1":
@@ -242,12 +242,16 @@ class APGD(Attack):
 
     def _let_go(self, now: Climbing, score: Score, collected: Collected, together: Together | None) -> bool:
         """The fooled images leave, and with them the climbs that they make needless; whether any go on."""
-        gone, staying = torch.nonzero(score.fooled)[:, 0], ~score.fooled
-        collected.put(now.place[gone], now.x_adv[gone], score.loss[gone], True)
+        if asking.is_nowhere(score.fooled):
+            return True
+        staying = ~score.fooled
         if together is not None:
-            together.broke(now.place[gone])
+            together.broke(now.place, score.fooled)
             staying &= together.wanted(now.place)
-        now.narrow(torch.nonzero(staying)[:, 0])
+        gone, stay = asking.places(score.fooled, staying)
+        if len(gone):
+            collected.put(now.place[gone], now.x_adv[gone], score.loss[gone], True)
+            now.narrow(stay)
         return len(now.place) > 0
 
     def _checkpoints(self, steps: int) -> dict[int, float]:

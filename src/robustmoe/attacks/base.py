@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from robustmoe.arrays import as_images, as_labels
+from robustmoe.attacks.finite import in_the_end
 from robustmoe.attacks.objectives import Objective
 from robustmoe.attacks.surrogate import missed
 from robustmoe.attacks.threat import Threat
@@ -138,7 +139,7 @@ def entered(
         _require_streams(noise, len(x))
         highest = -1 if known or len(y) == 0 else int(y.max())
         look = contextlib.nullcontext() if known else awaited(routed, highest, climbs)
-        with look, looked_at(), room_for(room() or len(x)):
+        with look, looked_at(), room_for(room() or len(x)), in_the_end():
             yield Taken(routed, x, y, noise)
 
 

@@ -4,15 +4,22 @@ an image.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from robustmoe import asking
 from robustmoe.attacks.l1 import l1_excess
 from robustmoe.attacks.threat import Norm, size
 
 TINY_WEIGHT = 1e-8
 """A coordinate whose weight is below this share of the largest one does not move: it could not close the gap."""
+
+UNASKED = 7
+"""Rounds of Newton's method that are made, where asking waits for the device, before it is asked whether they are
+enough: more change nothing."""
 
 
 def projection(
@@ -63,12 +70,13 @@ def _linf_newton(weight: Tensor, room: Tensor, gap: Tensor) -> Tensor:
     product = weight * room
     full = product.sum(1, keepdim=True)
     level = torch.zeros_like(gap)
-    while True:
+    unasked = 0 if asking.free(room) else UNASKED
+    for turn in itertools.count():
         stopped = room <= level
         rise = weight.masked_fill(stopped, 0.0).sum(1, keepdim=True)
         filled = product.masked_fill(~stopped, 0.0).sum(1, keepdim=True)
         higher = torch.where((rise > 0) & (gap < full), (gap - filled) / rise, level).maximum(level)
-        if bool((room <= higher).eq(stopped).all()):
+        if turn >= unasked and bool((room <= higher).eq(stopped).all()):
             break
         level = higher
     return torch.minimum(higher.masked_fill((gap >= full) | (rise <= 0), torch.inf), room)

@@ -12,11 +12,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from robustmoe import asking
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.boundary import dual_size, projection
+from robustmoe.attacks.finite import require_finite
 from robustmoe.attacks.losses import scale_of
 from robustmoe.attacks.objectives import Joint
-from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Norm, Threat, size
 from robustmoe.attacks.together import Together, next_climbs
@@ -33,6 +34,16 @@ class _Boundary(NamedTuple):
 
     gap: Tensor
     slope: Tensor
+
+
+class _Run(NamedTuple):
+    """What a run has so far: of each row the ``nearest`` broken image (m, ch, h, w), ``least`` distance (m,), and which
+    rows are the same image.
+    """
+
+    nearest: Tensor
+    least: Tensor
+    together: Together
 
 
 @dataclass(frozen=True)
@@ -112,9 +123,9 @@ class FAB(Attack):
             nearest, distance = self._run(model, x[rows], y[rows], rival, torch.cat(starts), together)
             broken = distance.view(len(runs), -1) <= self.threat.eps
             first = torch.arange(len(left), device=x.device) + len(left) * broken.int().argmax(0)
-            lost = broken.any(0)
+            lost, stay = asking.places(broken.any(0), ~broken.any(0))
             x_adv[left[lost]] = nearest[first[lost]]
-            left = left[~lost]
+            left = left[stay]
         return x_adv
 
     def _start(self, x: Tensor, noise: Noise, generator: torch.Generator) -> Tensor:
@@ -143,38 +154,61 @@ class FAB(Attack):
         """
         nearest, least = x.clone(), x.new_full((len(x),), torch.inf)
         rows = torch.arange(len(x), device=x.device)
-        ahead, blind = _ahead(model, now, y, rival, self.threat.norm), torch.ones_like(rows, dtype=torch.bool)
-        ever = torch.zeros_like(blind)
+        ahead = _ahead(model, now, y, rival, self.threat.norm)
+        blind, aware, ever = rows, rows[:0], torch.zeros_like(rows, dtype=torch.bool)
         for step in range(self.steps):
             clean = x[rows]
             now = self._step(clean, now, ahead)
             last = step == self.steps - 1
-            broken, ahead, known = self.gradients_and_broken(model, now, y[rows], _of(rival, rows), blind | last)
-            distance = _length(self.threat.norm, now - clean)
+            if last:
+                blind, aware = torch.arange(len(rows), device=x.device), rows[:0]
+            broken, ahead, known = self.gradients_and_broken(model, now, y[rows], _of(rival, rows), (blind, aware))
             ever[rows] |= broken
-            nearer = broken & (distance < least[rows])
-            if isinstance(model, Surrogate) and model.close:
-                nearer &= distance <= self.threat.eps
-                nearer[nearer.clone()] = model.confirm(now[nearer], y[rows[nearer]], torch.ones_like(rows[nearer]) > 0)
-            nearest[rows[nearer]], least[rows[nearer]] = now[nearer], distance[nearer]
-            stay = torch.ones_like(broken)
-            if self.keep == "first":
-                inside = nearer & (distance <= self.threat.eps)
-                together.broke(rows[inside])
-                stay = ~inside & together.wanted(rows)
-            if last or not bool(stay.any()):
+            stay = self._noted(model, now, now - clean, y, broken, rows, _Run(nearest, least, together))
+            if last:
                 break
-            now = torch.where(broken[:, None, None, None], clean + (now - clean) * self.beta, now)[stay]
-            rows, known, ahead = rows[stay], known[stay], _Boundary(ahead.gap[stay], ahead.slope[stay])
-            blind = ever[rows]
+            now = torch.where(broken[:, None, None, None], clean + (now - clean) * self.beta, now)
+            seen = ever[rows]
             if self.rng == "autoattack":
-                blind = blind.any().expand(len(rows))
-            again = torch.nonzero(~known)[:, 0]
+                seen = (seen & stay).any().expand(len(rows))
+            left, *sizes = asking.counts(stay, stay & seen, stay & ~seen, stay & ~known)
+            if left == 0:
+                break
+            if left < len(rows):
+                some = asking.taken(stay, left)
+                now, rows, known, seen = now[some], rows[some], known[some], seen[some]
+                ahead = _Boundary(ahead.gap[some], ahead.slope[some])
+            blind, aware, again = (asking.taken(mask, size) for mask, size in zip((seen, ~seen, ~known), sizes))
             if len(again) > 0:
                 part = rows[again]
                 fresh = _ahead(model, now[again], y[part], _of(rival, part), self.threat.norm)
                 ahead.gap[again], ahead.slope[again] = fresh
         return nearest, least
+
+    def _noted(
+        self, model: RoutedModel, now: Tensor, delta: Tensor, y: Tensor, broken: Tensor, rows: Tensor, run: _Run
+    ) -> Tensor:
+        """Notes what is nearer now, ``delta`` from the clean image; which of the ``rows`` of the ``run`` go on."""
+        nearest, least, together = run
+        distance = _length(self.threat.norm, delta)
+        nearer = broken & (distance < least[rows])
+        close = isinstance(model, Surrogate) and model.close
+        if close:
+            nearer &= distance <= self.threat.eps
+        [near] = asking.places(nearer)
+        if len(near) == 0:
+            return torch.ones_like(broken)
+        place, there = rows[near], now[near]
+        right = torch.ones_like(near, dtype=torch.bool)
+        if isinstance(model, Surrogate) and close:
+            right = model.verdict(there, y[place])
+        nearest[place] = torch.where(right[:, None, None, None], there, nearest[place])
+        least[place] = torch.where(right, distance[near], least[place])
+        if self.keep == "best":
+            return torch.ones_like(broken)
+        inside = right & (distance[near] <= self.threat.eps)
+        together.broke(place, inside)
+        return together.wanted(rows).index_put((near,), ~inside & together.wanted(place))
 
     def _step(self, clean: Tensor, now: Tensor, ahead: _Boundary) -> Tensor:
         """Eq. 9: over the boundary from here and from the clean image, mixed by how far away it is from each."""
@@ -188,15 +222,15 @@ class FAB(Attack):
         return ((now + self.eta * move[0]) * (1 - alpha) + (clean + move[1] * self.eta) * alpha).clamp(0.0, 1.0)
 
     def gradients_and_broken(
-        self, model: RoutedModel, now: Tensor, y: Tensor, rival: Tensor | None, blind: Tensor
+        self, model: RoutedModel, now: Tensor, y: Tensor, rival: Tensor | None, parts: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, _Boundary, Tensor]:
-        """Which images are broken at ``now`` (n,), the boundary ahead, and of which images it is known (n,): of those
-        neither ``blind`` nor broken. With rng="autoattack", of all or none: the original's next pass is of them all.
+        """Which images are broken at ``now`` (n,), the boundary ahead, and of which images it is known (n,). ``parts``:
+        the places of those that are asked blindly, and of the others, of which it is known where they are not broken.
+        With rng="autoattack", of all or none: the original's next pass is of them all.
         """
-        broken = torch.zeros_like(blind)
-        known = torch.zeros_like(blind)
+        broken, known = torch.zeros(2, len(now), dtype=torch.bool, device=now.device)
         ahead = _Boundary(now.new_zeros(len(now)), torch.zeros_like(now))
-        for part, gradient in ((torch.nonzero(blind)[:, 0], False), (torch.nonzero(~blind)[:, 0], True)):
+        for part, gradient in zip(parts, (False, True)):
             if len(part) == 0:
                 continue
             at, label = now[part].requires_grad_(gradient), y[part]
@@ -205,8 +239,9 @@ class FAB(Attack):
             close = isinstance(model, Surrogate) and model.close
             wrong = logits.detach().argmax(1) != label if close else missed(model, at.detach(), logits, label)
             broken[part] = wrong
-            if gradient and not bool(wrong.any() if self.rng == "autoattack" else wrong.all()):
-                known[part] = ~wrong
+            done = wrong.any() if self.rng == "autoattack" else wrong.all()
+            if gradient and not (asking.free(done) and bool(done)):
+                known[part] = ~wrong & ~done
                 ahead.gap[part], ahead.slope[part] = _differentiate(
                     logits, at, label, _of(rival, part), self.threat.norm
                 )

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from robustmoe import asking
 from robustmoe.attacks.base import Attack, entered, no_images
 from robustmoe.attacks.boundary import dual_size, into_ball
 from robustmoe.attacks.objectives import Joint, Objective
@@ -99,8 +100,7 @@ class FMN(Attack):
         with torch.no_grad():
             wrong = inner(x).fooled
         nearest, least = x.clone(), x.new_zeros(len(x)).masked_fill(~wrong, torch.inf)
-        rows = torch.nonzero(~wrong)[:, 0]
-        if len(rows) == 0:
+        if len(rows := asking.places(~wrong)[0]) == 0:
             return nearest, least
         clean = x[rows]
         now = self.threat.start(clean, noise[rows]) if self.start == "random" else clean
@@ -115,7 +115,8 @@ class FMN(Attack):
                 score, gradient = ascend(inner, now, rows)
             distance = size(norm, now - clean)
             nearer = score.fooled & (distance < least[rows])
-            nearest[rows[nearer]], least[rows[nearer]] = now[nearer], distance[nearer]
+            [near] = asking.places(nearer)
+            nearest[rows[near]], least[rows[near]] = now[near], distance[near]
             if step == self.steps:
                 break
             gradient = gradient.masked_fill(((now <= 0) & (gradient < 0)) | ((now >= 1) & (gradient > 0)), 0.0)

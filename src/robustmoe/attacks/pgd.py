@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,25 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robustmoe import asking
 from robustmoe.attacks.base import Attack
+from robustmoe.attacks.finite import require_finite
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
+from robustmoe.attacks.surrogate import unjudged
 from robustmoe.attacks.threat import Threat
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
-
-
-class NotFiniteError(UserError):
-    """An attack met a loss or gradient that is not finite: the robust accuracy it gave would mean nothing."""
-
-
-def require_finite(*values: Tensor) -> None:
-    """Raises `NotFiniteError` unless every number is finite."""
-    if not all(bool(torch.isfinite(value).all()) for value in values):
-        raise NotFiniteError(
-            "the attack's loss or gradient is not finite; the model's outputs are broken (NaN or infinite logits), and "
-            "no robust accuracy can be measured"
-        )
 
 
 def ascend(inner: Inner, x_adv: Tensor, rows: Tensor | None = None) -> tuple[Score, Tensor]:
@@ -135,15 +126,17 @@ class PGD(Attack):
         if self.keep == "first":
             return self._until_fooled(inner, x, x_adv, rows)
         best: _Best | None = None
-        for _ in range(self.steps):
-            score, gradient = ascend(inner, x_adv, rows)
-            if best is None:
-                best = _Best(x_adv, score)
-            elif self._kept == "best":
-                best.offer(x_adv, score)
-            x_adv = self.threat.project(x_adv + self._step_size() * self.threat.direction(gradient, x_adv), x)
+        unread = self.keep == "last" and self.restarts == 1
+        with unjudged() if unread else contextlib.nullcontext():
+            for _ in range(self.steps):
+                score, gradient = ascend(inner, x_adv, rows)
+                if best is None:
+                    best = _Best(x_adv, score)
+                elif self._kept == "best":
+                    best.offer(x_adv, score)
+                x_adv = self.threat.project(x_adv + self._step_size() * self.threat.direction(gradient, x_adv), x)
         assert best is not None
-        if self.keep == "last" and self.restarts == 1:
+        if unread:
             best.x_adv = x_adv
             return best
         with torch.no_grad():
@@ -165,10 +158,13 @@ class PGD(Attack):
                 with torch.no_grad():
                     score = inner(now, asked)
             best.x_adv[place], best.score.loss[place], best.score.fooled[place] = now, score.loss, score.fooled
-            stay = ~score.fooled
-            if step == self.steps or not bool(stay.any()):
+            if step == self.steps:
                 break
-            place, now, gradient = place[stay], now[stay], gradient[stay]
+            if not asking.is_nowhere(score.fooled):
+                [stay] = asking.places(~score.fooled)
+                if len(stay) == 0:
+                    break
+                place, now, gradient = place[stay], now[stay], gradient[stay]
             now = self.threat.project(now + self._step_size() * self.threat.direction(gradient, now), x[place])
         return best
 

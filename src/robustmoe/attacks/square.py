@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustmoe import asking
 from robustmoe.attacks.base import Attack
+from robustmoe.attacks.finite import require_finite
 from robustmoe.attacks.l1 import fitted, l1_excess
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
-from robustmoe.attacks.pgd import require_finite
 from robustmoe.attacks.threat import Norm, Threat
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -259,15 +260,20 @@ class Square(Attack):
         order = torch.arange(b, device=device)
         at, fooled = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
         key = self._remember(search, stretch, draws)
+        pairs, kept = 0, at.new_zeros(1)  # of the last pass: proposals asked, and kept
         while True:
             open_ = order >= at[:, None]
             if search.idle is not None:
                 open_ &= ~search.idle.gather(1, key)
-            active = int(open_.any(1).sum())
+            *waiting, taken = torch.cat([open_.sum(1), kept]).tolist()
+            if pairs:
+                search.rate = max(1e-3, search.rate + 0.1 * (taken / pairs - search.rate))
+            active = sum(map(bool, waiting))
             if active == 0:
                 return fooled
             width = max(1, FEW // active, min(WIDE // active, int(WASTE / search.rate)))
-            i, j = torch.nonzero(open_ & (open_.cumsum(1) <= width), as_tuple=True)
+            pairs = sum(min(each, width) for each in waiting)
+            i, j = asking.pairs(open_ & (open_.cumsum(1) <= width), pairs)
             place, sign, turned = draws.place[i, j], draws.sign[i, j].to(search.x.dtype), draws.turned[i, j]
             proposal = self._propose(search.x[i], search.best[i], place, sign, turned, stretch.side)
             score = _finite(inner(proposal, search.rows[i]))
@@ -275,16 +281,34 @@ class Square(Attack):
             first = torch.full_like(at, b).scatter_reduce_(0, i, torch.where(better, j, b), "amin")
             asked = at.scatter_reduce(0, i, j + 1, "amax")
             at = torch.where(first < b, first + 1, asked)
-            kept = torch.nonzero(j == first[i])[:, 0]
-            which = i[kept]
-            search.best[which], search.loss[which] = proposal[kept], score.loss[kept]
-            fooled[which] = score.fooled[kept]
-            at[fooled] = b
-            search.rate = max(1e-3, search.rate + 0.1 * (len(kept) / len(i) - search.rate))
             if search.idle is not None:
                 search.idle[i, key[i, j]] = True
-                if len(which):
-                    search.idle[which] = self._idle(search.x[which], search.best[which], stretch.side)
+            chosen = j == first[i]
+            kept = chosen.sum()[None]
+            self._take(search, fooled, i, chosen, proposal, score)
+            at.masked_fill_(fooled, b)
+
+    def _take(self, search: Search, fooled: Tensor, i: Tensor, chosen: Tensor, proposal: Tensor, score: Score) -> None:
+        """The ``chosen`` proposals, at most one of each image ``i``, into ``search`` and ``fooled``. Where asking which
+        these are waits for the device, every image is written, most of them with what it has.
+        """
+        if asking.free(chosen):
+            [places] = asking.places(chosen)
+            which = i[places]
+            search.best[which], search.loss[which] = proposal[places], score.loss[places]
+            fooled[which] = score.fooled[places]
+            if search.idle is not None and len(which):
+                search.idle[which] = self._idle(search.x[which], search.best[which], search.side)
+            return
+        order = torch.where(chosen, torch.arange(len(i), device=i.device), -1)
+        place = torch.full_like(search.rows, -1).scatter_reduce_(0, i, order, "amax")
+        new, place = place >= 0, place.clamp(min=0)
+        search.best = torch.where(new[:, None, None, None], proposal[place], search.best)
+        search.loss = torch.where(new, score.loss[place], search.loss)
+        fooled.copy_(torch.where(new, score.fooled[place], fooled))
+        if search.idle is not None:
+            fresh = self._idle(search.x, search.best, search.side)
+            search.idle = torch.where(new[:, None], fresh, search.idle)
 
     def _remember(self, search: Search, stretch: Stretch, draws: Draws) -> Tensor:
         """The place in the table ``search.idle`` of each proposal (n, b); makes the table where the side is new, or
@@ -377,10 +401,11 @@ class Square(Attack):
 
 def _leave(search: Search, fooled: Tensor, x_adv: Tensor) -> Search:
     """Write the fooled images to ``x_adv``; the search of the others."""
-    if not bool(fooled.any()):
+    gone, stay = asking.places(fooled, ~fooled)
+    if len(gone) == 0:
         return search
-    x_adv[search.rows[fooled]] = search.best[fooled]
-    return search.of(~fooled)
+    x_adv[search.rows[gone]] = search.best[gone]
+    return search.of(stay)
 
 
 def _finite(score: Score) -> Score:

@@ -6,12 +6,15 @@ view) is never believed on the surrogate's own word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from robustmoe import asking
 from robustmoe.models.base import RoutedModel
 from robustmoe.routing import Routing, Tape
 
@@ -54,15 +57,39 @@ class Surrogate(RoutedModel):
         """Which images the exact model (on the route ``forced``, if given) misses; ``claim`` is the surrogate's
         own answer.
         """
-        rows = torch.nonzero(claim)[:, 0] if self.close else torch.arange(len(x_adv), device=x_adv.device)
-        wrong = torch.zeros_like(claim)
+        if not self.close:
+            return self.verdict(x_adv, y, forced)
+        [rows] = asking.places(claim)
         if len(rows) == 0:
-            return wrong
+            return asking.nowhere(claim)
         held = None if forced is None else {name: routing[rows] for name, routing in forced.items()}
-        if self.on_pass is not None:
-            self.on_pass(len(rows), False)
-        wrong[rows] = _wrong(self.exact.run(x_adv.detach()[rows], forced=held).logits, y[rows])
+        wrong = torch.zeros_like(claim)
+        wrong[rows] = self.verdict(x_adv[rows], y[rows], held)
         return wrong
+
+    @torch.no_grad()
+    def verdict(
+        self, x_adv: Float[Tensor, "n ch h w"], y: Int[Tensor, " n"], forced: Mapping[str, Routing] | None = None
+    ) -> Bool[Tensor, " n"]:
+        """Which images the exact model misses, whatever the surrogate says of them."""
+        if self.on_pass is not None:
+            self.on_pass(len(x_adv), False)
+        return _wrong(self.exact.run(x_adv.detach(), forced=forced).logits, y)
+
+
+_UNJUDGED: ContextVar[bool] = ContextVar("unjudged", default=False)
+
+
+@contextlib.contextmanager
+def unjudged() -> Iterator[None]:
+    """Inside, nobody reads which images are broken (of an attack that gives its last iterate): no exact model is asked
+    for it.
+    """
+    token = _UNJUDGED.set(True)
+    try:
+        yield
+    finally:
+        _UNJUDGED.reset(token)
 
 
 def exact_of(model: RoutedModel) -> RoutedModel:
@@ -81,7 +108,9 @@ def missed(
     decides.
     """
     claim = _wrong(logits, y)
-    return model.confirm(x_adv, y, claim, forced) if isinstance(model, Surrogate) else claim
+    if isinstance(model, Surrogate) and not _UNJUDGED.get():
+        return model.confirm(x_adv, y, claim, forced)
+    return claim
 
 
 def _wrong(logits: Tensor, y: Tensor) -> Tensor:

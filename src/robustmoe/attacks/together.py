@@ -51,9 +51,10 @@ class Together:
     def of(cls, images: int, climbs: int, device: torch.device) -> Together:
         return cls(images, torch.full((images,), images * climbs, device=device))
 
-    def broke(self, rows: Int[Tensor, " n"]) -> None:
-        """These rows have broken their images."""
-        self.first.scatter_reduce_(0, rows % self.images, rows, "amin")
+    def broke(self, rows: Int[Tensor, " n"], these: Bool[Tensor, " n"] | None = None) -> None:
+        """These rows have broken their images, or ``these`` of them."""
+        told = rows if these is None else torch.where(these, rows, torch.iinfo(rows.dtype).max)
+        self.first.scatter_reduce_(0, rows % self.images, told, "amin")
 
     def wanted(self, rows: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Which of the rows no earlier climb has made needless."""

@@ -105,7 +105,7 @@ class RoutedLayer(nn.Module):
         router = f"{self.name}.router"
         logits = at_least_float32(self.router(x))[:, None]
         routing = now.tape(router, self._decide(logits, now.tape.draws(router)))
-        return mix_sparse(list(self.experts), x, routing.index[:, 0], routing.weight[:, 0])
+        return mix_sparse(list(self.experts), x, routing.index[:, 0], routing.weight[:, 0], routing.sizes)
 
     def _decide(self, logits: Float[Tensor, "n 1 e"], draws: Noise | None) -> Routing:
         """Decides by default as the paper: at k = 1 straight through the softmax, above it the chosen, renormalised."""

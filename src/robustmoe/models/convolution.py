@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustmoe.models.norm import BatchNorm2d, Foldable, enters_empty
+from robustmoe.routing import Routing
 
 
 class Handed:
@@ -48,22 +49,22 @@ class Segments(Handed):
 def dispatch(
     function: Callable[[Tensor, Segments], Tensor],
     x: Float[Tensor, "n ..."],
-    expert: Int[Tensor, " n"],
+    routing: Routing,
     weight: Float[Tensor, " n"],
-    experts: int,
     apart: bool,
 ) -> Float[Tensor, "n ..."]:
-    """``function`` on the batch sorted by expert, its result in the batch's own order.
+    """``function`` on the batch sorted by the expert of each image, its result in the batch's own order.
 
     ``apart``: one call an expert, on its slice alone, which then is a slim network of its own from end to end; right
     in eval mode, where no layer looks at the rest of the batch. Otherwise one call for all. In an exported graph, whose
     shapes are fixed, every expert runs on every image.
     """
+    expert, experts = routing.index[:, 0, 0], routing.num_experts
     if torch.compiler.is_exporting():
         alone = [[x.shape[0] if k == j else 0 for j in range(experts)] for k in range(experts)]
         every = torch.stack([function(x, Segments(own, weight)) for own in alone])
         return every[expert, torch.arange(x.shape[0], device=x.device)]
-    sizes = torch.bincount(expert, minlength=experts).tolist()
+    sizes = routing.sizes()
     if max(sizes) == len(x):  # all to one expert, or no image at all
         return function(x, Segments(sizes, weight))
     order = torch.argsort(expert, stable=True)

@@ -53,8 +53,9 @@ class EnsembleModel(RoutedModel):
         routing = tape("router", self._decide(x))
         index, weight = routing.index[:, 0], routing.weight[:, 0]
         if self.mix == "logits":
-            return mix_sparse(list(self.experts), x, index, weight)
-        log_probabilities = torch.log_softmax(at_least_float32(run_sparse(list(self.experts), x, index)), dim=-1)
+            return mix_sparse(list(self.experts), x, index, weight, routing.sizes)
+        answers = run_sparse(list(self.experts), x, index, routing.sizes)
+        log_probabilities = torch.log_softmax(at_least_float32(answers), dim=-1)
         return torch.logsumexp(log_probabilities + torch.log(weight)[:, :, None], dim=1)
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from robustmoe import asking
 from robustmoe.models.norm import enters_empty
 
 Expert = Callable[[Tensor], Tensor]
@@ -43,31 +44,38 @@ def mix_sparse(
     x: Float[Tensor, "m ..."],
     index: Int[Tensor, "m k"],
     weight: Float[Tensor, "m k"],
+    sizes: Callable[[], list[int]] | None = None,
 ) -> Float[Tensor, "m ..."]:
-    """Returns the same sum, each expert run once, on just the items routed to it; summed over k in rank order."""
-    chosen = run_sparse(experts, x, index)
+    """Returns the same sum, each expert run once, on just the items routed to it; summed over k in rank order.
+    ``sizes``: see `run_sparse`.
+    """
+    chosen = run_sparse(experts, x, index, sizes)
     spread = (slice(None), slice(None), *([None] * (chosen.ndim - 2)))
     ranks = zip(chosen.unbind(1), weight[spread].to(chosen.dtype).unbind(1))
     return reduce(torch.add, (output * each for output, each in ranks))  # keeps channels-last memory; sum(1) does not
 
 
 def run_sparse(
-    experts: Sequence[Expert], x: Float[Tensor, "m ..."], index: Int[Tensor, "m k"]
+    experts: Sequence[Expert],
+    x: Float[Tensor, "m ..."],
+    index: Int[Tensor, "m k"],
+    sizes: Callable[[], list[int]] | None = None,
 ) -> Float[Tensor, "m k ..."]:
     """expert[index[:, j]](x) for each item and rank, each expert run once, on just the items routed to it.
 
     The m*k pairs are sorted by expert (stably, so the result is deterministic), each expert gets one contiguous
     slice, and the outputs are sorted back. An expert without items is not run, except while training on several
     processes, where a BatchNorm inside it counts over all of them. In an exported graph, whose shapes are fixed, every
-    expert runs on every item.
+    expert runs on every item. ``sizes``: what says how many pairs each expert has (see `Routing.sizes`), where that may
+    be known; by default they are counted.
     """
     if torch.compiler.is_exporting():
         return _every(experts, x)[torch.arange(x.shape[0], device=x.device)[:, None], index]
     k = index.shape[1]
     pairs = index.reshape(-1)
     order = torch.argsort(pairs, stable=True)
-    sizes = torch.bincount(pairs, minlength=len(experts)).tolist()
-    parts = x[order // k].split(sizes)
+    counted = asking.tally(pairs, len(experts)).tolist() if sizes is None else sizes()
+    parts = x[order // k].split(counted)
     outputs = [
         expert(part)
         for expert, part in zip(experts, parts)

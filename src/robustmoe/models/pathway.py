@@ -40,8 +40,8 @@ class PathwayModel(RoutedModel):
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         x = to_channels_last(self.normalise(x))
         routing = tape("router", decide(self.router, x))
-        expert, weight = pathway_of(routing, bool(tape.forced))
-        logits = dispatch(self.network, x, expert, weight, self.num_experts, apart=not self.training)
+        weight = weight_of(routing, bool(tape.forced))
+        logits = dispatch(self.network, x, routing, weight, apart=not self.training)
         return logits * weight.detach()[:, None]  # 1, or NaN of a router that is broken
 
     def route(self, x: Float[Tensor, "n ch h w"]) -> Trace:
@@ -77,8 +77,8 @@ class StagedPathwayModel(RoutedModel):
                 return self.network.exit(out, segments) if place == last else out
 
             routing = tape(f"routers.{position}", decide(router, x))
-            expert, weight = pathway_of(routing, bool(tape.forced))
-            x = dispatch(function, x, expert, weight, self.num_experts, apart=not self.training)
+            weight = weight_of(routing, bool(tape.forced))
+            x = dispatch(function, x, routing, weight, apart=not self.training)
             x = x * weight.detach().view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
         return x
 
@@ -111,17 +111,19 @@ def whole(x: Tensor, expert: int, experts: int) -> Segments:
 
 
 def decide(router: nn.Module, x: Tensor) -> Routing:
-    return straight_through(at_least_float32(router(x))[:, None])
+    return straight_through(at_least_float32(router(x))[:, None]).knowing({"ones": True})
 
 
-def pathway_of(routing: Routing, forced: bool) -> tuple[Tensor, Tensor]:
-    """(n,) each image's expert, and its weight, 1 in value. Raises ValueError for a forced routing of another kind."""
+def weight_of(routing: Routing, forced: bool) -> Tensor:
+    """(n,) each image's weight, 1 in value. Raises ValueError for a forced routing of another kind."""
     if routing.k != 1:
         raise ValueError(f"a pathway model takes one expert an image; the routing has k = {routing.k}")
     weight = routing.weight[:, 0, 0]
-    if forced and bool(((weight != 1) & ~weight.isnan()).any()):  # NaN goes on into the logits
-        raise ValueError("a pathway model's forced weights must be 1")
-    return routing.index[:, 0, 0], weight
+    if forced and "ones" not in routing.known:
+        if bool(((weight != 1) & ~weight.isnan()).any()):  # NaN goes on into the logits
+            raise ValueError("a pathway model's forced weights must be 1")
+        routing.known["ones"] = True
+    return weight
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from robustmoe import compat
+from robustmoe import asking, compat
 from robustmoe.models.vit_parts import Gelu, gelu
 
 Dispatch = Literal["auto", "loop", "sorted", "grouped", "dense"]
@@ -155,7 +155,7 @@ class TokenExperts(Experts):
         k = index.shape[1]
         pairs = (index if kept is None else index.masked_fill(~kept, self.num)).reshape(-1)
         order = torch.argsort(pairs, stable=True)
-        sizes = torch.bincount(pairs, minlength=self.num + 1)[: self.num]
+        sizes = asking.tally(pairs, self.num + 1)[: self.num]
         if kept is not None:
             order = order[: int(sizes.sum())]
         given = x.index_select(0, order // k)  # its backward is faster than that of x[...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -112,7 +113,8 @@ class MiniBatch(NamedTuple):
 
 class StepResult(NamedTuple):
     """What one batch gave, by phase name: the loss and the gradient norm; images right and seen in the last phase that
-    says, on this process; by router, the sum over phases of its gradient norms. All norms are before clipping.
+    says, on this process; by router, the sum over phases of its gradient norms. All norms are before clipping, and all
+    numbers on the host.
     """
 
     loss: dict[str, Tensor]
@@ -145,7 +147,7 @@ def train_step(
     """
     model.train()
     losses, norms, router_grad = (dict[str, Tensor]() for _ in range(3))
-    correct, seen = torch.zeros((), device=batch.x.device), 0
+    correct, seen = torch.zeros(()), 0
     for position, (phase, optimiser) in enumerate(zip(method.phases, optimisers)):
         named = phase.parameters(model)
         given = second if phase.own_batch else batch
@@ -153,17 +155,34 @@ def train_step(
             raise ValueError(f"phase {phase.name!r} trains on a mini-batch of its own; give train_step second=")
         loss, gradients = _gradients_of(model, phase, given._replace(noise=given.noise.fold(position)), autocast, named)
         norm = _norm(gradients.values())
-        if not bool(torch.isfinite(norm + loss.value.detach()).item()):
+        own = _router_norms(gradients, routers)
+        told = _told(loss, norm, *own.values())
+        if not bool(torch.isfinite(told[0])):
             raise TrainingStopped(_not_finite(phase, loss.value, gradients))
-        for router in routers:
-            own = [gradient for name, gradient in gradients.items() if name.startswith(f"{router}.")]
-            if own:
-                router_grad[router] = router_grad.get(router, torch.zeros_like(norm)) + _norm(own)
+        for router, its_norm in zip(own, told[4:]):
+            router_grad[router] = router_grad.get(router, torch.zeros_like(its_norm)) + its_norm
         _move(optimiser, named, gradients, norm, clip)
-        losses[phase.name], norms[phase.name] = loss.value.detach(), norm
+        losses[phase.name], norms[phase.name] = told[1], told[2]
         if loss.correct is not None:
-            correct, seen = loss.correct, len(given.x)
+            correct, seen = told[3], len(given.x)
     return StepResult(losses, norms, correct, seen, router_grad)
+
+
+def _router_norms(gradients: dict[str, Tensor], routers: Sequence[str]) -> dict[str, Tensor]:
+    """Returns the norm of the gradients of each of the routers that has some."""
+    own = {router: [g for name, g in gradients.items() if name.startswith(f"{router}.")] for router in routers}
+    return {router: _norm(some) for router, some in own.items() if some}
+
+
+def _told(loss: Loss, norm: Tensor, *more: Tensor) -> Tensor:
+    """Returns on the host, by one question to the device: the sum of loss and norm, which is finite where both are, the
+    loss, the norm, how many images are right (0: not known), and ``more``.
+    """
+    value = loss.value.detach()
+    right = norm.new_zeros(()) if loss.correct is None else loss.correct
+    every = [norm + value, value, norm, right, *more]
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in every[:3]))
+    return torch.stack([each.to(dtype) for each in every]).cpu()
 
 
 def _gradients_of(

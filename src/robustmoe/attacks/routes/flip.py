@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from robustmoe import asking
 from robustmoe.attacks.base import entered
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.regions import (
@@ -19,6 +20,7 @@ from robustmoe.attacks.routes.regions import (
     RouteLoss,
     Survivors,
     alike,
+    asked,
     broken,
     climbable,
     decisions,
@@ -97,7 +99,8 @@ class RouteFlip(RouteAttack):
                 if pairs:
                     now, fooled, _ = self._behind(model, x[rows], y[rows], now, name, trace[name][rows], rank)
                     survivors.record(rows, now, fooled)
-                    rows, now = rows[~fooled], now[~fooled]
+                    [left] = asking.places(~fooled)
+                    rows, now = rows[left], now[left]
                 if len(rows):
                     survivors.record(rows, *steer(model, x[rows], y[rows], now, {}))
         return survivors.x_adv
@@ -136,9 +139,10 @@ class RouteFlip(RouteAttack):
         now, index, fooled = self._flip(model, x, y, start, name, clean, rank)
         forced = ~alike(index, clean.index)
         flipped = forced.any(1)
-        rows = torch.nonzero(flipped & ~fooled)[:, 0]
+        [rows] = asking.places(flipped & ~fooled)
         if len(rows):
-            goal = Goal.of(clean[rows], index[rows], forced[rows])
+            some = None if forced.shape[1] == 1 else forced[rows]  # None: all, which is so of an only item
+            goal = Goal.of(clean[rows], index[rows], some)
             now[rows], fooled[rows] = self._steering()(model, x[rows], y[rows], now[rows], {name: goal})
         return now, fooled, flipped
 
@@ -148,8 +152,7 @@ class RouteFlip(RouteAttack):
         """Raise the rival of that rank at every item until all are flipped, or the steps are over: the iterates, what
         the router chooses there, and which are broken. An image whose route has moved is judged at every step.
         """
-        everywhere = torch.ones_like(clean.index[..., 0], dtype=torch.bool)
-        goal = Goal.of(clean, swapped(clean, rivals(clean, self.rivals)[..., rank]), everywhere)
+        goal = Goal.of(clean, swapped(clean, rivals(clean, self.rivals)[..., rank]))
         end, index, fooled = start.clone(), clean.index.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         rows, now = torch.arange(len(x), device=x.device), start
         step_size = self._steering().step_size
@@ -158,12 +161,12 @@ class RouteFlip(RouteAttack):
             fresh = decisions(model, at, [name])[name]
             gradient = gradients_of([margin({name: goal[rows]}, {name: fresh})], at)[0]
             moved = ~alike(fresh.index, clean.index[rows]).all(1)
-            ask = torch.nonzero(moved | (step == self.steps))[:, 0]
-            hit = torch.zeros_like(moved)
-            if len(ask):
-                hit[ask] = broken(model, now[ask], y[rows[ask]])
+            stays = ~goal[rows].reached(fresh)
+            ask, stay = asking.places(moved | (step == self.steps), stays)
+            hit = asked(model, now, y[rows], ask)
             end[rows], index[rows], fooled[rows] = now, fresh.index, hit
-            stay = torch.nonzero(~(hit | goal[rows].reached(fresh)))[:, 0]
+            if not asking.is_nowhere(hit):
+                [stay] = asking.places(stays & ~hit)
             if step == self.steps or len(stay) == 0:
                 break
             rows, now = rows[stay], now[stay]

@@ -7,15 +7,16 @@ to where the routers decide so themselves.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from robustmoe import asking
+from robustmoe.attacks.finite import require_finite
 from robustmoe.attacks.losses import climb, scale_of
-from robustmoe.attacks.pgd import NotFiniteError
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.attacks.threat import Threat
 from robustmoe.attacks.views import RuleTape
@@ -72,28 +73,36 @@ class Goal:
 
     ``scaled`` (n, t): the model's own weights there are softmax over all experts (V-MoE); ``renormalised``: over the
     chosen. A forced expert is weighted by the same rule, live; by the constant fresh weight where neither holds (hard
-    and straight-through gates).
+    and straight-through gates). ``whole``: all items are known to be forced, so that in every pass the same decision
+    is.
     """
 
     index: Int[Tensor, "n t k"]
     forced: Bool[Tensor, "n t"]
     scaled: Bool[Tensor, "n t"]
     renormalised: Bool[Tensor, "n t"]
+    whole: bool = False
+    known: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
-    def of(cls, before: Routing, index: Int[Tensor, "n t k"], forced: Bool[Tensor, "n t"]) -> Goal:
-        """``before``: a decision of the model's own for these images, from which its weights are known."""
+    def of(cls, before: Routing, index: Int[Tensor, "n t k"], forced: Bool[Tensor, "n t"] | None = None) -> Goal:
+        """``before``: a decision of the model's own for these images, from which its weights are known. ``forced``: by
+        default all items.
+        """
         full, among, constant = weighted_as(before)
         scaled = full & ~constant
-        return cls(index, forced, scaled, among & ~constant & ~scaled)
+        every = torch.ones_like(index[..., 0], dtype=torch.bool) if forced is None else forced
+        return cls(index, every, scaled, among & ~constant & ~scaled, forced is None)
 
     def __getitem__(self, rows: Tensor) -> Goal:
-        return Goal(self.index[rows], self.forced[rows], self.scaled[rows], self.renormalised[rows])
+        return Goal(self.index[rows], self.forced[rows], self.scaled[rows], self.renormalised[rows], self.whole)
 
     def force(self, fresh: Routing) -> Routing:
         """The decision with the forced items sent to the goal."""
         constant = torch.where(self.renormalised[..., None], _among(fresh.logits, self.index), fresh.weight.detach())
         weight = torch.where(self.scaled[..., None], _full(fresh.logits, self.index), constant)
+        if self.whole:
+            return Routing(fresh.logits, self.index, weight).knowing(self.known)
         forced = self.forced[..., None]
         return Routing(
             fresh.logits, torch.where(forced, self.index, fresh.index), torch.where(forced, weight, fresh.weight)
@@ -192,11 +201,7 @@ def gradients_of(values: list[Tensor], at: Tensor) -> list[Tensor]:
             else None
         )
         gradients.append(torch.zeros_like(at) if gradient is None else gradient)
-    if not bool(torch.stack([torch.isfinite(t).all() for t in [*values, *gradients]]).all()):
-        raise NotFiniteError(
-            "the attack's loss, margin or gradient is not finite; the model's outputs are broken (NaN or infinite "
-            "logits), and no robust accuracy can be measured"
-        )
+    require_finite(*values, *gradients)
     return gradients
 
 
@@ -212,6 +217,18 @@ def climbable(model: RoutedModel) -> RoutedModel:
     if isinstance(model, Surrogate) and not model.close:
         return Surrogate(model.exact, model.exact, close=True, on_pass=model.on_pass)
     return model
+
+
+def asked(model: RoutedModel, x_adv: Tensor, y: Tensor, rows: Int[Tensor, " m"]) -> Bool[Tensor, " n"]:
+    """Which images are `broken`; only ``rows`` of them are asked about."""
+    if len(rows) == 0:
+        return asking.nowhere(y)
+    hit = broken(model, x_adv[rows], y[rows])
+    if asking.is_nowhere(hit):
+        return asking.nowhere(y)
+    everywhere = torch.zeros_like(y, dtype=torch.bool)
+    everywhere[rows] = hit
+    return everywhere
 
 
 @torch.no_grad()
@@ -244,18 +261,22 @@ class Steering:
         end, fooled = start.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         rows, now = torch.arange(len(x), device=x.device), start
         gradients: list[Tensor] = []
+        goal = dict(target)
         for step in range(self.steps + 1):
-            goal = {name: aim[rows] for name, aim in target.items()}
             if step == self.steps:
                 hit = broken(model, now, y[rows])
             else:
                 gradients, hit = self.gradients_at(model, now, y[rows], goal)
             end[rows], fooled[rows] = now, hit
-            stay = torch.nonzero(~hit)[:, 0]
-            if step == self.steps or len(stay) == 0:
+            if step == self.steps:
                 break
-            rows, now, goal = rows[stay], now[stay], {name: aim[stay] for name, aim in goal.items()}
-            now = self.step(model, now, x[rows], [gradient[stay] for gradient in gradients], goal)
+            if not asking.is_nowhere(hit):
+                [stay] = asking.places(~hit)
+                if len(stay) == 0:
+                    break
+                rows, now, goal = rows[stay], now[stay], {name: aim[stay] for name, aim in goal.items()}
+                gradients = [gradient[stay] for gradient in gradients]
+            now = self.step(model, now, x[rows], gradients, goal)
         return end, fooled
 
     def gradients_at(self, model: RoutedModel, now: Tensor, y: Tensor, target: Target) -> tuple[list[Tensor], Tensor]:
@@ -270,11 +291,8 @@ class Steering:
         if target:
             values.append(margin(target, fresh))
         gradients = gradients_of(values, at)
-        ask = torch.nonzero(~reached(target, fresh, now) | (logits.detach().argmax(1) != y))[:, 0]
-        hit = torch.zeros(len(now), dtype=torch.bool, device=now.device)
-        if len(ask):
-            hit[ask] = broken(model, now[ask], y[ask])
-        return gradients, hit
+        [ask] = asking.places(~reached(target, fresh, now) | (logits.detach().argmax(1) != y))
+        return gradients, asked(model, now, y, ask)
 
     @torch.no_grad()
     def step(self, model: RoutedModel, now: Tensor, x: Tensor, gradients: list[Tensor], target: Target) -> Tensor:
@@ -288,7 +306,8 @@ class Steering:
             if place + 1 == len(self.grid):
                 break
             goal = {name: aim[left] for name, aim in target.items()}
-            left = left[~reached(goal, decisions(model, new[left], goal), left)]
+            [out] = asking.places(~reached(goal, decisions(model, new[left], goal), left))
+            left = left[out]
             if len(left) == 0:
                 break
         return new
@@ -306,12 +325,12 @@ class Survivors:
 
     @property
     def rows(self) -> Int[Tensor, " m"]:
-        return torch.nonzero(self.unbroken)[:, 0]
+        return asking.places(self.unbroken)[0]
 
     def record(self, rows: Tensor, x_adv: Tensor, fooled: Tensor) -> None:
         """What a climb of the images ``rows`` gave."""
         self.x_adv[rows] = x_adv
-        self.unbroken[rows[fooled]] = False
+        self.unbroken[rows] &= ~fooled
 
 
 def free_trace(model: RoutedModel, x: Tensor, attack: str) -> Trace:

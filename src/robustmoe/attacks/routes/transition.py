@@ -91,7 +91,7 @@ class ExpertTransition(RouteAttack):
                 target = {}
                 for (name, clean), rank in zip(routers.items(), ranks):
                     index = ranked[name][rows, :, rank : rank + 1]
-                    target[name] = Goal.of(clean[rows], index, torch.ones_like(index[..., 0], dtype=torch.bool))
+                    target[name] = Goal.of(clean[rows], index)
                 survivors.record(rows, *steer(model, x[rows], y[rows], start, target))
         return survivors.x_adv
 

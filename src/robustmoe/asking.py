@@ -1,0 +1,69 @@
+"""What the host asks the device: sizes, places and yes or no. On a GPU each question waits until all work sent there is
+done, so that what is asked at the same moment is asked at once. On the CPU, where asking costs nothing, each is asked
+by itself, by the operation that is fastest there. The answers are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def free(values: Tensor) -> bool:
+    """Returns whether these values can be asked for without waiting."""
+    return values.device == torch.device("cpu")
+
+
+def counts(*masks: Bool[Tensor, " n"]) -> list[int]:
+    """Returns how often each mask holds, by one question."""
+    if free(masks[0]):
+        return [int(mask.sum()) for mask in masks]
+    answers: list[int] = torch.stack([mask.sum() for mask in masks]).tolist()
+    return answers
+
+
+def taken(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " m"]:
+    """Returns the ``count`` places where the mask holds, in their order, without a question."""
+    if free(mask):
+        return torch.nonzero(mask)[:, 0]
+    return torch.argsort((~mask).byte(), stable=True)[:count]
+
+
+def pairs(mask: Bool[Tensor, "n m"], count: int) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
+    """Returns the rows and columns of the ``count`` places where the mask holds, row by row, without a question."""
+    if free(mask):
+        rows, columns = torch.nonzero(mask, as_tuple=True)
+        return rows, columns
+    place = taken(mask.flatten(), count)
+    return torch.div(place, mask.shape[1], rounding_mode="floor"), place % mask.shape[1]
+
+
+def places(*masks: Bool[Tensor, " n"]) -> list[Int[Tensor, " m"]]:
+    """Returns the places where each mask holds, in their order, by one question; by none for one mask that is known to
+    hold `nowhere`.
+    """
+    if free(masks[0]):
+        return [torch.nonzero(mask)[:, 0] for mask in masks]
+    if len(masks) == 1 and is_nowhere(masks[0]):
+        return [torch.zeros(0, dtype=torch.long, device=masks[0].device)]
+    return [taken(mask, count) for mask, count in zip(masks, counts(*masks))]
+
+
+def nowhere(like: Tensor) -> Bool[Tensor, " n"]:
+    """Returns a mask that holds nowhere, which the host knows."""
+    mask = torch.zeros_like(like, dtype=torch.bool)
+    mask.__dict__["nowhere"] = True
+    return mask
+
+
+def is_nowhere(mask: Bool[Tensor, " n"]) -> bool:
+    """Returns whether the host knows that the mask holds nowhere."""
+    return bool(mask.__dict__.get("nowhere", False))
+
+
+def tally(index: Int[Tensor, " n"], kinds: int) -> Int[Tensor, " kinds"]:
+    """Returns how often each of the numbers 0 to ``kinds`` - 1 occurs, without a question."""
+    if free(index):
+        return torch.bincount(index, minlength=kinds)
+    return torch.zeros(kinds, dtype=torch.long, device=index.device).index_add_(0, index, torch.ones_like(index))

@@ -1,0 +1,133 @@
+"""Questions to the device: their answers are those of the CPU, and a step asks no more than it has to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import sync_counts
+from pretended import DEVICE, Pretending, place
+from robustmoe import asking
+from robustmoe.attacks import NotFiniteError, build_attack
+from robustmoe.attacks.finite import in_the_end, require_finite
+from robustmoe.models.plain import as_routed
+from robustmoe.routing import straight_through, top_k
+
+MASKS = [[True, False, True, True, False], [False] * 5, [True] * 5, [False, True, False, False, False]]
+
+
+def test_places_and_pairs_and_tallies_are_torchs_and_cost_a_question() -> None:
+    host = [torch.tensor(mask) for mask in MASKS]
+    index = torch.tensor([2, 0, 2, 2, 4])
+    with Pretending() as mode:
+        there = [mask.to(DEVICE) for mask in host]
+        mode.syncs.clear()
+        answers = asking.places(*there)
+        assert mode.syncs == {"tolist": 1}
+        sizes = asking.counts(*there)
+        mode.syncs.clear()
+        rows, columns = asking.pairs(torch.stack(there), sum(sizes))
+        tally = asking.tally(index.to(DEVICE), 6)
+        none = asking.places(asking.nowhere(there[0]))
+        assert mode.syncs == {}
+        assert {place(each) for each in (*answers, rows, columns, tally, *none)} == {"there"}
+    for mask, answer, on_host in zip(host, answers, asking.places(*host), strict=True):
+        assert torch.equal(answer, mask.nonzero()[:, 0])
+        assert torch.equal(on_host, mask.nonzero()[:, 0])
+    assert sizes == [int(mask.sum()) for mask in host] == asking.counts(*host)
+    assert torch.equal(torch.stack([rows, columns], 1), torch.stack(host).nonzero())
+    assert torch.equal(tally, torch.bincount(index, minlength=6))
+    assert len(none[0]) == 0
+
+
+def attack_on(*numbers: Tensor, fails: bool = False) -> None:
+    """An attack that meets these numbers, one after the other."""
+    with in_the_end():
+        for each in numbers:
+            require_finite(each)
+        if fails:
+            raise IndexError("what broken numbers lead to, or another mistake")
+
+
+def test_what_is_not_finite_is_told_in_the_end_of_an_attack_and_instead_of_what_it_leads_to() -> None:
+    broken = torch.tensor([1.0, torch.nan])
+    with Pretending() as mode:
+        there = broken.to(DEVICE)
+        mode.syncs.clear()
+        with pytest.raises(NotFiniteError):
+            attack_on(there[:1], there, there[:1])
+        assert mode.syncs == {"_local_scalar_dense": 1}
+        with pytest.raises(NotFiniteError):
+            attack_on(there, fails=True)
+        with pytest.raises(IndexError):
+            attack_on(there[:1], fails=True)
+        attack_on(there[:1])
+        with pytest.raises(NotFiniteError):
+            require_finite(there)
+    with pytest.raises(NotFiniteError):
+        require_finite(broken[:1], broken)
+
+
+@pytest.mark.parametrize("keep", ["last", "first", "best"])
+def test_an_attack_on_broken_logits_stops_on_a_device_too(keep: str) -> None:
+    calls = []
+
+    def model(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        logits = x.flatten(1)[:, :3]
+        return logits * torch.nan if len(calls) > 2 else logits
+
+    attack = build_attack(f"pgd(linf(0.001), steps=5, keep={keep}, start=clean)")
+    with Pretending():
+        x = torch.rand(3, 1, 4, 4).to(DEVICE)
+        y = x.flatten(1)[:, :3].argmax(1)
+        with pytest.raises(NotFiniteError):
+            attack(as_routed(model), x, y)
+
+
+def test_a_replayed_decision_is_asked_once_and_another_one_anew() -> None:
+    logits = torch.tensor([[[0.0, 1.0, 2.0]], [[3.0, 1.0, 0.0]], [[0.0, 1.0, 2.0]]])
+    with Pretending() as mode:
+        there = logits.to(DEVICE)
+        routing = top_k(there, 2)
+        mode.syncs.clear()
+        assert routing.sizes() == [1, 3, 2]
+        assert routing.replayed(straight_through(there, 2)).sizes() == [1, 3, 2]
+        assert routing.detach().sizes() == [1, 3, 2]
+        assert mode.syncs == {"tolist": 1}
+        assert routing[:2].sizes() == [1, 2, 1]
+        assert top_k(there.flip(-1), 2).sizes() == [2, 3, 1]
+
+
+BUDGETS = {
+    ("dense", "PGD, keep=last"): 0,
+    ("dense", "PGD, keep=first"): 1,
+    ("dense", "APGD"): 1,
+    ("dense", "FAB-T"): 3,
+    ("dense", "Square"): 2,
+    ("pathway", "expert_transition"): 6,
+    ("pathway", "route_flip"): 10,
+    ("ViT-MoE", "PGD, keep=first"): 1,
+}
+"""At most so many questions a step. Aimed at for expert_transition were 4: it asks once for each lambda that it tries,
+and a pathway in each free pass, how many images each expert has.
+"""
+
+
+@pytest.mark.parametrize("net, name", BUDGETS)
+def test_a_step_of_an_attack_asks_no_more_than(net: str, name: str) -> None:
+    counted = sync_counts.attack(net, sync_counts.ATTACKS[name])
+    assert counted.syncs <= BUDGETS[net, name], counted
+    assert counted.copies == 0
+    assert counted.stood > 0
+
+
+TRAINING_BUDGETS = {("dense", "AT"): 2, ("pathway", "AT, route held"): 4}
+"""Of a whole step with ten of the attack."""
+
+
+@pytest.mark.parametrize("net, name", TRAINING_BUDGETS)
+def test_a_step_of_training_asks_no_more_than(net: str, name: str) -> None:
+    counted = sync_counts.training(net, sync_counts.TRAININGS[name])
+    assert counted.syncs <= TRAINING_BUDGETS[net, name], counted
