@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # compiled modules for the next run.
 KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
-.PHONY: demo test test-typed test-slow fuzz lint bench recipes notebooks docs crosscheck wild browser outgoing clean
+.PHONY: demo test test-typed test-device test-slow fuzz lint bench recipes notebooks docs crosscheck wild browser outgoing clean
 
 demo: $(VENV)/.base  ## train, attack and report on embedded real digits; prints the report's path
 	$(BIN)/robustmoe demo
@@ -18,6 +18,9 @@ test: $(VENV)/.dev  ## the whole test suite, two processes of one thread; shapes
 
 test-typed: $(VENV)/.dev  ## the same with the shapes of every call checked
 	$(KEEP) $(BIN)/python -m pytest -n 2 --dist worksteal --check-every-call
+
+test-device: $(VENV)/.dev  ## what a GPU has to give as the CPU does, on every CUDA device there is; skipped where there is none
+	$(BIN)/python -m pytest -m device tests/test_device.py
 
 test-slow: $(VENV)/.dev  ## claims about training, means over several seeds: minutes
 	$(BIN)/python -m pytest -m slow

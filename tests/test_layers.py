@@ -16,7 +16,7 @@ MODULES = {
 }
 
 LAYERS = [
-    {"asking", "compat", "errors", "noise"},
+    {"asking", "compat", "errors", "generators", "noise"},
     {"progress"},
     {"arrays", "distributed", "memory", "provenance", "records", "routing", "spec"},
     {"hub", "options", "zoo"},

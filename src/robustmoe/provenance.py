@@ -57,6 +57,13 @@ def command() -> str:
     return shlex.join(["robustmoe" if name == "__main__.py" else name, *sys.argv[1:]])  # python -m robustmoe
 
 
+UNFIT = {
+    "meta": "its tensors hold no numbers",
+    "mps": "Apple's GPUs have no float64, in which validation, checks and certificates compute",
+}
+"""Devices that torch has and we refuse, and why."""
+
+
 def pick_device(name: str) -> torch.device:
     """``auto``: the first CUDA device where there is one, else the CPU. Raises UserError for a device that is not
     there.
@@ -65,8 +72,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("its tensors hold no numbers")
+        if device.type in UNFIT:
+            raise RuntimeError(UNFIT[device.type])
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's three ways to say "not here"
         raise UserError(

@@ -85,7 +85,7 @@ class Recipe:
     ] = None
     val_limit: Annotated[int | None, "validate on this many images at most"] = None
     checkpoint_every: Annotated[int, "steps between checkpoints; 0 = one at the end of each epoch"] = 0
-    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto"
+    device: Annotated[str, "cpu, cuda, cuda:1; auto takes the best there is"] = "auto"
     threads: Annotated[int | None, "CPU threads; none = what torch takes"] = None
     attacks: Annotated[tuple[str, ...], "an attack that `robustmoe evaluate` runs by default"] = ()
     max_steps: Annotated[int | None, "stop after this many steps (for a smoke run)"] = None

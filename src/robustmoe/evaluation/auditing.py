@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustmoe import records
+from robustmoe import generators, records
 from robustmoe import spec as specs
 from robustmoe.attacks import PGD, Attack, AutoAttackRouting, Threat, build_attack
 from robustmoe.data import Data
@@ -137,8 +137,7 @@ def _described(model: str, data: str, options: AuditOptions) -> tuple[str, str]:
     if not isinstance(described, OwnModel):
         return model, ""  # wrapped(...) already; of a model of ours, the run folder says what is wrong
     source: Data = specs.build(data, "data")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # as when it is built for a measurement
+    with generators.seeded(0):  # as when it is built for a measurement
         made = described.made(source.num_classes, source.image_shape)
     if not isinstance(made, nn.Module):
         note(f"{model} is no nn.Module, so no router can be looked for in it")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from robustmoe import generators
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
 from robustmoe.models.affine import AffineExperts, AffineMixture, AffineModel, AffineNorm, PooledRouter
@@ -92,8 +93,7 @@ def build_model(
     """
     described: ModelSpec = specs.build(spec, "model") if isinstance(spec, str) else spec
     channels = image_shape[0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with generators.seeded(seed):
         normalise = Normalise(mean or (0.5,) * channels, std or (0.5,) * channels)
         try:
             with fitting_memory():

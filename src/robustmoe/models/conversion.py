@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe import generators
 from robustmoe.errors import UserError, nearest
 from robustmoe.models.base import Dense, ImageShape, RoutedModel
 from robustmoe.models.block import LayeredModel, RoutedLayer, check_experts, replace
@@ -99,8 +100,7 @@ def moefy(
     for module in made.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = BatchNorm2d
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with generators.seeded(seed):
         for name in names:
             layer = made.get_submodule(name)
             made_router = layer_router(channels[name], experts, router, standardise).to(x)

@@ -205,14 +205,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def groupable(x: Tensor, *weights: Tensor) -> bool:
     """Returns whether torch's grouped matrix product takes these operands: the dtype is float32 or half precision (on
-    CUDA: bfloat16 alone), every row is a multiple of 16 bytes, there are items, and no function transform or
-    forward-mode derivative runs.
+    CUDA: bfloat16 alone, from compute capability 8.0), every row is a multiple of 16 bytes, there are items, and no
+    function transform or forward-mode derivative runs.
     """
     dtype = _compute_dtype(x)
     allowed = (torch.float32, torch.bfloat16, torch.float16) if x.device.type == "cpu" else (torch.bfloat16,)
     size = dtype.itemsize
     return (
-        x.device.type in ("cpu", "cuda")
+        (x.device.type == "cpu" or (x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0)))
         and dtype in allowed
         and len(x) > 0
         and all(length * size % 16 == 0 for weight in weights for length in weight.shape[1:])

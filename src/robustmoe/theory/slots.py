@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from robustmoe import generators
 from robustmoe.models.token_layers import SlotMoE, SlotRouter
 from robustmoe.models.tokens import TokenExperts
 from robustmoe.records.theory import Chart, ChartLine, Comparison, Experiment
@@ -17,7 +18,7 @@ from robustmoe.theory.draws import normal
 
 def layer(seed: int, experts: int, slots: int, width: int, hidden: int) -> SlotMoE:
     """This library's Soft MoE layer in float64, weights drawn with variance 1 / inputs."""
-    with torch.random.fork_rng(devices=[]):  # what the constructors draw is overwritten
+    with generators.seeded(0):  # what the constructors draw is overwritten
         made = SlotMoE(SlotRouter(width, experts * slots), TokenExperts(experts, width, hidden)).double()
     with torch.no_grad():
         made.router.mu.copy_(normal(seed, "x11 mu", width, experts * slots))

@@ -186,6 +186,8 @@ def run_weights(run: str | Path) -> dict[str, Tensor]:
 
 
 _FIELDS = {"model", "optimisers", "average", "rng", "progress", "run"}
+_LATER = {"device_rng"}
+"""Fields that older checkpoints do not have."""
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -218,7 +220,7 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for what it does not load; all mean the same to the user
         raise damaged(path, type(error).__name__) from error
-    if not isinstance(state, dict) or set(state) != _FIELDS:
+    if not isinstance(state, dict) or set(state) - _LATER != _FIELDS:
         raise damaged(path, "it has not the fields of a checkpoint")
     return state
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustmoe import distributed, memory, provenance
+from robustmoe import distributed, generators, memory, provenance
 from robustmoe.attacks import NotFiniteError
 from robustmoe.attacks.base import looked_at
 from robustmoe.data import Batch, batches
@@ -54,10 +54,10 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
         torch.set_num_threads(recipe.threads)
     device = distributed.local_device(provenance.pick_device(recipe.device))
     check_folder(out, resume)
-    with distributed.session(device), writing(out), torch.random.fork_rng(devices=[]), looked_at():
+    # The seed is for a model's own draws (dropout); ours come from robustmoe.noise.
+    with distributed.session(device), writing(out), generators.seeded(recipe.seed), looked_at():
         if distributed.rank() == 0:
             check_folder(out, resume)  # another writer may have been in it until now
-        torch.manual_seed(recipe.seed)  # for a model's own draws (dropout); ours come from robustmoe.noise
         number = before_fitting(recipe, out if resume else None)
         parts = build_parts(number, device, fresh=not (resume and (out / "state.pt").exists()), given=given)
         if recipe.batch_size == "auto" and not resume:
@@ -124,6 +124,7 @@ def save(parts: RunParts, state: TrainingState, out: Path) -> None:
                 "optimisers": [optimiser.state_dict() for optimiser in parts.optimisers],
                 "average": parts.average.state_dict() if parts.average is not None else None,
                 "rng": torch.get_rng_state(),
+                "device_rng": generators.state_on(parts.device),
                 "progress": progress,
                 "run": parts.run_hash,
             },

@@ -16,7 +16,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from robustmoe import distributed
+from robustmoe import distributed, generators
 from robustmoe.errors import UserError
 from robustmoe.progress import note
 from robustmoe.records import read_metrics
@@ -104,6 +104,7 @@ def restore(parts: RunParts, saved: Mapping[str, Any], path: Path) -> None:
     if parts.average is not None:
         parts.average.load_state_dict(saved["average"])
     torch.set_rng_state(saved["rng"])
+    generators.go_on(parts.device, saved.get("device_rng"))
     checkpoint.load_weights(parts.model, saved["model"], path)
 
 
@@ -119,7 +120,17 @@ def _problems(parts: RunParts, saved: Mapping[str, Any]) -> list[str]:
     here = torch.get_rng_state()
     if not isinstance(rng, Tensor) or (rng.dtype, rng.shape) != (here.dtype, here.shape):
         problems.append("its random state is none of torch's")
+    if not _is_state_of(parts.device, saved.get("device_rng")):
+        problems.append("its random state of the GPU is none of torch's")
     return problems
+
+
+def _is_state_of(device: torch.device, state: Any) -> bool:
+    """Whether a GPU's generator takes this state. Checkpoints from before it was kept, and of CPUs, have none."""
+    here = None if state is None else generators.state_on(device)
+    if here is None:
+        return state is None or isinstance(state, Tensor)
+    return isinstance(state, Tensor) and (state.dtype, state.shape) == (here.dtype, here.shape)
 
 
 def _groups(optimiser: Any) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustmoe import generators
 from robustmoe.attacks.base import evaluating
 from robustmoe.errors import UserError
 from robustmoe.models.base import Output
@@ -379,8 +380,7 @@ def disturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
     """Torch's generators start at the same place inside, and are where they were afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with generators.seeded(0):
         yield
 
 
