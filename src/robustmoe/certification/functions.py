@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -191,10 +192,10 @@ def _addcmul(shift: Any, x: Any, scale: Any, *, value: float = 1) -> Operation:
     return _product(x.shape, shift, x, scale)
 
 
-def _product(shape: torch.Size, *inputs: Slot) -> Operation:
+def _product(shape: tuple[int, ...], *inputs: Slot) -> Operation:
     if any(each.ndim != len(shape) for each in inputs):
         raise Unbounded("a product of values of different numbers of dimensions")
-    if torch.broadcast_shapes(*(each.shape for each in inputs)) != shape:
+    if np.broadcast_shapes(*(each.shape for each in inputs)) != shape:
         raise Unbounded(f"a product of the shapes {[tuple(each.shape) for each in inputs]}")
     return Product(shape[1:])
 
@@ -235,7 +236,7 @@ def _batch_norm(
 def _number(x: Slot, value: Any) -> Tensor:
     """What multiplies x or is added to it. Raises Unbounded where the result would have another shape."""
     constant = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-    if torch.broadcast_shapes(x.shape, constant.shape) != x.shape:
+    if np.broadcast_shapes(x.shape, constant.shape) != x.shape:
         raise Unbounded(f"a value {tuple(x.shape)} and a constant {tuple(constant.shape)}, which make a larger one")
     return constant
 
@@ -259,7 +260,7 @@ def _plus(sign: int, x: Any, y: Any, *, alpha: float = 1) -> Operation:
 
 def _mul(x: Any, y: Any) -> Operation:
     if isinstance(x, Slot) and isinstance(y, Slot):
-        return _product(torch.broadcast_shapes(x.shape, y.shape), x, y)
+        return _product(np.broadcast_shapes(x.shape, y.shape), x, y)
     return _scaling(x, y, 0.0) if isinstance(x, Slot) else _scaling(y, x, 0.0)
 
 

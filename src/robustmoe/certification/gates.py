@@ -141,7 +141,7 @@ class Product(Operation):
     the middles: the mean of both of McCormick's (1976) on each side.
     """
 
-    shape: torch.Size
+    shape: tuple[int, ...]
 
     affine = False
     main = -2
