@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Freed memory is kept for the next tensor (returning and asking for it again is a tenth of the suite's time), and
-# compiled modules for the next run.
-KEEP := PYTHONDONTWRITEBYTECODE= MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
+# A module is compiled when it is first imported, and kept: most of torch's never are, and to compile all of them is a
+# third of what an installation computes.
+export PIP_COMPILE := 0
+export PYTHONDONTWRITEBYTECODE :=
+
+# Freed memory is kept for the next tensor (returning and asking for it again is a tenth of the suite's time).
+KEEP := MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=536870912
 
 .PHONY: demo test test-typed test-device test-slow fuzz lint bench recipes notebooks docs crosscheck wild browser outgoing clean
 
@@ -77,9 +81,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.base
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[dev]'
-	touch $@
+	touch $(VENV)/.base $@
 
 clean:
 	rm -rf $(VENV)
