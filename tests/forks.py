@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["robustmoe.cli", "robustmoe.training", "robustmoe.evaluation", "robustmoe.interop", "sklearn.datasets"]
+PRELOADED = ["robustmoe.cli", "robustmoe.training", "robustmoe.evaluation", "robustmoe.interop"]
 PRELOADED += ["torch.distributed.nn.functional", "torch._dynamo"]  # an optimiser's first step imports these
 POLL = 0.02
 """Seconds between two looks at a child."""

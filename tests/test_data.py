@@ -10,6 +10,7 @@ import pickle
 import struct
 import sys
 import tarfile
+import types
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -354,6 +355,24 @@ def test_classes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     names = make_cifar100_tar(tmp_path, monkeypatch).load().classes
     assert (len(set(names)), names[0], names[99]) == (100, "apple", "worm")
     assert make_folder_alone(tmp_path / "mine", monkeypatch).load().classes == ("class0", "class1", "class2")
+
+
+def test_digits_are_read_without_scikit_learn_and_by_it_where_it_keeps_them_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sklearn.datasets", None)  # to import it is an error
+        x, y = data.sets._digits()
+    with monkeypatch.context() as patch:
+        elsewhere = types.SimpleNamespace(submodule_search_locations=["/nowhere"])
+        patch.setattr("importlib.util.find_spec", lambda name: elsewhere)
+        theirs, labels = data.sets._digits()
+    for pixels, target in ((x, y), (theirs, labels)):
+        assert np.array_equal(pixels, bunch.data)
+        assert np.array_equal(target, bunch.target)
 
 
 def test_digits_sizes_are_fixed() -> None:

@@ -7,9 +7,11 @@ streamed.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from robustmoe.arrays import as_labels
@@ -44,17 +46,29 @@ def _in_memory(name: str, train: InMemory, test: InMemory, classes: tuple[str, .
     return Data(name, kept, train.subset(held), test, classes, *mean_std(kept))
 
 
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns pixels (n, 64) and labels (n,), read from the file in scikit-learn, whose import takes 2 s."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None, "a required dependency"
+    folder = (package.submodule_search_locations or [""])[0]
+    file = Path(folder, "datasets", "data", "digits.csv.gz")
+    if not file.is_file():  # another release keeps it elsewhere
+        from sklearn.datasets import load_digits
+
+        return load_digits(return_X_y=True)
+    rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    return rows[:, :-1], rows[:, -1]
+
+
 def digits(val: float = 0.1) -> Data:
     """Handwritten digits inside scikit-learn (`load_digits`): 1,797 images, 1 x 8 x 8, levels 0 to 16, 10 classes.
 
     The levels are scaled to [0, 1]. There is no official test split: a fixed 20 % of each class is ours. ``index`` is
     the place in scikit-learn's order, in all splits.
     """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).to(torch.uint8)[:, None]
-    every = InMemory(images, torch.from_numpy(bunch.target).to(torch.int64), white=16)
+    pixels, target = _digits()
+    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 8, 8)
+    every = InMemory(images, torch.from_numpy(target).to(torch.int64), white=16)
     keep, test = hold_out(every.labels, 0.2, TEST)
     return _in_memory("digits", every.subset(keep), every.subset(test), tuple("0123456789"), val)
 
