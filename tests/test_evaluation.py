@@ -10,8 +10,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from forks import fork
 from objective_infos import EXPERTS_ONLY, JOINT, ROUTER_ONLY, ROUTING
 from robustmoe import analysis, records, spec
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Threat, build_attack, exact_of, linf
@@ -328,20 +327,22 @@ def many(folder: Path | str) -> Path:
     return Path(folder) / f"{records.file_stem(spec_or_repr(build_attack(PGD5).for_verdict()))}.jsonl"
 
 
+def killed_at_the_third_batch(folder: str) -> None:
+    real, calls = engine.attack_batch, []
+
+    def stop(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+
+    engine.attack_batch = stop
+    many(folder)
+
+
 def test_a_killed_evaluation_goes_on_and_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    code = (
-        f"import sys, os, signal; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_evaluation as t\n"
-        "real, calls = t.engine.attack_batch, []\n"
-        "def stop(*args):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*args)\n"
-        "t.engine.attack_batch = stop\n"
-        f"t.many({str(tmp_path / 'killed')!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == -signal.SIGKILL
+    child = fork("test_evaluation:killed_at_the_third_batch", str(tmp_path / "killed"), output=tmp_path / "said")
+    assert child.wait() == -signal.SIGKILL, child.output.read_text()
     (killed,) = rows_of(tmp_path / "killed")
     assert ([row.index for row in killed.rows], killed.checks) == (list(range(8)), None)
     before = (tmp_path / "killed").glob("*first.jsonl").__next__().read_bytes()

@@ -10,8 +10,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,14 +136,12 @@ def test_kill_9_of_the_plain_command_then_the_plain_command_with_resume(
     """No help from inside: the command as users type it, killed when the first epoch's line is there."""
     fields = {**PLAIN, "epochs": 60, "checkpoint_every": 7, "val_limit": 8}
     recipe, run = toml(tmp_path / "r.toml", fields), tmp_path / "run"
-    command = [sys.executable, "-m", "robustmoe", "train", recipe, "--out", str(run)]
-    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    child = fork("robustmoe.cli:main", ["train", recipe, "--out", str(run)], output=tmp_path / "said")
     while not (run / "metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()
+        assert child.poll() is None, child.output.read_text()
         time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
     state = read_state(run / "state.pt")["progress"]
     assert state["epoch"] < 60
     stop = str((state["epoch"] + 2) * STEPS)  # to the end of the next epoch but one
