@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustmoe import compat
 from robustmoe import spec as specs
 from robustmoe.attacks.base import evaluating
-from robustmoe.models import AffineNorm, ImageShape, ModelSpec, Normalise, RoutedModel
+from robustmoe.models import ImageShape, ModelSpec, Normalise, RoutedModel
 from robustmoe.routing import Routing, Tape
 
 
@@ -41,11 +44,14 @@ class _First(Tape):
         return Routing(fresh.logits, index, fresh.weight)
 
 
-class _Identity(nn.Module):
-    """Stands in for a BatchNorm where only products are counted: on the meta device that is half of the time."""
+class _Products(TorchFunctionMode):
+    """Leaves out BatchNorms and ReLUs, which are no products: on the meta device they are most of the time."""
 
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        return x
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in _LEFT_OUT else func(*args, **(kwargs or {}))
+
+
+_LEFT_OUT = (torch.batch_norm, F.batch_norm, torch.relu, F.relu)
 
 
 class _Body(nn.Module):
@@ -82,14 +88,10 @@ def costs(model: str | ModelSpec | RoutedModel, num_classes: int = 10, image_sha
 @torch.no_grad()
 def _counted(model: RoutedModel, x: Tensor) -> Costs:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    if x.is_meta:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.BatchNorm2d) and not isinstance(child, AffineNorm):
-                    setattr(parent, name, _Identity())
     tape = _First()
     counts = {compat.grouped_product(): _grouped_flops}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=counts) as counter:
+    fewer = _Products() if x.is_meta else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), fewer, FlopCounterMode(display=False, custom_mapping=counts) as counter:
         _Body(model)(x, tape)
     flops: dict[str, Any] = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
     routers = tuple(f"{name}." for name in tape.trace)

@@ -36,6 +36,8 @@ class PrunedConv(Conv):
     @torch.no_grad()
     def reset_score(self) -> None:
         """Scores in proportion to the weights, the largest sqrt(6 / fan-in) (HYDRA, section 3.3)."""
+        if self.weight.is_meta:  # there are no values
+            return
         largest = self.weight.abs().amax().clamp(min=torch.finfo(self.weight.dtype).tiny)
         self.score.copy_(math.sqrt(6 / self.weight[0].numel()) * self.weight / largest)
 
