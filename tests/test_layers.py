@@ -39,6 +39,10 @@ WITHOUT_TORCH = [
 ]  # fmt: skip
 
 
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+"""Where a statement holds others; no expression holds an import."""
+
+
 @functools.cache
 def parsed(path: Path) -> ast.AST:
     return ast.parse(path.read_text())
@@ -52,9 +56,10 @@ def statements(path: Path, nested: bool) -> Iterator[ast.Import | ast.ImportFrom
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
         checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if not checking and (nested or not inside):
-            todo.extend(ast.iter_child_nodes(node))
+            for block in BLOCKS:
+                todo.extend(getattr(node, block, ()))
 
 
 @functools.cache
