@@ -16,7 +16,7 @@ import robustmoe as rm
 from robustmoe.cli import main
 from robustmoe.errors import UserError
 from robustmoe.forecasting import timing
-from robustmoe.forecasting.probing import PassCost, Trace
+from robustmoe.forecasting.probing import WARM, PassCost, Trace
 from robustmoe.forecasting.timing import Seconds
 from robustmoe.recipe import Recipe
 
@@ -169,6 +169,19 @@ def test_a_trace_that_did_not_end_goes_on_with_the_images_that_were_left() -> No
     assert trace.passes == pytest.approx(3 * (60 + 10 * 4) / 8)  # as many calls again, on four images
     assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(100.0)
     assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8, unbroken=True).cpu == pytest.approx(160.0)
+
+
+def test_what_is_made_once_is_not_counted_again_and_again() -> None:
+    """Six calls of ten seconds each, then six of one: the 288 that are left take a second each."""
+    costs = {True: PassCost(1.0, 0.0), False: PassCost(1.0, 0.0)}
+    trace = Trace(8, cost=300, whole=False, took=Seconds(66.0, 66.0))
+    for at in range(12):
+        if at == WARM:
+            trace.first = dict(trace.calls), dict(trace.rows), Seconds(60.0, 60.0)
+        trace.count(8, False)
+    assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(300.0)
+    trace.whole = True
+    assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(66.0)
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -22,6 +22,12 @@ GRADIENT = 3
 """Forward passes that a gradient counts as."""
 
 
+WARM = 6
+"""Calls of an attack that pay for what is made once, such as the plan of a convolution for a batch of a new size: they
+tell nothing of the others.
+"""
+
+
 class _TimeIsUp(Exception):
     """The time for a probe is over."""
 
@@ -76,7 +82,7 @@ def _pass_time(session: Session, climbed: Surrogate, batch: Batch, gradient: boo
 class Trace:
     """The passes of an attack on ``images`` images: how many of each kind, on how many images together, and in how many
     seconds. ``cost``: forward passes that an image costs which is never broken (0: not known); ``used``: those that
-    there were time for; ``last``: images of the last passes.
+    there were time for; ``last``: images of the last passes; ``first``: passes and seconds of the first `WARM` calls.
     """
 
     images: int
@@ -87,6 +93,7 @@ class Trace:
     last: list[int] = field(default_factory=list)
     took: Seconds = field(default_factory=Seconds)
     whole: bool = True
+    first: tuple[dict[bool, float], dict[bool, float], Seconds] | None = None
 
     def count(self, n: int, gradient: bool) -> None:
         self.calls[gradient] += 1
@@ -100,9 +107,13 @@ class Trace:
         return self._sum(self._ended()) / max(1, self.images)
 
     def pace(self, costs: Costs) -> Seconds:
-        """What the attack took for each second that its passes alone would have taken."""
-        alone = sum(costs[kind].of(self.calls[kind], self.rows[kind]) for kind in costs)
-        return self.took * (1 / alone) if alone > 0 else Seconds(1.0, 1.0)
+        """What the attack took for each second that its passes alone would have taken; of an attack that did not end
+        without its first calls, which would count again and again.
+        """
+        took, alone = self.took, _alone(costs, self.calls, self.rows)
+        if not self.whole and self.first is not None and sum(self.calls.values()) >= 2 * WARM:
+            took, alone = took - self.first[2], alone - _alone(costs, *self.first[:2])
+        return took * (1 / alone) if alone > 0 else Seconds(1.0, 1.0)
 
     def scaled(self, costs: Costs, pace: Seconds, images: int, batch_size: int, unbroken: bool = False) -> Seconds:
         """The seconds of the whole attack on ``images``, in batches. ``unbroken``: if none of them ever breaks."""
@@ -131,6 +142,11 @@ class Trace:
         return calls, {kind: max(n * self.images, self.rows[kind]) for kind, n in calls.items()}
 
 
+def _alone(costs: Costs, calls: Mapping[bool, float], rows: Mapping[bool, float]) -> float:
+    """The seconds of so many passes alone."""
+    return sum(costs[kind].of(calls[kind], rows[kind]) for kind in costs)
+
+
 def _plus(these: dict[bool, float], others: dict[bool, float], times: float) -> dict[bool, float]:
     return {kind: n + times * others[kind] for kind, n in these.items()}
 
@@ -153,6 +169,8 @@ def probed(
     def on_pass(n: int, gradient: bool) -> None:
         if trace.used and clock.read().main(session.device) > budget:
             raise _TimeIsUp
+        if sum(trace.calls.values()) == WARM:
+            trace.first = dict(trace.calls), dict(trace.rows), clock.read()
         trace.count(n, gradient)
 
     watched = Surrogate(surrogate.climbed, session.model, surrogate.close, on_pass)
