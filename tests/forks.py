@@ -23,6 +23,7 @@ from typing import Any
 
 PRELOADED = ["robustmoe.cli", "robustmoe.training", "robustmoe.evaluation", "robustmoe.interop"]
 PRELOADED += ["torch.distributed.nn.functional", "torch._dynamo"]  # an optimiser's first step imports these
+PRELOADED += ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.export"]  # sharding does
 POLL = 0.02
 """Seconds between two looks at a child."""
 
@@ -79,22 +80,24 @@ def fork(function: str, *arguments: Any, output: Path, environment: dict[str, st
     return Child(_ask(**request), output)
 
 
-def fork_pair(function: str, *arguments: Any, output: Path) -> list[Child]:
-    """Starts two processes on the CPU, told what torchrun tells its workers; their outputs end in .0 and .1."""
+def fork_pair(function: str, *arguments: Any, output: Path, processes: int = 2) -> list[Child]:
+    """Starts two processes on the CPU, or as many as said, told what torchrun tells its workers; their outputs end in
+    .0, .1 and so on.
+    """
     import torch.distributed as dist
 
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    both = {
-        "WORLD_SIZE": "2",
+    told = {
+        "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # nobody opens a store; both join this one
         "CUDA_VISIBLE_DEVICES": "",
     }
     children = []
-    for rank in ("0", "1"):
-        told = {**both, "RANK": rank, "LOCAL_RANK": rank}
-        child = fork(function, *arguments, output=output.with_name(f"{output.name}.{rank}"), environment=told)
+    for rank in map(str, range(processes)):
+        own = {**told, "RANK": rank, "LOCAL_RANK": rank}
+        child = fork(function, *arguments, output=output.with_name(f"{output.name}.{rank}"), environment=own)
         child.store = store
         children.append(child)
     return children

@@ -41,6 +41,12 @@ def times_written(x: Tensor) -> int:
     return x._version
 
 
+def groups_of(mesh: Any) -> dict[str, Any]:
+    """Returns the process groups that a device mesh keeps alive, by name. Without them it asks for them by name."""
+    groups: dict[str, Any] = mesh._pg_registry
+    return groups
+
+
 def unseen() -> contextlib.AbstractContextManager[object]:
     """Returns a context in which no torch function mode sees what is called."""
     context: contextlib.AbstractContextManager[object] = torch._C.DisableTorchFunction()

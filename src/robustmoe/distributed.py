@@ -10,22 +10,30 @@ process needs nothing.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from robustmoe import compat
 from robustmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(minutes=10)
 
 _sessions = 0  # how many were opened in this process: each needs names of its own in torchrun's store
+
+_meshes: list[DeviceMesh] = []
 
 
 def active() -> bool:
@@ -38,6 +46,11 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if active() else 1
+
+
+def restarted() -> bool:
+    """Whether torchrun has started the processes anew, after some of them died (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -104,6 +117,9 @@ def _end(error: BaseException | None) -> None:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
+    while _meshes:
+        compat.groups_of(_meshes.pop()).clear()
+    gc.collect()  # a model that is spread holds its groups, in circles
     dist.destroy_process_group()
 
 
@@ -121,10 +137,46 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
-def average_gradients(gradients: Sequence[Tensor]) -> None:
-    """Replace each gradient by its mean over processes, in place, in one collective a dtype."""
+def mesh(device: torch.device, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A device mesh of all processes of this session. torch's caches hold meshes for ever: their groups end with it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    made = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    _meshes.append(made)
+    return made
+
+
+def is_spread(value: Tensor) -> bool:
+    """Whether each process holds a part of this tensor (torch's DTensor, whose import is slow)."""
+    return hasattr(value, "to_local")
+
+
+def own_part(value: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; all of it, where it is not spread."""
+    spread: Any = value
+    part: Tensor = spread.to_local() if is_spread(value) else value
+    return part
+
+
+def average_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the mean of each gradient over processes: in place, in one collective a dtype; what is spread, added up
+    by torch.
+    """
     if not active():
-        return
+        return list(gradients)
+    _average_plain([gradient for gradient in gradients if not is_spread(gradient)])
+    return [_mean(gradient) if is_spread(gradient) else gradient for gradient in gradients]
+
+
+def _mean(gradient: Any) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    total = gradient.redistribute(placements=[Replicate() if p.is_partial() else p for p in gradient.placements])
+    total.to_local().div_(world())
+    return total
+
+
+def _average_plain(gradients: Sequence[Tensor]) -> None:
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)

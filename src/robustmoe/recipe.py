@@ -28,7 +28,7 @@ THREADS = 1024
 SEEDS = 1000
 """More trainings than anybody starts at once; a slip such as 0..10**9 must not fill the memory."""
 
-LATER: Mapping[str, str | None] = {"inputs": "data", "recalibrate": None}
+LATER: Mapping[str, str | None] = {"inputs": "data", "recalibrate": None, "sharding": "none"}
 """Fields that recipes of older runs do not have, and what those runs did."""
 
 
@@ -70,6 +70,11 @@ class Recipe:
         "the method's attack; none = the running ones",
     ] = None
     clip: Annotated[float, "largest norm of the gradient; 0 = off"] = 0.0
+    sharding: Annotated[
+        Literal["none", "full", "experts"],
+        "what the processes of torchrun hold: none = each the whole model; full = each its share of every weight "
+        "(FSDP); experts = each its share of the experts of token-routed layers (vit_moe), which tokens travel to",
+    ] = "none"
     seed: Annotated[int, "decides every random draw"] = 0
     init: Annotated[
         str | None,

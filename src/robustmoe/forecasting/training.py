@@ -132,18 +132,19 @@ def _endless(parts: RunParts, state: TrainingState) -> Iterator[tuple[Batch, Bat
 
 
 def _judged(parts: RunParts) -> tuple[RoutedModel, Seconds]:
-    """The model that an epoch validates, and what it takes to make it: of a training whose BatchNorm takes its
+    """The model that an epoch validates, with its own weights, and what it takes to give it others: of a training whose BatchNorm takes its
     statistics anew, by the batch.
     """
     clock = Stopwatch(parts.device)
     if parts.recipe.recalibrate is None:
-        return judged_model(parts, TrainingState(step=1)), clock.lap()
+        with judged_model(parts, TrainingState(step=1)) as judged:
+            return judged, clock.lap()
     took = []
     steps = min(parts.steps, parts.recipe.max_steps or parts.steps)
     for few in (1, min(3, steps)):
         recipe = dataclasses.replace(parts.recipe, max_steps=few)
-        judged = judged_model(dataclasses.replace(parts, recipe=recipe), TrainingState(step=few))
-        took.append(clock.lap())
+        with judged_model(dataclasses.replace(parts, recipe=recipe), TrainingState(step=few)) as judged:
+            took.append(clock.lap())
     return judged, took[0] + (took[1] - took[0]) * ((steps - 1) / max(1, min(3, steps) - 1))
 
 

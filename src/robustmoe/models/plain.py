@@ -60,7 +60,7 @@ def as_routed(model: Callable[[Tensor], Tensor]) -> RoutedModel:
     A compiled model is measured as it was written, to which it is equal up to rounding.
     """
     bare = unwrapped(model)
-    if isinstance(bare, RoutedModel) and not _sharded(bare):
+    if isinstance(bare, RoutedModel) and (not _sharded(bare) or "run" in vars(bare)):  # FSDP was told of `run`
         return bare
     inside = _inside(model)
     return Plain(bare if inside else model, eager=bool(inside) and any(map(compat.compiled, _modules(model))))

@@ -42,6 +42,7 @@ class Config:
     precision: str | None = None
     ema: Share | None = None
     recalibrate: str | None = None
+    sharding: str | None = None
     clip: Length | None = None
     seed: Count | None = None
     init: str | None = None

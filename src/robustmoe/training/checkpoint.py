@@ -185,7 +185,9 @@ def run_weights(run: str | Path) -> dict[str, Tensor]:
     return read_weights(path / "model.safetensors")
 
 
-_FIELDS = {"model", "optimisers", "average", "rng", "progress", "run"}
+_OF_ALL = {"rng", "progress", "run"}
+_FIELDS = ({"model", "optimisers", "average", *_OF_ALL}, {"parts", "files", "averaged", *_OF_ALL})
+"""Of a checkpoint in one file, and of one whose parts lie in a folder (`robustmoe.training.parted`)."""
 _LATER = {"device_rng"}
 """Fields that older checkpoints do not have."""
 
@@ -220,7 +222,7 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for what it does not load; all mean the same to the user
         raise damaged(path, type(error).__name__) from error
-    if not isinstance(state, dict) or set(state) - _LATER != _FIELDS:
+    if not isinstance(state, dict) or set(state) - _LATER not in _FIELDS:
         raise damaged(path, "it has not the fields of a checkpoint")
     return state
 

@@ -49,8 +49,10 @@ def train(
     in eval mode. Its folder can be read, but not evaluated by its path: give the module to `robustmoe.evaluate`.
 
     With ``resume`` it goes on from the last checkpoint: on CPU the final weights are equal, bit for bit, to those of
-    a run that was never stopped. Under ``torchrun`` the processes share each batch. Raises UserError for what cannot
-    be built, written or resumed, and `TrainingStopped` (a UserError) where a loss or gradient is not finite.
+    a run that was never stopped. Under ``torchrun`` the processes share each batch; started anew by it, they resume.
+
+    Raises UserError for what cannot be built, written or resumed, and `TrainingStopped` (a UserError) where a loss or
+    gradient is not finite.
     """
     return _trained(*asked(model, x, y, out, fields), resume)
 

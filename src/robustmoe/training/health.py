@@ -52,17 +52,17 @@ def validate(
     not finite.
     """
     model.eval()
-    mine = torch.arange(distributed.rank(), len(images), distributed.world())
+    mine = _shared(len(images))
+    real = int((mine < len(images)).sum())
     counts = torch.zeros(3, dtype=torch.float64, device=device)
     sums: dict[str, Tensor] = {}
     with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        for batch in batches(images, batch_size, mine, device):
-            right, robust, own = _answers(model, batch, attack, seed)
+        for batch in batches(images, batch_size, mine % len(images), device):
+            right, robust, own = _answers(model, batch, min(real, len(batch.x)), attack, seed)
+            real -= len(batch.x)
             for name, values in own.items():
                 sums[name] = sums.get(name, 0) + values
             counts += torch.stack([right.sum(), robust.sum(), _proven(model, batch, right, certifier, seed)])
-    if not sums:
-        sums = _no_sums(model, images, device)
     distributed.all_reduce_sum(counts)
     totals = {name: distributed.all_reduce_sum(sums[name]).tolist() for name in sorted(sums)}
     clean_share, robust_share, certified_share = (counts / len(images)).tolist()
@@ -81,19 +81,31 @@ VALIDATION = 4
 """The key under which validation draws its noise: the same in every epoch, so that epochs can be compared."""
 
 
+def _shared(images: int) -> Tensor:
+    """Returns the positions of this process's images. Each process has as many, so that all make the same passes: the
+    last may be past the end, and is not counted.
+    """
+    each = -(-images // distributed.world())
+    return torch.arange(each) * distributed.world() + distributed.rank()
+
+
 def _answers(
-    model: RoutedModel, batch: Batch, attack: Attack | None, seed: int
+    model: RoutedModel, batch: Batch, real: int, attack: Attack | None, seed: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns which images (n,) are right, which are so before and after the attack, and each router's `_sums`."""
+    """Returns which images (n,) are right, which are so before and after the attack, and each router's `_sums`; those
+    from ``real`` on count as wrong, and in no sum.
+    """
+    counted = torch.arange(len(batch.x), device=batch.x.device) < real
     with torch.no_grad():
         clean = model.run(batch.x)
-    right = _right(clean.logits, batch.y)
+    right = _right(clean.logits, batch.y) & counted
+    kept = {name: routing[:real] for name, routing in clean.trace.items()}
     if attack is None:
-        return right, right, {name: _sums(routing, routing) for name, routing in clean.trace.items()}
+        return right, right, {name: _sums(routing, routing) for name, routing in kept.items()}
     x_adv = attack(model, batch.x, batch.y, Noise.of(batch.index, seed, VALIDATION))
     with torch.no_grad():
         attacked = model.run(x_adv)
-    sums = {name: _sums(routing, attacked.trace[name]) for name, routing in clean.trace.items()}
+    sums = {name: _sums(routing, attacked.trace[name][:real]) for name, routing in kept.items()}
     return right, right & _right(attacked.logits, batch.y), sums
 
 
@@ -119,13 +131,6 @@ def _sums(clean: Routing, attacked: Routing) -> Tensor:
     same = (clean.chosen() == attacked.chosen()).all(-1)
     rest = torch.stack([best.new_tensor(same.numel()), (best[..., 0] - best[..., -1]).sum(), same.double().sum()])
     return torch.cat([chosen, rest])
-
-
-def _no_sums(model: RoutedModel, images: ImageSet, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for each router: a process without an image still has to take part in the sums."""
-    with torch.no_grad():
-        trace = model.run(images.batch([0]).to(device).x).trace
-    return {name: torch.zeros(r.num_experts + 3, dtype=torch.float64, device=device) for name, r in trace.items()}
 
 
 def trainable_routers(model: RoutedModel, x: Tensor) -> dict[str, bool]:

@@ -4,7 +4,7 @@ bit.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -27,7 +27,7 @@ from robustmoe.progress import Bar, Pace, note, progress, span
 from robustmoe.recipe import Recipe
 from robustmoe.records import Resumed, append_json, check_folder, write_atomic, writing
 from robustmoe.records.versions import entries, tell
-from robustmoe.training import checkpoint, health
+from robustmoe.training import checkpoint, health, parted
 from robustmoe.training.fitting import before_fitting, fitted
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
@@ -35,6 +35,7 @@ from robustmoe.training.parts import Given, RunParts, build_parts, check_same_ru
 from robustmoe.training.phases import MiniBatch, StepResult, TrainingStopped, train_step
 from robustmoe.training.recalibration import recalibrate
 from robustmoe.training.resuming import TrainingState, examined, restore
+from robustmoe.training.sharding import apart, explained, whole_state
 
 ORDER, AUGMENT, TRAIN, RECALIBRATE = 1, 2, 3, 4
 """Keys under which a run draws its random numbers, beside its seed and the epoch (see `robustmoe.noise`)."""
@@ -53,26 +54,31 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = distributed.local_device(provenance.pick_device(recipe.device))
+    resume = resume or (distributed.restarted() and (out / "config.json").is_file())
     check_folder(out, resume)
     # The seed is for a model's own draws (dropout); ours come from robustmoe.noise.
     with distributed.session(device), writing(out), generators.seeded(recipe.seed), looked_at():
         if distributed.rank() == 0:
             check_folder(out, resume)  # another writer may have been in it until now
         number = before_fitting(recipe, out if resume else None)
-        parts = build_parts(number, device, fresh=not (resume and (out / "state.pt").exists()), given=given)
-        if recipe.batch_size == "auto" and not resume:
-            parts = fitted(parts)
-        state = _prepare(parts, out, resume)
-        pace = Pace(PACED)
-        while state.epoch < recipe.epochs and (state.step or _steps_to_do(parts, state)):
-            _epoch(parts, state, out, pace)
-            if state.step < parts.steps:
-                break
-            state = TrainingState(epoch=state.epoch + 1, best=state.best)
-            save(parts, state, out)
-        if "model" in given.objects:
-            _take_best(parts.model, out)
+        fresh = not (resume and (out / "state.pt").exists())
+        _run(build_parts(number, device, fresh, given), out, resume, recipe.batch_size == "auto" and not resume)
     return out
+
+
+def _run(parts: RunParts, out: Path, resume: bool, fits: bool) -> None:
+    """The epochs that are left, of a run that is new or resumed. ``fits``: with a batch size that is found first."""
+    parts = fitted(parts) if fits else parts
+    state = _prepare(parts, out, resume)
+    pace = Pace(PACED)
+    while state.epoch < parts.recipe.epochs and (state.step or _steps_to_do(parts, state)):
+        _epoch(parts, state, out, pace)
+        if state.step < parts.steps:
+            break
+        state = TrainingState(epoch=state.epoch + 1, best=state.best)
+        save(parts, state, out)
+    if "model" in parts.given.objects:
+        _take_best(parts.model, out)
 
 
 def _take_best(model: RoutedModel, out: Path) -> None:
@@ -92,7 +98,7 @@ def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
         there = examined(parts, out, old)
         state = there.state
         if there.saved is not None:
-            restore(parts, there.saved, out / "state.pt")
+            (restore if parts.recipe.sharding == "none" else parted.restore)(parts, there.saved, out / "state.pt")
         if distributed.rank() == 0:
             _take_up(out, old, config, state.epoch * parts.steps + state.step)
             write_atomic(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in there.lines))
@@ -100,7 +106,8 @@ def _prepare(parts: RunParts, out: Path, resume: bool) -> TrainingState:
         note(f"going on from epoch {state.epoch + 1}, step {state.step}{again}")
     elif distributed.rank() == 0:
         write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
-    distributed.broadcast(list(parts.model.state_dict().values()))
+    if parts.recipe.sharding == "none":
+        distributed.broadcast(list(parts.model.state_dict().values()))
     return state
 
 
@@ -115,18 +122,22 @@ def _take_up(out: Path, old: dict[str, Any], new: dict[str, Any], done: int) -> 
 
 def save(parts: RunParts, state: TrainingState, out: Path) -> None:
     """Writes the checkpoint into the run folder."""
-    progress = dataclasses.asdict(_over_processes(parts, state))
-    if distributed.rank() == 0:
+    kept = {
+        "rng": torch.get_rng_state(),
+        "device_rng": generators.state_on(parts.device),
+        "progress": dataclasses.asdict(_over_processes(parts, state)),
+        "run": parts.run_hash,
+    }
+    if parts.recipe.sharding != "none":
+        parted.save(parts, out, kept)
+    elif distributed.rank() == 0:
         checkpoint.save_state(
             out / "state.pt",
             {
                 "model": parts.model.state_dict(),
                 "optimisers": [optimiser.state_dict() for optimiser in parts.optimisers],
                 "average": parts.average.state_dict() if parts.average is not None else None,
-                "rng": torch.get_rng_state(),
-                "device_rng": generators.state_on(parts.device),
-                "progress": progress,
-                "run": parts.run_hash,
+                **kept,
             },
         )
 
@@ -213,16 +224,17 @@ def take_step(
             group["lr"] = lr * phase.lr
     key = (parts.recipe.seed, TRAIN, state.epoch)
     try:
-        result = train_step(
-            parts.model,
-            parts.method.at(progress),
-            parts.optimisers,
-            MiniBatch(batch.x, batch.y, Noise.of(batch.index, *key)),
-            second=None if second is None else MiniBatch(second.x, second.y, Noise.of(second.index, *key, SECOND)),
-            autocast=parts.autocast,
-            clip=parts.recipe.clip,
-            routers=routers,
-        )
+        with explained(parts.recipe.sharding):
+            result = train_step(
+                parts.model,
+                parts.method.at(progress),
+                parts.optimisers,
+                MiniBatch(batch.x, batch.y, Noise.of(batch.index, *key)),
+                second=None if second is None else MiniBatch(second.x, second.y, Noise.of(second.index, *key, SECOND)),
+                autocast=parts.autocast,
+                clip=parts.recipe.clip,
+                routers=routers,
+            )
     except TrainingStopped as error:
         raise TrainingStopped(f"stopped in epoch {state.epoch + 1}, step {state.step + 1}: {error}") from None
     if parts.average is not None:
@@ -254,14 +266,15 @@ def _show(bar: Bar[Any], parts: RunParts, state: TrainingState, pace: Pace) -> N
 
 
 def _router_weights(model: RoutedModel, name: str) -> Tensor:
-    parts = [p.detach().flatten().clone() for key, p in model.named_parameters() if key.startswith(f"{name}.")]
-    return torch.cat(parts) if parts else torch.empty(0)
+    own = {key: distributed.own_part(p.detach()) for key, p in model.named_parameters() if key.startswith(f"{name}.")}
+    return torch.cat([part.flatten() for part in own.values()]) if own else torch.empty(0)
 
 
 def _note_moved(parts: RunParts, state: TrainingState, before: dict[str, Tensor]) -> None:
-    for name, weights in before.items():
-        moved = not torch.equal(weights, _router_weights(parts.model, name))
-        state.router_moved[name] = state.router_moved.get(name, False) or moved
+    moved = [not torch.equal(weights, _router_weights(parts.model, name)) for name, weights in before.items()]
+    anywhere = distributed.all_reduce_sum(torch.tensor(moved, dtype=torch.float32, device=parts.device))
+    for name, times in zip(before, anywhere.tolist()):
+        state.router_moved[name] = state.router_moved.get(name, False) or times > 0
 
 
 def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dict[str, bool]) -> None:
@@ -270,19 +283,21 @@ def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dic
     Part of an epoch (``max_steps``) is no candidate: its weights are kept only until a whole epoch is done.
     """
     started = time.monotonic()
-    judged = judged_model(parts, state)
-    result = _validated(parts, state, judged)
-    score = next(rate for rate in (result.certified, result.robust, result.clean) if rate is not None)
     whole = state.step == parts.steps
-    best = score > state.best if whole else state.best < 0
+    with judged_model(parts, state) as judged:
+        result = _validated(parts, state, judged)
+        score = next(rate for rate in (result.certified, result.robust, result.clean) if rate is not None)
+        best = score > state.best if whole else state.best < 0
+        if best:
+            weights = whole_state(judged)
+            if distributed.rank() == 0:
+                checkpoint.save_weights(out / "model.safetensors", weights, parts.recipe.model)
     router_lines = health.router_health(result, state.router_grad, state.router_moved, routers)
     line = _line(parts, state, result, router_lines, best)
     line["seconds"] = state.seconds + time.monotonic() - started
     if best and whole:
         state.best = score
     if distributed.rank() == 0:
-        if best:
-            checkpoint.save_weights(out / "model.safetensors", judged.state_dict(), parts.recipe.model)
         append_json(out / "metrics.jsonl", line)
     note(said(line, parts.recipe.epochs))
     for complaint in health.complaints(line["routers"]):
@@ -328,20 +343,27 @@ def _line(
     }
 
 
-def judged_model(parts: RunParts, state: TrainingState) -> RoutedModel:
-    """Returns the model that is validated and kept: the averaged weights where there are any, and where the recipe
-    says so BatchNorm's statistics taken anew, on the batches with which the epoch began.
+@contextlib.contextmanager
+def judged_model(parts: RunParts, state: TrainingState) -> Iterator[RoutedModel]:
+    """The model as it is validated and kept: with the averaged weights where there are any, and where the recipe says
+    so with BatchNorm's statistics taken anew, on the batches with which the epoch began. Afterwards it is as before.
     """
-    recipe = parts.recipe
+    recipe, model = parts.recipe, parts.model
     if parts.average is None and recipe.recalibrate is None:
-        return parts.model
-    model = copy.deepcopy(parts.model)
-    if parts.average is not None:
-        model.load_state_dict(parts.average.state)
-    if recipe.recalibrate is not None:
-        key = (recipe.seed, RECALIBRATE, state.epoch)
-        again = training_batches(parts, dataclasses.replace(state, step=0))
-        given = (MiniBatch(batch.x, batch.y, Noise.of(batch.index, *key)) for batch in again)
-        attack = parts.method.attack if recipe.recalibrate == "attacked" else None
-        recalibrate(model, given, attack, parts.autocast)
-    return model
+        yield model
+        return
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    try:
+        apart(model)
+        if parts.average is not None:
+            model.load_state_dict(parts.average.state)
+        if recipe.recalibrate is not None:
+            key = (recipe.seed, RECALIBRATE, state.epoch)
+            again = training_batches(parts, dataclasses.replace(state, step=0))
+            given = (MiniBatch(batch.x, batch.y, Noise.of(batch.index, *key)) for batch in again)
+            attack = parts.method.attack if recipe.recalibrate == "attacked" else None
+            recalibrate(model, given, attack, parts.autocast)
+        yield model
+    finally:
+        apart(model)
+        model.load_state_dict(before)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robustmoe.distributed import own_part
 from robustmoe.errors import UserError
 
 
@@ -183,10 +184,11 @@ class Average:
         self.steps += 1
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in model.state_dict().items():
+            mean, now = own_part(self.state[name]), own_part(value)
             if value.is_floating_point():
-                self.state[name].lerp_(value, weight)
+                mean.lerp_(now, weight)
             else:
-                self.state[name].copy_(value)
+                mean.copy_(now)
 
     def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
         return {"steps": self.steps, "state": self.state}

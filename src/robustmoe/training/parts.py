@@ -24,7 +24,7 @@ from robustmoe.models import BatchNorm2d, ModelSpec, Normalise, RoutedModel, bui
 from robustmoe.models.foreign import blaming, check_classes, require_weights, runs_foreign
 from robustmoe.options import Inputs
 from robustmoe.recipe import LATER, SPECS, Recipe, said_by
-from robustmoe.training import starting
+from robustmoe.training import sharding, starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Method
 
@@ -92,14 +92,15 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     schedule: Schedule = given.build("schedule", recipe.schedule, "schedule")
     augment = given.build("augment", recipe.augment, "augment") if recipe.augment else None
     val_attack = given.build("val_attack", recipe.val_attack, "attack") if recipe.val_attack else None
+    sharding.check(recipe, method, val_attack, "model" in given.objects)
     described = given.build("model", recipe.model, "model")  # a misspelt model should not wait for the data
     data: Data = given.build("data", recipe.data, "data")
     model = described if isinstance(described, RoutedModel) else _fresh_model(described, recipe, data)
     if distributed.world() > 1:
         given.switched.update(share_statistics(model))
     require_weights(model)
-    model = model.to(device)
     _start(model, recipe, data, fresh, isinstance(described, RoutedModel))
+    model = sharding.placed(model, recipe.sharding, device)
     parts = RunParts(
         recipe=recipe,
         data=data,

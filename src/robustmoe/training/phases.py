@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from robustmoe.attacks import Attack, NotFiniteError, Threat
 from robustmoe.attacks.base import remembering
 from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
+from robustmoe.models.plain import sharded
 from robustmoe.noise import Noise
 from robustmoe.training.uphill import moved, statistics_kept, steps_uphill
 
@@ -191,13 +192,13 @@ def _gradients_of(
     """Returns the phase's loss and its gradients, at the weights or, with ``awp``, at those that it moves to."""
     if not phase.awp:
         loss = _loss(model, phase, batch, autocast)
-        return loss, _gradients(loss.value, named)
+        return loss, _gradients(model, loss.value, named)
     made: list[Tensor] = []
     with remembering(made), statistics_kept(model):
-        first = _gradients(_loss(model, phase, batch, autocast).value, named)
+        first = _gradients(model, _loss(model, phase, batch, autocast).value, named)
     with remembering(made, again=True), moved(steps_uphill(named, first, phase.awp)):
         loss = _loss(model, phase, batch, autocast)
-        return loss, _gradients(loss.value, named)
+        return loss, _gradients(model, loss.value, named)
 
 
 def _loss(model: RoutedModel, phase: Phase, batch: MiniBatch, autocast: torch.dtype | None) -> Loss:
@@ -220,26 +221,41 @@ def _move(
     if clip > 0:
         factor = (clip / norm.clamp(min=1e-12)).clamp(max=1.0)
         for gradient in gradients.values():
-            gradient.mul_(factor)
+            distributed.own_part(gradient).mul_(factor)
     for name, parameter in named.items():
         parameter.grad = gradients[name]
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
 
 
-def _gradients(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Returns the loss's gradients by name, averaged over the processes; zero where a parameter took no part."""
     if not loss.requires_grad:
         raise UserError("the loss has no gradient: nothing that torch follows leads from it to the weights")
+    if sharded(model):
+        return _of_shards(model, loss, named)
     raw = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
     gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
-    distributed.average_gradients(gradients)
-    return dict(zip(named, gradients))
+    return dict(zip(named, distributed.average_gradients(gradients)))
+
+
+def _of_shards(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """As `_gradients`: FSDP averages, and leaves each process its part in ``grad``."""
+    loss.backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    model.zero_grad(set_to_none=True)
+    return gradients
 
 
 def _norm(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
+    tensors = list(tensors)
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors if not distributed.is_spread(tensor)]
+    spread = [tensor for tensor in tensors if distributed.is_spread(tensor)]
+    if spread:
+        of_spread: Any = torch.nn.utils.get_total_norm(spread)
+        norms.append(of_spread.full_tensor())
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _not_finite(phase: Phase, loss: Tensor, gradients: dict[str, Tensor]) -> str:
@@ -258,7 +274,7 @@ def _not_attackable(phase: Phase, error: NotFiniteError, model: nn.Module) -> st
 
 
 def _not_finite_names(tensors: dict[str, Tensor]) -> list[str]:
-    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    return [name for name, tensor in tensors.items() if not torch.isfinite(distributed.own_part(tensor)).all()]
 
 
 _ADVICE = (

@@ -21,7 +21,7 @@ from robustmoe.errors import UserError
 from robustmoe.progress import note
 from robustmoe.records import read_metrics
 from robustmoe.records.typed import Count, Finite, Length, build
-from robustmoe.training import checkpoint
+from robustmoe.training import checkpoint, parted
 from robustmoe.training.parts import RunParts, run_hash
 
 Best = Annotated[float, Meta(ge=-1, le=1)]
@@ -69,7 +69,12 @@ def examined(parts: RunParts, out: Path, config: Mapping[str, Any]) -> Checkpoin
                 f"{path} is the checkpoint of another run than config.json beside it says; put back the file that is "
                 "not of this run, or start anew in another --out"
             )
-        checkpoint.check_weights(parts.model, saved["model"], path)
+        if ("parts" in saved) != (parts.recipe.sharding != "none"):
+            raise checkpoint.damaged(path, f"it is none of a run with sharding={parts.recipe.sharding}")
+        if "parts" not in saved:
+            checkpoint.check_weights(parts.model, saved["model"], path)
+        elif distributed.rank() == 0:
+            parted.check(saved, path)
         for problem in _problems(parts, saved):
             raise checkpoint.damaged(path, problem)
         state = _progress(parts, saved["progress"], path)
@@ -111,17 +116,21 @@ def restore(parts: RunParts, saved: Mapping[str, Any], path: Path) -> None:
 def _problems(parts: RunParts, saved: Mapping[str, Any]) -> list[str]:
     """Returns what is not as `robustmoe.training.loop` saves it."""
     problems = []
-    optimisers, average, rng = saved["optimisers"], saved["average"], saved["rng"]
+    rng, here = saved["rng"], torch.get_rng_state()
+    if not isinstance(rng, Tensor) or (rng.dtype, rng.shape) != (here.dtype, here.shape):
+        problems.append("its random state is none of torch's")
+    if not _is_state_of(parts.device, saved.get("device_rng")):
+        problems.append("its random state of the GPU is none of torch's")
+    if "parts" in saved:
+        if type(saved["averaged"]) is not int or saved["averaged"] < 0:
+            problems.append("its averaged weights are of no number of steps")
+        return problems
+    optimisers, average = saved["optimisers"], saved["average"]
     own = [len(optimiser.param_groups) for optimiser in parts.optimisers]
     if not isinstance(optimisers, list) or [_groups(each) for each in optimisers] != own:
         problems.append(f"it has not the {len(own)} optimisers of the method")
     if (average is None) != (parts.average is None) or not _is_average(parts, average):
         problems.append("its averaged weights are not those of the model")
-    here = torch.get_rng_state()
-    if not isinstance(rng, Tensor) or (rng.dtype, rng.shape) != (here.dtype, here.shape):
-        problems.append("its random state is none of torch's")
-    if not _is_state_of(parts.device, saved.get("device_rng")):
-        problems.append("its random state of the GPU is none of torch's")
     return problems
 
 
