@@ -132,8 +132,8 @@ def _endless(parts: RunParts, state: TrainingState) -> Iterator[tuple[Batch, Bat
 
 
 def _judged(parts: RunParts) -> tuple[RoutedModel, Seconds]:
-    """The model that an epoch validates, with its own weights, and what it takes to give it others: of a training whose BatchNorm takes its
-    statistics anew, by the batch.
+    """The model that an epoch validates, its own weights put back, and what it takes to put in others: of a training
+    whose BatchNorm takes its statistics anew, by the batch.
     """
     clock = Stopwatch(parts.device)
     if parts.recipe.recalibrate is None:
