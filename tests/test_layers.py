@@ -17,7 +17,7 @@ MODULES = {
 
 LAYERS = [
     {"asking", "compat", "errors", "generators", "noise"},
-    {"progress"},
+    {"progress", "repeatable"},
     {"arrays", "distributed", "memory", "provenance", "records", "routing", "spec"},
     {"hub", "options", "zoo"},
     {"analysis", "data", "models", "recipe", "runs"},

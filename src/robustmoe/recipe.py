@@ -92,6 +92,9 @@ class Recipe:
     checkpoint_every: Annotated[int, "steps between checkpoints; 0 = one at the end of each epoch"] = 0
     device: Annotated[str, "cpu, cuda, cuda:1; auto takes the best there is"] = "auto"
     threads: Annotated[int | None, "CPU threads; none = what torch takes"] = None
+    deterministic: Annotated[
+        bool, "the same bits in every run on the same GPU, more slowly; a CPU gives them anyway"
+    ] = False
     attacks: Annotated[tuple[str, ...], "an attack that `robustmoe evaluate` runs by default"] = ()
     max_steps: Annotated[int | None, "stop after this many steps (for a smoke run)"] = None
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustmoe import distributed, provenance, records
+from robustmoe import distributed, provenance, records, repeatable
 from robustmoe import spec as specs
 from robustmoe.attacks import Attack, Surrogate
 from robustmoe.attacks.base import evaluating, ordinary
@@ -276,7 +276,7 @@ def on_run(run: str | Path, options: Any, float32: bool = False) -> Iterator[Ses
     """
     folder = named(run)
     config = read_config(folder)
-    with records.writing(folder), whole_float32():
+    with records.writing(folder), whole_float32(), repeatable.deterministic(options.deterministic):
         device = device_of(options)
         model = load_model(folder, device)
         data = run_data(folder, config)
@@ -319,7 +319,8 @@ def in_hand(
         )
         routed = in_float32(routed) if float32 else routed
         require_weights(routed)
-        with eval_mode_on(device, routed), blaming_backward(routed):
+        exact = repeatable.deterministic(options.deterministic)
+        with eval_mode_on(device, routed), exact, blaming_backward(routed):
             yield Session(routed, images, device, options, about)
 
 

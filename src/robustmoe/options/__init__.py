@@ -68,7 +68,8 @@ class Options(Settings):
     """What every measurement takes."""
 
     seed: Annotated[int, "decides every random draw"] = 0
-    device: Annotated[str, "cpu, cuda, cuda:1, mps; auto takes the best there is"] = "auto"
+    device: Annotated[str, "cpu, cuda, cuda:1; auto takes the best there is"] = "auto"
+    deterministic: Annotated[bool, "the same bits in every run on the same GPU; a CPU gives them anyway"] = False
 
 
 @dataclass(frozen=True, kw_only=True)

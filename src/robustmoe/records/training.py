@@ -52,6 +52,7 @@ class Config:
     checkpoint_every: Count | None = None
     device: str | None = None
     threads: Positive | None = None
+    deterministic: bool | None = None
     attacks: list[str] | None = None
     max_steps: Positive | None = None
     threat: str | None = None

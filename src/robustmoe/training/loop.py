@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustmoe import distributed, generators, memory, provenance
+from robustmoe import distributed, generators, memory, provenance, repeatable
 from robustmoe.attacks import NotFiniteError
 from robustmoe.attacks.base import looked_at
 from robustmoe.data import Batch, batches
@@ -57,7 +57,8 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
     resume = resume or (distributed.restarted() and (out / "config.json").is_file())
     check_folder(out, resume)
     # The seed is for a model's own draws (dropout); ours come from robustmoe.noise.
-    with distributed.session(device), writing(out), generators.seeded(recipe.seed), looked_at():
+    exact = repeatable.deterministic(recipe.deterministic)
+    with distributed.session(device), writing(out), generators.seeded(recipe.seed), exact, looked_at():
         if distributed.rank() == 0:
             check_folder(out, resume)  # another writer may have been in it until now
         number = before_fitting(recipe, out if resume else None)

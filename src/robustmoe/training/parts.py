@@ -28,7 +28,7 @@ from robustmoe.training import sharding, starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Method
 
-FREE = {"device", "threads", "checkpoint_every", "attacks", "max_steps", "data"}
+FREE = {"device", "threads", "deterministic", "checkpoint_every", "attacks", "max_steps", "data"}
 """Recipe fields that may differ between a run and its continuation; the data are compared by their contents."""
 
 
