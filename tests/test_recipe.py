@@ -60,8 +60,8 @@ def test_fields_survive_a_round_trip_through_a_dict(tmp_path: Path) -> None:
     "line, message",
     [
         ("epoch = 4", r"digits.toml: unknown field 'epoch'; did you mean 'epochs'"),
-        ("batch_size = '8'", r"batch_size: expected int, got '8' \(str\)"),
-        ("batch_size = true", r"batch_size: expected int, got True \(bool\)"),
+        ("batch_size = '8'", r"batch_size: expected int or 'auto', got '8' \(str\)"),
+        ("batch_size = true", r"batch_size: expected int or 'auto', got True \(bool\)"),
         ("batch_size = 0", "batch_size must be at least 1; got 0"),
         ("ema = 1.0", "ema must be at least 0 and below 1; got 1.0"),
         ("clip = -1", "clip must be 0 or more"),
