@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +25,7 @@ def deterministic(asked: bool) -> Iterator[None]:
     if not asked:
         yield
         return
-    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    cudnn, fill = torch.backends.cudnn, cast(Any, torch.utils.deterministic)  # its attribute is one of a module's class
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     kept = cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory, os.environ.get(WORKSPACE)
     try:
