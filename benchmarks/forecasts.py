@@ -1,7 +1,7 @@
 """Forecasts beside the truth: docs/results/forecasts.json.
 
 python benchmarks/forecasts.py     # half an hour on one thread
-python benchmarks/forecasts.py dense rt_er     # some of them alone, beside those of the same commit
+python benchmarks/forecasts.py dense rt_er     # some of them alone, the others stay; `commits` says what each measured
 
 Five trainings on digits and three evaluations. Each is forecast in a process of its own, and then done in another:
 seconds of the CPU (another job on the machine does not lengthen them) and the peak of memory of each.
@@ -135,11 +135,13 @@ def main() -> None:
 
 
 def keep(about: dict[str, Any], name: str, case: dict[str, Any]) -> None:
-    """Writes a case into the results, beside those that are there of the same commit."""
+    """Writes a case into the results, beside those that are there; each with the commit that it measured."""
     file = RESULTS / "forecasts.json"
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"about": {}, "numbers": {}}
-    there = old["numbers"] if old["about"].get("commit") == about["commit"] else {}
+    there = old["numbers"]
     cases = {each: there[each] for each in [*TRAININGS, *EVALUATIONS] if each in there} | {name: case}
+    commits = {each: old.get("commits", {}).get(each, old["about"].get("commit")) for each in cases}
+    commits[name] = about["commit"]
     off = [abs(each["off"]) for each in cases.values()]
     summary = {
         "off": spread_of(off),
@@ -148,7 +150,7 @@ def keep(about: dict[str, Any], name: str, case: dict[str, Any]) -> None:
         "cases": len(off),
     }
     asked = {"common": COMMON, "trainings": TRAININGS, "evaluations": EVALUATIONS}
-    write(file, about, {**cases, "all": summary}, asked=asked)
+    write(file, about, {**cases, "all": summary}, commits=commits, asked=asked)
 
 
 if __name__ == "__main__":

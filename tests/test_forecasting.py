@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import robustmoe as rm
+from robustmoe.attacks import schedule
 from robustmoe.cli import main
 from robustmoe.errors import UserError
 from robustmoe.forecasting import timing
@@ -130,6 +131,36 @@ def test_where_nothing_breaks_a_short_probe_tells_it_all(clock: list[float]) -> 
     assert attack.passes == pytest.approx(attack.most_passes, rel=0.01)
 
 
+@pytest.mark.parametrize(("steps", "restarts"), [(5000, 1), (1500, 3)])
+def test_a_stopped_probe_knows_that_square_leaves_proposals_out(steps: int, restarts: int, clock: list[float]) -> None:
+    """Nothing helps on this net: each window of a side is asked once, most of the 4,500 and more never."""
+    x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    net = Ticking(scale=0.0)
+    net.linear = nn.Linear(64, 4)
+    attack = f"square(linf(0.1), steps={steps}, restarts={restarts})"
+    asked: dict[str, Any] = {"attacks": attack, "curve": "none", "batch_size": 16, "device": "cpu"}
+    told = rm.forecast(net, x, torch.zeros(16, dtype=torch.long), seconds=2.0, **asked)
+    begun = clock[0]
+    rm.evaluate(net, x, torch.zeros(16, dtype=torch.long), **asked)
+    truth = clock[0] - begun
+    assert told.measured < 0.6 * told.cpu, "the probe was stopped"
+    assert told.wall == pytest.approx(truth, rel=0.25)
+    part = next(part for part in told.parts if part.passes is not None)
+    assert part.most_passes == 1 + restarts * (1 + steps)
+    assert part.passes is not None and part.passes < 0.3 * part.most_passes
+
+
+def test_likely_passes_are_the_different_proposals_of_random_draws() -> None:
+    """By hand: of two, three draws see 2 (1 - 1/8) different ones; another kind begins anew; without a table, all."""
+    steps = [schedule.Random(*step) for step in ((5, 1, 2), (5, 2, 2), (3, 1, 2), (1, 7, None))]
+    assert schedule.likely(steps) == pytest.approx([1.0, 0.75, 1.0, 7.0])
+    heard: list[tuple[float, float]] = []
+    with schedule.heard_by(lambda done, of: heard.append((done, of))):
+        for restart in range(2):
+            list(schedule.followed("abc", [4.0, 2.0, 1.0], restart, 2))
+    assert heard == [(2, 17), (6, 17), (8, 17), (10, 17), (14, 17), (16, 17)]
+
+
 def test_a_suite_is_forecast_part_by_part(clock: list[float]) -> None:
     x, y = pictures(40)
     net = Ticking()
@@ -169,6 +200,18 @@ def test_a_trace_that_did_not_end_goes_on_with_the_images_that_were_left() -> No
     assert trace.passes == pytest.approx(3 * (60 + 10 * 4) / 8)  # as many calls again, on four images
     assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(100.0)
     assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8, unbroken=True).cpu == pytest.approx(160.0)
+
+
+def test_a_trace_that_heard_how_far_it_is_goes_on_at_that_pace() -> None:
+    """Heard after ten passes: four of ten. So 25 are likely, and two more were made since."""
+    trace = Trace(8, cost=500, whole=False)
+    for at in range(12):
+        if at == 10:
+            trace.hear(4.0, 10.0)
+        trace.count(8, False)
+    assert trace.passes == pytest.approx(25.0)
+    trace.hear(1.0, 1000.0)
+    assert trace.likely == 500, "never more than what the attack costs at most"
 
 
 def test_what_is_made_once_is_not_counted_again_and_again() -> None:

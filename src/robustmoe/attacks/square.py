@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustmoe import asking
+from robustmoe.attacks import schedule
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.finite import require_finite
 from robustmoe.attacks.l1 import fitted, l1_excess
@@ -217,15 +218,19 @@ class Square(Attack):
                 if len(rows) == 0:
                     break
                 numbers = ByImage(noise.fold(restart)) if self.rng == "image" else released
-                rows = self._restart(inner, x, rows, numbers, x_adv)
+                rows = self._restart(inner, x, rows, numbers, x_adv, restart)
         return x_adv
 
-    def _restart(self, inner: Inner, x: Tensor, rows: Tensor, numbers: ByImage | ByBatch, x_adv: Tensor) -> Tensor:
+    def _restart(
+        self, inner: Inner, x: Tensor, rows: Tensor, numbers: ByImage | ByBatch, x_adv: Tensor, restart: int
+    ) -> Tensor:
         """One search of the images ``rows``: writes the fooled ones to ``x_adv``, gives the rows of the others."""
         best = self._start(x[rows], rows, numbers)
         score = _finite(inner(best, rows))
         search, fooled = Search(rows, x[rows], best, score.loss), score.fooled
-        for stretch in self.stretches(*x.shape[2:]):
+        plan = list(self.stretches(*x.shape[2:]))
+        each = schedule.likely(schedule.Random(s.side, s.length, self._different(x.shape[1:], s)) for s in plan)
+        for stretch in schedule.followed(plan, each, restart, self.restarts):
             search = _leave(search, fooled, x_adv)
             if len(search.rows) == 0:
                 return search.rows
@@ -316,14 +321,18 @@ class Square(Attack):
         """
         (c, h, w), side = search.x.shape[1:], stretch.side
         if side != search.side:
-            different = 2**c * (h - side + 1) * (w - side + 1)
-            pays = self.threat.norm == "linf" and different <= TABLE * stretch.among
+            search.side, pays = side, self._different(search.x.shape[1:], stretch) is not None
             search.idle = self._idle(search.x, search.best, side) if pays else None
-            search.side = side
         if search.idle is None:
             return draws.turned
         code = ((draws.sign > 0) * 2 ** torch.arange(c, device=draws.sign.device)).sum(-1)
         return (code * (h - side + 1) + draws.place[..., 0]) * (w - side + 1) + draws.place[..., 1]
+
+    def _different(self, shape: torch.Size, stretch: Stretch) -> int | None:
+        """How many different proposals a stretch draws from; None where the useless ones are not remembered."""
+        c, h, w = shape
+        different = 2**c * (h - stretch.side + 1) * (w - stretch.side + 1)
+        return different if self.threat.norm == "linf" and different <= TABLE * stretch.among else None
 
     def _idle(self, x: Tensor, best: Tensor, side: int) -> Tensor:
         """Which windows and signs would leave ``best`` as it is (n, 2^c * positions); channel 0 is the lowest bit."""
@@ -337,8 +346,6 @@ class Square(Attack):
         for channel in range(1, x.shape[1]):
             table = (same[:, channel, :, None] & table[:, None]).flatten(1, 2)
         return table.flatten(1)
-
-    # -------------------------------------------------------------------------------------------- proposals
 
     def _start(self, x: Tensor, rows: Tensor, numbers: ByImage | ByBatch) -> Tensor:
         """Vertical stripes at the corners (linf), or tiles of a bump and its negative (l2, l1)."""

@@ -93,7 +93,7 @@ class Probe:
         most = trace.scaled(self.costs, pace, images, batch_size, unbroken=True) + self.judging * images
         low, high = 1.0, 1.0
         if stage.seen < len(self.session.images):  # else the probe is all there is
-            share = min(1.0, trace.passes * trace.images / max(1, trace.cost) / stage.seen)
+            share = min(1.0, trace.passes * trace.images / max(1, trace.likely) / stage.seen)
             ends = wilson(round(share * stage.seen), stage.seen)
             low, high = (min(1.0, ends[0] / share), max(1.0, ends[1] / share)) if share else (0.0, 2.0)
         return ForecastPart(

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from robustmoe.attacks import Attack, Surrogate
 from robustmoe.attacks.base import part_noise
+from robustmoe.attacks.schedule import heard_by
 from robustmoe.attacks.together import room_for
 from robustmoe.data import Batch
 from robustmoe.evaluation.attacked import attacked_images, predictions
@@ -82,7 +83,8 @@ def _pass_time(session: Session, climbed: Surrogate, batch: Batch, gradient: boo
 class Trace:
     """The passes of an attack on ``images`` images: how many of each kind, on how many images together, and in how many
     seconds. ``cost``: forward passes that an image costs which is never broken (0: not known); ``used``: those that
-    there were time for; ``last``: images of the last passes; ``first``: passes and seconds of the first `WARM` calls.
+    there were time for; ``last``: images of the last passes; ``first``: passes and seconds of the first `WARM` calls;
+    ``heard``: what an attack that leaves steps out said last (`robustmoe.attacks.schedule`), and what was used then.
     """
 
     images: int
@@ -94,6 +96,21 @@ class Trace:
     took: Seconds = field(default_factory=Seconds)
     whole: bool = True
     first: tuple[dict[bool, float], dict[bool, float], Seconds] | None = None
+    heard: tuple[float, float, float] | None = None
+
+    def hear(self, done: float, of: float) -> None:
+        """An attack has likely made so many of its passes."""
+        self.heard = done, of, self.used
+
+    @property
+    def likely(self) -> float:
+        """Forward passes that an image likely costs which is never broken: less than ``cost`` where the attack leaves
+        steps out, as far as it has been seen.
+        """
+        if self.heard is None:
+            return float(self.cost)
+        done, of, used = self.heard
+        return min(float(self.cost), max(self.used, used * of / done))
 
     def count(self, n: int, gradient: bool) -> None:
         self.calls[gradient] += 1
@@ -129,7 +146,7 @@ class Trace:
         """Calls and rows, with those that there was no time for: on the images that were left at last."""
         if self.whole or not self.used:
             return (self.calls, self.rows) if self.whole else self._unbroken()
-        more = max(0.0, self.cost - self.used) / self.used
+        more = max(0.0, self.likely - self.used) / self.used
         left = min(self.images, max(self.last))
         return _plus(self.calls, self.calls, more), _plus(self.rows, self.calls, more * left)
 
@@ -176,7 +193,7 @@ def probed(
     watched = Surrogate(surrogate.climbed, session.model, surrogate.close, on_pass)
     noise = part_noise(Noise.of(batch.index, attack.seed), name)
     try:
-        with room_for(together):
+        with room_for(together), heard_by(trace.hear):
             x_adv = attacked_images(watched, attack, batch, noise)
         trace.took = clock.read()
         with torch.no_grad():
