@@ -147,7 +147,8 @@ def test_a_stopped_probe_knows_that_square_leaves_proposals_out(steps: int, rest
     assert told.wall == pytest.approx(truth, rel=0.25)
     part = next(part for part in told.parts if part.passes is not None)
     assert part.most_passes == 1 + restarts * (1 + steps)
-    assert part.passes is not None and part.passes < 0.3 * part.most_passes
+    assert part.passes is not None
+    assert part.passes < 0.3 * part.most_passes
 
 
 def test_likely_passes_are_the_different_proposals_of_random_draws() -> None:
