@@ -1,12 +1,16 @@
 """What each process holds of a model that is spread: bytes of weights and AdamW's state after one step.
 
-torchrun --nproc-per-node 4 benchmarks/sharding.py
+python benchmarks/sharding.py
 
-Counted are the tensors that stay between two passes; gradients (as many bytes as the weights) and activations come on
+It starts four processes. Counted are the tensors that stay between two passes; gradients (as many bytes as the weights) and activations come on
 top. The first process writes docs/results/sharding.json: for each ``sharding`` the most that any process holds.
 """
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import torch
 
@@ -40,9 +44,13 @@ def main() -> None:
         numbers = {how: held(how) for how in ("none", "full", "experts")}
         if distributed.rank() == 0:
             settings = {"model": MODEL, "processes": distributed.world(), "unit": "MB of 2^20 bytes"}
-            about = described("torchrun --nproc-per-node 4 benchmarks/sharding.py", settings=settings)
+            about = described("python benchmarks/sharding.py", settings=settings)
             write(RESULTS / "sharding.json", about, numbers)
 
 
 if __name__ == "__main__":
-    main()
+    if "RANK" in os.environ:
+        main()
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", __file__]
+        raise SystemExit(subprocess.run(launch, check=False).returncode)

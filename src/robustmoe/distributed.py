@@ -48,11 +48,6 @@ def world() -> int:
     return dist.get_world_size() if active() else 1
 
 
-def restarted() -> bool:
-    """Whether torchrun has started the processes anew, after some of them died (``--max-restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def local_device(device: torch.device) -> torch.device:
     """This process's own device: ``cuda`` becomes ``cuda:LOCAL_RANK`` under torchrun."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:

@@ -15,7 +15,7 @@ from robustmoe.records.examples import Example, examples_path, read_examples, wr
 from robustmoe.records.files import append_json, assert_ours, file_stem, read_jsonl, set_aside, write_atomic, write_own
 from robustmoe.records.forecast import Forecast, ForecastPart
 from robustmoe.records.lipschitz import Lipschitz
-from robustmoe.records.locks import at_work, check_folder, contents, writing
+from robustmoe.records.locks import at_work, check_folder, contents, restarted, writing
 from robustmoe.records.record import Record, Records, Told
 from robustmoe.records.rows import WORK, Writer, difference, differing, read, rows_files
 from robustmoe.records.shards import joined_shards, merge
@@ -89,6 +89,7 @@ __all__ = [
     "read_jsonl",
     "read_metrics",
     "read_some_config",
+    "restarted",
     "rows_files",
     "set_aside",
     "write_atomic",

@@ -51,17 +51,22 @@ def contents(folder: str | os.PathLike[str]) -> list[Path]:
         return sorted(path for path in folder.iterdir() if not (_LOCK.fullmatch(path.name) or _left(path)))
 
 
+def restarted() -> bool:
+    """Whether torchrun has started the processes anew, after some of them died (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def check_folder(out: str | os.PathLike[str], resume: bool) -> None:
-    """Raise UserError unless a run can start in the folder (``resume``: go on there)."""
+    """Raise UserError unless a run can start in the folder (``resume``: go on there; it may, where it was `restarted`)."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{str(out)!r} is a file, not a run folder; choose another --out")
     there = (out / "config.json").is_file()
     if resume and not there:
         raise UserError(f"{str(out)!r}: there is no run to resume (no config.json); start it without --resume")
-    if not resume and there:
+    if there and not resume and not restarted():
         raise UserError(f"{str(out)!r} already holds a run; add --resume to go on, or choose another --out")
-    strangers = [] if resume else contents(out)
+    strangers = [] if resume or there else contents(out)
     if strangers:
         raise UserError(
             f"{str(out)!r} is not empty (it holds {strangers[0].name}), and holds no run; choose another --out"

@@ -25,7 +25,7 @@ from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.progress import Bar, Pace, note, progress, span
 from robustmoe.recipe import Recipe
-from robustmoe.records import Resumed, append_json, check_folder, write_atomic, writing
+from robustmoe.records import Resumed, append_json, check_folder, restarted, write_atomic, writing
 from robustmoe.records.versions import entries, tell
 from robustmoe.training import checkpoint, health, parted
 from robustmoe.training.fitting import before_fitting, fitted
@@ -54,7 +54,7 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = distributed.local_device(provenance.pick_device(recipe.device))
-    resume = resume or (distributed.restarted() and (out / "config.json").is_file())
+    resume = resume or (restarted() and (out / "config.json").is_file())
     check_folder(out, resume)
     # The seed is for a model's own draws (dropout); ours come from robustmoe.noise.
     exact = repeatable.deterministic(recipe.deterministic)
