@@ -57,7 +57,7 @@ def restarted() -> bool:
 
 
 def check_folder(out: str | os.PathLike[str], resume: bool) -> None:
-    """Raise UserError unless a run can start in the folder (``resume``: go on there; it may, where it was `restarted`)."""
+    """Raise UserError unless a run can start in the folder (``resume``: go on there, as it may once `restarted`)."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{str(out)!r} is a file, not a run folder; choose another --out")
