@@ -262,8 +262,11 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(
 
 def test_what_cannot_be_forecast_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = pictures(8)
-    with pytest.raises(UserError, match="seconds is 0; expected above 0"):
-        rm.forecast(Ticking(), x, y, seconds=0.0)
+    for seconds, said in {0.0: "0.0", float("nan"): "nan", float("inf"): "inf", "5": "'5'", True: "True"}.items():
+        with pytest.raises(UserError, match=f"seconds is {said}; expected a number above 0"):
+            rm.forecast(Ticking(), x, y, seconds=seconds)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a forecast is of all images; leave shard out"):
+        rm.forecast(Ticking(), x, y, shard="1/3")
     with pytest.raises(UserError, match="there is no recipe 'nothing'"):
         rm.forecast("nothing")
     monkeypatch.setenv("WORLD_SIZE", "2")

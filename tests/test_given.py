@@ -103,6 +103,15 @@ def test_a_loss_of_ones_own_in_python(digits: tuple[Tensor, Tensor], tmp_path: P
         (lambda x, y: rm.train(net(), "digits", y), "labels were given beside a data set"),
         (lambda x, y: rm.train(net(), x, y), "method and epochs must be given, such as method="),
         (lambda x, y: rm.train(net(), x, y, method="standard", epoch=1), "unknown argument 'epoch'; did you mean 'ep"),
+        *(
+            (lambda x, y, each=each: rm.train(net(), x, y, method="standard", **{"epochs": 1, **each}), message)
+            for each, message in (
+                ({"batch_size": "x"}, "batch_size: expected int or 'auto', got 'x'"),
+                ({"batch_size": None}, "batch_size: expected int or 'auto', got None"),
+                ({"epochs": "x"}, "epochs: expected int, got 'x'"),
+                ({"sharding": "foo"}, "sharding: expected .*'none'.*, got 'foo'"),
+            )
+        ),
         (lambda x, y: rm.train(lambda x: x, x, y), "cannot train a function; expected a recipe, its name or file"),
         (lambda x, y: rm.train("digits_moe", x, y), r"a recipe is trained as train\(recipe, folder\)"),
         (lambda x, y: rm.train("digits_moe", "runs/a"), "there is no recipe 'digits_moe'"),

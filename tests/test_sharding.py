@@ -244,6 +244,26 @@ def test_torchrun_starts_a_run_anew_and_it_goes_on(alone: tuple[Path, dict[str, 
     assert furthest(alone[0] / "experts", run) < 1e-4
 
 
+def test_one_process_writes_and_reads_the_parts_of_a_convolutional_net(tmp_path: Path) -> None:
+    """Its weights are channels-last."""
+    conv = {"model": "conv_small", "method": "standard", "ema": 0.0, "clip": 0.0, "val_attack": None}
+    train_one("full", tmp_path / "whole", max_steps=4, **conv)
+    train_one("full", tmp_path / "two", max_steps=2, **conv)
+    train_one("full", tmp_path / "two", max_steps=4, resume=True, **conv)
+    assert furthest(tmp_path / "whole", tmp_path / "two") == 0.0
+
+
+def test_a_model_in_python_is_not_sharded_in_one_process_either(tmp_path: Path) -> None:
+    import robustmoe as rm
+
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    with pytest.raises(UserError, match="sharding=full: a model in Python stays whole where it is"):
+        rm.train(
+            net, torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]), method="standard", epochs=1, sharding="full",
+            out=tmp_path / "run",
+        )  # fmt: skip
+
+
 REFUSED = {
     "PGD makes as many passes as its images need": {"val_attack": "pgd(linf(0.1), restarts=2)"},
     "APGD makes as many passes as its images need": {"method": "consistent(standard, attack=apgd(linf(0.1)))"},

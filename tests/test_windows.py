@@ -117,3 +117,27 @@ def test_windows_of_two_branches_are_added_where_they_lie() -> None:
     assert both.window == (3, 4)
     assert torch.equal(both.dense(), one.dense() + other.dense())
     assert torch.equal(dense(plus(one, strided)), one.dense() + strided.dense())
+
+
+def test_constants_without_a_dimension_are_of_the_networks_precision() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)
+            self.scale = nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            inside = self.second(F.relu(2 - self.first(x) / 2 * self.scale) * 0.5 + 0.1)
+            return F.relu(inside).flatten(1)
+
+    torch.manual_seed(4)
+    x, network = torch.rand(2, 3, 6, 6), Shifted().eval()
+    low, high = (
+        Bounded(record(network.to(dtype), x.to(dtype)), ball, "crown").interval
+        for dtype in (torch.float32, torch.float64)
+        for ball in [Ball(x.to(dtype), "linf", torch.full((2,), 0.02, dtype=dtype))]
+    )
+    for ours, theirs in zip(low.values(), high.values(), strict=True):
+        assert ours.lower.dtype == torch.float32
+        torch.testing.assert_close(ours.lower.double(), theirs.lower, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.upper.double(), theirs.upper, rtol=0, atol=1e-5)

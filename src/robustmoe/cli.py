@@ -56,7 +56,8 @@ REPORT = "This is a fault of robustmoe; please report it, with the command and t
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 and 143 for a stop."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    stopped = STOPPED.get(argv[0], "stopped") if argv else "stopped"
+    dry = any(word.replace("_", "-") == "--dry-run" for word in argv)
+    stopped = STOPPED.get(argv[0], "stopped") if argv and not dry else "stopped"
     try:
         # SIGTERM is restored after the last line: torchrun sends it while a process says that its peer has died.
         with _terminable() if argv[:1] and argv[0] in STOPPED else contextlib.nullcontext():

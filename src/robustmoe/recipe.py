@@ -160,8 +160,8 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     file = resolve(path)
     fields = _written(file)
     try:
-        Recipe(**_typed({**overrides, **fields}))  # so that what the file says is looked at, also where it does not win
-        return Recipe(**_typed({**fields, **overrides}))
+        _of({**overrides, **fields})  # so that what the file says is looked at, also where it does not win
+        return _of({**fields, **overrides})
     except UserError as e:
         raise UserError(f"{file}: {e}") from None
 
@@ -211,7 +211,8 @@ def _parsed(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is nested too deeply; expected one field a line, such as epochs = 10") from None
 
 
-def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
+def typed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe as it wants them. UserError for one that it does not have, or that is of another type."""
     hints = hints_of(Recipe)
     out = {}
     for name, value in fields.items():
@@ -223,10 +224,15 @@ def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
             out[name] = spec.conform(value, hints[name])
         except TypeError as e:
             raise UserError(f"{name}: {e}, got {value!r} ({type(value).__name__})") from None
-    missing = [f.name for f in dataclasses.fields(Recipe) if f.default is dataclasses.MISSING and f.name not in out]
+    return out
+
+
+def _of(fields: Mapping[str, Any]) -> Recipe:
+    missing = [f.name for f in dataclasses.fields(Recipe) if f.default is dataclasses.MISSING and f.name not in fields]
+    given = typed(fields)
     if missing:
         raise UserError(f"the recipe does not say {', '.join(missing)}")
-    return out
+    return Recipe(**given)
 
 
 def _bare(hint: Any) -> Any:

@@ -117,6 +117,7 @@ class Windows:
 
     def pick(self, value: Tensor) -> Tensor:
         """A value (n, c, h, w), or what broadcasts to it, at the windows: broadcasts to (n, s, p, q, c)."""
+        value = value.to(self.values.dtype)  # a constant of no dimension is of float64, in any network
         value = value.view(*[1] * (4 - value.ndim), *value.shape).permute(0, 2, 3, 1)
         if value.shape[1:3] == (1, 1):
             return value[:, None]

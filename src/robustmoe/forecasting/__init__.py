@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +50,8 @@ def forecast(
     """
     alone()
     seconds = BUDGET if seconds is None else seconds
-    if seconds <= 0:
-        raise UserError(f"seconds is {seconds:g}; expected above 0, such as {BUDGET:g}")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise UserError(f"seconds is {seconds!r}; expected a number above 0, such as {BUDGET:g}")
     if isinstance(work, Recipe) or (isinstance(work, str | os.PathLike) and not is_run(work)) or "method" in fields:
         recipe, given, _ = asked(work, x, y, None, fields)
         return forecast_training(recipe, given, seconds)
@@ -70,7 +71,10 @@ def forecast(
 
 def _options(fields: dict[str, Any]) -> EvaluateOptions:
     given = fields.get("options")
-    return given if isinstance(given, EvaluateOptions) else read(EvaluateOptions, fields)
+    options = given if isinstance(given, EvaluateOptions) else read(EvaluateOptions, fields)
+    if options.shard is not None:
+        raise UserError("a forecast is of all images; leave shard out, and divide by the number of shards")
+    return options
 
 
 def is_run(work: str | os.PathLike[str]) -> bool:

@@ -82,7 +82,7 @@ def _of_recipe(recipe: Any, x: Any, y: Any, out: Any, fields: dict[str, Any]) ->
         raise UserError("a recipe is trained as train(recipe, folder); give other images as data=, a Data or its spec")
     given, texts = _split(fields)
     if isinstance(recipe, Recipe):
-        settings, name = dataclasses.replace(recipe, **texts), "run"
+        settings, name = dataclasses.replace(recipe, **recipes.typed(texts)), "run"
     else:
         settings, name = recipes.load_recipe(recipe, **texts), recipes.resolve(recipe).stem
     return settings, given, Path(x or out or Path("runs") / name)
@@ -96,7 +96,7 @@ def _recipe(texts: dict[str, Any]) -> Recipe:
     missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in texts]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given, such as method='at(pgd(linf(8/255)))', epochs=10")
-    return Recipe(**texts)
+    return Recipe(**recipes.typed(texts))
 
 
 def _split(fields: dict[str, Any]) -> tuple[Given, dict[str, Any]]:

@@ -43,7 +43,8 @@ def save(parts: RunParts, out: Path, kept: Mapping[str, Any]) -> None:
     if first and folder.exists():
         shutil.rmtree(folder)  # half of it, left by a kill
     _meet()
-    tensors = {name: value for name, value in _tensors(parts).items() if isinstance(value, Tensor)}
+    # Files take no channels-last weights, as one process has them.
+    tensors = {name: value.contiguous() for name, value in _tensors(parts).items() if isinstance(value, Tensor)}
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with _maybe_alone():

@@ -38,11 +38,13 @@ from robustmoe.training.phases import Method
 
 def check(recipe: Recipe, method: Method, val_attack: Attack | None, in_python: bool) -> None:
     """UserError where a run of several processes cannot be sharded as its recipe says."""
-    if recipe.sharding == "none" or distributed.world() == 1:
+    if recipe.sharding == "none":
         return
     said = f"sharding={recipe.sharding}"
     if in_python:
         raise UserError(f"{said}: a model in Python stays whole where it is; expected a model by its spec")
+    if distributed.world() == 1:
+        return
     if recipe.val_certifier is not None:
         raise UserError(
             f"{said}: certificates need the whole model; expected val_certifier=none, and certify afterwards"
