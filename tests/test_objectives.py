@@ -23,10 +23,11 @@ from robustmoe.attacks import (
 )
 from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.losses import loss_of
-from robustmoe.attacks.objectives import Inner
+from robustmoe.attacks.objectives import Inner, _departure
 from robustmoe.attacks.pgd import ascend
 from robustmoe.models import EnsembleModel, PathwayModel, RoutedModel
 from robustmoe.records import ObjectiveInfo
+from robustmoe.routing import Routing
 
 EVERY = [
     Joint("ce"),
@@ -179,6 +180,16 @@ def test_router_only_is_above_zero_exactly_where_an_image_is_rerouted(
         moved = (before != after).any(-1)[:, 0]
         assert 0 < moved.sum() < 24
         assert torch.equal(score.loss > 0, moved)
+
+
+def test_an_item_none_of_whose_choices_found_room_departs_from_nothing() -> None:
+    logits = torch.tensor([[[2.0, 0.5, 1.0], [3.0, 0.0, 1.0]]], requires_grad=True)
+    clean = Routing(logits.detach(), torch.tensor([[[0], [0]]]), torch.tensor([[[1.0], [0.0]]]))
+    loss = _departure(clean, logits).loss
+    assert loss.tolist() == [pytest.approx((1.0 - 2.0) / 2)]
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[[-0.5, 0.0, 0.5], [0.0, 0.0, 0.0]]]
 
 
 def test_router_only_needs_a_router(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:

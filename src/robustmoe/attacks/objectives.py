@@ -272,7 +272,8 @@ def _departure(clean: Routing, logits: Float[Tensor, "n t e"]) -> Ascent:
         return Ascent(*(each.mean(-1) for each in gate_climb(clean.logits, logits)))
     chosen, logits = clean.chosen(), logits * scale_of(clean.logits)[:, None, None]
     rival = logits.masked_fill(chosen, -torch.inf).amax(-1)
-    loss = (rival - logits.masked_fill(~chosen, torch.inf).amin(-1)).mean(-1)
+    gap = rival - logits.masked_fill(~chosen, torch.inf).amin(-1)
+    loss = gap.where(chosen.any(-1), 0.0).mean(-1)  # no choice of an item found room: it can leave none
     return Ascent(loss, loss)
 
 
