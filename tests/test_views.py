@@ -407,8 +407,12 @@ def test_a_view_of_a_surrogate_climbs_its_copy_and_keeps_its_judge_and_counts(
     attack_view(model, Soft())(x.clone().requires_grad_(True))
     assert seen == [(4, True)] * 3  # one pass an expert
     seen.clear()
-    Viewed(ExpertView(0), PGD(linf(0.01), steps=2, keep="last"))(model, x, torch.zeros(4, dtype=torch.long))
-    assert seen == [(4, True), (4, False)] * 2  # a gradient, and the judge
+    labels = torch.zeros(4, dtype=torch.long)
+    Viewed(ExpertView(0), PGD(linf(0.01), steps=2, keep="last"))(model, x, labels)
+    assert seen == [(4, True)] * 2  # nobody reads which are broken
+    seen.clear()
+    Viewed(ExpertView(0), PGD(linf(0.01), steps=2, keep="best"))(model, x, labels)
+    assert seen[:4] == [(4, True), (4, False)] * 2  # a gradient, and the judge
 
 
 @pytest.mark.parametrize("view, name", in_turn(EVERY, ["ensemble_hard", "ensemble_k2", "pathway", "dual"], every=2))
