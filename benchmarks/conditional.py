@@ -4,13 +4,13 @@ python benchmarks/conditional.py run --cifar10 DIR --out DIR [--arms dense16 aff
 python benchmarks/conditional.py table [--write]                 # --write: docs/results/studies/conditional.json
 
 One-step adversarial training (random start, step 1.25 eps), SGD 0.2, one cycle, Nesterov, batches of 128, weight decay
-5e-4 (none on gates and experts), bf16, no augmentation; 1,000 of the training images are held out, and the weights are
+5e-4 (none on gates and experts), no augmentation; 1,000 of the training images are held out, and the weights are
 kept that are best on them under PGD-10. The judge: the first 4,000 test images, the worst of `ATTACKS` an image, which
 a net with gates meets besides with its gates held at the clean image's, attacked alone, and (hard ones) seen as soft.
 
-A run's folder is OUT/ARM-EPOCHS-SEED; it is taken up where it was left. What is judged is written to
-docs/results/studies/conditional/ARM-EPOCHS-SEED.json, and not done again. Differences are to dense16 of the same seed
-and epochs, paired image by image.
+A run's folder is OUT/ARM-EPOCHS-PRECISION-SEED; it is taken up where it was left. What is judged is written to a file
+of that name in docs/results/studies/conditional, and not done again. Differences are to dense16 of the same seed,
+epochs and precision, paired image by image. bf16 is the faster one only where the processor has it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ ARMS = {
     "affine64": "affine(patch_resnet(width=16), experts=64, routers=norm)",
     "affine64_block": "affine(patch_resnet(width=16), experts=64, routers=block)",
     "affine64_mean": "affine(patch_resnet(width=16), experts=64, routers=norm, pool=1)",
+    "affine1": "affine(patch_resnet(width=16), experts=1, routers=norm)",
     "affine8": "affine(patch_resnet(width=16), experts=8, routers=norm)",
     "hard8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=straight_through)",
     "affine64_w32": "affine(patch_resnet(width=32), experts=64, routers=norm)",
@@ -60,18 +61,18 @@ ROUTED = {
 SOFTENED = {"gates softened": f"through(soft(1.0), {MARGIN})"}
 
 
-def recipe(arm: str, seed: int, epochs: int, cifar10: str) -> Recipe:
+def recipe(arm: str, seed: int, args: argparse.Namespace) -> Recipe:
     model = ARMS[arm]
     free = r", undecayed='affine\\.'" if "affine" in model else ""
     return Recipe(
         model=model,
-        data=f"cifar10(root={cifar10!r}, val=0.02)",
+        data=f"cifar10(root={str(args.cifar10)!r}, val=0.02)",
         method=f"at(pgd({SIZE}, steps=1, step_size=10/255, keep=last))",
         optimizer=f"sgd(lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True{free})",
         schedule="one_cycle(rise=0.4)",
-        epochs=epochs,
+        epochs=args.epochs,
         batch_size=128,
-        precision="bf16",
+        precision=args.precision,
         seed=seed,
         val_attack=f"pgd({SIZE}, steps=10)",
         threads=1,
@@ -86,13 +87,13 @@ def attacks_of(arm: str) -> dict[str, str]:
 
 def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     """Trains and judges one net; whatever is finished is not done again."""
-    folder = args.out / f"{arm}-{args.epochs}-{seed}"
+    folder = args.out / f"{arm}-{args.epochs}-{args.precision}-{seed}"
     file = STUDY / f"{folder.name}.json"
     if file.exists():
         return
     resumed = (folder / "config.json").exists()
     start = time.process_time()
-    train(recipe(arm, seed, args.epochs, str(args.cifar10)), folder, resume=resumed)
+    train(recipe(arm, seed, args), folder, resume=resumed)
     seconds = None if resumed else time.process_time() - start
     judged = {
         name: evaluate_run(folder, attacks=(attack,), limit=args.limit, precision="fast", curve=())[0]
@@ -105,6 +106,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         "arm": arm,
         "seed": seed,
         "epochs": args.epochs,
+        "precision": args.precision,
         "model": ARMS[arm],
         "macs": cost.macs,
         "parameters": cost.parameters,
@@ -119,7 +121,10 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     }
     write(
         file,
-        described(f"python benchmarks/conditional.py run --arms {arm} --epochs {args.epochs}", seeds=[seed]),
+        described(
+            f"python benchmarks/conditional.py run --arms {arm} --epochs {args.epochs} --precision {args.precision}",
+            seeds=[seed],
+        ),
         numbers,
     )
     print(f"{file.name}: clean {100 * numbers['clean']:.1f}, worst case {100 * numbers['worst']:.1f}", flush=True)
@@ -129,7 +134,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
 
 
 def read() -> list[dict[str, Any]]:
-    runs = [json.loads(file.read_text(encoding="utf-8"))["numbers"] for file in sorted(STUDY.glob("*-*-*.json"))]
+    runs = [json.loads(file.read_text(encoding="utf-8"))["numbers"] for file in sorted(STUDY.glob("*-*-*-*.json"))]
     return sorted(runs, key=lambda each: (each["epochs"], list(ARMS).index(each["arm"]), each["seed"]))
 
 
@@ -145,9 +150,12 @@ def difference(run: dict[str, Any], twin: dict[str, Any]) -> tuple[float, float]
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """By arm and epochs: the spread over seeds of every share in per cent, and the differences to the twin."""
     out: dict[str, Any] = {}
-    for arm, epochs in dict.fromkeys((each["arm"], each["epochs"]) for each in runs):
-        own = {each["seed"]: each for each in runs if (each["arm"], each["epochs"]) == (arm, epochs)}
-        twins = {each["seed"]: each for each in runs if (each["arm"], each["epochs"]) == (TWIN, epochs)}
+    kinds = [(each["arm"], each["epochs"], each["precision"]) for each in runs]
+    for arm, epochs, precision in dict.fromkeys(kinds):
+        own = {each["seed"]: each for each, kind in zip(runs, kinds, strict=True) if kind == (arm, epochs, precision)}
+        twins = {
+            each["seed"]: each for each, kind in zip(runs, kinds, strict=True) if kind == (TWIN, epochs, precision)
+        }
         first = next(iter(own.values()))
         entry: dict[str, Any] = {name: first[name] for name in ("model", "macs", "parameters", "images")}
         for name in ("clean", "worst", "plain"):
@@ -164,7 +172,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             entry["over_images"] = statistics.mean(half for _, half in pairs) / len(pairs) ** 0.5
             n = len(means)
             entry["over_seeds"] = stats.t.ppf(0.975, n - 1) * statistics.stdev(means) / n**0.5 if n > 1 else None
-        out[f"{arm}_x{epochs}"] = entry
+        out[f"{arm}_x{epochs}" + ("" if precision == "bf16" else f"_{precision}")] = entry
     return out
 
 
@@ -201,6 +209,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the training")
     parser.add_argument("--limit", type=int, default=4000, help="test images")
     parser.add_argument("--write", action="store_true", help="the table's numbers into docs/results/studies")
     args = parser.parse_args()
