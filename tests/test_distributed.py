@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from forks import fork_pair
+from forks import fork_pair, gloo_threads
 
 COMMON: dict[str, Any] = {
     "data": "digits",
@@ -119,13 +119,6 @@ def validate_some() -> dict[str, Any]:
                 result.load,
             ]
     return out
-
-
-def gloo_threads() -> list[str]:
-    """Names of this process's threads that work for gloo (Linux; elsewhere none is seen)."""
-    tasks = Path("/proc/self/task")
-    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.is_dir() else []
-    return [name for name in names if "gloo" in name]
 
 
 def worker(folder: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forks import fork, fork_pair
+from forks import fork, fork_pair, gloo_threads
 from robustmoe import analysis, records
 from robustmoe.attacks import PGD, Attack, Joint, Objective, Threat, linf
 from robustmoe.attacks.base import Suite, part_noise
@@ -514,7 +514,6 @@ def mortal(dies: bool) -> Some:
 def worker(folder: str, run: str) -> int:
     """What each of two processes does; the second dies in the end."""
     from robustmoe import cli, distributed
-    from test_distributed import gloo_threads
 
     torch.set_num_threads(1)
     out = Path(folder)

@@ -175,6 +175,25 @@ def test_a_suite_is_forecast_part_by_part(clock: list[float]) -> None:
     assert entering == sorted(entering, reverse=True)
 
 
+class Pairs(Ticking):
+    """A net that takes no image alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            raise RuntimeError("two images at least")
+        return super().forward(x)
+
+
+def test_a_model_that_cannot_be_counted_is_forecast_and_says_so(clock: list[float]) -> None:
+    x, y = pictures(20)
+    told = rm.forecast(Pairs(), x, y, attacks="fgsm(linf(0.02))", seconds=1.0, batch_size=10, device="cpu")
+    assert told.macs is None
+    assert any(note.startswith("Multiply-adds were not counted") and "two images at least" in note for note in told.notes)
+    counted = rm.forecast(Ticking(), x, y, attacks="fgsm(linf(0.02))", seconds=1.0, batch_size=10, device="cpu")
+    assert counted.macs == 192 * 4
+    assert not any("counted" in note for note in counted.notes)
+
+
 # ------------------------------------------------------------------------------------------------ the model of the cost
 
 

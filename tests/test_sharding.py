@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forks import fork_pair
+from forks import fork_pair, gloo_threads
 from robustmoe.errors import UserError
 
 VIT = "vit_moe(tiny, width=16, depth=2, heads=2, patch=4, mlp_ratio=2, experts=4, placement=(0, 1)"
@@ -88,13 +88,6 @@ def train_one(name: str, out: Path, resume: bool = False, dies: bool = False, **
     finally:
         loop.save = original
     return held[-1]
-
-
-def gloo_threads() -> list[str]:
-    """Names of this process's threads that work for gloo (Linux; elsewhere none is seen)."""
-    tasks = Path("/proc/self/task")
-    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.is_dir() else []
-    return [name for name in names if "gloo" in name]
 
 
 def worker(folder: str) -> None:

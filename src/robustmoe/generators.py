@@ -17,18 +17,30 @@ def _gpus() -> bool:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, the generators begin at ``seed``; afterwards all are where they were."""
+def kept() -> Iterator[None]:
+    """Afterwards all generators are where they were."""
     before, gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if _gpus() else []
     try:
-        torch.default_generator.manual_seed(seed)
-        if gpus:
-            torch.cuda.manual_seed_all(seed)
         yield
     finally:
         torch.set_rng_state(before)
         if gpus:
             torch.cuda.set_rng_state_all(gpus)
+
+
+def begin_at(seed: int) -> None:
+    """All generators begin at ``seed``. (``torch.manual_seed`` does the same, and imports torch's compiler.)"""
+    torch.default_generator.manual_seed(seed)
+    if _gpus():
+        torch.cuda.manual_seed_all(seed)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the generators begin at ``seed``; afterwards all are where they were."""
+    with kept():
+        begin_at(seed)
+        yield
 
 
 def state_on(device: torch.device) -> Tensor | None:

@@ -13,9 +13,7 @@ from torch import Tensor
 from robustmoe import memory
 from robustmoe.analysis import wilson
 from robustmoe.attacks import Attack, Surrogate, Threat, at_radius
-from robustmoe.costs import costs as counted
 from robustmoe.data import Batch
-from robustmoe.errors import UserError
 from robustmoe.evaluation import checks
 from robustmoe.evaluation.attacked import Attacked, examples_of, predictions, rows_of
 from robustmoe.evaluation.choosing import radii_of, spec_or_repr
@@ -23,6 +21,7 @@ from robustmoe.evaluation.engine import EXAMPLES, plan_of
 from robustmoe.evaluation.fitting import fit
 from robustmoe.evaluation.measuring import CURVE_LIMIT, chosen_attacks
 from robustmoe.evaluation.session import Session
+from robustmoe.forecasting.counting import counted
 from robustmoe.forecasting.probing import Costs, Trace, costs_of, probed
 from robustmoe.forecasting.timing import Seconds, Stopwatch
 from robustmoe.records.forecast import Forecast, ForecastPart
@@ -124,6 +123,7 @@ def forecast_evaluation(session: Session, threat: Threat, seconds: float, begun:
     climbed = session.surrogate(precision=options.precision)
     opened = begun.read()
     parts, probed_images = _measured(session, attacks, climbed, seconds)
+    macs, uncounted = counted(session.model, tuple(session.probe.x.shape[1:]))
     return Forecast(
         job="evaluation",
         what=f"{session.about.run or session.about.model} on {n} images of {session.about.data}",
@@ -135,8 +135,8 @@ def forecast_evaluation(session: Session, threat: Threat, seconds: float, begun:
         room=memory.room(device),
         files=0,
         measured=begun.read().cpu,
-        macs=_macs(session),
-        notes=(_note(min(probed_images), max(probed_images), n),),
+        macs=macs,
+        notes=(_note(min(probed_images), max(probed_images), n), *uncounted),
     )
 
 
@@ -260,14 +260,6 @@ def _more(part: ForecastPart, seconds: Seconds) -> ForecastPart:
         high=part.high + seconds.cpu,
         most=part.most + seconds.cpu,
     )
-
-
-def _macs(session: Session) -> int | None:
-    """Multiply-adds an image and pass; None for a model that cannot be counted, or does not take one image alone."""
-    try:
-        return counted(session.model, image_shape=tuple(session.probe.x.shape[1:])).macs  # type: ignore[arg-type]
-    except (RuntimeError, ValueError, NotImplementedError, UserError):
-        return None
 
 
 def _note(least: int, most: int, n: int) -> str:

@@ -13,18 +13,17 @@ from typing import NamedTuple
 
 import torch
 
-from robustmoe import distributed, memory, provenance
+from robustmoe import distributed, generators, memory, provenance
 from robustmoe.attacks.base import evaluating, looked_at
-from robustmoe.costs import costs
 from robustmoe.data import Batch
-from robustmoe.errors import UserError
+from robustmoe.forecasting.counting import counted
 from robustmoe.forecasting.timing import Seconds, Stopwatch
 from robustmoe.models import RoutedModel
 from robustmoe.recipe import Recipe
 from robustmoe.records.forecast import Forecast
-from robustmoe.training import checkpoint, health
+from robustmoe.training import checkpoint
 from robustmoe.training.fitting import before_fitting, fitted
-from robustmoe.training.loop import judged_model, paired_batches, routers_of, save, take_step
+from robustmoe.training.loop import judged_model, paired_batches, routers_of, save, take_step, validated
 from robustmoe.training.parts import Given, RunParts, build_parts
 from robustmoe.training.resuming import TrainingState
 
@@ -51,8 +50,7 @@ def forecast_training(recipe: Recipe, given: Given, seconds: float) -> Forecast:
         given = Given({**given.objects, "model": copy.deepcopy(given.objects["model"])})
     device = distributed.local_device(provenance.pick_device(recipe.device))
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), looked_at():
-            torch.manual_seed(recipe.seed)
+        with generators.seeded(recipe.seed), torch.inference_mode(False), looked_at():
             return _forecast(recipe, given, device, seconds)
     finally:
         torch.set_num_threads(threads)
@@ -83,6 +81,7 @@ def _forecast(recipe: Recipe, given: Given, device: torch.device, seconds: float
     ]
     if parts.average is not None or recipe.recalibrate is not None:
         listed.insert(2, (looked * epochs).part("averaged weights", epochs, "epochs"))
+    macs, uncounted = counted(parts.model, parts.data.image_shape)
     return Forecast(
         job="training",
         what=f"{recipe.model} on {recipe.data}",
@@ -94,8 +93,8 @@ def _forecast(recipe: Recipe, given: Given, device: torch.device, seconds: float
         room=memory.room(device),
         files=sum(sizes),
         measured=whole.read().cpu,
-        macs=_macs(parts),
-        notes=_notes(parts, step, validation),
+        macs=macs,
+        notes=(*_notes(parts, step, validation), *uncounted),
     )
 
 
@@ -163,16 +162,7 @@ def _validation(parts: RunParts, judged: RoutedModel, budget: float) -> Measured
 def _validate(parts: RunParts, judged: RoutedModel, few: int) -> Seconds:
     clock = Stopwatch(parts.device)
     with evaluating(judged):
-        health.validate(
-            judged,
-            parts.val.head(few),
-            parts.val_attack,
-            parts.batch_size,
-            parts.device,
-            parts.recipe.seed,
-            parts.autocast,
-            parts.val_certifier,
-        )
+        validated(parts, judged, parts.val.head(few))
     return clock.read()
 
 
@@ -185,14 +175,6 @@ def _written(parts: RunParts, judged: RoutedModel) -> tuple[Seconds, Seconds, tu
         checkpoint.save_weights(out / "model.safetensors", judged.state_dict(), parts.recipe.model)
         weights = clock.lap()
         return state, weights, ((out / "state.pt").stat().st_size, (out / "model.safetensors").stat().st_size)
-
-
-def _macs(parts: RunParts) -> int | None:
-    """Multiply-adds an image and pass; None for a model that cannot be counted, or does not take one image alone."""
-    try:
-        return costs(parts.model, image_shape=parts.data.image_shape).macs
-    except (RuntimeError, ValueError, NotImplementedError, UserError):
-        return None
 
 
 def _notes(parts: RunParts, step: Measured, validation: Measured) -> tuple[str, ...]:

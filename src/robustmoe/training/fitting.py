@@ -6,9 +6,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
-import torch
-
-from robustmoe import distributed, memory
+from robustmoe import distributed, generators, memory
 from robustmoe.errors import UserError
 from robustmoe.noise import Noise
 from robustmoe.progress import note
@@ -44,7 +42,7 @@ def fitted(parts: RunParts) -> RunParts:
         second = own if parts.method.two_batches else None
         train_step(model, parts.method.at(1.0), optimisers, own, second=second, autocast=parts.autocast)
 
-    with torch.random.fork_rng(devices=[]):
+    with generators.kept():
         fit = memory.largest(attempt, parts.device, len(parts.data.train))
     note(
         f"batch_size=auto: {fit} images a step. A learning rate belongs to a batch size: is that of "

@@ -20,7 +20,7 @@ from torch import Tensor
 from robustmoe import distributed, generators, memory, provenance, repeatable
 from robustmoe.attacks import NotFiniteError
 from robustmoe.attacks.base import looked_at
-from robustmoe.data import Batch, batches
+from robustmoe.data import Batch, ImageSet, batches
 from robustmoe.models import RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.progress import Bar, Pace, note, progress, span
@@ -308,18 +308,23 @@ def _finish_epoch(parts: RunParts, state: TrainingState, out: Path, routers: dic
 def _validated(parts: RunParts, state: TrainingState, judged: RoutedModel) -> health.Validation:
     """Returns the validation of these weights. Raises TrainingStopped where the model's answers are not finite."""
     try:
-        return health.validate(
-            judged,
-            parts.val,
-            parts.val_attack,
-            parts.batch_size,
-            parts.device,
-            parts.recipe.seed,
-            parts.autocast,
-            parts.val_certifier,
-        )
+        return validated(parts, judged, parts.val)
     except NotFiniteError as error:
         raise TrainingStopped(f"stopped in the validation after epoch {state.epoch + 1}: {error}") from error
+
+
+def validated(parts: RunParts, judged: RoutedModel, images: ImageSet) -> health.Validation:
+    """Returns the run's validation of a model, on these images."""
+    return health.validate(
+        judged,
+        images,
+        parts.val_attack,
+        parts.batch_size,
+        parts.device,
+        parts.recipe.seed,
+        parts.autocast,
+        parts.val_certifier,
+    )
 
 
 def _line(

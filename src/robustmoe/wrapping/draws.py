@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from robustmoe import generators
 from robustmoe.wrapping.watching import drawing, tensors_of
 
 _replaying: ContextVar[Replayed | None] = ContextVar("robustmoe_replaying", default=None)
@@ -67,19 +68,13 @@ class Replayed(TorchFunctionMode):
             return func(*args, **kwargs)
         self.number += 1
         given = next(tensors_of((args, kwargs)), None)
-        state = torch.random.get_rng_state()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        try:
+        with generators.kept():
             if given is not None and given.ndim and self.images and len(given) % self.images == 0:
                 return self._by_image(func, name, given, args, kwargs)
             return self._whole(func, args, kwargs)
-        finally:
-            torch.random.set_rng_state(state)
-            if cuda:
-                torch.cuda.set_rng_state_all(cuda)
 
     def _seed(self) -> None:
-        torch.manual_seed(1_000_003 * self.draw + self.number)
+        generators.begin_at(1_000_003 * self.draw + self.number)
 
     def _by_image(self, func: Any, name: str, given: Tensor, args: Any, kwargs: Any) -> Any:
         """Image by image, from the same place of the generator."""
