@@ -188,7 +188,9 @@ def test_a_model_that_cannot_be_counted_is_forecast_and_says_so(clock: list[floa
     x, y = pictures(20)
     told = rm.forecast(Pairs(), x, y, attacks="fgsm(linf(0.02))", seconds=1.0, batch_size=10, device="cpu")
     assert told.macs is None
-    assert any(note.startswith("Multiply-adds were not counted") and "two images at least" in note for note in told.notes)
+    assert any(
+        note.startswith("Multiply-adds were not counted") and "two images at least" in note for note in told.notes
+    )
     counted = rm.forecast(Ticking(), x, y, attacks="fgsm(linf(0.02))", seconds=1.0, batch_size=10, device="cpu")
     assert counted.macs == 192 * 4
     assert not any("counted" in note for note in counted.notes)
