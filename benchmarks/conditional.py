@@ -1,16 +1,18 @@
-"""Affine experts beside dense nets of the same cost, on CIFAR-10 at linf 8/255: stage 1, a net that fits on one CPU.
+"""Affine experts beside dense nets of the same cost, on CIFAR-10 at linf 8/255 and Fashion-MNIST at linf 0.1.
 
 python benchmarks/conditional.py run --cifar10 DIR --out DIR [--arms dense16 affine64 ...] [--seeds 0 1 2] [--epochs 10]
+python benchmarks/conditional.py run --fashion --out DIR ...
 python benchmarks/conditional.py table [--write]                 # --write: docs/results/studies/conditional.json
 
 One-step adversarial training (random start, step 1.25 eps), SGD 0.2, one cycle, Nesterov, batches of 128, weight decay
 5e-4 (none on gates and experts), no augmentation; 1,000 of the training images are held out, and the weights are
-kept that are best on them under PGD-10. The judge: the first 4,000 test images, the worst of `ATTACKS` an image, which
+kept that are best on them under PGD-10. The judge: the first 4,000 test images, the worst of `attacks` an image, which
 a net with gates meets besides with its gates held at the clean image's, attacked alone, and (hard ones) seen as soft.
 
-A run's folder is OUT/ARM-EPOCHS-PRECISION-SEED; it is taken up where it was left. What is judged is written to a file
-of that name in docs/results/studies/conditional, and not done again. Differences are to dense16 of the same seed,
-epochs and precision, paired image by image. bf16 is the faster one only where the processor has it.
+A run's folder is OUT/ARM-EPOCHS-PRECISION-SEED, "fashion_" before it for that data set; it is taken up where it was
+left. What is judged is written to a file of that name in docs/results/studies/conditional, and not done again.
+Differences are to the dense net (dense16, resnet8) of the same data, seed, epochs and precision, paired image by image.
+bf16 is the faster one only where the processor has it.
 """
 
 from __future__ import annotations
@@ -44,50 +46,70 @@ ARMS = {
     "affine8": "affine(patch_resnet(width=16), experts=8, routers=norm)",
     "hard8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=straight_through)",
     "affine64_w32": "affine(patch_resnet(width=32), experts=64, routers=norm)",
+    "resnet8": "resnet8(width=16)",
+    "resnet8_w28": "resnet8(width=28)",
+    "resnet8_affine64": "affine(resnet8(width=16), experts=64, routers=norm)",
+    "resnet8_hard8": "affine(resnet8(width=16), experts=8, routers=norm, gate=straight_through)",
 }
-TWIN = "dense16"
+TWINS = {"patch": "dense16", "resnet8": "resnet8"}
+"""The dense net that an arm is set beside, by the net in its model."""
 STUDY = RESULTS / "studies" / "conditional"
-SIZE = "linf(8/255)"
-MARGIN = f"pgd({SIZE}, steps=30, objective=joint(margin), keep=first)"
-ATTACKS = {
-    "PGD-10": f"pgd({SIZE}, steps=10, keep=first)",
-    "margin": MARGIN,
-    **{f"rival {k - 1}": f"pgd({SIZE}, steps=30, objective=targeted({k}, margin), keep=first)" for k in (2, 3, 4, 5)},
-}
-ROUTED = {
-    "gates held": f"pgd({SIZE}, steps=30, objective=experts_only(margin), keep=first)",
-    "gates alone": f"pgd({SIZE}, steps=30, objective=router_only, keep=first)",
-}
-SOFTENED = {"gates softened": f"through(soft(1.0), {MARGIN})"}
+SIZES = {"cifar10": "linf(8/255)", "fashion_mnist": "linf(0.1)"}
+STEPS = {"cifar10": "10/255", "fashion_mnist": "0.125"}
+
+
+def attacks(size: str) -> dict[str, str]:
+    """The attacks that every net meets; their union is the worst case."""
+    rivals = {f"rival {k - 1}": f"objective=targeted({k}, margin)" for k in (2, 3, 4, 5)}
+    named = {"margin": "objective=joint(margin)", **rivals}
+    longer = {name: f"pgd({size}, steps=30, {objective}, keep=first)" for name, objective in named.items()}
+    return {"PGD-10": f"pgd({size}, steps=10, keep=first)", **longer}
+
+
+def gate_attacks(size: str, soft: bool) -> dict[str, str]:
+    """The attacks that nets with gates meet besides; ``soft``: their gates are so already."""
+    pushed = {"gates held": "experts_only(margin)", "gates alone": "router_only"}
+    named = {name: f"pgd({size}, steps=30, objective={each}, keep=first)" for name, each in pushed.items()}
+    return named if soft else {**named, "gates softened": f"through(soft(1.0), {attacks(size)['margin']})"}
 
 
 def recipe(arm: str, seed: int, args: argparse.Namespace) -> Recipe:
-    model = ARMS[arm]
+    model, data = ARMS[arm], data_of(args)
+    size, step = SIZES[data], STEPS[data]
     free = r", undecayed='affine\\.'" if "affine" in model else ""
     return Recipe(
         model=model,
-        data=f"cifar10(root={str(args.cifar10)!r}, val=0.02)",
-        method=f"at(pgd({SIZE}, steps=1, step_size=10/255, keep=last))",
+        data="fashion_mnist(val=0.02)" if args.fashion else f"cifar10(root={str(args.cifar10)!r}, val=0.02)",
+        method=f"at(pgd({size}, steps=1, step_size={step}, keep=last))",
         optimizer=f"sgd(lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True{free})",
         schedule="one_cycle(rise=0.4)",
         epochs=args.epochs,
         batch_size=128,
         precision=args.precision,
         seed=seed,
-        val_attack=f"pgd({SIZE}, steps=10)",
+        val_attack=f"pgd({size}, steps=10)",
         threads=1,
         device="cpu",
     )
 
 
-def attacks_of(arm: str) -> dict[str, str]:
-    routed = ROUTED if "affine" in ARMS[arm] else {}
-    return {**ATTACKS, **routed, **(SOFTENED if "straight_through" in ARMS[arm] else {})}
+def data_of(args: argparse.Namespace) -> str:
+    return "fashion_mnist" if args.fashion else "cifar10"
+
+
+def twin_of(arm: str) -> str:
+    return next(twin for net, twin in TWINS.items() if net in ARMS[arm])
+
+
+def attacks_of(arm: str, size: str) -> dict[str, str]:
+    soft = "straight_through" not in ARMS[arm]
+    return {**attacks(size), **(gate_attacks(size, soft) if "affine" in ARMS[arm] else {})}
 
 
 def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     """Trains and judges one net; whatever is finished is not done again."""
-    folder = args.out / f"{arm}-{args.epochs}-{args.precision}-{seed}"
+    prefix = "fashion_" if args.fashion else ""
+    folder = args.out / f"{prefix}{arm}-{args.epochs}-{args.precision}-{seed}"
     file = STUDY / f"{folder.name}.json"
     if file.exists():
         return
@@ -97,13 +119,14 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     seconds = None if resumed else time.process_time() - start
     judged = {
         name: evaluate_run(folder, attacks=(attack,), limit=args.limit, precision="fast", curve=())[0]
-        for name, attack in attacks_of(arm).items()
+        for name, attack in attacks_of(arm, SIZES[data_of(args)]).items()
     }
     tables = {name: {row.index: robust(row) for row in each.rows} for name, each in judged.items()}
     images = sorted(tables["PGD-10"])
-    cost = costs(ARMS[arm])
+    cost = costs(ARMS[arm], image_shape=(1, 28, 28) if args.fashion else (3, 32, 32))
     numbers = {
         "arm": arm,
+        "data": data_of(args),
         "seed": seed,
         "epochs": args.epochs,
         "precision": args.precision,
@@ -114,7 +137,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         "clean": judged["PGD-10"].summary().clean.value,
         "attacks": {name: sum(table.values()) / len(table) for name, table in tables.items()},
         "worst": sum(all(table[i] for table in tables.values()) for i in images) / len(images),
-        "plain": sum(all(tables[name][i] for name in ATTACKS) for i in images) / len(images),
+        "plain": sum(all(tables[name][i] for name in attacks("")) for i in images) / len(images),
         "survivors": [i for i in images if all(table[i] for table in tables.values())],
         "images": len(images),
         "last_epoch": records.read_jsonl(folder / "metrics.jsonl")[-1],
@@ -122,7 +145,8 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     write(
         file,
         described(
-            f"python benchmarks/conditional.py run --arms {arm} --epochs {args.epochs} --precision {args.precision}",
+            f"python benchmarks/conditional.py run {'--fashion ' if args.fashion else ''}--arms {arm} "
+            f"--epochs {args.epochs} --precision {args.precision}",
             seeds=[seed],
         ),
         numbers,
@@ -134,8 +158,10 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
 
 
 def read() -> list[dict[str, Any]]:
-    runs = [json.loads(file.read_text(encoding="utf-8"))["numbers"] for file in sorted(STUDY.glob("*-*-*-*.json"))]
-    return sorted(runs, key=lambda each: (each["epochs"], list(ARMS).index(each["arm"]), each["seed"]))
+    files = sorted(STUDY.glob("*-*-*-*.json"))
+    runs = [{"data": "cifar10", **json.loads(file.read_text(encoding="utf-8"))["numbers"]} for file in files]
+    order = list(ARMS)
+    return sorted(runs, key=lambda each: (each["data"], each["epochs"], order.index(each["arm"]), each["seed"]))
 
 
 def difference(run: dict[str, Any], twin: dict[str, Any]) -> tuple[float, float]:
@@ -148,14 +174,14 @@ def difference(run: dict[str, Any], twin: dict[str, Any]) -> tuple[float, float]
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """By arm and epochs: the spread over seeds of every share in per cent, and the differences to the twin."""
+    """By data, arm and epochs: the spread over seeds of every share in per cent, and the differences to the twin."""
     out: dict[str, Any] = {}
-    kinds = [(each["arm"], each["epochs"], each["precision"]) for each in runs]
-    for arm, epochs, precision in dict.fromkeys(kinds):
-        own = {each["seed"]: each for each, kind in zip(runs, kinds, strict=True) if kind == (arm, epochs, precision)}
-        twins = {
-            each["seed"]: each for each, kind in zip(runs, kinds, strict=True) if kind == (TWIN, epochs, precision)
-        }
+    kinds: dict[tuple[str, str, int, str], dict[int, dict[str, Any]]] = {}
+    for each in runs:
+        kind = (each["data"], each["arm"], each["epochs"], each["precision"])
+        kinds.setdefault(kind, {})[each["seed"]] = each
+    for (data, arm, epochs, precision), own in kinds.items():
+        twins = kinds.get((data, twin_of(arm), epochs, precision), {})
         first = next(iter(own.values()))
         entry: dict[str, Any] = {name: first[name] for name in ("model", "macs", "parameters", "images")}
         for name in ("clean", "worst", "plain"):
@@ -164,7 +190,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             entry[_key(name)] = spread_of([100 * each["attacks"][name] for each in own.values()])
         seconds = [each["training_cpu_seconds"] for each in own.values() if each["training_cpu_seconds"]]
         entry["training_cpu_seconds"] = spread_of(seconds) if seconds else None
-        pairs = [difference(own[seed], twins[seed]) for seed in own if seed in twins and arm != TWIN]
+        pairs = [difference(own[seed], twins[seed]) for seed in own if seed in twins and arm != twin_of(arm)]
         if pairs:
             means = [mean for mean, _ in pairs]
             entry["by_seed"] = means
@@ -172,7 +198,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             entry["over_images"] = statistics.mean(half for _, half in pairs) / len(pairs) ** 0.5
             n = len(means)
             entry["over_seeds"] = stats.t.ppf(0.975, n - 1) * statistics.stdev(means) / n**0.5 if n > 1 else None
-        out[f"{arm}_x{epochs}" + ("" if precision == "bf16" else f"_{precision}")] = entry
+        prefix, ending = "fashion_" if data == "fashion_mnist" else "", "" if precision == "bf16" else f"_{precision}"
+        out[f"{prefix}{arm}_x{epochs}{ending}"] = entry
     return out
 
 
@@ -182,8 +209,8 @@ def _key(name: str) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    head = "| arm | seeds | MACs | parameters | clean | PGD-10 | plain attacks | worst case | to dense16, by seed |"
-    lines = [f"{head} ± over images | ± over seeds | training CPU s |", "|" + "---|" * 12]
+    head = "| arm | seeds | MACs | parameters | clean | PGD-10 | plain attacks | worst case | to the dense net "
+    lines = [f"{head}| ± over images | ± over seeds | training CPU s |", "|" + "---|" * 12]
     for name, each in found.items():
         cells = [name, str(each["worst"]["n"]), f"{each['macs'] / 1e6:.3f} M", f"{each['parameters']:,}"]
         cells += [
@@ -206,6 +233,7 @@ def main() -> None:
     parser.add_argument("verb", choices=["run", "table"])
     parser.add_argument("--out", type=Path, help="where run folders stand")
     parser.add_argument("--cifar10", type=Path, help="a folder that the data set cifar10 reads")
+    parser.add_argument("--fashion", action="store_true", help="Fashion-MNIST instead of CIFAR-10")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
@@ -214,8 +242,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="the table's numbers into docs/results/studies")
     args = parser.parse_args()
     if args.verb == "run":
-        if args.cifar10 is None or args.out is None:
-            parser.error("run needs --cifar10, the folder of the data set, and --out")
+        if args.out is None or (args.cifar10 is None) != args.fashion:
+            parser.error("run needs --out, and --cifar10 with the folder of the data set or --fashion")
         for seed in args.seeds:
             for arm in args.arms:
                 run(arm, seed, args)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conditional import ATTACKS
+from conditional import SIZES, attacks
 from results import RESULTS, described, spread_of, write
 from robustmoe.analysis import robust
 from robustmoe.attacks import Attack
@@ -34,6 +34,7 @@ from robustmoe.routing import Trace
 from robustmoe.spec import build
 from robustmoe.training import load_model
 
+MET = attacks(SIZES["cifar10"])
 JUDGE = ("PGD-10", "margin", "rival 1")
 
 
@@ -60,8 +61,8 @@ def with_gates(model: RoutedModel, kind: str) -> RoutedModel:
 
 def survivors(model: RoutedModel, batch: Batch) -> tuple[float, list[bool]]:
     """Clean accuracy, and for each image whether it stands in the worst of `JUDGE`."""
-    attacks = tuple(build(ATTACKS[name], "attack") for name in JUDGE)
-    results = evaluate(model, batch.x, batch.y, attacks=attacks, curve=())
+    judges = tuple(build(MET[name], "attack") for name in JUDGE)
+    results = evaluate(model, batch.x, batch.y, attacks=judges, curve=())
     stands = [all(robust(row) for row in rows) for rows in zip(*(each.rows for each in results), strict=True)]
     return results[0].summary().clean.value, stands
 
@@ -82,7 +83,7 @@ def of_another_image(model: RoutedModel, batch: Batch) -> float:
 
 
 def moved(model: RoutedModel, batch: Batch) -> list[float]:
-    attack: Attack = build(ATTACKS["PGD-10"].replace("keep=first", "keep=last"), "attack")
+    attack: Attack = build(MET["PGD-10"].replace("keep=first", "keep=last"), "attack")
     adversarial = attack.perturb(model, batch.x, batch.y, Noise.of(torch.arange(len(batch.x)), 0))
     with torch.no_grad():
         clean, attacked = gates(model.run(batch.x).trace), gates(model.run(adversarial).trace)
