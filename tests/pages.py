@@ -242,7 +242,8 @@ class Results:
         file = self.file(name)
         leaves = (_value(file["numbers"], path) for path in _leaves(file["numbers"], ""))
         parts = [part for leaf in leaves for part in (leaf.values() if isinstance(leaf, dict) else [leaf])]
-        return set(file.get("text", ())) | {f"{abs(part):.{d}f}" for part in parts for d in range(3)}
+        measured = [part for part in parts if isinstance(part, int | float)]  # a model's spec is none
+        return set(file.get("text", ())) | {f"{abs(part):.{d}f}" for part in measured for d in range(3)}
 
     def value(self, key: str) -> Any:
         """The leaf that a single key names, or the result of its terms."""
