@@ -5,6 +5,9 @@ by itself, by the operation that is fastest there. The answers are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -67,3 +70,40 @@ def tally(index: Int[Tensor, " n"], kinds: int) -> Int[Tensor, " kinds"]:
     if free(index):
         return torch.bincount(index, minlength=kinds)
     return torch.zeros(kinds, dtype=torch.long, device=index.device).index_add_(0, index, torch.ones_like(index))
+
+
+class _Hopes:
+    """What is taken to hold. ``careful``: nothing is; each question is asked at once."""
+
+    def __init__(self, careful: bool) -> None:
+        self.careful = careful
+        self.flag: Tensor | None = None
+
+
+_HOPES: ContextVar[_Hopes | None] = ContextVar("hopes", default=None)
+
+
+def surely(flag: Bool[Tensor, ""]) -> bool:
+    """Returns whether the flag, which nearly always does, holds. Inside `hoped`, where asking waits for the device, it
+    is taken to hold, and asked in the end.
+    """
+    hopes = _HOPES.get()
+    if free(flag) or hopes is None or hopes.careful:
+        return bool(flag)
+    hopes.flag = flag if hopes.flag is None else hopes.flag & flag
+    return True
+
+
+def hoped(make: Callable[[], Tensor]) -> Tensor:
+    """Returns ``make()``, which changes nothing but what it gives: made once, and once more where something that was
+    taken to hold (see `surely`) did not.
+    """
+    for careful in (False, True):
+        token = _HOPES.set(hopes := _Hopes(careful))
+        try:
+            made = make()
+        finally:
+            _HOPES.reset(token)
+        if hopes.flag is None or bool(hopes.flag):
+            break
+    return made

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from robustmoe import asking
 from robustmoe.arrays import as_images, as_labels
 from robustmoe.attacks.finite import in_the_end
 from robustmoe.attacks.objectives import Objective
@@ -234,7 +235,7 @@ class Attack(ABC):
         if no_images(x):
             return x.detach().clone()
         with entered(model, x, y, noise, self.seed, self.needs_gradient) as given:
-            return _made(lambda: self.perturb(*given).detach(), len(given.x))
+            return _made(lambda: asking.hoped(lambda: self.perturb(*given).detach()), len(given.x))
 
     @abstractmethod
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:

@@ -19,7 +19,7 @@ TINY_WEIGHT = 1e-8
 
 UNASKED = 7
 """Rounds of Newton's method that are made, where asking waits for the device, before it is asked whether they are
-enough: more change nothing."""
+enough (in the end of the attack: see `asking.surely`): more change nothing."""
 
 
 def projection(
@@ -76,7 +76,7 @@ def _linf_newton(weight: Tensor, room: Tensor, gap: Tensor) -> Tensor:
         rise = weight.masked_fill(stopped, 0.0).sum(1, keepdim=True)
         filled = product.masked_fill(~stopped, 0.0).sum(1, keepdim=True)
         higher = torch.where((rise > 0) & (gap < full), (gap - filled) / rise, level).maximum(level)
-        if turn >= unasked and bool((room <= higher).eq(stopped).all()):
+        if turn >= unasked and asking.surely((room <= higher).eq(stopped).all()):
             break
         level = higher
     return torch.minimum(higher.masked_fill((gap >= full) | (rise <= 0), torch.inf), room)

@@ -37,10 +37,11 @@ class _Boundary(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """What a run has so far: of each row the ``nearest`` broken image (m, ch, h, w), ``least`` distance (m,), and which
-    rows are the same image.
+    """What a run has so far: of each row its label ``y`` (m,), the ``nearest`` broken image (m, ch, h, w), ``least``
+    distance (m,), and which rows are the same image.
     """
 
+    y: Tensor
     nearest: Tensor
     least: Tensor
     together: Together
@@ -164,14 +165,14 @@ class FAB(Attack):
                 blind, aware = torch.arange(len(rows), device=x.device), rows[:0]
             broken, ahead, known = self.gradients_and_broken(model, now, y[rows], _of(rival, rows), (blind, aware))
             ever[rows] |= broken
-            stay = self._noted(model, now, now - clean, y, broken, rows, _Run(nearest, least, together))
+            seen, run = ever[rows], _Run(y, nearest, least, together)
+            stay, sizes = self._noted(model, now, now - clean, broken, rows, run, (seen, ~seen, ~known))
             if last:
                 break
             now = torch.where(broken[:, None, None, None], clean + (now - clean) * self.beta, now)
-            seen = ever[rows]
             if self.rng == "autoattack":
-                seen = (seen & stay).any().expand(len(rows))
-            left, *sizes = asking.counts(stay, stay & seen, stay & ~seen, stay & ~known)
+                seen, sizes = (seen & stay).any().expand(len(rows)), []
+            left, *sizes = sizes or asking.counts(stay, stay & seen, stay & ~seen, stay & ~known)
             if left == 0:
                 break
             if left < len(rows):
@@ -186,18 +187,31 @@ class FAB(Attack):
         return nearest, least
 
     def _noted(
-        self, model: RoutedModel, now: Tensor, delta: Tensor, y: Tensor, broken: Tensor, rows: Tensor, run: _Run
-    ) -> Tensor:
-        """Notes what is nearer now, ``delta`` from the clean image; which of the ``rows`` of the ``run`` go on."""
-        nearest, least, together = run
+        self,
+        model: RoutedModel,
+        now: Tensor,
+        delta: Tensor,
+        broken: Tensor,
+        rows: Tensor,
+        run: _Run,
+        parts: tuple[Tensor, ...],
+    ) -> tuple[Tensor, list[int]]:
+        """Notes what is nearer now, ``delta`` from the clean image; which of the ``rows`` of the ``run`` go on. Where
+        all do, and asking waits for the device, also how many rows there are, and ``parts`` of them: asked at once.
+        """
+        y, nearest, least, together = run
         distance = _length(self.threat.norm, delta)
         nearer = broken & (distance < least[rows])
         close = isinstance(model, Surrogate) and model.close
         if close:
             nearer &= distance <= self.threat.eps
-        [near] = asking.places(nearer)
+        count, sizes = len(rows), list[int]()
+        if not asking.free(nearer):
+            count, *sizes = asking.counts(nearer, *parts)
+            sizes.insert(0, len(rows))
+        near = asking.taken(nearer, count)
         if len(near) == 0:
-            return torch.ones_like(broken)
+            return torch.ones_like(broken), sizes
         place, there = rows[near], now[near]
         right = torch.ones_like(near, dtype=torch.bool)
         if isinstance(model, Surrogate) and close:
@@ -205,10 +219,10 @@ class FAB(Attack):
         nearest[place] = torch.where(right[:, None, None, None], there, nearest[place])
         least[place] = torch.where(right, distance[near], least[place])
         if self.keep == "best":
-            return torch.ones_like(broken)
+            return torch.ones_like(broken), sizes
         inside = right & (distance[near] <= self.threat.eps)
         together.broke(place, inside)
-        return together.wanted(rows).index_put((near,), ~inside & together.wanted(place))
+        return together.wanted(rows).index_put((near,), ~inside & together.wanted(place)), []
 
     def _step(self, clean: Tensor, now: Tensor, ahead: _Boundary) -> Tensor:
         """Eq. 9: over the boundary from here and from the clean image, mixed by how far away it is from each."""

@@ -301,16 +301,37 @@ class Steering:
             return self._moved(now, x, loss)
         inward, new = unit(gradients[1]), now.clone()
         left = torch.arange(len(now), device=now.device)
-        for place, weight in enumerate(self.grid):
-            new[left] = self._moved(now[left], x[left], loss[left] + weight * inward[left])
-            if place + 1 == len(self.grid):
-                break
+        rounds = self._rounds(now, target)
+        for turn, weights in enumerate(rounds, 1):
             goal = {name: aim[left] for name, aim in target.items()}
-            [out] = asking.places(~reached(goal, decisions(model, new[left], goal), left))
-            left = left[out]
+            there, out = now[left], torch.ones_like(left, dtype=torch.bool)
+            for place, weight in enumerate(weights, 1):
+                moved = self._moved(now[left], x[left], loss[left] + weight * inward[left])
+                there = moved if place == 1 else torch.where(out[:, None, None, None], moved, there)
+                if turn == len(rounds) and place == len(weights):  # the largest, wherever it leads
+                    break
+                out = out & ~reached(goal, decisions(model, moved, goal), left)
+            new[left] = there
+            if turn == len(rounds):
+                break
+            [some] = asking.places(out)
+            left = left[some]
             if len(left) == 0:
                 break
         return new
+
+    def _rounds(self, now: Tensor, target: Target) -> list[tuple[float, ...]]:
+        """The grid, cut after each lambda behind which the host asks which images are left to try the next. Where that
+        waits for the device, it asks less often, and images that have landed are moved on in vain with the others: after
+        the first lambda alone where a single router decides for an image, which costs itself alone; else also in the
+        middle of the others.
+        """
+        if asking.free(now):
+            return [(weight,) for weight in self.grid]
+        single = len(target) == 1 and all(goal.forced.shape[1] == 1 for goal in target.values())
+        first, rest = self.grid[:1], self.grid[1:]
+        half = len(rest) if single else len(rest) // 3
+        return [weights for weights in (first, rest[:half], rest[half:]) if weights]
 
     def _moved(self, now: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         return self.threat.project(now + self.step_size * self.threat.direction(gradient, now), x)
