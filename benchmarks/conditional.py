@@ -35,6 +35,8 @@ from robustmoe.evaluation import evaluate_run
 from robustmoe.recipe import Recipe
 from robustmoe.training import train
 
+PATHWAY = "pathway(patch_resnet(width=20), experts=2, ratio=0.8, router=downsampled(linear, size=4), standardise=True)"
+ENSEMBLE = "ensemble(patch_resnet(width=16), experts=4, router=downsampled(linear, size=4), standardise=True)"
 ARMS = {
     "dense16": "patch_resnet(width=16)",
     "dense24": "patch_resnet(width=24)",
@@ -46,11 +48,22 @@ ARMS = {
     "affine8": "affine(patch_resnet(width=16), experts=8, routers=norm)",
     "hard8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=straight_through)",
     "affine64_w32": "affine(patch_resnet(width=32), experts=64, routers=norm)",
+    "pathway": PATHWAY,
+    "advmoe": PATHWAY,
+    "rt_er": ENSEMBLE,
     "resnet8": "resnet8(width=16)",
     "resnet8_w28": "resnet8(width=28)",
     "resnet8_affine64": "affine(resnet8(width=16), experts=64, routers=norm)",
     "resnet8_hard8": "affine(resnet8(width=16), experts=8, routers=norm, gate=straight_through)",
 }
+METHODS = {
+    "pathway": "at({held}, balance=0.1)",
+    "advmoe": "advmoe({attack}, variant=bilevel)",
+    "rt_er": "rt_er({attack}, beta=6)",
+}
+"""Arms of the papers' models that cost what dense16 does, trained by AdvMoE's and RT-ER's methods, and a pathway
+trained with its route held in the attack, this project's way.
+"""
 TWINS = {"patch": "dense16", "resnet8": "resnet8"}
 """The dense net that an arm is set beside, by the net in its model."""
 STUDY = RESULTS / "studies" / "conditional"
@@ -67,7 +80,7 @@ def attacks(size: str) -> dict[str, str]:
 
 
 def gate_attacks(size: str, soft: bool) -> dict[str, str]:
-    """The attacks that nets with gates meet besides; ``soft``: their gates are so already."""
+    """The attacks that nets with a router meet besides; ``soft``: their gates are so already."""
     pushed = {"gates held": "experts_only(margin)", "gates alone": "router_only"}
     named = {name: f"pgd({size}, steps=30, objective={each}, keep=first)" for name, each in pushed.items()}
     return named if soft else {**named, "gates softened": f"through(soft(1.0), {attacks(size)['margin']})"}
@@ -80,7 +93,10 @@ def recipe(arm: str, seed: int, args: argparse.Namespace) -> Recipe:
     return Recipe(
         model=model,
         data="fashion_mnist(val=0.02)" if args.fashion else f"cifar10(root={str(args.cifar10)!r}, val=0.02)",
-        method=f"at(pgd({size}, steps=1, step_size={step}, keep=last))",
+        method=METHODS.get(arm, "at({attack})").format(
+            attack=f"pgd({size}, steps=1, step_size={step}, keep=last)",
+            held=f"pgd({size}, steps=1, step_size={step}, objective=experts_only, keep=last)",
+        ),
         optimizer=f"sgd(lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True{free})",
         schedule="one_cycle(rise=0.4)",
         epochs=args.epochs,
@@ -102,8 +118,10 @@ def twin_of(arm: str) -> str:
 
 
 def attacks_of(arm: str, size: str) -> dict[str, str]:
-    soft = "straight_through" not in ARMS[arm]
-    return {**attacks(size), **(gate_attacks(size, soft) if "affine" in ARMS[arm] else {})}
+    if ARMS[arm].startswith(("patch_resnet", "resnet8")):
+        return attacks(size)
+    soft = "affine" in ARMS[arm] and "straight_through" not in ARMS[arm]
+    return {**attacks(size), **gate_attacks(size, soft)}
 
 
 def run(arm: str, seed: int, args: argparse.Namespace) -> None:

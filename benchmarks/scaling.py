@@ -80,7 +80,9 @@ def of_radii(n: int) -> Callable[[], Any]:
 
 def of_experts(n: int) -> Callable[[], Any]:
     """An attack on a hard ensemble of n networks."""
-    spec = f"ensemble(conv_small(width=8, hidden=64), experts={n}, router=downsampled(linear, size=4), standardise=True)"
+    spec = (
+        f"ensemble(conv_small(width=8, hidden=64), experts={n}, router=downsampled(linear, size=4), standardise=True)"
+    )
     return attack(model_of(spec, 16), images(128, 16))
 
 
