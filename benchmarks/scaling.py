@@ -38,6 +38,7 @@ from robustmoe.training.phases import MiniBatch, train_step
 
 Work = Callable[[int], Callable[[], Any]]
 CHANNELS, CLASSES = 3, 10
+ENSEMBLE = "ensemble(conv_small(width=8, hidden=64), experts={}, router=downsampled(linear, size=4), standardise=True)"
 TOKENS = "vit_moe(tiny, patch=2, width=48, depth=4, heads=4, experts={}, k=1, placement=every_2)"
 
 
@@ -80,10 +81,7 @@ def of_radii(n: int) -> Callable[[], Any]:
 
 def of_experts(n: int) -> Callable[[], Any]:
     """An attack on a hard ensemble of n networks."""
-    spec = (
-        f"ensemble(conv_small(width=8, hidden=64), experts={n}, router=downsampled(linear, size=4), standardise=True)"
-    )
-    return attack(model_of(spec, 16), images(128, 16))
+    return attack(model_of(ENSEMBLE.format(n), 16), images(128, 16))
 
 
 def of_token_experts(n: int) -> Callable[[], Any]:

@@ -322,9 +322,9 @@ class Steering:
 
     def _rounds(self, now: Tensor, target: Target) -> list[tuple[float, ...]]:
         """The grid, cut after each lambda behind which the host asks which images are left to try the next. Where that
-        waits for the device, it asks less often, and images that have landed are moved on in vain with the others: after
-        the first lambda alone where a single router decides for an image, which costs itself alone; else also in the
-        middle of the others.
+        waits for the device, it asks less often, and images that have landed are moved on in vain with the others:
+        after the first lambda alone where a single router decides for an image, which costs itself alone; else also in
+        the middle of the others.
         """
         if asking.free(now):
             return [(weight,) for weight in self.grid]
