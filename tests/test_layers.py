@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,22 +43,21 @@ BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 
 
 @functools.cache
-def parsed(path: Path) -> ast.AST:
-    return ast.parse(path.read_text())
-
-
-def statements(path: Path, nested: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The import statements of a file; those inside functions only where ``nested``; those for type checkers never."""
-    todo = [parsed(path)]
+def statements(path: Path) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """The import statements of a file, each with whether it stands inside a function; those for type checkers are left
+    out. (The tree itself is not kept: every collection of garbage in a later test would go through it.)
+    """
+    kept: list[tuple[ast.Import | ast.ImportFrom, bool]] = []
+    todo: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), False)]
     while todo:
-        node = todo.pop()
+        node, nested = todo.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
-        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if not checking and (nested or not inside):
+            kept.append((node, nested))
+        nested = nested or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
             for block in BLOCKS:
-                todo.extend(getattr(node, block, ()))
+                todo.extend((child, nested) for child in getattr(node, block, ()))
+    return kept
 
 
 @functools.cache
@@ -68,7 +66,9 @@ def imported(name: str, nested: bool = True) -> set[str]:
     module.
     """
     found = set()
-    for node in statements(MODULES[name], nested):
+    for node, inside in statements(MODULES[name]):
+        if inside and not nested:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
             continue

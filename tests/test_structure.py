@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[1] / "src" / "robustmoe"
-TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+PATHS = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+NOTHING = {"found", "one"}
+"""Names that say nothing of what they hold: a rate, a record, a check?"""
 
 MANY_ARGUMENTS = {
     "interop.py:benchmark": "RobustBench's own arguments",
@@ -28,11 +31,31 @@ LONG = {
 LARGE: dict[str, str] = {}
 
 
-def functions() -> Iterator[tuple[str, Function]]:
-    for path, tree in TREES.items():
-        for node in ast.walk(tree):
+class Seen(NamedTuple):
+    """What is kept of the source, without its trees (every collection of garbage in a later test would go through
+    them): each function's name, number of arguments and lines; classes; names that say nothing.
+    """
+
+    functions: list[tuple[str, int, int]]
+    classes: list[str]
+    nothing: list[str]
+
+
+@functools.cache
+def seen() -> Seen:
+    kept = Seen([], [], [])
+    for path, file in PATHS.items():
+        for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, Function):
-                yield f"{path}:{node.name}", node
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                kept.functions.append((f"{path}:{node.name}", len(arguments(node)), lines))
+            elif isinstance(node, ast.ClassDef):
+                kept.classes.append(node.name)
+            stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id
+            name = stored or getattr(node, "arg" if isinstance(node, ast.arg) else "name", None)
+            if name in NOTHING and isinstance(node, ast.Name | ast.arg | Function):
+                kept.nothing.append(f"{path}:{node.lineno} {name}")
+    return kept
 
 
 def arguments(function: Function) -> list[str]:
@@ -41,34 +64,21 @@ def arguments(function: Function) -> list[str]:
 
 
 def test_a_function_has_at_most_eight_arguments() -> None:
-    assert {name for name, function in functions() if len(arguments(function)) > 8} == set(MANY_ARGUMENTS)
+    assert {name for name, arguments, _ in seen().functions if arguments > 8} == set(MANY_ARGUMENTS)
 
 
 def test_a_function_has_at_most_forty_lines() -> None:
-    long = {name for name, function in functions() if (function.end_lineno or 0) - function.lineno >= 40}
-    assert long == set(LONG)
+    assert {name for name, _, lines in seen().functions if lines > 40} == set(LONG)
 
 
 def test_a_module_has_at_most_450_lines() -> None:
-    large = {path for path in TREES if (PACKAGE / path).read_text().count("\n") > 450}
+    large = {name for name, file in PATHS.items() if file.read_text().count("\n") > 450}
     assert large == set(LARGE)
 
 
 def test_no_name_is_found_or_one() -> None:
-    """They say nothing of what they hold: a rate, a record, a check?"""
-    nothing = {"found", "one"}
-    names = []
-    for path, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and node.id in nothing and isinstance(node.ctx, ast.Store):
-                names.append(f"{path}:{node.lineno} {node.id}")
-            elif isinstance(node, ast.arg) and node.arg in nothing:
-                names.append(f"{path}:{node.lineno} {node.arg}")
-            elif isinstance(node, Function) and node.name in nothing:
-                names.append(f"{path}:{node.lineno} {node.name}")
-    assert names == []
+    assert seen().nothing == []
 
 
 def test_no_two_classes_have_one_name() -> None:
-    classes = Counter(node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
-    assert [name for name, count in classes.items() if count > 1] == []
+    assert [name for name, count in Counter(seen().classes).items() if count > 1] == []
