@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,8 +20,9 @@ from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, StagedNetwork
 from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
 from robustmoe.models.block import check_experts, replace
+from robustmoe.models.by_image import averaged, field_means, normed, quick
 from robustmoe.models.convolution import Handed, Norm
-from robustmoe.models.norm import BatchNorm2d, Normalise, at_least_float32, full_precision
+from robustmoe.models.norm import BatchNorm2d, Normalise, full_precision
 from robustmoe.models.parts import Fork, Function, Leaf, Part
 from robustmoe.routing import Gate, Routing, Tape, choose, chosen_shares, straight_through
 
@@ -39,10 +39,10 @@ class PooledRouter(nn.Module):
         self.norm = BatchNorm2d(channels * pool * pool)
         self.head = nn.Linear(channels * pool * pool, experts)
 
-    def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n e"]:
+    def forward(self, x: Float[Tensor, "n d h w"], fused: bool = False) -> Float[Tensor, "n e"]:
+        """``fused``: see `Numbers`."""
         with full_precision(x):
-            x = at_least_float32(x)
-            fields = x.mean((2, 3)) if self.pool == 1 else F.adaptive_avg_pool2d(x, self.pool).flatten(1)
+            fields = (field_means if fused else averaged)(x, self.pool)
             logits: Tensor = self.head(self.norm(fields[:, :, None, None]).flatten(1))
             return logits if self.temperature == 1 else logits / self.temperature
 
@@ -72,6 +72,10 @@ class AffineNorm(BatchNorm2d):
             return super().forward(x)
         scale, shift = numbers.added[self.place]
         scale, shift = scale + self.weight, shift + self.bias
+        if numbers.fused and x.dtype.itemsize <= scale.dtype.itemsize and quick(x, scale, shift):
+            statistics = self.statistics(x)
+            if statistics is not None:
+                return normed(x, scale, shift, *statistics, self.eps, self.training)
         if numbers.fused and not self.training and x.dtype == scale.dtype:
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -174,7 +178,7 @@ class AffineModel(RoutedModel):
             for block, numbers in zip(stage, before, strict=True):
                 for number in numbers:
                     experts = sites[number]
-                    added = added | experts.at(mix(number, experts, experts.router(x)))
+                    added = added | experts.at(mix(number, experts, experts.router(x, fused)))
                 x = block(x, Numbers(added, fused))
         return self.network.exit(x)
 

@@ -116,6 +116,21 @@ class BatchNorm2d(Foldable, nn.BatchNorm2d, foldable=True):
             x, self.running_mean, self.running_var, weight, bias, self.training or not running, rate, self.eps
         )
 
+    @torch.no_grad()
+    def statistics(self, x: Float[Tensor, "n d h w"]) -> tuple[Tensor, Tensor] | None:
+        """Returns the mean and the variance that x is normalised by: the running ones, or in train mode those of x,
+        which the running ones then follow. None where they are not x's alone, or not of this layer's keeping.
+        """
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return None
+        if not self.training:
+            return self.running_mean, self.running_var
+        if distributed.active() or x.numel() <= x.shape[1]:
+            return None
+        self.num_batches_tracked += 1
+        mean, var = torch.batch_norm_update_stats(x, self.running_mean, self.running_var, self._rate())
+        return mean, var
+
     def _global(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         weight = x.new_ones(x.shape[1]) if weight is None else weight
         bias = x.new_zeros(x.shape[1]) if bias is None else bias
