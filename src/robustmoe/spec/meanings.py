@@ -42,7 +42,7 @@ COMMON = {
     "size": "sides of an image, in pixels.",
     "width": "channels of the stem and the first stage.",
     "patch": "pixels a side of a patch.",
-    "alpha": "the share of the robust half.",
+    "model.alpha": "the share of the robust half.",
     "standard": "the model that is accurate on clean images.",
     "robust": "the model that is robust.",
     "stages": "the stages that have experts, 1 being the first.",
@@ -57,7 +57,7 @@ COMMON = {
 docstring says nothing of its own, or refers to another.
 """
 
-_ANY_LABEL = re.compile(r"``\w+``(?:,? (?:and|or) ``\w+``|, ``\w+``)*(?:, [^.:`]{0,40})?:(?!:)")
+_ANY_LABEL = re.compile(r"``\w+``(?:,? (?:and|or) ``\w+``|, ``\w+``)*(?:, [^.:`]{0,40}| \([^()`]{0,40}\))?:(?!:)")
 _END = re.compile(r"(?<!et al)(?<!\b[A-Z])[.!?](?:''|\"|\))?(?=\s+[A-Z`(\"]|\s*$)")
 
 

@@ -51,12 +51,14 @@ def advmoe(
 
     ``attack``: a `PGD` that names no objective climbs the variant's own; the default is the released code's (2 steps of
     5/255 from a near start). With ``objective=experts_only`` the routing is fixed. ``target`` (released): "residue", y
-    mod E; "random", a fixed balanced partition of the classes (control); "none", no label target (alpha = 0).
-    ``oracle`` (released): the experts are trained on the target's route, not on the router's. ``shared_attack``
-    (released): one attack for both, made before either moves, and forward passes shared; as L_router does not depend on
-    the experts, this is one phase. ``router_lr``: the router's learning rate over the run's. ``balance`` (bilevel):
-    weight of the ``balance_loss`` (see `robustmoe.training.auxiliary`) in the router's phase. Raises ValueError for
-    settings that the variant does not have.
+    mod E; "random", a fixed balanced partition of the classes (control); "none", no label target (alpha = 0). ``alpha``
+    (released): the weight of the cross-entropy of the router with its label target. ``oracle`` (released): the experts
+    are trained on the target's route, not on the router's. ``shared_attack`` (released): one attack for both, made
+    before either moves, and forward passes shared; as L_router does not depend on the experts, this is one phase.
+    ``router_lr``: the router's learning rate over the run's. ``balance`` (bilevel): weight of the ``balance_loss`` (see
+    `robustmoe.training.auxiliary`) in the router's phase.
+
+    Raises ValueError for settings that the variant does not have.
     """
     for name, value in (("beta", beta), ("alpha", alpha), ("balance", balance)):
         check_weight(name, value)
