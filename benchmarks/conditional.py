@@ -11,8 +11,9 @@ a net with gates meets besides with its gates held at the clean image's, attacke
 
 A run's folder is OUT/ARM-EPOCHS-PRECISION-SEED, "fashion_" before it for that data set; it is taken up where it was
 left. What is judged is written to a file of that name in docs/results/studies/conditional, and not done again.
-Differences are to the dense net (dense16, resnet8) of the same data, seed, epochs and precision, paired image by image.
-bf16 is the faster one only where the processor has it.
+The ResNets meet the attacks as a suite, each on what those before it left. Differences are to the dense net (dense16,
+resnet8) of the same data, seed, epochs and precision, paired image by image. bf16 is the faster one only where the
+processor has it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import re
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,14 @@ from scipy import stats
 from results import RESULTS, described, spread_of, write
 from robustmoe import records
 from robustmoe.analysis import robust
+from robustmoe.attacks import Attack, Threat
+from robustmoe.attacks.base import Suite
+from robustmoe.attacks.objectives import Joint, Objective
 from robustmoe.costs import costs
 from robustmoe.evaluation import evaluate_run
+from robustmoe.models import Output
 from robustmoe.recipe import Recipe
+from robustmoe.spec import build
 from robustmoe.training import train
 
 PATHWAY = "pathway(patch_resnet(width=20), experts=2, ratio=0.8, router=downsampled(linear, size=4), standardise=True)"
@@ -135,12 +142,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     start = time.process_time()
     train(recipe(arm, seed, args), folder, resume=resumed)
     seconds = None if resumed else time.process_time() - start
-    judged = {
-        name: evaluate_run(folder, attacks=(attack,), limit=args.limit, precision="fast", curve=())[0]
-        for name, attack in attacks_of(arm, SIZES[data_of(args)]).items()
-    }
-    tables = {name: {row.index: robust(row) for row in each.rows} for name, each in judged.items()}
-    images = sorted(tables["PGD-10"])
+    clean, left = judged(folder, attacks_of(arm, SIZES[data_of(args)]), arm.startswith("resnet8"), args.limit)
     cost = costs(ARMS[arm], image_shape=(1, 28, 28) if args.fashion else (3, 32, 32))
     numbers = {
         "arm": arm,
@@ -152,12 +154,12 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         "macs": cost.macs,
         "parameters": cost.parameters,
         "training_cpu_seconds": seconds,
-        "clean": judged["PGD-10"].summary().clean.value,
-        "attacks": {name: sum(table.values()) / len(table) for name, table in tables.items()},
-        "worst": sum(all(table[i] for table in tables.values()) for i in images) / len(images),
-        "plain": sum(all(tables[name][i] for name in attacks("")) for i in images) / len(images),
-        "survivors": [i for i in images if all(table[i] for table in tables.values())],
-        "images": len(images),
+        "clean": clean,
+        "attacks": {name: len(indices) / args.limit for name, indices in left.items()},
+        "worst": len(set.intersection(*left.values())) / args.limit,
+        "plain": len(set.intersection(*(left[name] for name in attacks("")))) / args.limit,
+        "survivors": sorted(set.intersection(*left.values())),
+        "images": args.limit,
         "last_epoch": records.read_jsonl(folder / "metrics.jsonl")[-1],
     }
     write(
@@ -170,6 +172,44 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         numbers,
     )
     print(f"{file.name}: clean {100 * numbers['clean']:.1f}, worst case {100 * numbers['worst']:.1f}", flush=True)
+
+
+@dataclass(frozen=True)
+class Judge(Suite):
+    """Attacks by name, each on what those before it left."""
+
+    threat: Threat
+    attacks: tuple[tuple[str, Attack], ...]
+    seed: int = 0
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        return Joint()
+
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        return list(self.attacks)
+
+
+def judged(folder: Path, named: dict[str, str], suite: bool, limit: int) -> tuple[float, dict[str, set[int]]]:
+    """Clean accuracy, and the images that stand under each attack: alone, or (``suite``, which is cheaper) under it and
+    all before it.
+    """
+    if not suite:
+        alone = {
+            name: evaluate_run(folder, attacks=(attack,), limit=limit, precision="fast", curve=())[0]
+            for name, attack in named.items()
+        }
+        stands = {name: {row.index for row in each.rows if robust(row)} for name, each in alone.items()}
+        return alone["PGD-10"].summary().clean.value, stands
+    parts: list[tuple[str, Attack]] = [(name, build(attack, "attack")) for name, attack in named.items()]
+    result = evaluate_run(
+        folder, attacks=(Judge(parts[0][1].threat, tuple(parts)),), limit=limit, precision="fast", curve=()
+    )[0]
+    by_part = {row.index: row.part for row in result.rows if row.clean == row.label}
+    names = list(named)
+    return result.summary().clean.value, {
+        name: {i for i, part in by_part.items() if part not in names[: at + 1]} for at, name in enumerate(names)
+    }
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -204,7 +244,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         entry: dict[str, Any] = {name: first[name] for name in ("model", "macs", "parameters", "images")}
         for name in ("clean", "worst", "plain"):
             entry[name] = spread_of([100 * each[name] for each in own.values()])
-        for name in first["attacks"]:
+        for name in first["attacks"]:  # a suite's: what is left behind it
             entry[_key(name)] = spread_of([100 * each["attacks"][name] for each in own.values()])
         seconds = [each["training_cpu_seconds"] for each in own.values() if each["training_cpu_seconds"]]
         entry["training_cpu_seconds"] = spread_of(seconds) if seconds else None
