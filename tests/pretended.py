@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cpu", 7)
 THERE, HERE, ANYWHERE = "there", "here", "anywhere"
@@ -28,8 +27,11 @@ FACTORIES = {
     "zeros", "ones", "empty", "full", "eye", "arange", "linspace", "logspace", "rand", "randn", "randint", "randperm",
     "tril_indices", "triu_indices", "hann_window", "complex", "range", "normal",
 }  # fmt: skip
+MADE = FACTORIES | CREATION
 MOVES = {"to", "cpu", "type", "pin_memory"}
 SIZED_BY_VALUES = {"nonzero", "masked_select", "bincount", "unique2", "_unique2", "unique_consecutive", "unique_dim"}
+ASKED = {*SIZED_BY_VALUES, "_local_scalar_dense"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _GET_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 FREE = {"copy_", "_to_copy", "lift_fresh", "detach", "alias", "set_"}
 """Operations that may take tensors of both places (and whose result is placed by hand)."""
@@ -52,7 +54,16 @@ def put(result: Any, where: str) -> Any:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors of what operations take and give: nested lists, tuples and dicts. (`torch.utils._pytree` would look up
+    the type of every number among them.)
+    """
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [leaf for part in tree for leaf in tensors(part)]
 
 
 def asked_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
@@ -94,14 +105,13 @@ class Pretending(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.operations += 1
         given = tensors((args, kwargs))
-        where = [ANYWHERE if leaf.dim() == 0 and place(leaf) == HERE else place(leaf) for leaf in given]
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"):
+        exact = [place(leaf) for leaf in given]
+        where = [ANYWHERE if at == HERE and leaf.dim() == 0 else at for leaf, at in zip(given, exact)]
+        if name in INDEXING:
             self._indices(args[1])
-            given, where = (
-                given[:1] + given[len(tensors(args[1])) + 1 :],
-                where[:1] + where[len(tensors(args[1])) + 1 :],
-            )
-        if THERE in where and name in SIZED_BY_VALUES | {"_local_scalar_dense"} and self.calls[-1:] != ["one_hot"]:
+            after = len(tensors(args[1])) + 1
+            given, exact, where = (each[:1] + each[after:] for each in (given, exact, where))
+        if THERE in where and name in ASKED and self.calls[-1:] != ["one_hot"]:
             self.syncs[name] += 1
         if THERE in where and HERE in where and name not in FREE:
             shapes = [f"{tuple(leaf.shape)} {at}" for leaf, at in zip(given, where)]
@@ -110,7 +120,7 @@ class Pretending(TorchDispatchMode):
         if name in ("copy_", "set_"):
             self.copies += name == "copy_" and where[0] == THERE and HERE in where
             return result
-        return put(result, self._place_of(name, where, [place(leaf) for leaf in given], kwargs))
+        return put(result, self._place_of(name, where, exact, kwargs))
 
     def _place_of(self, name: str, where: list[str], exact: list[str], kwargs: dict[str, Any]) -> str:
         device = kwargs.get("device")
@@ -122,7 +132,7 @@ class Pretending(TorchDispatchMode):
             return THERE  # a copy to the host that Python asks for is placed by `_moved`
         if where or device is None:
             return HERE if HERE in exact else ANYWHERE
-        return HERE if self.calls and self.calls[-1] in FACTORIES | CREATION else ANYWHERE
+        return HERE if self.calls and self.calls[-1] in MADE else ANYWHERE
 
     def _indices(self, indices: Any) -> None:
         """Counts a mask that lies there: how many it takes is known there alone."""
