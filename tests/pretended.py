@@ -54,8 +54,8 @@ def put(result: Any, where: str) -> Any:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """The tensors of what operations take and give: nested lists, tuples and dicts. (`torch.utils._pytree` would look up
-    the type of every number among them.)
+    """The tensors of what operations take and give: nested lists, tuples and dicts. (`torch.utils._pytree` looks up the
+    type of every number among them.)
     """
     if isinstance(tree, Tensor):
         return [tree]
