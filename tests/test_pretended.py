@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import robustmoe as rm
 from pretended import DEVICE, MixedDevicesError, Pretending, place
-from robustmoe.attacks import ATTACKS, Attack, build_attack
+from robustmoe.attacks import ATTACKS, FMN, Attack, build_attack
 from robustmoe.data import Batch
 from robustmoe.evaluation import checks
+from robustmoe.evaluation.checks import strength
 from robustmoe.models import DualModel, RoutedModel, ViTMoEModel, build_model
 from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
@@ -200,7 +201,9 @@ def test_a_whole_evaluation(name: str, tiny: Callable[..., RoutedModel], images:
     assert len(result.rows) == 8
 
 
-def test_every_check(there: Callable[..., tuple[RoutedModel, Tensor, Tensor]]) -> None:
+def test_every_check(there: Callable[..., tuple[RoutedModel, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for the nearest, a hundred steps in an evaluation, makes five."""
+    monkeypatch.setattr(strength, "FMN", lambda threat, steps, seed: FMN(threat, steps=5, seed=seed))
     with Pretending():
         model, x, y = there(LINEAR)
         answers = checks.deep(
