@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +14,7 @@ import pytest
 
 from robustmoe import recipe, spec
 from robustmoe.cli import main
+from robustmoe.spec import index
 from robustmoe.spec.hints import signature_of
 from robustmoe.spec.meanings import cited, first_sentence, meaning, sentences
 from robustmoe.spec.own import OwnPart
@@ -50,6 +53,24 @@ def test_lists_and_pages_fit_80_columns(kind: str, capsys: pytest.CaptureFixture
     wide = [line for line in text.splitlines() if len(line) > 80]
     assert wide == []
     assert "``" not in text
+
+
+def test_the_index_is_what_the_tables_say() -> None:
+    assert index.FILE.read_text(encoding="utf-8") == index.written(), "python -m robustmoe.spec.index writes it anew"
+
+
+def test_a_list_needs_no_torch() -> None:
+    code = "import sys; from robustmoe.cli import main; [main(['list', kind]) for kind in sys.argv[1:]]"
+    code += "; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, *spec.TABLES], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_what_installed_packages_offer_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = spec.describe("schedule")
+    assert index.entries("schedule") == described
+    monkeypatch.setattr(index, "packages", lambda kinds: {"package": "1.0"} if kinds == ["schedule"] else {})
+    monkeypatch.setattr(spec, "describe", lambda kind: [*described, ("offered", "offered", "One.")])
+    assert index.entries("schedule")[-1] == ("offered", "offered", "One.")
 
 
 @pytest.mark.parametrize("beside", ["", "recipes", "zoo", "layouts"])

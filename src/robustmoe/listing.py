@@ -11,6 +11,7 @@ from robustmoe import recipe as recipes
 from robustmoe import spec, zoo
 from robustmoe.errors import UserError, nearest
 from robustmoe.options import Mark
+from robustmoe.spec import index
 
 OF_A_KIND = (
     "robustmoe list KIND lists the names of a kind with their arguments,\n"
@@ -73,7 +74,7 @@ def list_names(
         return _zoo_entry(card)
     kinds = [name for name in spec.TABLES if kind in (name, _plural(name))]
     if kinds:
-        return "\n".join([_plural(kinds[0]), *map(_entry, spec.describe(kinds[0]))])
+        return "\n".join([_plural(kinds[0]), *map(_entry, index.entries(kinds[0]))])
     everything = {name: load() for name, load in spec.TABLES.items()}
     pages = [spec.explain(name, kind) for name, table in everything.items() if kind in table]
     if not pages:
