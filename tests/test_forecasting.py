@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from robustmoe.attacks import schedule
 from robustmoe.cli import main
 from robustmoe.errors import UserError
 from robustmoe.forecasting import timing
-from robustmoe.forecasting.probing import WARM, PassCost, Trace
+from robustmoe.forecasting.probing import PassCost, Trace
 from robustmoe.forecasting.timing import Seconds
 from robustmoe.recipe import Recipe
 
@@ -114,6 +115,7 @@ def test_an_evaluation_takes_what_was_forecast(attack: str, clock: list[float]) 
     part = next(part for part in told.parts if part.passes is not None)
     assert part.low <= part.cpu <= part.high <= part.most
     assert part.most_passes is not None
+    assert part.passes is not None
     assert (part.passes < part.most_passes) == ("first" in attack)
 
 
@@ -139,7 +141,7 @@ def test_a_stopped_probe_knows_that_square_leaves_proposals_out(steps: int, rest
     net.linear = nn.Linear(64, 4)
     attack = f"square(linf(0.1), steps={steps}, restarts={restarts})"
     asked: dict[str, Any] = {"attacks": attack, "curve": "none", "batch_size": 16, "device": "cpu"}
-    told = rm.forecast(net, x, torch.zeros(16, dtype=torch.long), seconds=2.0, **asked)
+    told = rm.forecast(net, x, torch.zeros(16, dtype=torch.long), seconds=3.0, **asked)
     begun = clock[0]
     rm.evaluate(net, x, torch.zeros(16, dtype=torch.long), **asked)
     truth = clock[0] - begun
@@ -156,7 +158,7 @@ def test_likely_passes_are_the_different_proposals_of_random_draws() -> None:
     steps = [schedule.Random(*step) for step in ((5, 1, 2), (5, 2, 2), (3, 1, 2), (1, 7, None))]
     assert schedule.likely(steps) == pytest.approx([1.0, 0.75, 1.0, 7.0])
     heard: list[tuple[float, float]] = []
-    with schedule.heard_by(lambda done, of: heard.append((done, of))):
+    with schedule.heard_by(lambda done, of, _: heard.append((done, of))):
         for restart in range(2):
             list(schedule.followed("abc", [4.0, 2.0, 1.0], restart, 2))
     assert heard == [(2, 17), (6, 17), (8, 17), (10, 17), (14, 17), (16, 17)]
@@ -199,13 +201,18 @@ def test_a_model_that_cannot_be_counted_is_forecast_and_says_so(clock: list[floa
 # ------------------------------------------------------------------------------------------------ the model of the cost
 
 
+def counted(trace: Trace, sizes: Sequence[int], gradient: bool = True, seconds: float = 1.0) -> Trace:
+    """Passes on so many images, each of which takes so long."""
+    for n in sizes:
+        trace.count(n, gradient, trace.took)
+        trace.took += Seconds(seconds, seconds / 2)
+    return trace
+
+
 def test_a_trace_scales_by_hand() -> None:
     """Ten calls with a gradient on 8 images, of which 4 are left from the fifth on: 12 + 0.5 x 60 seconds there."""
     costs = {True: PassCost(1.2, 0.5), False: PassCost(1.0, 1.0)}
-    trace = Trace(8, cost=30)
-    for n in (8, 8, 8, 8, 8, 4, 4, 4, 4, 4):
-        trace.count(n, True)
-    trace.took = Seconds(84.0, 42.0)
+    trace = counted(Trace(8, cost=30), [8] * 5 + [4] * 5, seconds=8.4)
     assert trace.passes == pytest.approx(3 * 60 / 8)
     whole = trace.scaled(costs, trace.pace(costs), images=20, batch_size=8)  # three batches: 30 calls, 150 images
     assert whole.cpu == pytest.approx(84 * (30 * 1.2 + 150 * 0.5) / (10 * 1.2 + 60 * 0.5))
@@ -216,35 +223,55 @@ def test_a_trace_scales_by_hand() -> None:
 
 def test_a_trace_that_did_not_end_goes_on_with_the_images_that_were_left() -> None:
     costs = {True: PassCost(0.0, 1.0), False: PassCost(0.0, 1.0)}
-    trace = Trace(8, cost=60, whole=False, took=Seconds(60.0, 60.0))
-    for n in (8, 8, 8, 8, 8, 4, 4, 4, 4, 4):
-        trace.count(n, True)
+    trace = counted(Trace(8, cost=60, whole=False), [8] * 5, seconds=8.0)
+    trace = counted(trace, [4] * 5, seconds=4.0)
     assert trace.passes == pytest.approx(3 * (60 + 10 * 4) / 8)  # as many calls again, on four images
     assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(100.0)
     assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8, unbroken=True).cpu == pytest.approx(160.0)
 
 
+def test_several_targets_at_once_go_on_at_once() -> None:
+    """Of each of eight images four targets in a pass: ten passes of 32 rows, and as many to come."""
+    trace = counted(Trace(8, cost=240, whole=False), [32] * 10)
+    assert trace.passes == pytest.approx(3 * 20 * 32 / 8)
+    assert trace.pace({kind: PassCost(0.0, 1.0) for kind in (True, False)}).cpu == pytest.approx(20 / 640)
+
+
 def test_a_trace_that_heard_how_far_it_is_goes_on_at_that_pace() -> None:
     """Heard after ten passes: four of ten. So 25 are likely, and two more were made since."""
-    trace = Trace(8, cost=500, whole=False)
-    for at in range(12):
-        if at == 10:
-            trace.hear(4.0, 10.0)
-        trace.count(8, False)
+    trace = counted(Trace(8, cost=500, whole=False), [8] * 10, gradient=False)
+    trace.hear(4.0, 10.0, trace.took)
+    counted(trace, [8] * 2, gradient=False)
     assert trace.passes == pytest.approx(25.0)
-    trace.hear(1.0, 1000.0)
+    trace.hear(1.0, 1000.0, trace.took)
     assert trace.likely == 500, "never more than what the attack costs at most"
+
+
+def test_a_climb_of_another_kind_goes_on_as_it_went_last() -> None:
+    """Four tenths of an attack: two steps of one second without a pass, then two with two passes in three seconds. So
+    the six that are left take 18 seconds and twelve passes.
+    """
+    trace = Trace(8, cost=500, whole=False)
+    for step in range(5):
+        hear = schedule.heard_by(lambda done, of, some: trace.hear(done, of, trace.took, some))
+        with hear, schedule.part(0.0, 1.0, 2.0):
+            schedule.at(step, 5)
+        if step < 2:
+            trace.took += Seconds(1.0, 1.0)
+        else:
+            counted(trace, [4, 4], gradient=False, seconds=1.5)
+    assert trace.some
+    alone = {True: PassCost(0.0, 0.0), False: PassCost(1.0, 0.0)}
+    assert trace.passes == pytest.approx((4 + 12) * 4 / 8)
+    assert trace.scaled(alone, trace.pace(alone), images=8, batch_size=8).cpu == pytest.approx(8 + 18)
 
 
 def test_what_is_made_once_is_not_counted_again_and_again() -> None:
     """Six calls of ten seconds each, then six of one: the 288 that are left take a second each."""
     costs = {True: PassCost(1.0, 0.0), False: PassCost(1.0, 0.0)}
-    trace = Trace(8, cost=300, whole=False, took=Seconds(66.0, 66.0))
-    for at in range(12):
-        if at == WARM:
-            trace.first = dict(trace.calls), dict(trace.rows), Seconds(60.0, 60.0)
-        trace.count(8, False)
-    assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(300.0)
+    trace = counted(Trace(8, cost=300, whole=False), [8] * 6, gradient=False, seconds=10.0)
+    trace = counted(trace, [8] * 6, gradient=False)
+    assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(354.0)
     trace.whole = True
     assert trace.scaled(costs, trace.pace(costs), images=8, batch_size=8).cpu == pytest.approx(66.0)
 

@@ -1,7 +1,8 @@
 """How far an attack is in its schedule, for a forecast that stops it before its end.
 
 `Attack.queries` tells the passes of an image whose every step is a pass. An attack that leaves steps out, because they
-cannot help, says here how many it has likely made, and of how many.
+cannot help, says here how many it has likely made, and of how many (`followed`); one of several climbs, how far it is
+in each (`part`, `at`).
 """
 
 from __future__ import annotations
@@ -13,19 +14,45 @@ from typing import NamedTuple, TypeVar
 
 Step = TypeVar("Step")
 
-_HEARD: ContextVar[Callable[[float, float], None] | None] = ContextVar("heard", default=None)
+Hear = Callable[[float, float, bool], None]
+
+_HEARD: ContextVar[Hear | None] = ContextVar("heard", default=None)
 
 
 @contextlib.contextmanager
-def heard_by(hear: Callable[[float, float], None]) -> Iterator[None]:
-    """Inside, ``hear(done, of)`` is called by attacks that leave steps out: passes that an image which never breaks has
-    likely made so far, and in all. Only their ratio, and how it grows, means something.
+def heard_by(hear: Hear) -> Iterator[None]:
+    """Inside, ``hear(done, of, some)`` is called by attacks that leave steps out: passes that an image which never
+    breaks has likely made so far, and in all. Only their ratio, and how it grows, means something. ``some``: not all
+    images that are left are in each pass.
     """
     token = _HEARD.set(hear)
     try:
         yield
     finally:
         _HEARD.reset(token)
+
+
+_WITHIN: ContextVar[tuple[float, float]] = ContextVar("within", default=(0.0, 1.0))
+"""What is climbed of the attack: from one share of it to another."""
+
+
+@contextlib.contextmanager
+def part(begin: float, end: float, of: float) -> Iterator[None]:
+    """Inside, an attack is in that part of the part that it was in: from ``begin`` to ``end``, of ``of`` in all."""
+    first, last = _WITHIN.get()
+    token = _WITHIN.set((first + (last - first) * begin / of, first + (last - first) * end / of))
+    try:
+        yield
+    finally:
+        _WITHIN.reset(token)
+
+
+def at(step: int, steps: int) -> None:
+    """So many of its steps an attack has made in the part that it is in."""
+    hear = _HEARD.get()
+    if hear is not None:
+        first, last = _WITHIN.get()
+        hear(first + (last - first) * step / steps, 1.0, True)
 
 
 class Random(NamedTuple):
@@ -61,6 +88,6 @@ def followed(steps: Iterable[Step], passes: Sequence[float], restart: int, resta
     for step, each in zip(steps, passes, strict=True):
         hear = _HEARD.get()
         if hear is not None:
-            hear(done, 1 + restarts * whole)
+            hear(done, 1 + restarts * whole, False)
         yield step
         done += each

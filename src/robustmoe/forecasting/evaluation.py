@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,6 +70,7 @@ class Probe:
         broken = ~self.right if plan.suite else torch.zeros_like(self.right)
         stages = []
         parts = [stage for stage in plan.stages if stage.attack is not None]
+        shares = [math.sqrt(1 + part.attack.queries(session.output)) for part in parts if part.attack is not None]
         for at, part in enumerate(parts):
             clock = Stopwatch(session.device)
             assert part.attack is not None
@@ -77,7 +79,9 @@ class Probe:
             size = min(session.options.batch_size, max(1, entering))
             together = max(1, round(session.options.batch_size * max(1, len(some)) / size))
             some_batch = self.batch[some]
-            trace, lost = probed(session, part.attack, some_batch, part.name, together, budget / (len(parts) - at))
+            trace, lost = probed(
+                session, part.attack, some_batch, part.name, together, budget * shares[at] / sum(shares[at:])
+            )
             broken[some[lost]] = True
             stages.append(ProbedStage(part.name, trace, entering, n, 1 - float(broken.double().mean())))
             budget = max(0.0, budget - clock.read().main(session.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +22,6 @@ from robustmoe.noise import Noise
 
 GRADIENT = 3
 """Forward passes that a gradient counts as."""
-
-
-WARM = 6
-"""Calls of an attack that pay for what is made once, such as the plan of a convolution for a batch of a new size: they
-tell nothing of the others.
-"""
 
 
 class _TimeIsUp(Exception):
@@ -79,12 +74,30 @@ def _pass_time(session: Session, climbed: Surrogate, batch: Batch, gradient: boo
     return min(times)
 
 
+class Mark(NamedTuple):
+    """How far an attack is: the ``share`` of it that is done, and what that took."""
+
+    share: float
+    calls: dict[bool, float]
+    rows: dict[bool, float]
+    used: float
+    took: Seconds
+
+
+NOTHING = Mark(0.0, {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}, 0.0, Seconds())
+
+
 @dataclass
 class Trace:
     """The passes of an attack on ``images`` images: how many of each kind, on how many images together, and in how many
     seconds. ``cost``: forward passes that an image costs which is never broken (0: not known); ``used``: those that
-    there were time for; ``last``: images of the last passes; ``first``: passes and seconds of the first `WARM` calls;
-    ``heard``: what an attack that leaves steps out said last (`robustmoe.attacks.schedule`), and what was used then.
+    there were time for. ``marks``: how far it was on its way, as it says itself where it ``hears`` (see
+    `robustmoe.attacks.schedule`), else by what it used of its cost; ``some``: its passes are of a part of the images
+    that are left.
+
+    An attack that did not end goes on as it went in the last third of its passes: on the images that were left then,
+    with the passes and in the time that its last steps took. What is made once, such as the plan of a convolution, and
+    images that leave at once, are not counted again and again.
     """
 
     images: int
@@ -92,31 +105,39 @@ class Trace:
     calls: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
     rows: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
     used: float = 0.0
-    last: list[int] = field(default_factory=list)
     took: Seconds = field(default_factory=Seconds)
     whole: bool = True
-    first: tuple[dict[bool, float], dict[bool, float], Seconds] | None = None
-    heard: tuple[float, float, float] | None = None
+    hears: bool = False
+    some: bool = False
+    marks: list[Mark] = field(default_factory=lambda: [NOTHING])
 
-    def hear(self, done: float, of: float) -> None:
-        """An attack has likely made so many of its passes."""
-        self.heard = done, of, self.used
+    def hear(self, done: float, of: float, took: Seconds, some: bool = False) -> None:
+        """The attack has done so much of all."""
+        self.some = some
+        if not self.hears:
+            self.hears, self.marks = True, [NOTHING]
+        self.marks.append(self._mark(done / of, took))
+
+    def count(self, n: int, gradient: bool, took: Seconds) -> None:
+        """A pass on n images begins."""
+        if not self.hears and self.used:
+            self.marks.append(self._mark(self.used / max(1, self.cost), took))
+        self.calls[gradient] += 1
+        self.rows[gradient] += n
+        self.used += (GRADIENT if gradient else 1) * max(1.0, n / self.images)
+
+    def _mark(self, share: float, took: Seconds) -> Mark:
+        return Mark(min(1.0, share), dict(self.calls), dict(self.rows), self.used, took)
 
     @property
     def likely(self) -> float:
         """Forward passes that an image likely costs which is never broken: less than ``cost`` where the attack leaves
         steps out, as far as it has been seen.
         """
-        if self.heard is None:
+        if not self.hears:
             return float(self.cost)
-        done, of, used = self.heard
-        return min(float(self.cost), max(self.used, used * of / done))
-
-    def count(self, n: int, gradient: bool) -> None:
-        self.calls[gradient] += 1
-        self.rows[gradient] += n
-        self.used += (GRADIENT if gradient else 1) * max(1.0, n / self.images)
-        self.last = [*self.last[-3:], n]
+        last, step, more = self._ahead()
+        return min(float(self.cost), max(self.used, 0.0 if self.whole else last.used + more * step.used))
 
     @property
     def passes(self) -> float:
@@ -124,13 +145,12 @@ class Trace:
         return self._sum(self._ended()) / max(1, self.images)
 
     def pace(self, costs: Costs) -> Seconds:
-        """What the attack took for each second that its passes alone would have taken; of an attack that did not end
-        without its first calls, which would count again and again.
-        """
-        took, alone = self.took, _alone(costs, self.calls, self.rows)
-        if not self.whole and self.first is not None and sum(self.calls.values()) >= 2 * WARM:
-            took, alone = took - self.first[2], alone - _alone(costs, *self.first[:2])
-        return took * (1 / alone) if alone > 0 else Seconds(1.0, 1.0)
+        """What the attack takes for each second that its passes alone would take."""
+        took, alone = self.took, _alone(costs, *self._ended())
+        if not self.whole and self.used:
+            last, step, more = self._ahead()
+            took = last.took + step.took * more
+        return took * (1 / alone) if alone > 0 and self.used else Seconds(1.0, 1.0)
 
     def scaled(self, costs: Costs, pace: Seconds, images: int, batch_size: int, unbroken: bool = False) -> Seconds:
         """The seconds of the whole attack on ``images``, in batches. ``unbroken``: if none of them ever breaks."""
@@ -139,16 +159,37 @@ class Trace:
         share = images / max(1, self.images)
         return pace * sum(costs[kind].of(calls[kind] * batches, rows[kind] * share) for kind in costs)
 
+    def _ahead(self) -> tuple[Mark, Mark, float]:
+        """The last mark, what came in the last third of the passes, and how many times as much is to come."""
+        marks = self.marks
+        if not self.hears:
+            marks = [*marks, self._mark(self.used / max(1, self.cost), self.took)]
+        last = marks[-1]
+        before = [mark for mark in marks if mark.share < last.share]
+        late = [mark for mark in before if sum(mark.rows.values()) <= 2 / 3 * sum(last.rows.values())]
+        begin = late[-1] if late else before[0] if before else None
+        if begin is None:
+            return last, NOTHING, 0.0
+        step = Mark(
+            last.share - begin.share,
+            _plus(last.calls, begin.calls, -1.0),
+            _plus(last.rows, begin.rows, -1.0),
+            last.used - begin.used,
+            last.took - begin.took,
+        )
+        return last, step, (1 - last.share) / step.share
+
     def _sum(self, counted: tuple[dict[bool, float], dict[bool, float]]) -> float:
         return GRADIENT * counted[1][True] + counted[1][False]
 
     def _ended(self) -> tuple[dict[bool, float], dict[bool, float]]:
-        """Calls and rows, with those that there was no time for: on the images that were left at last."""
-        if self.whole or not self.used:
-            return (self.calls, self.rows) if self.whole else self._unbroken()
-        more = max(0.0, self.likely - self.used) / self.used
-        left = min(self.images, max(self.last))
-        return _plus(self.calls, self.calls, more), _plus(self.rows, self.calls, more * left)
+        """Calls and rows, with those that there was no time for."""
+        if self.whole:
+            return self.calls, self.rows
+        if not self.used:
+            return self._unbroken()
+        last, step, more = self._ahead()
+        return _plus(last.calls, step.calls, more), _plus(last.rows, step.rows, more)
 
     def _unbroken(self) -> tuple[dict[bool, float], dict[bool, float]]:
         if not self.used:  # no pass was made: gradients alone
@@ -183,24 +224,29 @@ def probed(
     surrogate = session.surrogate(precision=session.options.precision)
     clock = Stopwatch(session.device)
 
+    sizes: list[int] = []
+
     def on_pass(n: int, gradient: bool) -> None:
-        if trace.used and clock.read().main(session.device) > budget:
+        now = clock.read()
+        if trace.used and now.main(session.device) > budget:
             raise _TimeIsUp
-        if sum(trace.calls.values()) == WARM:
-            trace.first = dict(trace.calls), dict(trace.rows), clock.read()
-        trace.count(n, gradient)
+        sizes[:] = [*sizes[-3:], n]
+        trace.count(n, gradient, now)
+
+    def heard(done: float, of: float, some: bool) -> None:
+        trace.hear(done, of, clock.read(), some)
 
     watched = Surrogate(surrogate.climbed, session.model, surrogate.close, on_pass)
     noise = part_noise(Noise.of(batch.index, attack.seed), name)
     try:
-        with room_for(together), heard_by(trace.hear):
+        with room_for(together), heard_by(heard):
             x_adv = attacked_images(watched, attack, batch, noise)
         trace.took = clock.read()
         with torch.no_grad():
             broken = torch.tensor(predictions(session.model.run(x_adv)), device=batch.y.device) != batch.y
     except _TimeIsUp:
         trace.took, trace.whole = clock.read(), False
-        gone = len(batch) - min(len(batch), max(trace.last))
+        gone = 0 if trace.some else len(batch) - min(len(batch), max(sizes))
         broken[_margins(session, batch).argsort()[:gone]] = True
     return trace, broken
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from robustmoe import asking
+from robustmoe.attacks import schedule
 from robustmoe.attacks.base import entered
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.regions import (
@@ -33,6 +34,11 @@ from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 from robustmoe.routing import Routing, Trace
+
+FLIPPED, BEHIND, FREE = 1.0, 7.0, 11.0
+"""How far the attack is with a rival, for a forecast: where its route is flipped, where the climb behind the boundary
+is over, and in the end. A step of each costs about so many forward passes more, where a single router decides.
+"""
 
 
 class Flip(NamedTuple):
@@ -96,13 +102,16 @@ class RouteFlip(RouteAttack):
                 if len(rows) == 0:
                     return survivors.x_adv
                 now = x[rows] if restart == 0 else self.threat.start(x[rows], noise[rows].fold(restart, number))
+                done, of = float(restart * max(1, len(pairs)) + number), float(self.restarts * max(1, len(pairs)))
                 if pairs:
-                    now, fooled, _ = self._behind(model, x[rows], y[rows], now, name, trace[name][rows], rank)
+                    with schedule.part(done, done + BEHIND / FREE, of):
+                        now, fooled, _ = self._behind(model, x[rows], y[rows], now, name, trace[name][rows], rank)
                     survivors.record(rows, now, fooled)
                     [left] = asking.places(~fooled)
                     rows, now = rows[left], now[left]
                 if len(rows):
-                    survivors.record(rows, *steer(model, x[rows], y[rows], now, {}))
+                    with schedule.part(done + (BEHIND / FREE if pairs else 0.0), done + 1.0, of):
+                        survivors.record(rows, *steer(model, x[rows], y[rows], now, {}))
         return survivors.x_adv
 
     def flips(
@@ -136,14 +145,16 @@ class RouteFlip(RouteAttack):
         self, model: RoutedModel, x: Tensor, y: Tensor, start: Tensor, name: str, clean: Routing, rank: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Flip, then ascend in the region behind. Last iterates, which are broken, which flipped."""
-        now, index, fooled = self._flip(model, x, y, start, name, clean, rank)
+        with schedule.part(0.0, FLIPPED, BEHIND):
+            now, index, fooled = self._flip(model, x, y, start, name, clean, rank)
         forced = ~alike(index, clean.index)
         flipped = forced.any(1)
         [rows] = asking.places(flipped & ~fooled)
         if len(rows):
             some = None if forced.shape[1] == 1 else forced[rows]  # None: all, which is so of an only item
             goal = Goal.of(clean[rows], index[rows], some)
-            now[rows], fooled[rows] = self._steering()(model, x[rows], y[rows], now[rows], {name: goal})
+            with schedule.part(FLIPPED, BEHIND, BEHIND):
+                now[rows], fooled[rows] = self._steering()(model, x[rows], y[rows], now[rows], {name: goal})
         return now, fooled, flipped
 
     def _flip(
@@ -157,6 +168,7 @@ class RouteFlip(RouteAttack):
         rows, now = torch.arange(len(x), device=x.device), start
         step_size = self._steering().step_size
         for step in range(self.steps + 1):
+            schedule.at(step, self.steps + 1)
             at = now.detach().requires_grad_(True)
             fresh = decisions(model, at, [name])[name]
             gradient = gradients_of([margin({name: goal[rows]}, {name: fresh})], at)[0]

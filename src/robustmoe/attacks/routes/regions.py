@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from robustmoe import asking
+from robustmoe.attacks import schedule
 from robustmoe.attacks.finite import require_finite
 from robustmoe.attacks.losses import climb, scale_of
 from robustmoe.attacks.surrogate import Surrogate, missed
@@ -263,6 +264,7 @@ class Steering:
         gradients: list[Tensor] = []
         goal = dict(target)
         for step in range(self.steps + 1):
+            schedule.at(step, self.steps + 1)
             if step == self.steps:
                 hit = broken(model, now, y[rows])
             else:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from robustmoe.attacks import schedule
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.flip import RouteFlip
 from robustmoe.attacks.routes.regions import GRID, Goal, RouteLoss, Survivors, climbable, free_trace
@@ -81,9 +82,9 @@ class ExpertTransition(RouteAttack):
         if not routers:
             return self._general(trace).perturb(model, x, y, noise)
         steer, ranked = self._steering(), {name: ranking(clean) for name, clean in routers.items()}
-        survivors = Survivors(model, x, y)
+        survivors, regions = Survivors(model, x, y), self._regions(routers)
         for restart in range(self.restarts):
-            for number, ranks in enumerate(self._regions(routers)):
+            for number, ranks in enumerate(regions):
                 rows = survivors.rows
                 if len(rows) == 0:
                     return survivors.x_adv
@@ -92,7 +93,9 @@ class ExpertTransition(RouteAttack):
                 for (name, clean), rank in zip(routers.items(), ranks):
                     index = ranked[name][rows, :, rank : rank + 1]
                     target[name] = Goal.of(clean[rows], index)
-                survivors.record(rows, *steer(model, x[rows], y[rows], start, target))
+                done = restart * len(regions) + number
+                with schedule.part(float(done), done + 1.0, float(self.restarts * len(regions))):
+                    survivors.record(rows, *steer(model, x[rows], y[rows], start, target))
         return survivors.x_adv
 
 
