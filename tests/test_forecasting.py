@@ -15,11 +15,16 @@ from torch import Tensor, nn
 
 import robustmoe as rm
 from robustmoe.attacks import schedule
+from robustmoe.certification import Certificate, Certifier
 from robustmoe.cli import main
 from robustmoe.errors import UserError
+from robustmoe.evaluation.certifying import Certifying
+from robustmoe.evaluation.session import in_hand
 from robustmoe.forecasting import timing
+from robustmoe.forecasting.certifying import timed
 from robustmoe.forecasting.probing import PassCost, Trace
 from robustmoe.forecasting.timing import Seconds
+from robustmoe.options import CertifyOptions
 from robustmoe.recipe import Recipe
 
 NOW = [0.0]
@@ -317,9 +322,78 @@ def test_what_cannot_be_forecast_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         rm.forecast(Ticking(), x, y, shard="1/3")
     with pytest.raises(UserError, match="there is no recipe 'nothing'"):
         rm.forecast("nothing")
+    with pytest.raises(UserError, match="cannot forecast a int; expected a recipe, its name or file, a run folder, or"):
+        rm.forecast(3)  # type: ignore[arg-type]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="a forecast is made by one process"):
         rm.forecast(Recipe(model="small_cnn", data="digits", method="standard", epochs=1))
+
+
+def test_processes_of_torchrun_tell_once_that_a_forecast_is_made_by_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("robustmoe.cli.GRACE", 0.0)
+    told = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["evaluate", "zoo:digits_dense", "--dry-run"]) == 2
+        told.append(capsys.readouterr().err)
+    assert told[0].startswith("robustmoe: a forecast is made by one process")
+    assert told[1] == ""
+
+
+def test_a_dry_run_is_refused_where_the_run_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("small.toml").write_text('model = "small_cnn"\ndata = "digits"\nmethod = "standard"\nepochs = 1\n')
+    assert main(["train", "small.toml", "--dry-run", "--resume", "--out", "new"]) == 2
+    assert "there is no run to resume" in capsys.readouterr().err
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("{}")
+    assert main(["train", "small.toml", "--dry-run", "--out", "old"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_certification_is_forecast_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robustmoe.forecasting.BUDGET", 0.2)
+    Path("own.py").write_text(
+        "from torch import nn\n\n\ndef make_model():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    there = sorted(tmp_path.iterdir())
+    model = ["--model", "own.py:make_model", "--data", "digits", "--limit", "100", "--device", "cpu"]
+    certifiers = ["--certifier", "bounds(linf(0.01), how=ibp, search=0)", "--certifier", "smoothing(0.25, n=200)"]
+    assert main(["certify", *model, *certifiers, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("forecast of the certification of ")
+    assert "bounds(linf(0.01), how=ibp, search=0)" in text.replace("\n", " ")
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == there
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_certification_takes_what_was_forecast(clock: list[float], tmp_path: Path) -> None:
+    """Each image takes a tenth of a second, each call half a second, and the first call five."""
+    calls = []
+
+    class Slow(Certifier):
+        norm, eps = "linf", 0.1
+
+        def certify(self, model: Any, x: Tensor, noise: Any) -> list[Certificate]:
+            clock[0] += 0.5 + 0.1 * len(x) + (5 if not calls else 0)
+            calls.append(len(x))
+            return [Certificate(0, 0.0, "", None, None, "") for _ in x]
+
+    x, y = pictures(96)
+    options = CertifyOptions(batch_size=16, device="cpu", limit=None)
+    with in_hand(Ticking(), x, y, options) as session:
+        each, images = timed(Certifying(session, Slow()), 16.0)
+    assert (calls, images) == ([4, 4, 16, 16, 16], 48)
+    assert each.wall == pytest.approx((0.5 + 1.6) / 16)
 
 
 # ------------------------------------------------------------------------------------------------ while it works

@@ -13,11 +13,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from robustmoe import spec
-from robustmoe.errors import UserError, nearest, out_of_memory
+from robustmoe.errors import EverywhereError, UserError, nearest, out_of_memory
 from robustmoe.flags import parse, summary
 from robustmoe.progress import first_process, show
 from robustmoe.verbs import STOPPED, VERBS
@@ -50,6 +51,9 @@ _NO_PLACE = {
     errno.ENOSPC: _MORE_ROOM, errno.EDQUOT: _MORE_ROOM, errno.EACCES: _YOURS, errno.EPERM: _YOURS, errno.EROFS: _YOURS,
     errno.ENOTDIR: _OTHER_PLACE, errno.ENAMETOOLONG: _OTHER_PLACE, errno.ELOOP: _OTHER_PLACE,
 }  # fmt: skip
+GRACE = 20.0
+"""Seconds that a process waits for the first one to tell of a mistake of all."""
+
 REPORT = "This is a fault of robustmoe; please report it, with the command and this text."
 
 
@@ -76,6 +80,9 @@ def _answered(argv: Sequence[str], stopped: str) -> int:
         told = spec.blamed(e)
         return _fail(told, 2) if told else e.code if isinstance(e.code, int) else 0
     except UserError as e:
+        if isinstance(e, EverywhereError) and not first_process():
+            time.sleep(GRACE)  # torchrun ends it as soon as the first process has told it and gone
+            return 2
         return _fail(str(e), 2)
     except (KeyboardInterrupt, _Terminated) as e:
         code = 143 if isinstance(e, _Terminated) else 130

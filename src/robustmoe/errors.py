@@ -22,6 +22,10 @@ class UserError(ValueError):
         super().__init__(line if left <= 0 else f"{line[: LONGEST - 300]}... ({left} characters) ...{line[-300:]}")
 
 
+class EverywhereError(UserError):
+    """One that every process of torchrun meets, before they know of each other: the first process tells it."""
+
+
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but for tab and new line, marks that turn the direction of writing, and halves of characters."""
 

@@ -58,18 +58,18 @@ def train(
     if seeds is not None and "seed" in fields:
         raise UserError("--seed and --seeds both say the seed; expected one of them")
     trainings = {folder: settings} if seeds is None else recipes.seeded(settings, folder, seeds)
-    if dry_run:
-        from robustmoe.forecasting import forecast
-
-        several = "" if seeds is None else f"\nfor each of {len(trainings)} seeds"
-        done = "\nsteps that are done already are not taken off" if resume else ""
-        return f"{forecast(settings)}{several}{done}"
     from robustmoe.records import check_folder
 
     begun = {where: resume and (seeds is None or (where / "config.json").is_file()) for where in trainings}
     for where, goes_on in begun.items():
         if first_process():
             check_folder(where, goes_on)
+    if dry_run:
+        from robustmoe.forecasting import forecast
+
+        several = "" if seeds is None else f"\nfor each of {len(trainings)} seeds"
+        done = "\nsteps that are done already are not taken off" if resume else ""
+        return f"{forecast(settings)}{several}{done}"
     from robustmoe import training
 
     for where, each in trainings.items():
@@ -87,7 +87,7 @@ def evaluate(target: EvaluateTarget, options: EvaluateOptions, dry_run: DryRun =
     Example: robustmoe evaluate runs/digits --attack "pgd(linf(0.1), steps=50)"
     """
     if dry_run:
-        return _evaluation_forecast(target, options)
+        return _forecast_of(target, options)
     folder = _folder(target)
     own = target.model is not None
     from robustmoe import records
@@ -99,14 +99,15 @@ def evaluate(target: EvaluateTarget, options: EvaluateOptions, dry_run: DryRun =
     return summary_table(results, records.Audit.read(folder))
 
 
-def _evaluation_forecast(target: EvaluateTarget, options: EvaluateOptions) -> str:
-    """What an evaluation would take. The run folder of a model of a user's own is made where it goes again."""
+def _forecast_of(target: Target, options: EvaluateOptions | CertifyOptions) -> str:
+    """What a measurement would take. The run folder of a model of a user's own is made where it goes again."""
     with tempfile.TemporaryDirectory(prefix="robustmoe-") as place:
         own = target.model is not None
         folder = _folder(dataclasses.replace(target, out=f"{place}/run") if own else target, told=False)
         from robustmoe.forecasting import forecast
 
-        return str(forecast(folder, data=None if own else target.data, options=options))
+        data: dict[str, Any] = {} if own or not isinstance(options, EvaluateOptions) else {"data": target.data}
+        return str(forecast(folder, **data, options=options))
 
 
 def audit(
@@ -247,13 +248,15 @@ def lipschitz(target: Target, options: LipschitzOptions) -> str:
     return f"{record}\n\nwritten to {records.Lipschitz.path(folder)}; report shows it"
 
 
-def certify(target: Target, options: CertifyOptions) -> str:
+def certify(target: Target, options: CertifyOptions, dry_run: DryRun = False) -> str:
     """Prove how far no attack can change an answer, or what hinders it.
 
     Images that are done stay done.
 
     Example: robustmoe certify runs/digits --certifier "bounds(linf(0.1))"
     """
+    if dry_run:
+        return _forecast_of(target, options)
     folder = _folder(target)
     from robustmoe import records
     from robustmoe.evaluation import certify_run

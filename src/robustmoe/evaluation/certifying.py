@@ -51,7 +51,7 @@ def certify(
     in a float32 copy. The model keeps its modes and device. Raises UserError for a model that the certifier cannot
     bound, and where `evaluate` does.
     """
-    certifiers = _certifiers(options, linf(8 / 255))
+    certifiers = chosen_certifiers(options, linf(8 / 255))
     with in_hand(model, x, y, options, num_classes, float32=True) as session:
         return Records(Certifying(session, certifier).run() for certifier in certifiers)
 
@@ -65,7 +65,7 @@ def certify_run(run: str | Path, *, options: CertifyOptions) -> Records[Certific
     the same model, in ``RUN/rows``, breaks what is certified. Under torchrun every process does the whole work.
     """
     run = named(run)
-    certifiers = _certifiers(options, threat_of(read_config(run)))
+    certifiers = chosen_certifiers(options, threat_of(read_config(run)))
     with on_run(run, options, float32=True) as session:
         assert_shared(len(session.images), options.batch_size, options.share)
         certified = Records(Certifying(session, certifier).run() for certifier in certifiers)
@@ -74,7 +74,7 @@ def certify_run(run: str | Path, *, options: CertifyOptions) -> Records[Certific
     return certified
 
 
-def _certifiers(options: CertifyOptions, threat: Threat) -> list[Certifier]:
+def chosen_certifiers(options: CertifyOptions, threat: Threat) -> list[Certifier]:
     """Each certifier once; bounds over the ball of ``threat`` where none is named."""
     if options.certifiers:
         return list(dict.fromkeys(build_certifier(certifier) for certifier in options.certifiers))
@@ -128,7 +128,7 @@ class Certifying:
         with progress(len(here), f"certify, {spec}", unit="images") as bar:
             bar.advance(len(here) - len(left))
             for batch in session.batches(left):
-                record = replace(record, rows=record.rows + self._proofs(batch))
+                record = replace(record, rows=record.rows + self.proofs(batch))
                 session.write(record)
                 bar.advance(len(batch))
         return record
@@ -156,7 +156,8 @@ class Certifying:
         records.set_aside(old.path(folder, spec), other or "certifier")
         return None
 
-    def _proofs(self, batch: Batch) -> list[Proof]:
+    def proofs(self, batch: Batch) -> list[Proof]:
+        """Returns what is proven of the images of a batch."""
         clock = Clock()
         noise = Noise.of(batch.index, self.session.options.seed)
         with looked_at():

@@ -1,4 +1,4 @@
-"""How long a training or an evaluation will take, and how much memory, before it is begun: `forecast`."""
+"""How long a training, an evaluation or a certification will take, and how much memory: `forecast`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from robustmoe.attacks import linf
 from robustmoe.errors import UserError
 from robustmoe.evaluation.measuring import session_on
 from robustmoe.evaluation.session import in_hand
+from robustmoe.forecasting.certifying import forecast_certification
 from robustmoe.forecasting.evaluation import forecast_evaluation
 from robustmoe.forecasting.timing import Stopwatch, alone
 from robustmoe.forecasting.training import forecast_training
-from robustmoe.options import EvaluateOptions, read
+from robustmoe.models import ModelSpec
+from robustmoe.options import CertifyOptions, EvaluateOptions, SharedOptions, read
 from robustmoe.recipe import Recipe
 from robustmoe.records.forecast import Forecast
 from robustmoe.training.given import asked
@@ -36,11 +38,13 @@ def forecast(
     seconds: float | None = None,
     **fields: Any,
 ) -> Forecast:
-    """Returns how long a training or an evaluation will take, part by part, and its peak of memory. Nothing is kept.
+    """Returns how long a training, an evaluation or a certification will take, part by part, and its peak of memory.
+    Nothing is kept.
 
     ``work``: a recipe, its name or file (``fields``: those of `Recipe`, as `train` takes them); a run folder
-    (``fields``: the options of `evaluate_run`, and its ``data``); or a model and its images ``x``, ``y`` as `train` and
-    `evaluate` take them: with ``method`` it is trained, else evaluated.
+    (``fields``: the options of `evaluate_run`, and its ``data``; with ``certifiers`` those of `certify_run`); or a
+    model and its images ``x``, ``y`` as `train` and `evaluate` take them: with ``method`` it is trained, else it is
+    evaluated.
 
     For about ``seconds`` (by default 5; more where a single step takes longer) real steps, validations and attacks are
     made, on copies, and timed; the rest is their number. What an attack costs depends on the images that survive it: a
@@ -52,15 +56,25 @@ def forecast(
     seconds = BUDGET if seconds is None else seconds
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise UserError(f"seconds is {seconds!r}; expected a number above 0, such as {BUDGET:g}")
+    if not (isinstance(work, Recipe | str | os.PathLike | nn.Module | ModelSpec) or callable(work)):
+        raise UserError(
+            f"cannot forecast a {type(work).__name__}; expected a recipe, its name or file, a run folder, or a model"
+        )
     if isinstance(work, Recipe) or (isinstance(work, str | os.PathLike) and not is_run(work)) or "method" in fields:
         recipe, given, _ = asked(work, x, y, None, fields)
         return forecast_training(recipe, given, seconds)
+    return _of_measurement(work, x, y, seconds, fields)
+
+
+def _of_measurement(work: Any, x: Any, y: Any, seconds: float, fields: dict[str, Any]) -> Forecast:
     clock = Stopwatch(torch.device("cpu"))
     if isinstance(work, str | os.PathLike):
         if x is not None or y is not None:
             raise UserError("a run folder has its own images; give others as data=, a spec")
+        if "certifiers" in fields or isinstance(fields.get("options"), CertifyOptions):
+            return forecast_certification(str(work), _certify_options(fields), seconds)
         data = fields.pop("data", None)
-        opened: Any = session_on(work, _options(fields), data)
+        opened: Any = session_on(str(work), _options(fields), data)
     else:
         num_classes = fields.pop("num_classes", None)
         opened = in_hand(work, x, y, _options({"curve": (), **fields}), num_classes)
@@ -72,9 +86,20 @@ def forecast(
 def _options(fields: dict[str, Any]) -> EvaluateOptions:
     given = fields.get("options")
     options = given if isinstance(given, EvaluateOptions) else read(EvaluateOptions, fields)
+    _require_all(options)
+    return options
+
+
+def _certify_options(fields: dict[str, Any]) -> CertifyOptions:
+    given = fields.get("options")
+    options = given if isinstance(given, CertifyOptions) else read(CertifyOptions, fields)
+    _require_all(options)
+    return options
+
+
+def _require_all(options: SharedOptions) -> None:
     if options.shard is not None:
         raise UserError("a forecast is of all images; leave shard out, and divide by the number of shards")
-    return options
 
 
 def is_run(work: str | os.PathLike[str]) -> bool:

@@ -74,7 +74,7 @@ def _pass_time(session: Session, climbed: Surrogate, batch: Batch, gradient: boo
     return min(times)
 
 
-class Mark(NamedTuple):
+class Milestone(NamedTuple):
     """How far an attack is: the ``share`` of it that is done, and what that took."""
 
     share: float
@@ -84,7 +84,7 @@ class Mark(NamedTuple):
     took: Seconds
 
 
-NOTHING = Mark(0.0, {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}, 0.0, Seconds())
+NOTHING = Milestone(0.0, {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}, 0.0, Seconds())
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Trace:
     whole: bool = True
     hears: bool = False
     some: bool = False
-    marks: list[Mark] = field(default_factory=lambda: [NOTHING])
+    marks: list[Milestone] = field(default_factory=lambda: [NOTHING])
 
     def hear(self, done: float, of: float, took: Seconds, some: bool = False) -> None:
         """The attack has done so much of all."""
@@ -126,8 +126,8 @@ class Trace:
         self.rows[gradient] += n
         self.used += (GRADIENT if gradient else 1) * max(1.0, n / self.images)
 
-    def _mark(self, share: float, took: Seconds) -> Mark:
-        return Mark(min(1.0, share), dict(self.calls), dict(self.rows), self.used, took)
+    def _mark(self, share: float, took: Seconds) -> Milestone:
+        return Milestone(min(1.0, share), dict(self.calls), dict(self.rows), self.used, took)
 
     @property
     def likely(self) -> float:
@@ -159,7 +159,7 @@ class Trace:
         share = images / max(1, self.images)
         return pace * sum(costs[kind].of(calls[kind] * batches, rows[kind] * share) for kind in costs)
 
-    def _ahead(self) -> tuple[Mark, Mark, float]:
+    def _ahead(self) -> tuple[Milestone, Milestone, float]:
         """The last mark, what came in the last third of the passes, and how many times as much is to come."""
         marks = self.marks
         if not self.hears:
@@ -170,7 +170,7 @@ class Trace:
         begin = late[-1] if late else before[0] if before else None
         if begin is None:
             return last, NOTHING, 0.0
-        step = Mark(
+        step = Milestone(
             last.share - begin.share,
             _plus(last.calls, begin.calls, -1.0),
             _plus(last.rows, begin.rows, -1.0),

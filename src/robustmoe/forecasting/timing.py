@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robustmoe.errors import UserError
+from robustmoe.errors import EverywhereError
 from robustmoe.records.forecast import ForecastPart
 
 
@@ -61,8 +61,8 @@ class Stopwatch:
 
 
 def alone() -> None:
-    """UserError under torchrun: how long a share takes is told by one process that has a share."""
+    """EverywhereError under torchrun: how long a share takes is told by one process that has a share."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
+        raise EverywhereError(
             "a forecast is made by one process; leave torchrun out, and give --batch-size the share of one process"
         )

@@ -33,12 +33,13 @@ class ForecastPart:
 
 @dataclass(frozen=True)
 class Forecast(Told):
-    """A forecast of a training or of an evaluation. ``peak``: bytes of memory at the most (``room``: that there are;
-    None where the system does not say); ``files``: bytes that the job will write at the most; ``measured``: CPU seconds
-    that the forecast itself took; ``macs``: multiply-adds an image and pass, None where they cannot be counted.
+    """A forecast of a training, an evaluation or a certification. ``peak``: bytes of memory at the most (``room``: that
+    there are; None where the system does not say); ``files``: bytes that the job will write at the most; ``measured``:
+    CPU seconds that the forecast itself took; ``macs``: multiply-adds an image and pass, None where they cannot be
+    counted.
     """
 
-    job: Literal["training", "evaluation"]
+    job: Literal["training", "evaluation", "certification"]
     what: str
     device: str
     threads: int

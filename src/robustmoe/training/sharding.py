@@ -43,12 +43,12 @@ def check(recipe: Recipe, method: Method, val_attack: Attack | None, in_python: 
     said = f"sharding={recipe.sharding}"
     if in_python:
         raise UserError(f"{said}: a model in Python stays whole where it is; expected a model by its spec")
-    if distributed.world() == 1:
-        return
     if recipe.val_certifier is not None:
         raise UserError(
             f"{said}: certificates need the whole model; expected val_certifier=none, and certify afterwards"
         )
+    if distributed.world() == 1:
+        return
     if recipe.recalibrate == "attacked":
         raise UserError(f"{said}: recalibrate=attacked needs a copy of the model; expected clean, or none")
     losses = [loss for phase in method.phases for loss in (phase.loss, getattr(phase.loss, "own", None))]
