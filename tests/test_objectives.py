@@ -19,6 +19,7 @@ from robustmoe.attacks import (
     RoutingLoss,
     Score,
     kl,
+    losses,
     router_hinge,
 )
 from robustmoe.attacks.half import LowPrecision
@@ -195,3 +196,35 @@ def test_an_item_none_of_whose_choices_found_room_departs_from_nothing() -> None
 def test_router_only_needs_a_router(tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match="router_only needs a model with a router; this model is dense"):
         RouterOnly()(tiny("dense"), images(2), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["ce", "margin", "dlr", "towards dlr", "towards margin"])
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+@pytest.mark.parametrize("spoilt", ["none", "flat", "certain", "huge", "never", "nan"])
+def test_ordinary_logits_give_what_all_logits_give(
+    kind: str, classes: int, spoilt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short way, which is taken where no image's logits are out of the ordinary, to the bit, and its gradients."""
+    logits = torch.randn(6, classes, generator=torch.Generator().manual_seed(classes))
+    y = torch.arange(6) % classes
+    if spoilt != "none":
+        logits[2] = {"flat": 1e-6, "certain": 1.0, "huge": 2.0**60, "never": 1.0, "nan": torch.nan}[spoilt] * logits[2]
+    if spoilt == "certain":
+        logits[2, y[2]] = 300.0
+    if spoilt == "never":
+        logits[2, (y[2] + 1) % classes] = -torch.inf
+    assert losses.ordinary(logits) is (spoilt in ("none", "certain"))
+
+    def parts() -> list[Tensor]:
+        at = logits.clone().requires_grad_(True)
+        if kind.startswith("towards"):
+            ascent = losses.targeted_climb(kind.split()[1], at, y, (y + 1) % classes)  # type: ignore[arg-type]
+        else:
+            ascent = losses.climb(kind, at, y)  # type: ignore[arg-type]
+        [slope] = torch.autograd.grad(ascent.climbed.sum(), at)
+        return [ascent.loss.detach(), ascent.climbed.detach(), slope, losses.scale_of(logits)]
+
+    short = parts()
+    monkeypatch.setattr(losses, "ordinary", lambda logits: False)
+    for mine, long in zip(short, parts(), strict=True):
+        assert torch.equal(mine.nan_to_num(7.0), long.nan_to_num(7.0))

@@ -67,6 +67,10 @@ def test_what_is_not_finite_is_told_in_the_end_of_an_attack_and_instead_of_what_
             require_finite(there)
     with pytest.raises(NotFiniteError):
         require_finite(broken[:1], broken)
+    most = torch.finfo(torch.float32).max
+    require_finite(torch.tensor([most, most]))  # their sum is not
+    with pytest.raises(NotFiniteError):
+        require_finite(torch.tensor([torch.inf, -torch.inf]))
 
 
 @pytest.mark.parametrize("keep", ["last", "first", "best"])

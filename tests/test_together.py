@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustmoe.attacks import FAB, Attack, AutoAttack, Surrogate, TargetedAPGD, Threat, linf, missed
+from robustmoe.attacks import fab as fab_module
 from robustmoe.attacks.together import Together, next_climbs, room, room_for
 from robustmoe.evaluation import evaluate
 from robustmoe.models import RoutedModel
@@ -131,3 +132,24 @@ def test_a_suite_called_directly_has_room_for_what_it_was_given(asked: tuple[Alo
     with room_for(len(x)):
         replace(parts["apgd-t"], steps=5)(model, *left)
     assert max(model.passes) == 8
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_how_often_a_run_asks_without_a_gradient_changes_nothing(
+    norm: str, asked: tuple[Alone, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAB's images to the bit, where once broken runs are asked blindly to the end, as in the original, and as long as
+    they are; in other passes.
+    """
+    model, x, y = asked
+    attack = FAB(Threat(norm, EPS[norm]), steps=12, targets=3, eta=1.0, keep="best")  # type: ignore[arg-type]
+    given, passes = [], []
+    for number in (1, 2, fab_module.NEVER):
+        monkeypatch.setattr(fab_module, "UNBROKEN", number)
+        model.passes.clear()
+        given.append(attack(model, x, y))
+        passes.append(list(model.passes))
+    assert torch.equal(given[0], given[1])
+    assert torch.equal(given[0], given[2])
+    assert passes[0] != passes[2]
+    assert bool((given[0] != x).any())

@@ -28,6 +28,13 @@ from robustmoe.noise import Noise
 SMALLEST_MOVE = 1e-8
 """A projection's length counts as at least this in the mixture of eq. 9, so that 0 / 0 does not arise."""
 
+UNBROKEN = 2
+"""A run that was broken once is asked without a gradient until so many points one after the other were not (on a digits
+pathway one later point in four is not)."""
+
+NEVER = 2**40
+"""More steps than any run has."""
+
 
 class _Boundary(NamedTuple):
     """The nearest linearised boundary of each image: its logit ``gap`` (m,) and the ``slope`` (m, ch, h, w) of it."""
@@ -150,13 +157,15 @@ class FAB(Attack):
 
         Where a point is not broken, the pass that said so is also the one that the next step differentiates. Once an
         image has been broken, nearly all its later points are (97 % for linf and l2 on a digits CNN) and are moved
-        back: it is then asked without a gradient (``blind``), as in the original. A close surrogate's own word moves
-        the search, and its exact model is asked about the points inside the ball alone. Long for these kinds of pass.
+        back: it is then asked without a gradient (``blind``), as in the original, as long as they are (see `UNBROKEN`;
+        on a device, where two kinds of pass are one question more, and with rng="autoattack" to the end). A close
+        surrogate's own word moves the search, and its exact model is asked about the points inside the ball alone. Long
+        for these kinds of pass.
         """
         nearest, least = x.clone(), x.new_full((len(x),), torch.inf)
         rows = torch.arange(len(x), device=x.device)
         ahead = _ahead(model, now, y, rival, self.threat.norm)
-        blind, aware, ever = rows, rows[:0], torch.zeros_like(rows, dtype=torch.bool)
+        blind, aware, since = rows, rows[:0], torch.full_like(rows, NEVER)  # steps since it was broken
         for step in range(self.steps):
             clean = x[rows]
             now = self._step(clean, now, ahead)
@@ -164,8 +173,9 @@ class FAB(Attack):
             if last:
                 blind, aware = torch.arange(len(rows), device=x.device), rows[:0]
             broken, ahead, known = self.gradients_and_broken(model, now, y[rows], _of(rival, rows), (blind, aware))
-            ever[rows] |= broken
-            seen, run = ever[rows], _Run(y, nearest, least, together)
+            since[rows] = torch.where(broken, 0, since[rows] + 1)
+            seen = since[rows] < (UNBROKEN if self.rng == "image" and asking.free(now) else NEVER)
+            run = _Run(y, nearest, least, together)
             stay, sizes = self._noted(model, now, now - clean, broken, rows, run, (seen, ~seen, ~known))
             if last:
                 break

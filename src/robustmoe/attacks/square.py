@@ -30,10 +30,10 @@ from robustmoe.noise import Noise
 BLOCK = 128
 """Most iterations whose random numbers are drawn at once."""
 
-FEW, WIDE, WASTE = 16, 128, 0.1
-"""Several successive proposals of each image are asked in one pass: up to ``FEW`` in all whatever becomes of them, and
-up to ``WIDE`` where few would be discarded (at most ``WASTE`` kept among an image's). Results do not depend on it. One
-thread, resnet8(width=16) on 32x32: 2.0 ms an image alone, 0.6 in passes of 8 or more."""
+FEW, SMALL, WIDE, WASTE = 48, 784, 128, 0.1
+"""Several successive proposals of each image are asked in one pass: up to ``FEW`` in all whatever becomes of them, half
+as many of images of more than ``SMALL`` pixels, and up to ``WIDE`` where few would be discarded (at most ``WASTE`` kept
+among an image's). Results do not depend on it, the cost of an image does: it falls up to a pass of so many."""
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Iterations (of 10,000) after which the window's share of the image halves (the paper's section 4, released code)."""
@@ -264,7 +264,7 @@ class Square(Attack):
         device = draws.turned.device
         order = torch.arange(b, device=device)
         at, fooled = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
-        key = self._remember(search, stretch, draws)
+        key, few = self._remember(search, stretch, draws), FEW // 2 if search.x[0, 0].numel() > SMALL else FEW
         pairs, kept = 0, at.new_zeros(1)  # of the last pass: proposals asked, and kept
         while True:
             open_ = order >= at[:, None]
@@ -276,7 +276,7 @@ class Square(Attack):
             active = sum(map(bool, waiting))
             if active == 0:
                 return fooled
-            width = max(1, FEW // active, min(WIDE // active, int(WASTE / search.rate)))
+            width = max(1, few // active, min(WIDE // active, int(WASTE / search.rate)))
             pairs = sum(min(each, width) for each in waiting)
             i, j = asking.pairs(open_ & (open_.cumsum(1) <= width), pairs)
             place, sign, turned = draws.place[i, j], draws.sign[i, j].to(search.x.dtype), draws.turned[i, j]
