@@ -15,7 +15,7 @@ MODULES = {
 }
 
 LAYERS = [
-    {"asking", "compat", "errors", "generators", "noise"},
+    {"asking", "compat", "errors", "generators", "heap", "noise"},
     {"progress", "repeatable"},
     {"arrays", "distributed", "memory", "provenance", "records", "routing", "spec"},
     {"hub", "options", "zoo"},
@@ -33,7 +33,7 @@ LAYERS = [
 """From the ground up. What stands in one layer imports from layers below it, and inside its own folder."""
 
 WITHOUT_TORCH = [
-    "analysis", "cli", "errors", "flags", "hub", "listing", "options", "outgoing", "progress", "reading", "recipe",
+    "analysis", "cli", "errors", "flags", "heap", "hub", "listing", "options", "outgoing", "progress", "reading", "recipe",
     "records", "reporting", "runs", "spec", "verbs", "zoo", "__main__",
 ]  # fmt: skip
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from robustmoe import spec
+from robustmoe import heap, spec
 from robustmoe.errors import EverywhereError, UserError, nearest, out_of_memory
 from robustmoe.flags import parse, summary
 from robustmoe.progress import first_process, show
@@ -59,7 +59,9 @@ REPORT = "This is a fault of robustmoe; please report it, with the command and t
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 and 143 for a stop."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
+    if program and argv[:1] and argv[0] in STOPPED:
+        heap.keep_freed()
     dry = any(word.replace("_", "-") == "--dry-run" for word in argv)
     stopped = STOPPED.get(argv[0], "stopped") if argv and not dry else "stopped"
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from robustmoe import heap
 from robustmoe.errors import UserError, out_of_memory
 
 FIRST = 8
@@ -43,6 +44,7 @@ def restart_peak(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        heap.give_back()
         with contextlib.suppress(OSError):
             _RESET.write_text("5")  # Linux: the high-water mark becomes the size of now
 
