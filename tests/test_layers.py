@@ -33,8 +33,8 @@ LAYERS = [
 """From the ground up. What stands in one layer imports from layers below it, and inside its own folder."""
 
 WITHOUT_TORCH = [
-    "analysis", "cli", "errors", "flags", "heap", "hub", "listing", "options", "outgoing", "progress", "reading", "recipe",
-    "records", "reporting", "runs", "spec", "verbs", "zoo", "__main__",
+    "analysis", "cli", "errors", "flags", "heap", "hub", "listing", "options", "outgoing", "progress", "reading",
+    "recipe", "records", "reporting", "runs", "spec", "verbs", "zoo", "__main__",
 ]  # fmt: skip
 
 
