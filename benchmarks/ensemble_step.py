@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pathway_inference import CLASSES, CLOCKS, SHAPE, Jobs, cpu_name, images, measure, ratio, spread, table
 from robustmoe.attacks import PGD, Attack, Bf16, Joint, kl, linf
-from robustmoe.attacks.half import Half
+from robustmoe.attacks.half import LowPrecision
 from robustmoe.attacks.pgd import ascend
 from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import EnsembleModel, RoutedModel, build_model
@@ -204,8 +204,8 @@ def passes(args: argparse.Namespace, x: Tensor) -> None:
         "fp32, as pgd makes it": plain,
         "fp32, parameters without gradient": off,
         "fp32, frozen copy (BatchNorm folded)": frozen_copy(plain, x[:4]).climbed,
-        "bf16, as bf16(pgd) makes it": Half(plain),
-        "bf16, parameters without gradient": Half(off),
+        "bf16, as bf16(pgd) makes it": LowPrecision(plain),
+        "bf16, parameters without gradient": LowPrecision(off),
         "bf16, frozen copy (BatchNorm folded)": frozen_copy(plain, x[:4], "fast").climbed,
     }
 

@@ -42,5 +42,5 @@ def _function(name: str) -> Callable[..., Any] | None:
     """Returns a function of glibc's allocator, or None where there is none."""
     if sys.platform != "linux":
         return None
-    found: Callable[..., Any] | None = getattr(ctypes.CDLL(None), name, None)
-    return found
+    function: Callable[..., Any] | None = getattr(ctypes.CDLL(None), name, None)
+    return function
