@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 import types
+import typing
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ import jaxtyping._decorator
 CALLS = 1
 EVERY_CALL = sys.maxsize
 decorate = jaxtyping.jaxtyped
+read_annotation = jaxtyping._decorator._destring_annotation
 
 
 class Budget:
@@ -68,9 +70,34 @@ class Inner:
             self.now.pop()
 
 
+def shaped(hint: Any) -> bool:
+    """Whether an annotation holds a shape, or one that cannot be told (a text that its module does not understand)."""
+    if isinstance(hint, str) or (inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)):
+        return True
+    parts = hint if isinstance(hint, list | tuple) else typing.get_args(hint)
+    return typing.get_origin(hint) is not typing.Literal and any(map(shaped, parts))
+
+
+def without_shapes(function: types.FunctionType) -> types.FunctionType | None:
+    """Returns ``function`` with its annotations read, where no shape stands in them.
+
+    For a shape, jaxtyping compiles two functions around each function and binds every call's arguments once more.
+    """
+    names = function.__globals__
+    hints = {key: read_annotation(hint, names) for key, hint in function.__annotations__.items()}
+    if any(map(shaped, hints.values())):
+        return None
+    twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__, twin.__annotations__ = function.__kwdefaults__, hints
+    twin.__module__, twin.__qualname__ = function.__module__, function.__qualname__
+    return twin
+
+
 def compiled(function: types.FunctionType, typechecker: Any) -> Callable[..., Any]:
     """Returns ``function`` with its checks."""
     if "<locals>" not in function.__qualname__:
+        if (plain := without_shapes(function)) is not None:
+            return beartype.beartype(plain)
         return decorate(function, typechecker=typechecker)
     if (key := id(function.__code__)) not in Inner.of:
         Inner.of[key] = Inner(function, typechecker)

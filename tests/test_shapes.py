@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
+from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
@@ -83,3 +86,35 @@ def spent() -> None:
 def test_a_test_has_checks_of_its_own_after_its_fixtures() -> None:
     with pytest.raises(TypeCheckError, match="return value"):
         first_two(torch.zeros(3))
+
+
+@shapes.jaxtyped(typechecker=shapes.typechecked)
+def count(n: int, *names: str, last: float | None = None) -> int:
+    """Keeps its word for a whole number without a last one."""
+    return n if last is None else last  # type: ignore[return-value]
+
+
+def test_a_function_without_shapes_is_checked_too() -> None:
+    assert count(3, "a") == 3
+    for arguments, named in (((2.5,), {}), ((3, 4), {}), ((3,), {"last": "x"}), ((3,), {"last": 0.5})):
+        shapes.budget.start()
+        with pytest.raises(BeartypeCallHintViolation, match="count"):
+            count(*arguments, **named)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "hint, answer",
+    [
+        (Float[Tensor, " n"], True),
+        (list[tuple[Float[Tensor, " n"], int] | None], True),
+        (Callable[[Float[Tensor, " n"]], Tensor], True),
+        ("a text that nobody understands", True),
+        (list["Tensor"], True),
+        (Tensor, False),
+        (dict[str, list[Tensor]] | None, False),
+        (Literal["n", "m"], False),
+        (Callable[[int], Tensor], False),
+    ],
+)
+def test_where_a_shape_stands_in_an_annotation(hint: object, answer: bool) -> None:
+    assert shapes.shaped(hint) is answer
