@@ -192,7 +192,7 @@ def test_a_run_keeps_the_most_certified_weights_and_goes_on_after_a_stop(tmp_pat
         data="digits",
         method="certified(linf(0.01), stability=0.1, balance=0.1)",
         optimizer="adamw(lr=1e-2, weight_decay=0)",
-        epochs=3,
+        epochs=2,
         batch_size=64,
         clip=8.0,
         seed=1,

@@ -95,8 +95,8 @@ def test_draws_are_the_same_bits(device: torch.device) -> None:
 
 ATTACKS = [
     "pgd(linf(0.05), steps=4)", "pgd(l2(0.5), steps=4, keep=first)", "apgd(linf(0.05), steps=6)",
-    "apgd(l1(4), steps=6)", "fab(linf(0.05), steps=5, targets=2)", "square(linf(0.1), steps=30)",
-    "expert_transition(linf(0.05), steps=3)", "route_flip(linf(0.05), steps=3)",
+    "apgd(l1(4), steps=6)", "fab(linf(0.05), steps=3, targets=2)", "square(linf(0.1), steps=15)",
+    "expert_transition(linf(0.05), steps=2)", "route_flip(linf(0.05), steps=2)",
 ]  # fmt: skip
 
 

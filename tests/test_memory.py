@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 from collections.abc import Callable
@@ -20,6 +21,13 @@ from robustmoe.options import EvaluateOptions, read
 from robustmoe.recipe import Recipe, load_recipe
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collected_before() -> None:
+    """Every batch that is tried collects garbage twice: not through all that other tests have left."""
+    gc.collect()
+    gc.freeze()
 
 
 def test_the_peak_is_that_of_the_largest_tensor() -> None:
