@@ -61,7 +61,9 @@ class Recipe:
         "[-1, 1]; raw = pixels in [0, 1]",
     ] = "data"
     precision: Annotated[
-        Literal["fp32", "bf16"], "number format of the network in training; attacked pixels stay fp32"
+        Literal["fp32", "bf16", "fp16"],
+        "number format of the network in training; attacked pixels stay fp32; fp16, for GPUs without bf16, scales the "
+        "loss and leaves out steps whose gradients overflow",
     ] = "fp32"
     ema: Annotated[float, "decay of the averaged weights; 0 = off"] = 0.0
     recalibrate: Annotated[

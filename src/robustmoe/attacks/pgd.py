@@ -31,10 +31,23 @@ def ascend(inner: Inner, x_adv: Tensor, rows: Tensor | None = None) -> tuple[Sco
     x_adv = x_adv.detach().requires_grad_(True)
     score = inner(x_adv) if rows is None else inner(x_adv, rows)
     climbed = score.climbed
-    slope = torch.autograd.grad(climbed.sum(), x_adv, allow_unused=True)[0] if climbed.requires_grad else None
-    gradient = torch.zeros_like(x_adv) if slope is None else slope
+    scale = _scale(x_adv.device)
+    total = climbed.sum() if scale == 1 else climbed.sum() * scale
+    slope = torch.autograd.grad(total, x_adv, allow_unused=True)[0] if climbed.requires_grad else None
+    gradient = torch.zeros_like(x_adv) if slope is None else slope if scale == 1 else slope / scale
     require_finite(score.loss, gradient)
     return Score(score.loss.detach(), score.fooled, climbed.detach()), gradient
+
+
+FP16 = 256.0
+"""By how much a loss is multiplied before its gradient at the images is taken in fp16, in which small ones round to
+zero; they are divided afterwards.
+"""
+
+
+def _scale(device: torch.device) -> float:
+    half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+    return FP16 if half else 1.0
 
 
 @dataclass

@@ -27,7 +27,7 @@ from robustmoe.progress import Bar, Pace, note, progress, span
 from robustmoe.recipe import Recipe
 from robustmoe.records import Resumed, append_json, check_folder, restarted, write_atomic, writing
 from robustmoe.records.versions import entries, tell
-from robustmoe.training import checkpoint, health, parted
+from robustmoe.training import checkpoint, health, parted, scaling
 from robustmoe.training.fitting import before_fitting, fitted
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
@@ -187,6 +187,7 @@ def _epoch(parts: RunParts, state: TrainingState, out: Path, pace: Pace) -> None
     recipe = parts.recipe
     routers = routers_of(parts)
     before = {name: _router_weights(parts.model, name) for name in routers}
+    left_out = scaling.left_out(parts.optimisers)
     with progress(parts.steps, f"epoch {state.epoch + 1}/{recipe.epochs}", unit="steps") as bar:
         bar.advance(state.step)
         started = time.monotonic()
@@ -203,6 +204,8 @@ def _epoch(parts: RunParts, state: TrainingState, out: Path, pace: Pace) -> None
                 _note_moved(parts, state, before)
                 save(parts, state, out)
     _note_moved(parts, state, before)
+    if (missed := scaling.left_out(parts.optimisers) - left_out) > 0:
+        note(f"fp16: {missed} steps of epoch {state.epoch + 1} had gradients that overflowed, and were left out")
     _finish_epoch(parts, state, out, routers)
 
 

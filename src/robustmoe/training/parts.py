@@ -67,7 +67,7 @@ class RunParts:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.recipe.precision == "bf16" else None
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
 
     @property
     def batch_size(self) -> int:

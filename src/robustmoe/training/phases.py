@@ -19,6 +19,7 @@ from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
 from robustmoe.models.plain import sharded
 from robustmoe.noise import Noise
+from robustmoe.training.scaling import LossScale
 from robustmoe.training.uphill import moved, statistics_kept, steps_uphill
 
 
@@ -151,22 +152,29 @@ def train_step(
     correct, seen = torch.zeros(()), 0
     for position, (phase, optimiser) in enumerate(zip(method.phases, optimisers)):
         named = phase.parameters(model)
-        given = second if phase.own_batch else batch
-        if given is None:
-            raise ValueError(f"phase {phase.name!r} trains on a mini-batch of its own; give train_step second=")
-        loss, gradients = _gradients_of(model, phase, given._replace(noise=given.noise.fold(position)), autocast, named)
+        given = _given(phase, second if phase.own_batch else batch, position)
+        scale = LossScale(optimiser) if autocast == torch.float16 else None
+        loss, gradients = _gradients_of(model, phase, given, autocast, named, scale.value if scale else 1.0)
         norm = _norm(gradients.values())
         own = _router_norms(gradients, routers)
         told = _told(loss, norm, *own.values())
-        if not bool(torch.isfinite(told[0])):
+        if bool(torch.isfinite(told[0])):
+            _move(optimiser, named, gradients, norm, clip, scale)
+        elif scale is None or not scale.overflowed(told):
             raise TrainingStopped(_not_finite(phase, loss.value, gradients))
         for router, its_norm in zip(own, told[4:]):
             router_grad[router] = router_grad.get(router, torch.zeros_like(its_norm)) + its_norm
-        _move(optimiser, named, gradients, norm, clip)
         losses[phase.name], norms[phase.name] = told[1], told[2]
         if loss.correct is not None:
             correct, seen = told[3], len(given.x)
     return StepResult(losses, norms, correct, seen, router_grad)
+
+
+def _given(phase: Phase, batch: MiniBatch | None, position: int) -> MiniBatch:
+    """The mini-batch of a phase, with random streams of its own."""
+    if batch is None:
+        raise ValueError(f"phase {phase.name!r} trains on a mini-batch of its own; give train_step second=")
+    return batch._replace(noise=batch.noise.fold(position))
 
 
 def _router_norms(gradients: dict[str, Tensor], routers: Sequence[str]) -> dict[str, Tensor]:
@@ -187,18 +195,25 @@ def _told(loss: Loss, norm: Tensor, *more: Tensor) -> Tensor:
 
 
 def _gradients_of(
-    model: RoutedModel, phase: Phase, batch: MiniBatch, autocast: torch.dtype | None, named: dict[str, nn.Parameter]
+    model: RoutedModel,
+    phase: Phase,
+    batch: MiniBatch,
+    autocast: torch.dtype | None,
+    named: dict[str, nn.Parameter],
+    scale: float,
 ) -> tuple[Loss, dict[str, Tensor]]:
-    """Returns the phase's loss and its gradients, at the weights or, with ``awp``, at those that it moves to."""
+    """Returns the phase's loss and its gradients, at the weights or, with ``awp``, at those that it moves to. The loss
+    is multiplied by ``scale``, and the gradients are divided.
+    """
     if not phase.awp:
         loss = _loss(model, phase, batch, autocast)
-        return loss, _gradients(model, loss.value, named)
+        return loss, _gradients(model, loss.value, named, scale)
     made: list[Tensor] = []
     with remembering(made), statistics_kept(model):
-        first = _gradients(model, _loss(model, phase, batch, autocast).value, named)
+        first = _gradients(model, _loss(model, phase, batch, autocast).value, named, scale)
     with remembering(made, again=True), moved(steps_uphill(named, first, phase.awp)):
         loss = _loss(model, phase, batch, autocast)
-        return loss, _gradients(model, loss.value, named)
+        return loss, _gradients(model, loss.value, named, scale)
 
 
 def _loss(model: RoutedModel, phase: Phase, batch: MiniBatch, autocast: torch.dtype | None) -> Loss:
@@ -216,8 +231,11 @@ def _move(
     gradients: dict[str, Tensor],
     norm: Tensor,
     clip: float,
+    scale: LossScale | None,
 ) -> None:
     """Takes one step along the gradients, which together have this norm and are clipped to ``clip``."""
+    if scale is not None:
+        scale.stepped()
     if clip > 0:
         factor = (clip / norm.clamp(min=1e-12)).clamp(max=1.0)
         for gradient in gradients.values():
@@ -228,16 +246,22 @@ def _move(
     optimiser.zero_grad(set_to_none=True)
 
 
-def _gradients(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Returns the loss's gradients by name, averaged over the processes; zero where a parameter took no part."""
+def _gradients(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
+    """Returns the loss's gradients by name, averaged over the processes; zero where a parameter took no part. Backward
+    the loss is ``scale`` times as large.
+    """
     if not loss.requires_grad:
         raise UserError("the loss has no gradient: nothing that torch follows leads from it to the weights")
     if sharded(model):
         return _of_shards(model, loss, named)
-    raw = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    scaled = loss if scale == 1 else loss * scale
+    raw = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
     # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
     gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
-    return dict(zip(named, distributed.average_gradients(gradients)))
+    averaged = distributed.average_gradients(gradients)
+    for gradient in averaged if scale != 1 else ():
+        gradient.div_(scale)
+    return dict(zip(named, averaged))
 
 
 def _of_shards(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:

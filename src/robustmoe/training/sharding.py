@@ -47,6 +47,8 @@ def check(recipe: Recipe, method: Method, val_attack: Attack | None, in_python: 
         raise UserError(
             f"{said}: certificates need the whole model; expected val_certifier=none, and certify afterwards"
         )
+    if recipe.precision == "fp16":
+        raise UserError(f"{said}: fp16's loss scale is for whole models; expected precision=bf16, or fp32")
     if distributed.world() == 1:
         return
     if recipe.recalibrate == "attacked":
