@@ -40,7 +40,14 @@ class Batch:
         return Batch(self.x[select], self.y[select], self.index[select])
 
     def to(self, device: str | torch.device) -> Batch:
-        return Batch(self.x.to(device), self.y.to(device), self.index.to(device))
+        """Returns the batch on the device; what lies in page-locked memory (`pinned`) is sent without waiting."""
+        return Batch(*(each.to(device, non_blocking=each.is_pinned()) for each in (self.x, self.y, self.index)))
+
+    def pinned(self, device: str | torch.device) -> Batch:
+        """Returns the batch in page-locked memory, from which a GPU takes it while it works; elsewhere as it is."""
+        if torch.device(device).type != "cuda" or self.x.device.type != "cpu":
+            return self
+        return Batch(self.x.pin_memory(), self.y.pin_memory(), self.index.pin_memory())
 
 
 class ImageSet(ABC):
@@ -155,7 +162,10 @@ class InMemory(ImageSet):
 
     def to(self, device: str | torch.device) -> InMemory:
         """Returns the same set with its images on ``device``, where its batches are then made."""
-        return InMemory(self.images.to(device), self.labels, self.index, self.white)
+        there = InMemory(self.images.to(device), self.labels, self.index, self.white)
+        if "fingerprint" in self.__dict__:
+            there.__dict__["fingerprint"] = self.fingerprint
+        return there
 
     def _contents(self) -> Iterator[Any]:
         yield repr((str(self.images.dtype), self.white)).encode()
@@ -304,22 +314,39 @@ def batches(
     """Yields the images at positions ``order`` (n,), by default all in order, ``batch_size`` at a time, on ``device``.
 
     The last batch may be short; ``drop_last`` leaves it out. Sets that are not in memory are read one batch ahead, in
-    a thread.
+    a thread; to a GPU they are sent while it works.
     """
     if batch_size < 1:
         raise UserError(f"the batch size is {batch_size}, expected at least 1")
     parts = (torch.arange(len(images)) if order is None else order.cpu()).split(batch_size)
     parts = tuple(part for part in parts if len(part) == batch_size or (len(part) and not drop_last))
     if isinstance(images, InMemory):
-        return (images.batch(part).to(device) for part in parts)
-    return (batch.to(device) for batch in _one_ahead(images, parts))
+        return (images.batch(part).pinned(device).to(device) for part in parts)
+    return (batch.to(device) for batch in _one_ahead(images, parts, device))
 
 
-def _one_ahead(images: ImageSet, parts: tuple[Tensor, ...]) -> Iterator[Batch]:
+SHARE = 0.125
+"""Of a device's memory, what the images of a split may take up there."""
+
+
+def resident(images: ImageSet, device: torch.device, room: int | None) -> ImageSet:
+    """Returns the set with its images on the device, as they are stored (most sets: a byte a level), where they take up
+    a small share of the ``room``, in bytes, that there is: batches are then made there, and only their places are sent.
+    Any other set, and any on the CPU, is as it was.
+    """
+    if not isinstance(images, InMemory) or device == torch.device("cpu") or room is None:
+        return images
+    return images.to(device) if images.images.nbytes <= SHARE * room else images
+
+
+def _one_ahead(images: ImageSet, parts: tuple[Tensor, ...], device: str | torch.device) -> Iterator[Batch]:
+    def read(part: Tensor) -> Batch:
+        return images.batch(part).pinned(device)
+
     with ThreadPoolExecutor(1, thread_name_prefix="robustmoe-prefetch") as reader:
         ahead = None
         for part in parts:
-            now, ahead = ahead, reader.submit(images.batch, part)
+            now, ahead = ahead, reader.submit(read, part)
             if now is not None:
                 yield now.result()
         if ahead is not None:

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from robustmoe import distributed, provenance
+from robustmoe import distributed, memory, provenance
 from robustmoe import spec as specs
 from robustmoe.attacks import Attack, evaluating
 from robustmoe.certification import Certifier
 from robustmoe.data import Data, ImageSet
+from robustmoe.data.base import resident
 from robustmoe.errors import UserError
 from robustmoe.models import BatchNorm2d, ModelSpec, Normalise, RoutedModel, build_model
 from robustmoe.models.foreign import blaming, check_classes, require_weights, runs_foreign
@@ -101,6 +102,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     require_weights(model)
     _start(model, recipe, data, fresh, isinstance(described, RoutedModel))
     model = sharding.placed(model, recipe.sharding, device)
+    data = _resident(data, device)
     parts = RunParts(
         recipe=recipe,
         data=data,
@@ -125,6 +127,12 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     data.verify()  # a damaged image is told of before the first step, not in the last epoch
     look_at(model, data, device)
     return parts
+
+
+def _resident(data: Data, device: torch.device) -> Data:
+    """The data with the images that are trained and validated on on the device, where there is room for them."""
+    room = memory.room(device)
+    return dataclasses.replace(data, train=resident(data.train, device, room), val=resident(data.val, device, room))
 
 
 def _method(recipe: Recipe, given: Given) -> Method:
