@@ -101,8 +101,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
         given.switched.update(share_statistics(model))
     require_weights(model)
     _start(model, recipe, data, fresh, isinstance(described, RoutedModel))
-    model = sharding.placed(model, recipe.sharding, device)
-    data = _resident(data, device)
+    model, data = sharding.placed(model, recipe.sharding, device), _resident(data, device)
     parts = RunParts(
         recipe=recipe,
         data=data,
