@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustmoe import asking
 from robustmoe.attacks import FAB, Attack, AutoAttack, Surrogate, TargetedAPGD, Threat, linf, missed
-from robustmoe.attacks import fab as fab_module
 from robustmoe.attacks.together import Together, next_climbs, room, room_for
 from robustmoe.evaluation import evaluate
 from robustmoe.models import RoutedModel
@@ -134,22 +134,22 @@ def test_a_suite_called_directly_has_room_for_what_it_was_given(asked: tuple[Alo
     assert max(model.passes) == 8
 
 
+@pytest.mark.parametrize("keep", ["first", "best"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_how_often_a_run_asks_without_a_gradient_changes_nothing(
-    norm: str, asked: tuple[Alone, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+def test_two_fuller_passes_of_a_step_give_what_three_give(
+    norm: str, keep: str, asked: tuple[Alone, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FAB's images to the bit, where once broken runs are asked blindly to the end, as in the original, and as long as
-    they are; in other passes.
-    """
+    """FAB's images to the bit, where runs that were broken before are asked apart from the others, as on a device."""
     model, x, y = asked
-    attack = FAB(Threat(norm, EPS[norm]), steps=12, targets=3, eta=1.0, keep="best")  # type: ignore[arg-type]
+    threat = Threat(norm, EPS[norm])  # type: ignore[arg-type]
+    attack = FAB(threat, steps=12, targets=3, eta=1.0, keep=keep)  # type: ignore[arg-type]
     given, passes = [], []
-    for number in (1, 2, fab_module.NEVER):
-        monkeypatch.setattr(fab_module, "UNBROKEN", number)
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(asking, "free", lambda values: False)
         model.passes.clear()
-        given.append(attack(model, x, y))
-        passes.append(list(model.passes))
-    assert torch.equal(given[0], given[1])
-    assert torch.equal(given[0], given[2])
-    assert passes[0] != passes[2]
+        given.append(attack(Surrogate(model, model, close=True), x, y))
+        passes.append(len(model.passes))
+    assert torch.equal(*given)
+    assert passes[0] < passes[1]
     assert bool((given[0] != x).any())

@@ -28,13 +28,6 @@ from robustmoe.noise import Noise
 SMALLEST_MOVE = 1e-8
 """A projection's length counts as at least this in the mixture of eq. 9, so that 0 / 0 does not arise."""
 
-UNBROKEN = 2
-"""A run that was broken once is asked without a gradient until so many points one after the other were not (on a digits
-pathway one later point in four is not)."""
-
-NEVER = 2**40
-"""More steps than any run has."""
-
 
 class _Boundary(NamedTuple):
     """The nearest linearised boundary of each image: its logit ``gap`` (m,) and the ``slope`` (m, ch, h, w) of it."""
@@ -157,25 +150,23 @@ class FAB(Attack):
 
         Where a point is not broken, the pass that said so is also the one that the next step differentiates. Once an
         image has been broken, nearly all its later points are (97 % for linf and l2 on a digits CNN) and are moved
-        back: it is then asked without a gradient (``blind``), as in the original, as long as they are (see `UNBROKEN`;
-        on a device, where two kinds of pass are one question more, and with rng="autoattack" to the end). A close
-        surrogate's own word moves the search, and its exact model is asked about the points inside the ball alone. Long
-        for these kinds of pass.
+        back: it is then asked without a gradient (``blind``), as in the original. A close surrogate's own word moves
+        the search, and its exact model is asked about the points inside the ball alone. Long for these kinds of pass.
         """
         nearest, least = x.clone(), x.new_full((len(x),), torch.inf)
         rows = torch.arange(len(x), device=x.device)
         ahead = _ahead(model, now, y, rival, self.threat.norm)
-        blind, aware, since = rows, rows[:0], torch.full_like(rows, NEVER)  # steps since it was broken
+        blind, aware, ever = rows, rows[:0], torch.zeros_like(rows, dtype=torch.bool)
         for step in range(self.steps):
             clean = x[rows]
             now = self._step(clean, now, ahead)
             last = step == self.steps - 1
             if last:
                 blind, aware = torch.arange(len(rows), device=x.device), rows[:0]
-            broken, ahead, known = self.gradients_and_broken(model, now, y[rows], _of(rival, rows), (blind, aware))
-            since[rows] = torch.where(broken, 0, since[rows] + 1)
-            seen = since[rows] < (UNBROKEN if self.rng == "image" and asking.free(now) else NEVER)
-            run = _Run(y, nearest, least, together)
+            where = (y[rows], _of(rival, rows), (blind, aware))
+            broken, ahead, known = self.gradients_and_broken(model, clean, now, *where)
+            ever[rows] |= broken
+            seen, run = ever[rows], _Run(y, nearest, least, together)
             stay, sizes = self._noted(model, now, now - clean, broken, rows, run, (seen, ~seen, ~known))
             if last:
                 break
@@ -246,12 +237,20 @@ class FAB(Attack):
         return ((now + self.eta * move[0]) * (1 - alpha) + (clean + move[1] * self.eta) * alpha).clamp(0.0, 1.0)
 
     def gradients_and_broken(
-        self, model: RoutedModel, now: Tensor, y: Tensor, rival: Tensor | None, parts: tuple[Tensor, Tensor]
+        self,
+        model: RoutedModel,
+        clean: Tensor,
+        now: Tensor,
+        y: Tensor,
+        rival: Tensor | None,
+        parts: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, _Boundary, Tensor]:
         """Which images are broken at ``now`` (n,), the boundary ahead, and of which images it is known (n,). ``parts``:
         the places of those that are asked blindly, and of the others, of which it is known where they are not broken.
         With rng="autoattack", of all or none: the original's next pass is of them all.
         """
+        if self.rng == "image" and asking.free(now) and all(map(len, parts)):
+            return self._in_two_passes(model, clean, now, y, rival, parts)
         broken, known = torch.zeros(2, len(now), dtype=torch.bool, device=now.device)
         ahead = _Boundary(now.new_zeros(len(now)), torch.zeros_like(now))
         for part, gradient in zip(parts, (False, True)):
@@ -260,8 +259,7 @@ class FAB(Attack):
             at, label = now[part].requires_grad_(gradient), y[part]
             with torch.set_grad_enabled(gradient):
                 logits = model.run(at).logits
-            close = isinstance(model, Surrogate) and model.close
-            wrong = logits.detach().argmax(1) != label if close else missed(model, at.detach(), logits, label)
+            wrong = _claimed(model, at.detach(), logits, label)
             broken[part] = wrong
             done = wrong.any() if self.rng == "autoattack" else wrong.all()
             if gradient and not (asking.free(done) and bool(done)):
@@ -270,6 +268,35 @@ class FAB(Attack):
                     logits, at, label, _of(rival, part), self.threat.norm
                 )
         return broken, ahead, known
+
+    def _in_two_passes(
+        self,
+        model: RoutedModel,
+        clean: Tensor,
+        now: Tensor,
+        y: Tensor,
+        rival: Tensor | None,
+        parts: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, _Boundary, Tensor]:
+        """The same where there are images of both kinds: first those that are asked blindly, then all with a gradient,
+        the broken ones among them where they are moved back to. Two fuller passes stand for three.
+        """
+        blind, aware = parts
+        broken, known = torch.zeros(2, len(now), dtype=torch.bool, device=now.device)
+        with torch.no_grad():
+            broken[blind] = _claimed(model, now[blind], model.run(now[blind]).logits, y[blind])
+        at = torch.where(broken[:, None, None, None], clean + (now - clean) * self.beta, now).requires_grad_(True)
+        logits = model.run(at).logits
+        broken[aware] = _claimed(model, at.detach()[aware], logits[aware], y[aware])
+        known[blind], known[aware] = True, ~broken[aware]
+        return broken, _differentiate(logits, at, y, rival, self.threat.norm), known
+
+
+def _claimed(model: RoutedModel, at: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    """Which images are broken: on a close surrogate's own word, else on the exact model's."""
+    if isinstance(model, Surrogate) and model.close:
+        return logits.detach().argmax(1) != y
+    return missed(model, at, logits, y)
 
 
 def _length(norm: Norm, delta: Tensor) -> Tensor:
