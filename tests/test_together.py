@@ -112,6 +112,7 @@ def test_room() -> None:
     with room_for(10):
         assert next_climbs([1, 2, 3], 4) == ([1, 2], [3])
         assert next_climbs([1, 2, 3], 11) == ([1], [2, 3])
+        assert next_climbs([1, 2, 3], 11, numbers=64) == ([1, 2], [3])
         with room_for(40):
             assert next_climbs([1, 2, 3], 4) == ([1, 2, 3], [])
         assert room() == 10

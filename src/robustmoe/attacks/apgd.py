@@ -147,7 +147,7 @@ class APGD(Attack):
             left = torch.nonzero(~result.fooled)[:, 0]
             if len(left) == 0:
                 break
-            climbs, waiting = next_climbs(waiting, len(left))
+            climbs, waiting = next_climbs(waiting, len(left), x[0].numel())
             rows = left.repeat(len(climbs))
             inner = towards(model, y[rows], torch.cat([targets[left, number] for number, _ in climbs]), loss)
             streams = torch.cat([noise[left].fold(*climb).state for climb in climbs])

@@ -114,7 +114,7 @@ class FAB(Attack):
         ]
         while waiting and len(left) > 0:
             original = self.rng == "autoattack"
-            runs, waiting = (waiting[:1], waiting[1:]) if original else next_climbs(waiting, len(left))
+            runs, waiting = (waiting[:1], waiting[1:]) if original else next_climbs(waiting, len(left), x[0].numel())
             rows = left.repeat(len(runs))
             rival = torch.cat([ranked[left, -2 - target] for target, _ in runs]) if self.targets else None
             starts = [

@@ -14,6 +14,10 @@ from torch import Tensor
 
 Climb = TypeVar("Climb")
 
+SMALL, MORE = 128, 3
+"""So many times as many images as were said have room where they are of at most so many numbers: small passes cost what
+they cost for their many operations, and hold little."""
+
 _ROOM: ContextVar[int] = ContextVar("room", default=0)
 
 
@@ -32,9 +36,13 @@ def room() -> int:
     return _ROOM.get()
 
 
-def next_climbs(waiting: Sequence[Climb], images: int) -> tuple[Sequence[Climb], Sequence[Climb]]:
-    """The climbs that have room in one batch of so many images, at least one, and those that are still to come."""
-    count = max(1, room() // images)
+def next_climbs(
+    waiting: Sequence[Climb], images: int, numbers: int = SMALL + 1
+) -> tuple[Sequence[Climb], Sequence[Climb]]:
+    """The climbs that have room in one batch of so many images of so many ``numbers``, at least one, and those that are
+    still to come.
+    """
+    count = max(1, room() * (MORE if numbers <= SMALL else 1) // images)
     return waiting[:count], waiting[count:]
 
 
