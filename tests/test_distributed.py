@@ -218,6 +218,26 @@ def test_no_thread_of_a_session_outlives_it(launched: tuple[Path, list[dict[str,
     assert [rank["threads"] for rank in ranks] == [[], []]
 
 
+def test_processes_that_torchrun_starts_anew_do_not_meet_those_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share torchrun's store, in which the dead ones' addresses still stand: to wait for them is to hang."""
+    import torch.distributed as dist
+
+    from robustmoe import distributed
+
+    kept: list[Any] = []
+    shared = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *told, **more: iter([(shared, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *told, store, **more: kept.append(store))
+    monkeypatch.setattr(distributed, "_end", lambda error: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for attempt, session in (("0", 0), ("0", 1), ("1", 0)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        monkeypatch.setattr(distributed, "_sessions", session)
+        with distributed.session(torch.device("cpu")):
+            assert not kept[-1].check(["address of 0"]), (attempt, session)
+            kept[-1].set("address of 0", "here")
+
+
 def workers_of(pid: int) -> dict[int, int]:
     """rank -> pid of torchrun's workers."""
     found = {}

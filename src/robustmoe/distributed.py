@@ -73,11 +73,13 @@ def session(device: torch.device) -> Iterator[None]:
     # process if they are first imported inside the block (every optimiser's first step does so).
     importlib.import_module("torch.distributed.nn.functional")
 
+    # torchrun keeps its store over a restart: under the old names stand the addresses of the processes that died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     _sessions += 1
     store, place, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"robustmoe {_sessions}", store),
+        store=dist.PrefixStore(f"robustmoe {attempt} {_sessions}", store),
         rank=place,
         world_size=size,
         timeout=TIMEOUT,
