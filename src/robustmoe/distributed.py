@@ -73,13 +73,11 @@ def session(device: torch.device) -> Iterator[None]:
     # process if they are first imported inside the block (every optimiser's first step does so).
     importlib.import_module("torch.distributed.nn.functional")
 
-    # torchrun keeps its store over a restart: under the old names stand the addresses of the processes that died.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     _sessions += 1
     store, place, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"robustmoe {attempt} {_sessions}", store),
+        store=dist.PrefixStore(_name(), store),
         rank=place,
         world_size=size,
         timeout=TIMEOUT,
@@ -98,6 +96,13 @@ def session(device: torch.device) -> Iterator[None]:
             "command again (train: with --resume) to go on from what is saved"
         ) from error
     _end(None)
+
+
+def _name() -> str:
+    """Under which the processes of a session meet. torchrun keeps its store when it starts them anew: under the old
+    name still stand the addresses of those that died.
+    """
+    return f"robustmoe {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {_sessions}"
 
 
 def _end(error: BaseException | None) -> None:
