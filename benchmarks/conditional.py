@@ -3,6 +3,7 @@
 python benchmarks/conditional.py run --cifar10 DIR --out DIR [--arms dense16 affine64 ...] [--seeds 0 1 2] [--epochs 10]
 python benchmarks/conditional.py run --fashion --out DIR ...
 python benchmarks/conditional.py table [--write]                 # --write: docs/results/studies/conditional.json
+python benchmarks/conditional.py keep --out DIR --arms affine64 --epochs 30 --seeds 2   # weights for anyone
 
 One-step adversarial training (random start, step 1.25 eps), SGD 0.2, one cycle, Nesterov, batches of 128, weight decay
 5e-4 (none on gates and experts), no augmentation; 1,000 of the training images are held out, and the weights are
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ trained with its route held in the attack, this project's way.
 """
 TWINS = {"patch": "dense16", "resnet8": "resnet8"}
 """The dense net that an arm is set beside, by the net in its model."""
-STUDY = RESULTS / "studies" / "conditional"
+STUDY, WEIGHTS = RESULTS / "studies" / "conditional", RESULTS / "studies" / "conditional_weights"
 SIZES = {"cifar10": "linf(8/255)", "fashion_mnist": "linf(0.1)"}
 STEPS = {"cifar10": "10/255", "fashion_mnist": "0.125"}
 
@@ -212,6 +214,19 @@ def judged(folder: Path, named: dict[str, str], suite: bool, limit: int) -> tupl
     }
 
 
+def keep(arm: str, seed: int, args: argparse.Namespace) -> None:
+    """Copies the weights of a net that is judged to docs/results/studies/conditional_weights, without folders of this
+    machine.
+    """
+    name = f"{'fashion_' if args.fashion else ''}{arm}-{args.epochs}-{args.precision}-{seed}"
+    about = json.loads((STUDY / f"{name}.json").read_text(encoding="utf-8"))["about"]
+    config = {**records.read_config(args.out / name), "data": data_of(args), "command": about["command"]}
+    place = WEIGHTS / name
+    place.mkdir(parents=True, exist_ok=True)
+    shutil.copy(args.out / name / "model.safetensors", place)
+    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------------------ the table
 
 
@@ -288,7 +303,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["run", "table"])
+    parser.add_argument("verb", choices=["run", "table", "keep"])
     parser.add_argument("--out", type=Path, help="where run folders stand")
     parser.add_argument("--cifar10", type=Path, help="a folder that the data set cifar10 reads")
     parser.add_argument("--fashion", action="store_true", help="Fashion-MNIST instead of CIFAR-10")
@@ -305,6 +320,11 @@ def main() -> None:
         for seed in args.seeds:
             for arm in args.arms:
                 run(arm, seed, args)
+        return
+    if args.verb == "keep":
+        for seed in args.seeds:
+            for arm in args.arms:
+                keep(arm, seed, args)
         return
     found = summary(read())
     print(table(found))
