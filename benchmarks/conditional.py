@@ -75,7 +75,8 @@ trained with its route held in the attack, this project's way.
 """
 TWINS = {"patch": "dense16", "resnet8": "resnet8"}
 """The dense net that an arm is set beside, by the net in its model."""
-STUDY, WEIGHTS = RESULTS / "studies" / "conditional", RESULTS / "studies" / "conditional_weights"
+STUDY = RESULTS / "studies" / "conditional"
+WEIGHTS = Path(__file__).parent / "weights"
 SIZES = {"cifar10": "linf(8/255)", "fashion_mnist": "linf(0.1)"}
 STEPS = {"cifar10": "10/255", "fashion_mnist": "0.125"}
 
@@ -215,7 +216,7 @@ def judged(folder: Path, named: dict[str, str], suite: bool, limit: int) -> tupl
 
 
 def keep(arm: str, seed: int, args: argparse.Namespace) -> None:
-    """Copies the weights of a net that is judged to docs/results/studies/conditional_weights, without folders of this
+    """Copies the weights of a net that is judged to benchmarks/weights, without folders of this
     machine.
     """
     name = f"{'fashion_' if args.fashion else ''}{arm}-{args.epochs}-{args.precision}-{seed}"
