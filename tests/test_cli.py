@@ -180,7 +180,7 @@ def test_a_worker_does_not_refuse_the_folder_the_first_process_made_and_is_silen
         ("train small.toml --threads x", "--threads must be int or None; got 'x'"),
         ("train small.toml --epochs", "argument --epochs: expected one argument; see robustmoe train --help"),
         ("train small.toml --epochs 0", "small.toml: epochs must be at least 1; got 0"),
-        ("train small.toml --precision fp16", "--precision must be one of 'fp32', 'bf16'; got 'fp16'"),
+        ("train small.toml --precision fp8", "--precision must be one of 'fp32', 'bf16', 'fp16'; got 'fp8'"),
         ("train small.toml other", "unrecognized arguments: other; see robustmoe train --help"),
         ("train small.toml -q", "unknown option .-q.; nothing is needed here, leave it out"),
         ("evaluate runs/on", r"there is no run folder 'runs/on'; did you mean 'runs/one'\? known: runs/one"),

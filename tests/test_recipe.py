@@ -65,7 +65,7 @@ def test_fields_survive_a_round_trip_through_a_dict(tmp_path: Path) -> None:
         ("batch_size = 0", "batch_size must be at least 1; got 0"),
         ("ema = 1.0", "ema must be at least 0 and below 1; got 1.0"),
         ("clip = -1", "clip must be 0 or more"),
-        ("precision = 'fp16'", "precision: expected one of 'fp32', 'bf16', got 'fp16'"),
+        ("precision = 'fp8'", "precision: expected one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
         ("attacks = 'pgd'", "attacks: expected list of str, got 'pgd'"),
         ("attacks = ['pgd(']", "attacks: cannot read"),
         ("optimizer = 'sgd(lr=0.1'", "optimizer: cannot read .*never closed"),
