@@ -86,10 +86,10 @@ def affine_row() -> Row:
 def advmoe_row(experts: int) -> Row:
     pgd = "pgd(linf(8/255), steps=2, step_size=5/255, keep=last, start=near)"
     model = f"pathway(resnet18(width=32), experts={experts}, router=small_cnn, standardise=True)"
-    ours = Job(model, f"advmoe({pgd})", 128, 16)
+    ours = Job(model, f"advmoe(folded({pgd}))", 128, 16)
     return {
         "ours": ours,
-        "all_experts": replace(ours, how="all_experts"),
+        "all_experts": replace(ours, method=f"advmoe({pgd})", how="all_experts"),
         "in_bf16": replace(ours, method=f"advmoe(folded(bf16({pgd})))"),
     }
 
