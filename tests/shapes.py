@@ -70,6 +70,10 @@ class Inner:
             self.now.pop()
 
 
+ALONE: Any = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+"""Checks as beartype does, and says what is wrong by the TypeError that jaxtyping raises."""
+
+
 def shaped(hint: Any) -> bool:
     """Whether an annotation holds a shape, or one that cannot be told (a text that its module does not understand)."""
     if isinstance(hint, str) or (inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)):
@@ -97,7 +101,7 @@ def compiled(function: types.FunctionType, typechecker: Any) -> Callable[..., An
     """Returns ``function`` with its checks."""
     if "<locals>" not in function.__qualname__:
         if (plain := without_shapes(function)) is not None:
-            return beartype.beartype(plain)
+            return ALONE(plain)
         return decorate(function, typechecker=typechecker)
     if (key := id(function.__code__)) not in Inner.of:
         Inner.of[key] = Inner(function, typechecker)

@@ -22,6 +22,7 @@ from robustmoe.attacks import (
     l1,
     l2,
     linf,
+    together,
 )
 from robustmoe.attacks.apgd import APGD, TargetedAPGD
 from robustmoe.attacks.l1 import l1_excess
@@ -462,8 +463,11 @@ class Ranked(nn.Module):
 
 
 @pytest.mark.parametrize("targets, climbs", [(1, 1), (2, 2), (9, 3)])
-def test_each_target_is_tried_up_to_the_number_of_classes(targets: int, climbs: int) -> None:
+def test_each_target_is_tried_up_to_the_number_of_classes(
+    targets: int, climbs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last iterate of each climb has the pixel of its own target up, and the label's down."""
+    monkeypatch.setattr(together, "SMALL", 0)  # a climb at a time
     seen: list[Tensor] = []
 
     class Noting(Ranked):
@@ -481,8 +485,9 @@ def test_each_target_is_tried_up_to_the_number_of_classes(targets: int, climbs: 
         assert end[:, number + 1].tolist() == pytest.approx([0.1] * 2)
 
 
-def test_an_image_broken_at_one_target_is_not_attacked_at_the_next() -> None:
+def test_an_image_broken_at_one_target_is_not_attacked_at_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixel 0 names the image; image 0 is missed from the start, image 1 never."""
+    monkeypatch.setattr(together, "SMALL", 0)  # a climb at a time
     model = Counting([True, False])
     TargetedAPGD(linf(0.001), targets=1, steps=2, restarts=2, loss="margin")(model, named(2), zeros(2))
     clean, climb, again = [[0, 1]], [[0, 1], [1], [1]], [[1]] * 3

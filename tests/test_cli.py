@@ -295,6 +295,7 @@ def test_list_the_kinds_one_kind_or_one_name(
         return width
 
     monkeypatch.setattr(spec, "TABLES", {"model": lambda: {"small": small}, "data": lambda: {"digits": lambda: 0}})
+    monkeypatch.setattr(listing.index, "entries", spec.describe)
     assert main(["list", "models"]) == 0
     assert capsys.readouterr().out == "models\n  small(width=8)\n      A small one.\n"
     assert main(["list", "small"]) == 0

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from robustmoe.attacks import NotFiniteError, Surrogate, Threat, size
+from robustmoe.attacks import NotFiniteError, Surrogate, Threat, size, together
 from robustmoe.attacks.boundary import dual_size, projection
 from robustmoe.attacks.fab import FAB
 from robustmoe.models import RoutedModel
@@ -290,8 +290,9 @@ def test_a_broken_image_costs_another_pass_a_step(rng: str) -> None:
     assert replace(attack, targets=9, restarts=3).queries(output) == 1 + 2 * 3 * 4 * steps
 
 
-def test_first_stops_at_the_first_success() -> None:
+def test_first_stops_at_the_first_success(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within eps after one step: a clean pass, one gradient, one look."""
+    monkeypatch.setattr(together, "SMALL", 0)  # a target at a time
     model = Counted(0.55)
     FAB(Threat("linf", 0.1), steps=9, targets=2)(model, torch.full((4, 1, 2, 2), 0.5), torch.zeros(4).long())
     assert (model.plain, model.graph, model.back) == (8, 4, 4)
