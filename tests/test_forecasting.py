@@ -26,6 +26,7 @@ from robustmoe.forecasting.probing import PassCost, Trace
 from robustmoe.forecasting.timing import Seconds
 from robustmoe.options import CertifyOptions
 from robustmoe.recipe import Recipe
+from robustmoe.records import at_work
 
 NOW = [0.0]
 """Seconds on the clock of these tests."""
@@ -374,6 +375,26 @@ def test_a_certification_is_forecast_and_nothing_is_written(
     assert "bounds(linf(0.01), how=ibp, search=0)" in text.replace("\n", " ")
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == there
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_certification_is_forecast_as_it_is_made_beside_another_that_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same switches, and without the folder's lock: a job may be at work there."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(
+        "from torch import nn\n\n\ndef make_model():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    assert main(["certify", "--model", "own.py:make_model", "--data", "digits", "--limit", "2", "--out", "run"]) == 0
+    proofs, seen = Certifying.proofs, []
+
+    def noted(self: Certifying, batch: Any) -> Any:
+        seen.append((torch.are_deterministic_algorithms_enabled(), at_work("run")))
+        return proofs(self, batch)
+
+    monkeypatch.setattr(Certifying, "proofs", noted)
+    rm.forecast("run", certifiers="bounds(linf(0.01), how=ibp)", limit=2, deterministic=True, seconds=0.1)
+    assert set(seen) == {(True, False)}
 
 
 def test_a_certification_takes_what_was_forecast(clock: list[float], tmp_path: Path) -> None:

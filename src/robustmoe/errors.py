@@ -35,11 +35,16 @@ def printable(text: str) -> str:
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
+
+
 def out_of_memory(error: BaseException) -> str | None:
     """What to do, in one line, where an error says that there was not enough memory (torch says it in a RuntimeError);
     None for any other.
     """
-    first = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
+    first = first_line(error)
     words = ("can't allocate memory", "out of memory", "could not allocate")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in first for word in words)):
         return f"out of memory ({first:.200}); expected something smaller: the model, the images or --batch-size"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from robustmoe.errors import UserError
+from robustmoe.errors import UserError, first_line
 
 
 def versions() -> dict[str, str]:
@@ -77,6 +77,6 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's three ways to say "not here"
         raise UserError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, cuda or cuda:N"
+            f"device {name!r} cannot be used here ({first_line(error)}); expected auto, cpu, cuda or cuda:N"
         ) from error
     return device

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from robustmoe.errors import UserError
+from robustmoe.errors import UserError, first_line
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -36,8 +36,9 @@ def deterministic(asked: bool) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        said = str(error).splitlines()[0]
-        raise UserError(f"deterministic: {said} expected a model without it, or no --deterministic") from error
+        raise UserError(
+            f"deterministic: {first_line(error)} expected a model without it, or no --deterministic"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory = kept[:3]

@@ -269,14 +269,15 @@ class Session:
 
 
 @contextlib.contextmanager
-def on_run(run: str | Path, options: Any, float32: bool = False) -> Iterator[Session]:
-    """A session on the model of a run folder and its first test images, and the only one to write there meanwhile.
-    ``float32``: weights in half precision are replaced by a float32 copy. UserError for what is no run folder, or one
-    that another process writes.
+def on_run(run: str | Path, options: Any, float32: bool = False, writes: bool = True) -> Iterator[Session]:
+    """A session on the model of a run folder and its first test images, and the only one to write there meanwhile
+    (``writes=False``: it writes nothing, beside others that may). ``float32``: weights in half precision are replaced
+    by a float32 copy. UserError for what is no run folder, or one that another process writes.
     """
     folder = named(run)
     config = read_config(folder)
-    with records.writing(folder), whole_float32(), repeatable.deterministic(options.deterministic):
+    alone = records.writing(folder) if writes else contextlib.nullcontext()
+    with alone, whole_float32(), repeatable.deterministic(options.deterministic):
         device = device_of(options)
         model = load_model(folder, device)
         data = run_data(folder, config)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,34 +9,22 @@ import torch
 from robustmoe import memory
 from robustmoe.evaluation.certifying import Certifying, chosen_certifiers
 from robustmoe.evaluation.choosing import spec_or_repr, threat_of
-from robustmoe.evaluation.precision import in_float32
-from robustmoe.evaluation.session import Session, about_run, device_of, eval_mode_on, run_data
+from robustmoe.evaluation.session import on_run
 from robustmoe.forecasting.timing import Seconds, Stopwatch
 from robustmoe.options import CertifyOptions
 from robustmoe.records.forecast import Forecast
 from robustmoe.runs import named
-from robustmoe.training.checkpoint import load_model, read_config
+from robustmoe.training.checkpoint import read_config
 
 FEWEST = 4
 """Images that a certifier is timed on at first."""
-
-
-@contextlib.contextmanager
-def opened(run: str | Path, options: CertifyOptions) -> Iterator[Session]:
-    """The session of `certify_run`, in which nothing is written."""
-    folder = named(run)
-    config = read_config(folder)
-    device = device_of(options)
-    model, data = in_float32(load_model(folder, device)), run_data(folder, config)
-    with eval_mode_on(device, model):
-        yield Session(model, data.test.head(options.limit), device, options, about_run(folder, config, data))
 
 
 def forecast_certification(run: str | Path, options: CertifyOptions, seconds: float) -> Forecast:
     """Returns the forecast of certifying the model of a run, from about ``seconds`` of CPU time of its own work."""
     whole = Stopwatch(torch.device("cpu"))
     certifiers = chosen_certifiers(options, threat_of(read_config(named(run))))
-    with opened(run, options) as session:
+    with on_run(run, options, float32=True, writes=False) as session:
         device, n = session.device, len(session.images)
         memory.restart_peak(device)
         clock, parts, seen = Stopwatch(device), [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robustmoe.costs import costs
-from robustmoe.errors import UserError
+from robustmoe.errors import UserError, first_line
 from robustmoe.models import RoutedModel
 
 
@@ -14,5 +14,4 @@ def counted(model: RoutedModel, image_shape: tuple[int, ...]) -> tuple[int | Non
     try:
         return costs(model, image_shape=image_shape).macs, ()  # type: ignore[arg-type]
     except (RuntimeError, ValueError, NotImplementedError, UserError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return None, (f"Multiply-adds were not counted: the model fails on one black image ({reason})",)
+        return None, (f"Multiply-adds were not counted: the model fails on one black image ({first_line(error)})",)
