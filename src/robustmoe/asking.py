@@ -5,7 +5,8 @@ by itself, by the operation that is fastest there. The answers are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -22,8 +23,63 @@ def counts(*masks: Bool[Tensor, " n"]) -> list[int]:
     """Returns how often each mask holds, by one question."""
     if free(masks[0]):
         return [int(mask.sum()) for mask in masks]
-    answers: list[int] = torch.stack([mask.sum() for mask in masks]).tolist()
-    return answers
+    return told(torch.stack([mask.sum() for mask in masks]))
+
+
+class Later:
+    """How often a mask holds, asked with the next question inside `together`, or by itself where none comes before the
+    answer is needed.
+    """
+
+    def __init__(self, mask: Bool[Tensor, " n"]) -> None:
+        self.mask = mask
+        self.answer: int | None = None
+
+    def count(self) -> int:
+        """Returns how often the mask holds."""
+        if self.answer is None:
+            [self.answer] = counts(self.mask)
+        return self.answer
+
+
+class Asked:
+    """What was asked inside `together`: how many ``questions``, and those that wait for the next one."""
+
+    def __init__(self) -> None:
+        self.questions = 0
+        self.waiting: list[Later] = []
+
+    def later(self, mask: Bool[Tensor, " n"]) -> Later:
+        """Returns a question that waits for the next one."""
+        self.waiting.append(Later(mask))
+        return self.waiting[-1]
+
+
+_ASKED: ContextVar[Asked | None] = ContextVar("asked", default=None)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Asked]:
+    """Inside, questions can wait for the next one."""
+    token = _ASKED.set(asked := Asked())
+    try:
+        yield asked
+    finally:
+        _ASKED.reset(token)
+
+
+def told(values: Int[Tensor, " n"]) -> list[int]:
+    """Returns the numbers, by a question that takes along those that wait for one."""
+    asked = _ASKED.get()
+    if free(values) or asked is None:
+        alone: list[int] = values.tolist()
+        return alone
+    waiting = [each for each in asked.waiting if each.answer is None]
+    asked.questions, asked.waiting = asked.questions + 1, []
+    numbers: list[int] = torch.cat([values, *(each.mask.sum()[None] for each in waiting)]).tolist()
+    for each, answer in zip(waiting, numbers[len(values) :]):
+        each.answer = answer
+    return numbers[: len(values)]
 
 
 def taken(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " m"]:

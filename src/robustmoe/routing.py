@@ -76,7 +76,7 @@ class Routing:
         is replayed.
         """
         if "sizes" not in self.known:
-            self.known["sizes"] = asking.tally(self.index.reshape(-1), self.num_experts).tolist()
+            self.known["sizes"] = asking.told(asking.tally(self.index.reshape(-1), self.num_experts))
         sizes: list[int] = self.known["sizes"]
         return sizes
 

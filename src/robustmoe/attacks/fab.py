@@ -249,7 +249,7 @@ class FAB(Attack):
         the places of those that are asked blindly, and of the others, of which it is known where they are not broken.
         With rng="autoattack", of all or none: the original's next pass is of them all.
         """
-        if self.rng == "image" and asking.free(now) and all(map(len, parts)):
+        if self.rng == "image" and all(map(len, parts)):
             return self._in_two_passes(model, clean, now, y, rival, parts)
         broken, known = torch.zeros(2, len(now), dtype=torch.bool, device=now.device)
         ahead = _Boundary(now.new_zeros(len(now)), torch.zeros_like(now))

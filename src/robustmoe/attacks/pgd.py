@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from robustmoe import asking
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.finite import require_finite
+from robustmoe.attacks.late import Late, Pending
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
 from robustmoe.attacks.surrogate import unjudged
 from robustmoe.attacks.threat import Threat
@@ -62,6 +63,25 @@ class _Best:
         better = (score.fooled & ~old.fooled) | ((score.fooled == old.fooled) & (score.loss > old.loss))
         self.x_adv = torch.where(better[:, None, None, None], x_adv, self.x_adv)
         self.score = Score(torch.where(better, score.loss, old.loss), old.fooled | score.fooled)
+
+
+class _Standing(NamedTuple):
+    """The images that have not left: their ``place`` in the batch, what the pass at ``now`` gave, who fell there."""
+
+    place: Tensor
+    now: Tensor
+    loss: Tensor
+    gradient: Tensor
+    fallen: Pending
+
+    def left(self, fooled: Tensor, best: _Best) -> _Standing:
+        """Those that stay where the images ``fooled`` leave, which is noted in ``best``."""
+        if asking.is_nowhere(fooled):
+            return self
+        best.score.fooled[self.place] = fooled
+        [stay] = asking.places(~fooled)
+        place, now, loss, gradient = (each[stay] for each in (self.place, self.now, self.loss, self.gradient))
+        return _Standing(place, now, loss, gradient, self.fallen.of(stay))
 
 
 @dataclass(frozen=True)
@@ -160,25 +180,34 @@ class PGD(Attack):
         return _Best(x_adv, final)
 
     def _until_fooled(self, inner: Inner, x: Tensor, x_adv: Tensor, rows: Tensor | None) -> _Best:
-        """The climb in which a fooled image leaves the batch. ``place``: the images still in it."""
+        """The climb in which a fooled image leaves the batch; where passes ask the device by themselves, behind the
+        next one, with which it is asked who fell.
+        """
         place, now = torch.arange(len(x), device=x.device), x_adv
         best = _Best(x_adv.clone(), Score(x.new_zeros(len(x)), torch.zeros_like(place, dtype=torch.bool)))
-        for step in range(self.steps + 1):
-            asked = place if rows is None else rows[place]
-            if step < self.steps:
-                score, gradient = ascend(inner, now, asked)
-            else:
-                with torch.no_grad():
-                    score = inner(now, asked)
-            best.x_adv[place], best.score.loss[place], best.score.fooled[place] = now, score.loss, score.fooled
-            if step == self.steps:
-                break
-            if not asking.is_nowhere(score.fooled):
-                [stay] = asking.places(~score.fooled)
-                if len(stay) == 0:
+        late, before, question = Late(inner), None, None
+        with asking.together() as asked:
+            for step in range(self.steps + 1):
+                questions, some = asked.questions, place if rows is None else rows[place]
+                if step < self.steps:
+                    score, gradient = ascend(late, now, some)
+                else:
+                    with torch.no_grad():
+                        score, gradient = late(now, some), now
+                asks = asked.questions > questions
+                still = _Standing(place, now, score.loss, gradient, late.last)
+                if before is not None and question is not None:
+                    still = still.left(before.settled(question.count()), best)
+                best.x_adv[still.place], best.score.loss[still.place] = still.now, still.loss
+                if asks and step < self.steps:
+                    before, question = still.fallen, asked.later(still.fallen.fooled)
+                else:
+                    before, still = None, still.left(still.fallen.settled(), best)
+                if step == self.steps or len(still.place) == 0:
                     break
-                place, now, gradient = place[stay], now[stay], gradient[stay]
-            now = self.threat.project(now + self._step_size() * self.threat.direction(gradient, now), x[place])
+                place, gradient = still.place, still.gradient
+                move = self._step_size() * self.threat.direction(gradient, still.now)
+                now = self.threat.project(still.now + move, x[place])
         return best
 
 

@@ -22,7 +22,9 @@ from robustmoe.attacks import schedule
 from robustmoe.attacks.base import Attack
 from robustmoe.attacks.finite import require_finite
 from robustmoe.attacks.l1 import fitted, l1_excess
+from robustmoe.attacks.late import Late, Pending
 from robustmoe.attacks.objectives import Inner, Joint, Objective, Score
+from robustmoe.attacks.square_draws import ByBatch, ByImage, Draws, Stretch
 from robustmoe.attacks.threat import Norm, Threat
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -40,103 +42,6 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 TABLE = 2.0
 """Useless linf proposals are remembered where there are at most so many different ones for each iteration on them."""
-
-
-class Stretch(NamedTuple):
-    """The iterations first..first + length - 1, of the ``among`` ones that all have windows of ``side`` pixels."""
-
-    first: int
-    length: int
-    side: int
-    among: int
-
-
-class Draws(NamedTuple):
-    """The random numbers of b iterations, for n images: ``place`` (n, b, 4), top and left of one window and of a second
-    (which linf does not use); ``sign`` (n, b, c), -1 or 1 a channel; ``turned`` (n, b), whether the pattern is
-    transposed (l2 and l1).
-    """
-
-    place: Tensor
-    sign: Tensor
-    turned: Tensor
-
-
-class Tiles(NamedTuple):
-    """The start's tiles for n images: ``sign`` (n, c, down, across); ``turned`` (n, down, across); rows and columns of
-    pixels left free before the first.
-    """
-
-    sign: Tensor
-    turned: Tensor
-    top: int
-    left: int
-
-
-@dataclass(frozen=True)
-class ByImage:
-    """Random numbers for the images ``rows`` of the batch, of ``shape`` (c, h, w): every image its own windows and
-    signs, from its own stream; all h - side + 1 positions are equally likely.
-    """
-
-    noise: Noise
-
-    def stripes(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """-1 or 1 for each channel and column (n, c, 1, w)."""
-        return _signs(self.noise[rows].fold(0).uniform(shape[0], 1, shape[2]))
-
-    def tiles(self, rows: Tensor, shape: torch.Size, side: int) -> Tiles:
-        """What fills an image with tiles of ``side`` pixels."""
-        c, h, w = shape
-        u = self.noise[rows].fold(0).uniform(c + 1, h // side, w // side)
-        return Tiles(_signs(u[:, 1:]), u[:, 0] < 0.5, h % side // 2, w % side // 2)
-
-    def draws(self, rows: Tensor, shape: torch.Size, stretch: Stretch) -> Draws:
-        """The numbers of these iterations."""
-        c, h, w = shape
-        u = self.noise[rows].fold(1 + stretch.first).uniform(stretch.length, 5 + c)
-        places = torch.tensor([h, w, h, w], device=u.device) - stretch.side + 1
-        return Draws((u[..., :4] * places).long(), _signs(u[..., 5:]), u[..., 4] < 0.5)
-
-
-@dataclass(frozen=True)
-class ByBatch:
-    """The same from the released code's stream: a batch shares its windows, and none reaches the last row or column."""
-
-    generator: torch.Generator
-    norm: Norm
-
-    def _rand(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator)
-
-    def stripes(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        return _signs(self._rand(len(rows), shape[0], 1, shape[2])).to(rows.device)
-
-    def tiles(self, rows: Tensor, shape: torch.Size, side: int) -> Tiles:
-        (c, h, w), n = shape, len(rows)
-        sign, turned = torch.empty(n, c, h // side, w // side), torch.empty(n, h // side, w // side, dtype=torch.bool)
-        for i in range(h // side):
-            for j in range(w // side):
-                turned[:, i, j] = self._rand(1) > 0.5
-                sign[:, :, i, j] = _signs(self._rand(n, c))
-        offset = (h - side * 5) // 2
-        top, left = (offset, offset) if side == h // 5 else (h % side // 2, w % side // 2)
-        return Tiles(sign.to(rows.device), turned.to(rows.device), top, left)
-
-    def draws(self, rows: Tensor, shape: torch.Size, stretch: Stretch) -> Draws:
-        (c, h, w), n, side = shape, len(rows), stretch.side
-        places = torch.tensor([h, w]) - side
-        if self.norm == "linf":
-            u = self._rand(stretch.length, 2 + c)
-            place, sign = (places * u[:, :2]).long().repeat(1, 2), _signs(u[:, 2:]).expand(n, -1, -1)
-            turned = torch.zeros(stretch.length, dtype=torch.bool)
-        else:  # a draw's size depends on the images left: one iteration at a time
-            place = (places.repeat(2) * self._rand(1, 4)).long()
-            turned = self._rand(1) > 0.5
-            sign = _signs(self._rand(n, c))[:, None]
-        return Draws(
-            place.expand(n, -1, -1).to(rows.device), sign.to(rows.device), turned.expand(n, -1).to(rows.device)
-        )
 
 
 @dataclass
@@ -159,6 +64,21 @@ class Search:
         """The same search with the images ``stay`` alone."""
         idle = None if self.idle is None else self.idle[stay]
         return Search(self.rows[stay], self.x[stay], self.best[stay], self.loss[stay], idle, self.side, self.rate)
+
+
+class Turn(NamedTuple):
+    """A pass: proposals of the images ``i`` at the places ``j`` of the stretch, their ``score``, and what was
+    ``before``: where each image was, which were fooled, and the search's best, loss and idle.
+    """
+
+    i: Tensor
+    j: Tensor
+    proposal: Tensor
+    score: Score
+    pending: Pending
+    at: Tensor
+    fooled: Tensor
+    before: tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -265,12 +185,15 @@ class Square(Attack):
         order = torch.arange(b, device=device)
         at, fooled = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
         key, few = self._remember(search, stretch, draws), FEW // 2 if search.x[0, 0].numel() > SMALL else FEW
-        pairs, kept = 0, at.new_zeros(1)  # of the last pass: proposals asked, and kept
+        late, turn, pairs, counts = Late(inner), None, 0, at.new_zeros(2)
         while True:
             open_ = order >= at[:, None]
             if search.idle is not None:
                 open_ &= ~search.idle.gather(1, key)
-            *waiting, taken = torch.cat([open_.sum(1), kept]).tolist()
+            *waiting, taken, claimed = asking.told(torch.cat([open_.sum(1), counts]))
+            if turn is not None and claimed:
+                at, fooled, counts = self._moved(search, turn, turn.pending.settled(claimed), key)
+                continue
             if pairs:
                 search.rate = max(1e-3, search.rate + 0.1 * (taken / pairs - search.rate))
             active = sum(map(bool, waiting))
@@ -281,21 +204,35 @@ class Square(Attack):
             i, j = asking.pairs(open_ & (open_.cumsum(1) <= width), pairs)
             place, sign, turned = draws.place[i, j], draws.sign[i, j].to(search.x.dtype), draws.turned[i, j]
             proposal = self._propose(search.x[i], search.best[i], place, sign, turned, stretch.side)
-            score = _finite(inner(proposal, search.rows[i]))
-            better = score.fooled | (score.loss > search.loss[i])
-            first = torch.full_like(at, b).scatter_reduce_(0, i, torch.where(better, j, b), "amin")
-            asked = at.scatter_reduce(0, i, j + 1, "amax")
-            at = torch.where(first < b, first + 1, asked)
-            if search.idle is not None:
-                search.idle[i, key[i, j]] = True
-            chosen = j == first[i]
-            kept = chosen.sum()[None]
-            self._take(search, fooled, i, chosen, proposal, score)
-            at.masked_fill_(fooled, b)
+            score = _finite(late(proposal, search.rows[i]))
+            before = (search.best, search.loss, search.idle)
+            turn = Turn(i, j, proposal, score, late.last, at, fooled, before)
+            at, fooled, counts = self._moved(search, turn, None, key)
 
-    def _take(self, search: Search, fooled: Tensor, i: Tensor, chosen: Tensor, proposal: Tensor, score: Score) -> None:
-        """The ``chosen`` proposals, at most one of each image ``i``, into ``search`` and ``fooled``. Where asking which
-        these are waits for the device, every image is written, most of them with what it has.
+    def _moved(self, search: Search, turn: Turn, broken: Tensor | None, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a pass's proposals change in ``search``; gives where each image is in the stretch (n,), which are fooled
+        (n,), and how many proposals were kept and how many claims are to be confirmed (2,). ``broken``: by the exact
+        model's word; without it only claimed, which is taken for no as long as nobody has asked how many there are.
+        """
+        i, j, b = turn.i, turn.j, key.shape[1]
+        search.best, search.loss, search.idle = turn.before
+        claims = turn.pending.claims if broken is None else turn.at.new_zeros(())
+        score = turn.score._replace(fooled=turn.pending.sure if broken is None else broken)
+        better = score.fooled | (score.loss > search.loss[i])
+        first = torch.full_like(turn.at, b).scatter_reduce_(0, i, torch.where(better, j, b), "amin")
+        asked = turn.at.scatter_reduce(0, i, j + 1, "amax")
+        at = torch.where(first < b, first + 1, asked)
+        if search.idle is not None:
+            search.idle[i, key[i, j]] = True
+        chosen = j == first[i]
+        fooled = self._take(search, turn.fooled, i, chosen, turn.proposal, score)
+        return at.masked_fill_(fooled, b), fooled, torch.stack([chosen.sum(), claims])
+
+    def _take(
+        self, search: Search, fooled: Tensor, i: Tensor, chosen: Tensor, proposal: Tensor, score: Score
+    ) -> Tensor:
+        """The ``chosen`` proposals, at most one of each image ``i``, into ``search``; gives ``fooled`` with them. Where
+        asking which these are waits for the device, every image is written, most of them with what it has.
         """
         if asking.free(chosen):
             [places] = asking.places(chosen)
@@ -304,16 +241,16 @@ class Square(Attack):
             fooled[which] = score.fooled[places]
             if search.idle is not None and len(which):
                 search.idle[which] = self._idle(search.x[which], search.best[which], search.side)
-            return
+            return fooled
         order = torch.where(chosen, torch.arange(len(i), device=i.device), -1)
         place = torch.full_like(search.rows, -1).scatter_reduce_(0, i, order, "amax")
         new, place = place >= 0, place.clamp(min=0)
         search.best = torch.where(new[:, None, None, None], proposal[place], search.best)
         search.loss = torch.where(new, score.loss[place], search.loss)
-        fooled.copy_(torch.where(new, score.fooled[place], fooled))
         if search.idle is not None:
             fresh = self._idle(search.x, search.best, search.side)
             search.idle = torch.where(new[:, None], fresh, search.idle)
+        return torch.where(new, score.fooled[place], fooled)
 
     def _remember(self, search: Search, stretch: Stretch, draws: Draws) -> Tensor:
         """The place in the table ``search.idle`` of each proposal (n, b); makes the table where the side is new, or
@@ -418,11 +355,6 @@ def _leave(search: Search, fooled: Tensor, x_adv: Tensor) -> Search:
 def _finite(score: Score) -> Score:
     require_finite(score.loss)
     return score
-
-
-def _signs(u: Tensor) -> Tensor:
-    """-1 where u < 0.5, else 1."""
-    return 1.0 - 2.0 * (u < 0.5).float()
 
 
 def _window(place: Tensor, side: int, x: Tensor) -> Tensor:

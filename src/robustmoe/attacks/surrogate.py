@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,12 +60,20 @@ class Surrogate(RoutedModel):
         """
         if not self.close:
             return self.verdict(x_adv, y, forced)
+
+        def confirming(rows: Tensor) -> Tensor:
+            held = None if forced is None else {name: routing[rows] for name, routing in forced.items()}
+            return self.verdict(x_adv[rows], y[rows], held)
+
+        later = _UNCONFIRMED.get()
+        if later is not None and later.confirming is None and not asking.free(claim):
+            later.claim, later.confirming = claim, confirming
+            return claim
         [rows] = asking.places(claim)
         if len(rows) == 0:
             return asking.nowhere(claim)
-        held = None if forced is None else {name: routing[rows] for name, routing in forced.items()}
         wrong = torch.zeros_like(claim)
-        wrong[rows] = self.verdict(x_adv[rows], y[rows], held)
+        wrong[rows] = confirming(rows)
         return wrong
 
     @torch.no_grad()
@@ -90,6 +99,31 @@ def unjudged() -> Iterator[None]:
         yield
     finally:
         _UNJUDGED.reset(token)
+
+
+@dataclass
+class Unconfirmed:
+    """What a close surrogate said inside `unconfirmed`: its own ``claim`` (n,), and ``confirming``, which gives the
+    exact model's word on the images ``rows`` of that pass.
+    """
+
+    claim: Tensor | None = None
+    confirming: Callable[[Tensor], Tensor] | None = None
+
+
+_UNCONFIRMED: ContextVar[Unconfirmed | None] = ContextVar("unconfirmed", default=None)
+
+
+@contextlib.contextmanager
+def unconfirmed() -> Iterator[Unconfirmed]:
+    """Inside, where asking waits for the device, the first claim of a close surrogate is given as it is, to be
+    confirmed afterwards.
+    """
+    token = _UNCONFIRMED.set(later := Unconfirmed())
+    try:
+        yield later
+    finally:
+        _UNCONFIRMED.reset(token)
 
 
 def exact_of(model: RoutedModel) -> RoutedModel:

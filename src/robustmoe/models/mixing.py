@@ -74,7 +74,7 @@ def run_sparse(
     k = index.shape[1]
     pairs = index.reshape(-1)
     order = torch.argsort(pairs, stable=True)
-    counted = asking.tally(pairs, len(experts)).tolist() if sizes is None else sizes()
+    counted = asking.told(asking.tally(pairs, len(experts))) if sizes is None else sizes()
     parts = x[order // k].split(counted)
     outputs = [
         expert(part)

@@ -160,7 +160,7 @@ class TokenExperts(Experts):
             order = order[: int(sizes.sum())]
         given = x.index_select(0, order // k)  # its backward is faster than that of x[...]
         some = None if masks is None else Masks(*(mask.flatten(0, 1).index_select(0, order) for mask in masks))
-        answers = self._grouped(given, sizes, some) if grouped else self._split(given, sizes.tolist(), some)
+        answers = self._grouped(given, sizes, some) if grouped else self._split(given, asking.told(sizes), some)
         if kept is None:
             back = answers.index_select(0, torch.argsort(order))
         else:

@@ -1,0 +1,76 @@
+"""Which images are broken, asked for together with another question: an attack goes on meanwhile as if none were, and
+takes the step back, or lets them leave behind the next pass, where some are.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from robustmoe import asking
+from robustmoe.attacks.objectives import Inner, Score
+from robustmoe.attacks.surrogate import Unconfirmed, unconfirmed
+
+
+class Pending:
+    """Of a pass, the images that are broken, or, by a close surrogate's word alone, may be: ``fooled`` (n,)."""
+
+    def __init__(self, fooled: Bool[Tensor, " n"], claims: Unconfirmed) -> None:
+        self.fooled = fooled
+        self._claims = claims
+        self._rows: Tensor | None = None
+
+    @property
+    def sure(self) -> Bool[Tensor, " n"]:
+        """Which images are broken, as far as that is known: none of those that are only claimed."""
+        return self.fooled if self._claims.confirming is None else torch.zeros_like(self.fooled)
+
+    @property
+    def claims(self) -> Int[Tensor, ""]:
+        """How many images are only claimed."""
+        return self.fooled.sum() if self._claims.confirming is not None else self.fooled.new_zeros((), dtype=torch.long)
+
+    def of(self, stay: Int[Tensor, " m"]) -> Pending:
+        """Returns the same of the images ``stay``."""
+        some = Pending(self.fooled[stay], self._claims)
+        some._rows = stay if self._rows is None else self._rows[stay]
+        return some
+
+    def settled(self, count: int | None = None) -> Bool[Tensor, " n"]:
+        """Returns which images are broken: the exact model is asked about what was only claimed. ``count``: how many
+        images ``fooled`` has, where that was asked already.
+        """
+        if self._claims.confirming is None and count != 0:
+            return self.fooled
+        [rows] = asking.places(self.fooled) if count is None else [asking.taken(self.fooled, count)]
+        if self._claims.confirming is None or len(rows) == 0:
+            return asking.nowhere(self.fooled)
+        wrong = torch.zeros_like(self.fooled)
+        wrong[rows] = self._claims.confirming(rows if self._rows is None else self._rows[rows])
+        return wrong
+
+
+class Late:
+    """An objective's inner function whose claims are confirmed later, where asking waits for the device: ``last`` is of
+    the last pass. One that does not give what `missed` says as it is, is asked as ever.
+    """
+
+    def __init__(self, inner: Inner) -> None:
+        self.inner = inner
+        self.last = Pending(torch.zeros(0, dtype=torch.bool), Unconfirmed())
+        self._waits = True
+
+    def __call__(self, x_adv: Tensor, rows: Tensor | None = None) -> Score:
+        claims = Unconfirmed()
+        if self._waits:
+            with unconfirmed() as claims:
+                score = self._asked(x_adv, rows)
+            self._waits = claims.confirming is None or score.fooled is claims.claim
+        if not self._waits:
+            score, claims = self._asked(x_adv, rows), Unconfirmed()
+        self.last = Pending(score.fooled, claims)
+        return score
+
+    def _asked(self, x_adv: Tensor, rows: Tensor | None) -> Score:
+        return self.inner(x_adv) if rows is None else self.inner(x_adv, rows)
