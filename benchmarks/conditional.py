@@ -53,6 +53,8 @@ ARMS = {
     "affine64": "affine(patch_resnet(width=16), experts=64, routers=norm)",
     "affine64_block": "affine(patch_resnet(width=16), experts=64, routers=block)",
     "affine64_mean": "affine(patch_resnet(width=16), experts=64, routers=norm, pool=1)",
+    "affine24_grid2": "affine(patch_resnet(width=16), experts=24, routers=norm, grid=2)",
+    "affine64_grid2": "affine(patch_resnet(width=16), experts=64, routers=norm, grid=2)",
     "affine1": "affine(patch_resnet(width=16), experts=1, routers=norm)",
     "affine8": "affine(patch_resnet(width=16), experts=8, routers=norm)",
     "hard8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=straight_through)",
@@ -63,6 +65,7 @@ ARMS = {
     "resnet8": "resnet8(width=16)",
     "resnet8_w28": "resnet8(width=28)",
     "resnet8_affine64": "affine(resnet8(width=16), experts=64, routers=norm)",
+    "resnet8_affine64_grid2": "affine(resnet8(width=16), experts=64, routers=norm, grid=2)",
     "resnet8_hard8": "affine(resnet8(width=16), experts=8, routers=norm, gate=straight_through)",
 }
 METHODS = {

@@ -37,6 +37,10 @@ SPECS = {
     "patches": "affine(patch_resnet(width=6, patch=2), experts=3, gate=vmoe)",
 }
 ROUTERS = [6, 12, 6, 1, 1, 2]
+BY_REGION = {
+    "soft": "affine(patch_resnet(width=6, patch=2), experts=5, grid=2)",
+    "top-1": f"affine({BACKBONE}, experts=5, gate=straight_through, grid=2, routers=norm)",
+}
 
 
 def trained(text: str, x: Tensor, seed: int = 0) -> AffineModel:
@@ -88,6 +92,78 @@ def test_a_norm_is_batch_norm_with_scale_and_shift_of_each_image(x: Tensor, trai
         unit = (x[n, d] - mean[d]) / torch.sqrt(var[d] + norm.eps)
         expected[n, d] = (norm.weight[d] + added[n, 0, d]) * unit + norm.bias[d] + added[n, 1, d]
     torch.testing.assert_close(norm(x, Numbers({7: (added[:, 0], added[:, 1])}, fused)), expected)
+
+
+@pytest.mark.parametrize("side", [6, 5])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_a_norm_by_region_has_the_numbers_of_the_region_of_each_pixel(side: int, training: bool, fused: bool) -> None:
+    """Five rows do not fall into two alike: the first region has three."""
+    norm = AffineNorm(3, place=0).double().train(training)
+    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        assert tensor is not None
+        tensor.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, side, side, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    added = torch.randn(2, 2, 2, 2, 3, dtype=x.dtype)  # image, row, column, scale or shift, channel
+    unit = norm.unit(x)
+    expected = torch.empty_like(x)
+    for n, i, j in itertools.product(range(2), range(side), range(side)):
+        scale, shift = added[n, i * 2 // side, j * 2 // side]
+        expected[n, :, i, j] = (norm.weight + scale) * unit[n, :, i, j] + norm.bias + shift
+    rows = added.view(8, 2, 3)
+    torch.testing.assert_close(norm(x, Numbers({0: (rows[:, 0], rows[:, 1])}, fused)), expected)
+
+
+@pytest.mark.parametrize("name", BY_REGION)
+@torch.no_grad()
+def test_regions_that_decide_alike_are_the_model_without_regions(name: str, x: Tensor) -> None:
+    """One expert everywhere, and mixtures that are the same in all regions of an image."""
+    model, whole = (trained(text, x) for text in (BY_REGION[name], BY_REGION[name].replace(", grid=2", "")))
+    state = model.state_dict()
+    whole.load_state_dict({key: state[key] for key in whole.state_dict()})
+    free = model.run(x)
+    assert all(routing.index.shape[:2] == (len(x), 4) for routing in free.trace.values())
+    assert torch.equal(model.run(x, forced=free.trace).logits, free.logits)
+    assert torch.equal(model(x), free.logits)
+    for expert in (0, 4):
+        alone = [each.run(x, forced=to_expert(each.run(x).trace, expert)).logits for each in (model, whole)]
+        torch.testing.assert_close(*alone)
+    mixtures = {key: soft(r.logits[:, :1]) for key, r in free.trace.items()}
+    four = {
+        key: Routing(*(each.expand(-1, 4, -1) for each in (r.logits, r.index, r.weight))) for key, r in mixtures.items()
+    }
+    torch.testing.assert_close(model.run(x, forced=four).logits, whole.run(x, forced=mixtures).logits)
+    assert not torch.allclose(model.run(x, forced=four).logits, free.logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_region_sees_the_image_and_itself(x: Tensor) -> None:
+    model = trained("affine(patch_resnet(width=6, patch=2, blocks=1), experts=3, pool=1, grid=2)", x)
+    (routing,) = model.run(x).trace.values()
+    entering = model.network.entry(model.normalise(x))
+    router = model.get_submodule("affine.0.router")
+
+    def unit(features: Tensor, name: str) -> Tensor:
+        norm = router.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        return norm(features[:, :, None, None])[:, :, 0, 0]
+
+    whole = router.get_submodule("head")(unit(entering.mean((2, 3)), "norm"))
+    for region, (i, j) in enumerate(itertools.product((0, 2), (0, 2))):
+        own = unit(entering[:, :, i : i + 2, j : j + 2].mean((2, 3)), "region_norm")
+        torch.testing.assert_close(routing.logits[:, region], whole + router.get_submodule("region_head")(own))
+
+
+@torch.no_grad()
+def test_a_region_is_answered_alike_in_any_batch_and_upcycles(x: Tensor) -> None:
+    model = trained(BY_REGION["soft"], x)
+    torch.testing.assert_close(torch.cat([model(image[None]) for image in x]), model(x))
+    assert model(x[:0]).shape == (0, CLASSES)
+    fresh = build_model(BY_REGION["soft"], CLASSES, SHAPE, seed=1).double().eval()
+    dense = build_model(specs.build(BY_REGION["soft"], "model").backbone, CLASSES, SHAPE, seed=2).double().eval()
+    fresh.load_state_dict(dense.state_dict(), strict=False)
+    torch.testing.assert_close(fresh(x), dense(x))
 
 
 def dense_with(model: AffineModel, text: str, rows: dict[int, Tensor]) -> RoutedModel:
@@ -285,13 +361,20 @@ def test_gates_and_mixing_are_counted(routers: str, number: int, gate: str, mixe
     assert costs(built) == counted
 
 
+def test_regions_cost_their_own_features_and_a_mixture_each() -> None:
+    counted, whole = (costs(f"affine(patch_resnet{regions})") for regions in (", grid=2", ""))
+    assert counted.router_macs - whole.router_macs == 2 * 4 * 16 * 64
+    assert counted.macs - whole.macs == 2 * 4 * 16 * 64 + 3 * 4 * 32 * 64
+    assert counted.parameters - whole.parameters == 2 * (16 * 64 + 2 * 16)
+
+
 # ------------------------------------------------------------------------------------------------ attacks, bad inputs
 
 
-@pytest.mark.parametrize("name", ["soft, a router a block", "top-1, straight through", "top-2, one router"])
-def test_the_routing_attacks_take_it(name: str, x: Tensor) -> None:
+@pytest.mark.parametrize("text", [*list(SPECS.values())[:4:2], SPECS["top-2, one router"], *BY_REGION.values()])
+def test_the_routing_attacks_take_it(text: str, x: Tensor) -> None:
     """Every part of the suite finds its model, and leaves the images in their ball."""
-    model = trained(SPECS[name], x).float()
+    model = trained(text, x).float()
     images, y = x[:4].float(), model(x[:4].float()).argmax(1)
     suite = AutoAttackRouting(linf(0.05), steps=2, temperatures=(1.0,))
     parts = [name for name, _ in suite.routing_parts(model.run(images))]
@@ -307,6 +390,7 @@ def test_the_routing_attacks_take_it(name: str, x: Tensor) -> None:
     "text, message",
     [
         (f"affine({BACKBONE}, pool=0)", "pool must be at least 1; got 0"),
+        (f"affine({BACKBONE}, grid=0)", "grid must be at least 1; got 0"),
         (f"affine({BACKBONE}, temperature=0)", "temperature must be above 0, and finite; got 0"),
         (f"affine({BACKBONE}, experts=2, k=3)", "k must be between 1 and the number of experts, 2; got 3"),
         (f"affine({BACKBONE}, stages=(4,))", "stages must be between 1 and 3 here; got 4"),

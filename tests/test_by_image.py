@@ -63,6 +63,32 @@ def test_normed_has_the_values_and_gradients_of_its_definition(of_batch: bool, d
 
 
 @pytest.mark.parametrize("of_batch", [False, True])
+@pytest.mark.parametrize("d", [1, 5])
+def test_normed_by_region_has_the_values_and_gradients_of_its_definition(of_batch: bool, d: int) -> None:
+    x, _, _, mean, var = example(d=d, h=4, w=6)
+    scale, shift = torch.randn(2, 3 * 4, d, dtype=x.dtype)
+    given = [each.requires_grad_(True) for each in (x, scale, shift)]
+    if of_batch:
+        mean, var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), correction=0)
+    out = normed(x, scale, shift, mean, var, 1e-5, of_batch)
+    middle, spread = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) if of_batch else (mean, var)
+    unit = (x - middle[:, None, None]) / torch.sqrt(spread + 1e-5)[:, None, None]
+    rows = []
+    for image, (own_scale, own_shift) in enumerate(zip(scale.split(4), shift.split(4))):
+        quarters = [
+            own_scale[2 * i + j, :, None, None] * unit[image, :, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3]
+            + own_shift[2 * i + j, :, None, None]
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        rows.append(torch.cat([torch.cat(quarters[:2], 2), torch.cat(quarters[2:], 2)], 1))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(out, expected)
+    above = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, given, above), torch.autograd.grad(expected, given, above))
+
+
+@pytest.mark.parametrize("of_batch", [False, True])
 def test_gradients_of_gradients_are_differences_of_gradients(of_batch: bool) -> None:
     x, scale, shift, mean, var = example(n=2, d=2, h=2, w=2)
 

@@ -1,5 +1,5 @@
 """Affine experts: conditional normalisation as a mixture of experts. An expert is a scale and a shift for every channel
-of some BatchNorms; a router on what enters a residual block mixes or picks them, image by image.
+of some BatchNorms; a router on what enters a residual block mixes or picks them, image by image or region by region.
 
 The family of Xu et al. 2020 (arXiv 2006.00387) and FiLM (Perez et al. 2018), written as a routed model, so that its
 gates can be held, pushed and replaced like any other route.
@@ -20,7 +20,7 @@ from robustmoe.errors import UserError
 from robustmoe.models.backbone import Backbone, StagedNetwork
 from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
 from robustmoe.models.block import check_experts, replace
-from robustmoe.models.by_image import averaged, field_means, normed, quick
+from robustmoe.models.by_image import averaged, field_means, normed, quick, regions, side
 from robustmoe.models.convolution import Handed, Norm
 from robustmoe.models.norm import BatchNorm2d, Normalise, full_precision
 from robustmoe.models.parts import Fork, Function, Leaf, Part
@@ -30,37 +30,52 @@ from robustmoe.routing import Gate, Routing, Tape, choose, chosen_shares, straig
 class PooledRouter(nn.Module):
     """Router logits of feature maps (n, d, h, w) -> (n, e): averages over ``pool`` x ``pool`` fields, BatchNorm, a
     linear layer, over the ``temperature``; in float32 also under autocast.
+
+    With a ``grid`` above 1 they are of each of grid x grid regions, image by image, row by row (n grid^2, e): beside
+    the fields of the image a region's own averages count, by a BatchNorm and a linear layer of their own.
     """
 
-    def __init__(self, channels: int, experts: int, pool: int, temperature: float) -> None:
+    def __init__(self, channels: int, experts: int, pool: int, temperature: float, grid: int = 1) -> None:
         super().__init__()
         self.pool = pool
         self.temperature = temperature
+        self.grid = grid
         self.norm = BatchNorm2d(channels * pool * pool)
         self.head = nn.Linear(channels * pool * pool, experts)
+        if grid > 1:
+            self.region_norm = BatchNorm2d(channels)
+            self.region_head = nn.Linear(channels, experts, bias=False)
 
-    def forward(self, x: Float[Tensor, "n d h w"], fused: bool = False) -> Float[Tensor, "n e"]:
+    def forward(self, x: Float[Tensor, "n d h w"], fused: bool = False) -> Float[Tensor, "m e"]:
         """``fused``: see `Numbers`."""
         with full_precision(x):
-            fields = (field_means if fused else averaged)(x, self.pool)
+            means = field_means if fused else averaged
+            fields = means(x, self.pool)
             logits: Tensor = self.head(self.norm(fields[:, :, None, None]).flatten(1))
+            if self.grid > 1:
+                own = fields if self.grid == self.pool else means(x, self.grid)
+                by_region = self.region_norm(own.unflatten(1, (-1, self.grid, self.grid)))
+                logits = (logits[:, None] + self.region_head(by_region.flatten(2).transpose(1, 2))).flatten(0, 1)
             return logits if self.temperature == 1 else logits / self.temperature
 
 
 @dataclass(frozen=True)
 class Numbers(Handed):
-    """What is added to the scale and the shift of BatchNorms, image by image: both (n, d), by the norm's place.
+    """What is added to the scale and the shift of BatchNorms, image by image or region by region: both (m, d), by the
+    norm's place.
 
     ``fused``: scale, shift and statistics may be put together first, so that a norm takes one pass over its feature
     map; without it each number stands where bounds of it are closest.
     """
 
-    added: Mapping[int, tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]]
+    added: Mapping[int, tuple[Float[Tensor, "m d"], Float[Tensor, "m d"]]]
     fused: bool
 
 
 class AffineNorm(BatchNorm2d):
-    """A BatchNorm whose scale and shift are its own and what ``numbers`` adds for each image, at its ``place``."""
+    """A BatchNorm whose scale and shift are its own and what ``numbers`` adds for each image, or region of it, at its
+    ``place``.
+    """
 
     def __init__(self, channels: int, place: int) -> None:
         super().__init__(channels)
@@ -72,7 +87,11 @@ class AffineNorm(BatchNorm2d):
             return super().forward(x)
         scale, shift = numbers.added[self.place]
         scale, shift = scale + self.weight, shift + self.bias
-        if numbers.fused and x.dtype.itemsize <= scale.dtype.itemsize and quick(x, scale, shift):
+        parts = side(x, scale)
+        if min(x.shape[2:]) < parts:
+            raise UserError(f"a map of {tuple(x.shape[2:])} has no {parts} x {parts} regions; expected a smaller grid")
+        divided = x.shape[2] % parts == x.shape[3] % parts == 0
+        if numbers.fused and divided and x.dtype.itemsize <= scale.dtype.itemsize and quick(x, scale, shift):
             statistics = self.statistics(x)
             if statistics is not None:
                 return normed(x, scale, shift, *statistics, self.eps, self.training)
@@ -85,7 +104,7 @@ class AffineNorm(BatchNorm2d):
             x = self.unit(x)
         if x.dtype != scale.dtype:
             scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-        return torch.addcmul(shift.unflatten(1, (-1, 1, 1)), x, scale.unflatten(1, (-1, 1, 1)))
+        return torch.addcmul(regions(shift, x), x, regions(scale, x))
 
 
 class AffineExperts(nn.Module):
@@ -105,26 +124,27 @@ class AffineExperts(nn.Module):
         self.gain = math.sqrt(experts if gate == "soft" else k)
         self.experts = nn.Parameter(torch.zeros(experts, 2 * sum(places.values())))
 
-    def decide(self, logits: Float[Tensor, "n e"]) -> Routing:
-        """Returns the router's decision; straight-through gates have the softmax's gradient."""
+    def decide(self, logits: Float[Tensor, "m e"]) -> Routing:
+        """Returns the router's decision, an item a region; straight-through gates have the softmax's gradient."""
+        items = logits.view(-1, self.router.grid**2, len(self.experts))
         if self.gate == "straight_through":
-            return straight_through(logits[:, None], self.k, surrogate="softmax")
-        return choose(logits[:, None], self.gate, self.k)
+            return straight_through(items, self.k, surrogate="softmax")
+        return choose(items, self.gate, self.k)
 
-    def mixed(self, routing: Routing) -> Float[Tensor, "n numbers"]:
+    def mixed(self, routing: Routing) -> Float[Tensor, "m numbers"]:
         """Returns the weighted sum of the experts chosen."""
-        index, weight = routing.index[:, 0].to(self.experts.device), routing.weight[:, 0]
+        index, weight = routing.index.flatten(0, 1).to(self.experts.device), routing.weight.flatten(0, 1)
         if routing.k == len(self.experts):
             return self.shared(torch.zeros_like(weight).scatter_add(1, index, weight))
         with full_precision(weight):
             return torch.bmm(self.gain * weight[:, None].to(self.experts.dtype), self.experts[index])[:, 0]
 
-    def shared(self, weight: Float[Tensor, "n e"]) -> Float[Tensor, "n numbers"]:
+    def shared(self, weight: Float[Tensor, "m e"]) -> Float[Tensor, "m numbers"]:
         """Returns the sum of all experts, expert by expert times its weight."""
         with full_precision(weight):
             return torch.mm(self.gain * weight.to(self.experts.dtype), self.experts)
 
-    def at(self, numbers: Float[Tensor, "n numbers"]) -> dict[int, tuple[Tensor, Tensor]]:
+    def at(self, numbers: Float[Tensor, "m numbers"]) -> dict[int, tuple[Tensor, Tensor]]:
         """Returns what is added to scale and shift of the norm at every place."""
         parts, start = {}, 0
         for place, width in self.places.items():
@@ -135,7 +155,7 @@ class AffineExperts(nn.Module):
 
 
 Mix = Callable[[int, AffineExperts, Tensor], Tensor]
-"""(number of a router, its experts, its logits) -> the experts' mixture (n, numbers)."""
+"""(number of a router, its experts, its logits) -> the experts' mixture (m, numbers)."""
 
 
 class AffineModel(RoutedModel):
@@ -185,6 +205,10 @@ class AffineModel(RoutedModel):
     def parts(self) -> Part:
         """One network whose gates are bounded inside it; with one router that picks one expert, a network an expert."""
         gate, k, experts = self._sites_rule()
+        if next(self._sites()).router.grid > 1:
+            raise UserError(
+                "no certificate knows affine experts by region; expected grid=1; smoothing(...) certifies any model"
+            )
         if gate == "soft":
             return Leaf(lambda x: self._walk(x, lambda _, each, z: each.shared(torch.softmax(z, -1)), fused=False))
         if (k > 1 and gate not in EQUAL) or gate == "vmoe":
@@ -236,7 +260,8 @@ class AffineMixture(ModelSpec):
     mixture of ``experts``, each of two numbers a channel.
 
     A router sees what enters its block, averaged to ``pool`` x ``pool`` fields. ``routers``: one a "block"; one for
-    each "norm" of it, on the same features; or one for the whole "image", before the first block. ``gate``: "soft",
+    each "norm" of it, on the same features; or one for the whole "image", before the first block. ``grid``: a decision
+    for each of grid x grid regions of the image, which sees the region's own averages besides. ``gate``: "soft",
     all experts by the softmax; else the ``k`` best: "straight_through" (1/k each, with the softmax's gradient),
     "renormalised", "vmoe" or "hard" (the router gets no gradient). ``temperature``: the router's logits are over it.
     ``stages``: 1 is the first; () are all. BatchNorms of stem, shortcuts and of a last layer stay as they are.
@@ -252,11 +277,13 @@ class AffineMixture(ModelSpec):
     routers: Routers = "block"
     temperature: float = 1.0
     stages: tuple[int, ...] = ()
+    grid: int = 1
 
     def __post_init__(self) -> None:
         check_experts(self.experts, self.k)
-        if self.pool < 1:
-            raise ValueError(f"pool must be at least 1; got {self.pool}")
+        for name in ("pool", "grid"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, and finite; got {self.temperature}")
 
@@ -292,7 +319,7 @@ class AffineMixture(ModelSpec):
         return groups, before
 
     def _experts(self, channels: int, norms: dict[int, int]) -> AffineExperts:
-        router = PooledRouter(channels, self.experts, self.pool, self.temperature)
+        router = PooledRouter(channels, self.experts, self.pool, self.temperature, self.grid)
         return AffineExperts(router, self.experts, norms, self.k, self.gate)
 
 
