@@ -34,8 +34,10 @@ def quick(x: Tensor, *others: Tensor) -> bool:
 
 
 def side(x: Float[Tensor, "n d h w"], numbers: Float[Tensor, "m d"]) -> int:
-    """Returns how many regions a side of a map has, ``numbers`` being of each region, row by row, image by image."""
-    return math.isqrt(len(numbers) // len(x))
+    """Returns how many regions a side of a map has, ``numbers`` being of each region, row by row, image by image: 1 too
+    where a single row is for all images.
+    """
+    return math.isqrt(max(1, len(numbers) // len(x)))
 
 
 def regions(numbers: Float[Tensor, "m d"], x: Float[Tensor, "n d h w"]) -> Tensor:
