@@ -55,6 +55,8 @@ ARMS = {
     "affine64_mean": "affine(patch_resnet(width=16), experts=64, routers=norm, pool=1)",
     "affine24_grid2": "affine(patch_resnet(width=16), experts=24, routers=norm, grid=2)",
     "affine64_grid2": "affine(patch_resnet(width=16), experts=64, routers=norm, grid=2)",
+    "affine64_kernels4": "affine(patch_resnet(width=16), experts=64, routers=norm, kernels=4)",
+    "kernels4": "affine(patch_resnet(width=16), experts=0, routers=norm, kernels=4)",
     "affine1": "affine(patch_resnet(width=16), experts=1, routers=norm)",
     "affine8": "affine(patch_resnet(width=16), experts=8, routers=norm)",
     "hard8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=straight_through)",

@@ -28,7 +28,7 @@ from robustmoe.attacks import Attack
 from robustmoe.data import Batch, Data
 from robustmoe.evaluation import evaluate
 from robustmoe.models import RoutedModel
-from robustmoe.models.affine import AffineExperts, AffineModel
+from robustmoe.models.affine import AffineModel, LayerExperts
 from robustmoe.noise import Noise
 from robustmoe.routing import Trace
 from robustmoe.spec import build
@@ -38,9 +38,9 @@ MET = attacks(SIZES["cifar10"])
 JUDGE = ("PGD-10", "margin", "rival 1")
 
 
-def routers(model: RoutedModel) -> list[AffineExperts]:
+def routers(model: RoutedModel) -> list[LayerExperts]:
     assert isinstance(model, AffineModel)
-    return [each for each in model.affine if isinstance(each, AffineExperts)]
+    return [each for each in model.affine if isinstance(each, LayerExperts)]
 
 
 @torch.no_grad()

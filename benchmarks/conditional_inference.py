@@ -18,7 +18,7 @@ import torch
 
 from pathway_inference import measure, ratio
 from results import RESULTS, described, write
-from robustmoe.models import AffineExperts, RoutedModel, build_model
+from robustmoe.models import LayerExperts, RoutedModel, build_model
 
 BACKBONES = {"resnet8": "resnet8(width=16)", "resnet8_w32": "resnet8(width=32)", "patch_resnet": "patch_resnet"}
 VARIANTS = {
@@ -35,7 +35,7 @@ def model_of(spec: str) -> RoutedModel:
     """Experts that are not 0."""
     model = build_model(spec, 10, (3, 32, 32))
     for module in model.modules():
-        if isinstance(module, AffineExperts):
+        if isinstance(module, LayerExperts):
             torch.nn.init.normal_(module.experts, std=0.1)
     return model
 

@@ -16,8 +16,8 @@ from robustmoe import spec as specs
 from robustmoe.attacks import PGD, AutoAttackRouting, linf
 from robustmoe.costs import costs
 from robustmoe.errors import UserError
-from robustmoe.models import AffineExperts, AffineModel, AffineNorm, RoutedModel, build_model
-from robustmoe.models.affine import Numbers
+from robustmoe.models import AffineModel, AffineNorm, LayerExperts, RoutedModel, build_model
+from robustmoe.models.affine import LowRankExperts, MergedConv, Numbers
 from robustmoe.noise import Noise
 from robustmoe.recipe import load_recipe
 from robustmoe.routing import Routing, Trace, soft, to_expert
@@ -35,8 +35,10 @@ SPECS = {
     "top-2, one router": f"affine({BACKBONE}, experts=5, gate=renormalised, k=2, routers=image)",
     "pre-activation, last stage": "affine(wide_resnet(10, 1), experts=3, stages=(3,))",
     "patches": "affine(patch_resnet(width=6, patch=2), experts=3, gate=vmoe)",
+    "kernels alone": f"affine({BACKBONE}, experts=0, kernels=3, routers=norm)",
+    "kernels of rank 2 besides": f"affine({BACKBONE}, experts=5, kernels=5, rank=2)",
 }
-ROUTERS = [6, 12, 6, 1, 1, 2]
+ROUTERS = [6, 12, 6, 1, 1, 2, 12, 12]
 BY_REGION = {
     "soft": "affine(patch_resnet(width=6, patch=2), experts=5, grid=2)",
     "top-1": f"affine({BACKBONE}, experts=5, gate=straight_through, grid=2, routers=norm)",
@@ -49,7 +51,7 @@ def trained(text: str, x: Tensor, seed: int = 0) -> AffineModel:
     assert isinstance(model, AffineModel)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, AffineExperts):
+            if isinstance(module, LayerExperts):
                 module.experts.normal_(0, 0.3)
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.5
@@ -91,7 +93,7 @@ def test_a_norm_is_batch_norm_with_scale_and_shift_of_each_image(x: Tensor, trai
     for n, d in itertools.product(range(len(x)), range(3)):
         unit = (x[n, d] - mean[d]) / torch.sqrt(var[d] + norm.eps)
         expected[n, d] = (norm.weight[d] + added[n, 0, d]) * unit + norm.bias[d] + added[n, 1, d]
-    torch.testing.assert_close(norm(x, Numbers({7: (added[:, 0], added[:, 1])}, fused)), expected)
+    torch.testing.assert_close(norm(x, Numbers({7: added.flatten(1)}, fused)), expected)
 
 
 @pytest.mark.parametrize("side", [6, 5])
@@ -111,8 +113,7 @@ def test_a_norm_by_region_has_the_numbers_of_the_region_of_each_pixel(side: int,
     for n, i, j in itertools.product(range(2), range(side), range(side)):
         scale, shift = added[n, i * 2 // side, j * 2 // side]
         expected[n, :, i, j] = (norm.weight + scale) * unit[n, :, i, j] + norm.bias + shift
-    rows = added.view(8, 2, 3)
-    torch.testing.assert_close(norm(x, Numbers({0: (rows[:, 0], rows[:, 1])}, fused)), expected)
+    torch.testing.assert_close(norm(x, Numbers({0: added.view(8, 6)}, fused)), expected)
 
 
 @pytest.mark.parametrize("name", BY_REGION)
@@ -171,17 +172,18 @@ def dense_with(model: AffineModel, text: str, rows: dict[int, Tensor]) -> Routed
     dense = build_model(specs.build(text, "model").backbone, CLASSES, SHAPE).double()
     names = {name for name, _ in dense.named_parameters()} | {name for name, _ in dense.named_buffers()}
     dense.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
-    norms = {module.place: name for name, module in model.named_modules() if isinstance(module, AffineNorm)}
+    layers = {each.place: name for name, each in model.named_modules() if isinstance(each, AffineNorm | MergedConv)}
     for number, row in rows.items():
-        start = 0
         experts = model.affine[number]
-        assert isinstance(experts, AffineExperts)
-        for place, width in experts.places.items():
-            norm = dense.get_submodule(norms[place])
-            assert isinstance(norm, nn.BatchNorm2d)
-            norm.weight.data += row[start : start + width]
-            norm.bias.data += row[start + width : start + 2 * width]
-            start += 2 * width
+        assert isinstance(experts, LayerExperts)
+        for place, part in zip(experts.places, row.split(list(experts.places.values())), strict=True):
+            layer = dense.get_submodule(layers[place])
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data += part.view(layer.weight.shape)
+            else:
+                assert isinstance(layer, nn.BatchNorm2d)
+                layer.weight.data += part[: len(layer.weight)]
+                layer.bias.data += part[len(layer.weight) :]
     return dense.eval()
 
 
@@ -194,26 +196,54 @@ def test_an_image_is_answered_by_the_dense_network_of_its_own_mixture(name: str,
     assert len(free.trace) == dict(zip(SPECS, ROUTERS))[name]
     for image in range(3):
         rows = {}
-        for number, routing in enumerate(free.trace.values()):
+        for name_of, routing in free.trace.items():  # affine.NUMBER.router
+            number = int(name_of.split(".")[1])
             experts = model.affine[number]
-            assert isinstance(experts, AffineExperts)
+            assert isinstance(experts, LayerExperts)
             chosen = zip(routing.index[image, 0], routing.weight[image, 0])
-            rows[number] = experts.gain * sum(weight * experts.experts[index] for index, weight in chosen)
+            rows[number] = experts.gain * sum(weight * experts.rows()[index] for index, weight in chosen)
         dense = dense_with(model, SPECS[name], rows)
         torch.testing.assert_close(free.logits[image], dense(x[image : image + 1])[0])
 
 
-@pytest.mark.parametrize("name", list(SPECS)[:4])
+@pytest.mark.parametrize("name", [*list(SPECS)[:4], "kernels of rank 2 besides"])
 @torch.no_grad()
 def test_one_expert_alone_is_a_dense_network(name: str, x: Tensor) -> None:
     model = trained(SPECS[name], x)
     answers = []
     for expert in range(5):
-        tables = {number: each for number, each in enumerate(model.affine) if isinstance(each, AffineExperts)}
-        dense = dense_with(model, SPECS[name], {i: each.gain * each.experts[expert] for i, each in tables.items()})
+        tables = {number: each for number, each in enumerate(model.affine) if isinstance(each, LayerExperts)}
+        dense = dense_with(model, SPECS[name], {i: each.gain * each.rows()[expert] for i, each in tables.items()})
         answers.append(model.run(x, forced=to_expert(model.run(x).trace, expert)).logits)
         torch.testing.assert_close(answers[-1], dense(x))
     assert not torch.allclose(answers[0], answers[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_kernels_of_a_rank_are_sums_of_so_many_products() -> None:
+    model = trained(SPECS["kernels of rank 2 besides"], torch.rand(4, *SHAPE, dtype=torch.float64))
+    own = [each for each in model.affine if isinstance(each, LowRankExperts)]
+    assert len(own) == 6
+    for each in own:
+        start = 0
+        for filters, inputs in each.shapes.values():
+            for kernel in each.rows()[:, start : start + filters * inputs].view(-1, filters, inputs):
+                assert torch.linalg.matrix_rank(kernel) == 2
+            start += filters * inputs
+        assert start == each.rows().shape[1]
+    first = own[0]
+    filters, inputs = next(iter(first.shapes.values()))
+    left, right = first.experts[3, : 2 * filters].view(filters, 2), first.factors[3, : 2 * inputs].view(2, inputs)
+    product = sum(torch.outer(left[:, i], right[i]) for i in range(2))
+    torch.testing.assert_close(first.rows()[3, : filters * inputs], product.flatten())
+
+
+@pytest.mark.parametrize(
+    "spec", [f"affine({BACKBONE}, experts=0, kernels=3)", f"affine({BACKBONE}, kernels=2, grid=2)"]
+)
+def test_kernels_have_no_certificate(spec: str) -> None:
+    with pytest.raises(UserError, match="no certificate knows affine experts by region, nor merged kernels"):
+        build_model(spec, CLASSES, SHAPE).parts()
 
 
 @torch.no_grad()
@@ -368,6 +398,16 @@ def test_regions_cost_their_own_features_and_a_mixture_each() -> None:
     assert counted.parameters - whole.parameters == 2 * (16 * 64 + 2 * 16)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_merging_kernels_is_counted(rank: int) -> None:
+    """Four convolutions of 16 x 16 x 9, the experts' products of that rank, and a router a block on 64 features."""
+    counted = costs(f"affine(patch_resnet, experts=0, kernels=4, rank={rank})")
+    kernels = 4 * 16 * 16 * 9
+    assert counted.macs == 639_136 + 2 * 64 * 4 + 4 * kernels * (1 + rank)
+    experts = 4 * 4 * rank * (16 + 16 * 9) if rank else 4 * kernels
+    assert counted.parameters == costs("patch_resnet").parameters + 2 * (2 * 64 + 64 * 4 + 4) + experts
+
+
 # ------------------------------------------------------------------------------------------------ attacks, bad inputs
 
 
@@ -391,6 +431,9 @@ def test_the_routing_attacks_take_it(text: str, x: Tensor) -> None:
     [
         (f"affine({BACKBONE}, pool=0)", "pool must be at least 1; got 0"),
         (f"affine({BACKBONE}, grid=0)", "grid must be at least 1; got 0"),
+        (f"affine({BACKBONE}, kernels=-1)", "k must be between 1 and the number of experts, -1; got 1"),
+        (f"affine({BACKBONE}, experts=0)", "k must be between 1 and the number of experts, 0; got 1"),
+        (f"affine({BACKBONE}, rank=-1)", "rank must be at least 0; got -1"),
         (f"affine({BACKBONE}, temperature=0)", "temperature must be above 0, and finite; got 0"),
         (f"affine({BACKBONE}, experts=2, k=3)", "k must be between 1 and the number of experts, 2; got 3"),
         (f"affine({BACKBONE}, stages=(4,))", "stages must be between 1 and 3 here; got 4"),
@@ -417,4 +460,4 @@ def test_the_recipes_of_the_twins_differ_in_the_model_alone() -> None:
 def test_the_gain_keeps_an_experts_learning_rate(x: Tensor) -> None:
     for text, gain in (("experts=9", 3.0), ("experts=9, gate=vmoe, k=4", 2.0), ("experts=9, gate=hard", 1.0)):
         model = build_model(f"affine({BACKBONE}, {text})", CLASSES, SHAPE)
-        assert all(math.isclose(module.gain, gain) for module in model.modules() if isinstance(module, AffineExperts))
+        assert all(math.isclose(module.gain, gain) for module in model.modules() if isinstance(module, LayerExperts))

@@ -16,7 +16,7 @@ from robustmoe.certification.graph import check, record
 from robustmoe.certification.margins import worst_margins
 from robustmoe.certification.operations import Interval
 from robustmoe.certification.slopes import lipschitz
-from robustmoe.models import AffineExperts, RoutedModel, build_model
+from robustmoe.models import LayerExperts, RoutedModel, build_model
 from robustmoe.routing import chosen_shares
 
 HOWS: tuple[Bounding, ...] = ("ibp", "crown_ibp", "crown")
@@ -148,7 +148,7 @@ def randomised(spec: str, side: int = 8) -> RoutedModel:
     model = build_model(spec, 4, (3, side, side)).double()
     generator = torch.Generator().manual_seed(2)
     for module in model.modules():
-        if isinstance(module, AffineExperts):
+        if isinstance(module, LayerExperts):
             module.experts.data.normal_(0, 0.1, generator=generator)
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from robustmoe import spec as specs
 from robustmoe.models import (
     MODELS,
-    AffineExperts,
+    LayerExperts,
     Output,
     Pathway,
     ResNet,
@@ -493,7 +493,7 @@ def test_in_training_every_parameter_gets_a_gradient_where_declared(
     x, y = images(12), labels(12)
     model = build_model(spec, 4, (3, 8, 8)).train()
     for module in model.modules():
-        if isinstance(module, AffineExperts):  # a fresh one is 0, and its router without effect
+        if isinstance(module, LayerExperts):  # a fresh one is 0, and its router without effect
             nn.init.normal_(module.experts)
     fresh = model.run(x)
     loss = nn.functional.cross_entropy(fresh.logits, y)

@@ -13,7 +13,7 @@ from robustmoe import UserError
 from robustmoe.attacks import PGD, OtherRoutes, build_attack, linf
 from robustmoe.attacks.routes.elsewhere import OnRoute
 from robustmoe.evaluation.transferring import FromRun
-from robustmoe.models import AffineExperts, RoutedModel, build_model
+from robustmoe.models import LayerExperts, RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.recipe import Recipe
 from robustmoe.routing import Tape, detach, top_k
@@ -57,7 +57,7 @@ def test_an_expert_out_of_the_gradients_sight_is_attacked_where_the_routers_can_
 def affine() -> RoutedModel:
     model = build_model("affine(patch_resnet(width=4, patch=2), experts=3)", 4, (3, 8, 8)).double()
     for module in model.modules():
-        if isinstance(module, AffineExperts):
+        if isinstance(module, LayerExperts):
             nn.init.normal_(module.experts, std=0.5)
     return model
 

@@ -11,7 +11,7 @@ import torch
 from robustmoe import generators
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
-from robustmoe.models.affine import AffineExperts, AffineMixture, AffineModel, AffineNorm, PooledRouter
+from robustmoe.models.affine import AffineMixture, AffineModel, AffineNorm, LayerExperts, PooledRouter
 from robustmoe.models.backbone import Backbone, Slim, StagedNetwork
 from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, RoutedModel
 from robustmoe.models.block import BlockMoE, ConvMoE, LayeredModel, RoutedLayer
@@ -111,7 +111,6 @@ __all__ = [
     "MODELS",
     "SHARPENINGS",
     "VGG16",
-    "AffineExperts",
     "AffineMixture",
     "AffineModel",
     "AffineNorm",
@@ -128,6 +127,7 @@ __all__ = [
     "Ensemble",
     "EnsembleModel",
     "ImageShape",
+    "LayerExperts",
     "LayeredModel",
     "Linear",
     "ModelSpec",

@@ -1,16 +1,19 @@
-"""Affine experts: conditional normalisation as a mixture of experts. An expert is a scale and a shift for every channel
-of some BatchNorms; a router on what enters a residual block mixes or picks them, image by image or region by region.
+"""Experts that are numbers of a network's own layers. An affine expert is a scale and a shift for every channel of some
+BatchNorms (conditional normalisation); a kernel expert is what is added to the kernels of some convolutions. A router
+on what enters a residual block mixes or picks them, image by image, affine ones also region by region.
 
-The family of Xu et al. 2020 (arXiv 2006.00387) and FiLM (Perez et al. 2018), written as a routed model, so that its
-gates can be held, pushed and replaced like any other route.
+The families of Xu et al. 2020 (arXiv 2006.00387) and FiLM (Perez et al. 2018), and of CondConv (Yang et al. 2019, arXiv
+1904.04971) and SMEAR (Muqeeth et al. 2023, arXiv 2306.03745), written as a routed model, so that its gates can be held,
+pushed and replaced like any other route.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,8 +24,8 @@ from robustmoe.models.backbone import Backbone, StagedNetwork
 from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel, to_channels_last
 from robustmoe.models.block import check_experts, replace
 from robustmoe.models.by_image import averaged, field_means, normed, quick, regions, side
-from robustmoe.models.convolution import Handed, Norm
-from robustmoe.models.norm import BatchNorm2d, Normalise, full_precision
+from robustmoe.models.convolution import Conv, Handed, Norm
+from robustmoe.models.norm import BatchNorm2d, Normalise, at_least_float32, full_precision
 from robustmoe.models.parts import Fork, Function, Leaf, Part
 from robustmoe.routing import Gate, Routing, Tape, choose, chosen_shares, straight_through
 
@@ -61,14 +64,13 @@ class PooledRouter(nn.Module):
 
 @dataclass(frozen=True)
 class Numbers(Handed):
-    """What is added to the scale and the shift of BatchNorms, image by image or region by region: both (m, d), by the
-    norm's place.
+    """What is added to the numbers of layers, image by image or region by region: (m, numbers), by a layer's place.
 
     ``fused``: scale, shift and statistics may be put together first, so that a norm takes one pass over its feature
     map; without it each number stands where bounds of it are closest.
     """
 
-    added: Mapping[int, tuple[Float[Tensor, "m d"], Float[Tensor, "m d"]]]
+    added: Mapping[int, Float[Tensor, "m numbers"]]
     fused: bool
 
 
@@ -85,8 +87,8 @@ class AffineNorm(BatchNorm2d):
         """Without ``numbers`` it is the BatchNorm alone."""
         if not isinstance(numbers, Numbers) or x.shape[0] == 0:
             return super().forward(x)
-        scale, shift = numbers.added[self.place]
-        scale, shift = scale + self.weight, shift + self.bias
+        added = numbers.added[self.place]
+        scale, shift = added[:, : self.num_features] + self.weight, added[:, self.num_features :] + self.bias
         parts = side(x, scale)
         if min(x.shape[2:]) < parts:
             raise UserError(f"a map of {tuple(x.shape[2:])} has no {parts} x {parts} regions; expected a smaller grid")
@@ -107,9 +109,32 @@ class AffineNorm(BatchNorm2d):
         return torch.addcmul(regions(shift, x), x, regions(scale, x))
 
 
-class AffineExperts(nn.Module):
-    """A router on a feature map, and ``experts`` (e, numbers), one row an expert: for each of the norms at ``places``
-    the scales, then the shifts, of its ``widths`` channels. All rows are 0 at first.
+class MergedConv(Conv):
+    """A convolution whose kernels are its own plus what ``numbers`` adds for each image, at its ``place``: each image
+    has kernels of its own, so a batch is one grouped convolution, in float32 also under autocast.
+    """
+
+    def __init__(self, conv: Conv, place: int) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.same)
+        self.weight = conv.weight
+        self.place = place
+
+    def forward(self, x: Float[Tensor, "n d h w"], numbers: Handed | None = None) -> Tensor:
+        """Without ``numbers`` it is the convolution alone."""
+        if not isinstance(numbers, Numbers) or x.shape[0] == 0:
+            return super().forward(x)
+        kernels = self.weight + numbers.added[self.place].view(-1, *self.weight.shape)
+        if len(kernels) == 1:
+            return self.convolved(x, kernels[0])
+        with full_precision(x):
+            groups = at_least_float32(x).reshape(1, -1, *x.shape[2:])
+            out = self.convolved(groups, kernels.flatten(0, 1), groups=len(x))
+        return to_channels_last(out.view(len(x), -1, *out.shape[2:])).to(x.dtype)
+
+
+class LayerExperts(nn.Module):
+    """A router on a feature map and the ``experts`` (e, numbers) that it mixes, one row an expert: at each of
+    ``places`` so many numbers as it says. All are 0 at first.
 
     The mixture is times ``gain``, the root of how many experts are in it, so that an expert learns as fast as were it
     alone.
@@ -122,11 +147,15 @@ class AffineExperts(nn.Module):
         self.k = k
         self.gate: Gate = gate
         self.gain = math.sqrt(experts if gate == "soft" else k)
-        self.experts = nn.Parameter(torch.zeros(experts, 2 * sum(places.values())))
+        self.experts = nn.Parameter(torch.zeros(experts, sum(places.values())))
+
+    def rows(self) -> Float[Tensor, "e numbers"]:
+        """Returns the numbers of each expert."""
+        return self.experts
 
     def decide(self, logits: Float[Tensor, "m e"]) -> Routing:
         """Returns the router's decision, an item a region; straight-through gates have the softmax's gradient."""
-        items = logits.view(-1, self.router.grid**2, len(self.experts))
+        items = logits.view(-1, self.router.grid**2, logits.shape[-1])
         if self.gate == "straight_through":
             return straight_through(items, self.k, surrogate="softmax")
         return choose(items, self.gate, self.k)
@@ -137,30 +166,54 @@ class AffineExperts(nn.Module):
         if routing.k == len(self.experts):
             return self.shared(torch.zeros_like(weight).scatter_add(1, index, weight))
         with full_precision(weight):
-            return torch.bmm(self.gain * weight[:, None].to(self.experts.dtype), self.experts[index])[:, 0]
+            rows = self.rows()
+            return torch.bmm(self.gain * weight[:, None].to(rows.dtype), rows[index])[:, 0]
 
     def shared(self, weight: Float[Tensor, "m e"]) -> Float[Tensor, "m numbers"]:
         """Returns the sum of all experts, expert by expert times its weight."""
         with full_precision(weight):
-            return torch.mm(self.gain * weight.to(self.experts.dtype), self.experts)
+            rows = self.rows()
+            return torch.mm(self.gain * weight.to(rows.dtype), rows)
 
-    def at(self, numbers: Float[Tensor, "m numbers"]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Returns what is added to scale and shift of the norm at every place."""
+    def at(self, numbers: Float[Tensor, "m numbers"]) -> dict[int, Tensor]:
+        """Returns what is added at every place."""
         parts, start = {}, 0
         for place, width in self.places.items():
-            middle, end = start + width, start + 2 * width
-            parts[place] = numbers[:, start:middle], numbers[:, middle:end]
-            start = end
+            parts[place] = numbers[:, start : start + width]
+            start += width
         return parts
 
 
-Mix = Callable[[int, AffineExperts, Tensor], Tensor]
+class LowRankExperts(LayerExperts):
+    """Experts whose kernels (f, d kh kw), ``shapes`` by place, are products of ``experts`` (e, sum of f x rank), 0 at
+    first, and ``factors`` (e, sum of rank x d kh kw).
+    """
+
+    def __init__(
+        self, router: PooledRouter, experts: int, shapes: dict[int, tuple[int, int]], k: int, gate: Gate, rank: int
+    ) -> None:
+        super().__init__(router, experts, {place: filters * rank for place, (filters, _) in shapes.items()}, k, gate)
+        self.places = {place: math.prod(shape) for place, shape in shapes.items()}
+        self.shapes = shapes
+        self.rank = rank
+        factors = [torch.randn(experts, rank * inputs) / inputs**0.5 for _, inputs in shapes.values()]
+        self.factors = nn.Parameter(torch.cat(factors, 1))
+
+    def rows(self) -> Float[Tensor, "e numbers"]:
+        left = self.experts.split([self.rank * filters for filters, _ in self.shapes.values()], 1)
+        right = self.factors.split([self.rank * inputs for _, inputs in self.shapes.values()], 1)
+        pairs = [(a.unflatten(1, (-1, self.rank)), b.unflatten(1, (self.rank, -1))) for a, b in zip(left, right)]
+        return torch.cat([torch.bmm(a, b).flatten(1) for a, b in pairs], 1)
+
+
+Mix = Callable[[int, LayerExperts, Tensor], Tensor]
 """(number of a router, its experts, its logits) -> the experts' mixture (m, numbers)."""
 
 
 class AffineModel(RoutedModel):
-    """A backbone's network some of whose BatchNorms are `AffineNorm`s; ``affine``: the routers and their experts, in
-    the trace as ``affine.I.router``. ``before``: which of them decide on what enters each block, stage by stage.
+    """A backbone's network some of whose layers are `AffineNorm`s or `MergedConv`s; ``affine``: the routers and their
+    experts, in the trace as ``affine.I.router``. ``before``: which of them decide on what enters each block, stage by
+    stage.
 
     Loaded with a dense network's weights a fresh one answers as that network does.
     """
@@ -168,7 +221,7 @@ class AffineModel(RoutedModel):
     def __init__(
         self,
         network: StagedNetwork,
-        affine: list[AffineExperts],
+        affine: list[LayerExperts],
         before: list[list[list[int]]],
         normalise: Normalise,
     ) -> None:
@@ -183,16 +236,16 @@ class AffineModel(RoutedModel):
             return self._walk(x, lambda i, each, logits: each.mixed(tape(_name(i), each.decide(logits))), fused=True)
         return self._walk(x, lambda _, each, logits: each.shared(torch.softmax(logits, -1)), fused=True)
 
-    def _sites(self) -> Iterator[AffineExperts]:
+    def _sites(self) -> Iterator[LayerExperts]:
         for each in self.affine:
-            assert isinstance(each, AffineExperts)
+            assert isinstance(each, LayerExperts)
             yield each
 
     def _walk(self, x: Tensor, mix: Mix, fused: bool) -> Tensor:
         """Returns the logits, ``mix`` saying what becomes of each router's."""
         x = self.network.entry(to_channels_last(self.normalise(x)))
         sites = list(self._sites())
-        added: dict[int, tuple[Tensor, Tensor]] = {}
+        added: dict[int, Tensor] = {}
         for stage, before in zip(self.network.stages, self.before, strict=True):
             assert isinstance(stage, nn.ModuleList)
             for block, numbers in zip(stage, before, strict=True):
@@ -205,9 +258,12 @@ class AffineModel(RoutedModel):
     def parts(self) -> Part:
         """One network whose gates are bounded inside it; with one router that picks one expert, a network an expert."""
         gate, k, experts = self._sites_rule()
-        if next(self._sites()).router.grid > 1:
+        if any(each.router.grid > 1 for each in self._sites()) or any(
+            isinstance(each, MergedConv) for each in self.modules()
+        ):
             raise UserError(
-                "no certificate knows affine experts by region; expected grid=1; smoothing(...) certifies any model"
+                "no certificate knows affine experts by region, nor merged kernels; expected grid=1 and kernels=0; "
+                "smoothing(...) certifies any model"
             )
         if gate == "soft":
             return Leaf(lambda x: self._walk(x, lambda _, each, z: each.shared(torch.softmax(z, -1)), fused=False))
@@ -233,8 +289,8 @@ class AffineModel(RoutedModel):
     def _alone(self, expert: int) -> Function:
         """Returns the network with one expert's numbers."""
 
-        def row(_: int, each: AffineExperts, logits: Tensor) -> Tensor:
-            return each.gain * each.experts[expert : expert + 1]
+        def row(_: int, each: LayerExperts, logits: Tensor) -> Tensor:
+            return each.gain * each.rows()[expert : expert + 1]
 
         def network(x: Tensor) -> Tensor:
             with torch.enable_grad():  # bounds record without gradients, and certified training moves these numbers
@@ -264,7 +320,10 @@ class AffineMixture(ModelSpec):
     for each of grid x grid regions of the image, which sees the region's own averages besides. ``gate``: "soft",
     all experts by the softmax; else the ``k`` best: "straight_through" (1/k each, with the softmax's gradient),
     "renormalised", "vmoe" or "hard" (the router gets no gradient). ``temperature``: the router's logits are over it.
-    ``stages``: 1 is the first; () are all. BatchNorms of stem, shortcuts and of a last layer stay as they are.
+    ``stages``: 1 is the first; () are all. Layers of stem and shortcuts, and a last BatchNorm, stay as they are.
+
+    ``kernels``: so many experts of what is added to each convolution's kernels, with routers of their own, one decision
+    an image; of that ``rank``, or whole (0). With ``experts`` = 0 they are alone.
 
     Experts are 0 at first, so a dense run of the backbone upcycles exactly (a recipe's ``init``).
     """
@@ -278,12 +337,15 @@ class AffineMixture(ModelSpec):
     temperature: float = 1.0
     stages: tuple[int, ...] = ()
     grid: int = 1
+    kernels: int = 0
+    rank: int = 0
 
     def __post_init__(self) -> None:
-        check_experts(self.experts, self.k)
-        for name in ("pool", "grid"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for experts in {self.experts, self.kernels} - {0} or {0}:
+            check_experts(experts, self.k)
+        for name, least in (("experts", 0), ("kernels", 0), ("rank", 0), ("pool", 1), ("grid", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, and finite; got {self.temperature}")
 
@@ -292,41 +354,74 @@ class AffineMixture(ModelSpec):
         wrong = [number for number in self.stages if not 1 <= number <= len(network.stages)]
         if wrong:
             raise ValueError(f"stages must be between 1 and {len(network.stages)} here; got {wrong[0]}")
-        groups, before = self._groups(network)
-        if not groups:
-            raise ValueError("these stages have no BatchNorm; expected others")
-        affine = [self._experts(channels, norms) for channels, norms in groups]
+        affine: list[LayerExperts] = []
+        before: list[list[list[int]]] = [[[] for _ in _blocks(stage)] for stage in network.stages]
+        kinds = [(Norm, self._affine)] * (self.experts > 0) + [(Conv, self._merged)] * (self.kernels > 0)
+        places = itertools.count()
+        for kind, make in kinds:
+            for group in self._groups(network, kind):
+                before[group.stage][group.block].append(len(affine))
+                affine.append(make(network, group, {next(places): layer for layer in group.layers}))
+        if not affine:
+            raise ValueError("these stages have no such layer (BatchNorm, for kernels convolution); expected others")
         return AffineModel(network, affine, before, normalise)
 
-    def _groups(self, network: StagedNetwork) -> tuple[list[tuple[int, dict[int, int]]], list[list[list[int]]]]:
-        """Puts an `AffineNorm` in the place of every BatchNorm chosen. Returns of each router the channels that it sees
-        and the widths of its norms by place, and which routers stand before each block.
-        """
-        groups: list[tuple[int, dict[int, int]]] = []
-        before: list[list[list[int]]] = []
-        for position, stage in enumerate(network.stages, 1):
-            before.append([])
-            assert isinstance(stage, nn.ModuleList)
-            for block in stage:
-                start = len(groups)
-                for norm in _norms(block) if position in self.stages or not self.stages else []:
-                    place = sum(len(norms) for _, norms in groups)
-                    replace(network, norm, AffineNorm(norm.num_features, place))
-                    if self.routers == "norm" or len(groups) == (0 if self.routers == "image" else start):
-                        groups.append((_inputs(block), {}))
-                    groups[-1][1][place] = norm.num_features
-                before[-1].append(list(range(start, len(groups))))
-        return groups, before
+    def _groups(self, network: StagedNetwork, kind: type[nn.Module]) -> list[_Group]:
+        """Returns the layers of a kind in groups, each of a router."""
+        groups: list[_Group] = []
+        for number, stage in enumerate(network.stages):
+            for place, block in enumerate(_blocks(stage) if number + 1 in self.stages or not self.stages else ()):
+                layers = _layers(block, kind)
+                if self.routers == "norm":
+                    groups += [_Group(number, place, _inputs(block), [layer]) for layer in layers]
+                elif layers and (self.routers == "block" or not groups):
+                    groups.append(_Group(number, place, _inputs(block), layers))
+                elif layers:
+                    groups[-1].layers.extend(layers)
+        return groups
 
-    def _experts(self, channels: int, norms: dict[int, int]) -> AffineExperts:
-        router = PooledRouter(channels, self.experts, self.pool, self.temperature, self.grid)
-        return AffineExperts(router, self.experts, norms, self.k, self.gate)
+    def _affine(self, network: nn.Module, group: _Group, norms: dict[int, nn.Module]) -> LayerExperts:
+        """Puts an `AffineNorm` in the place of each, and returns their experts."""
+        widths: dict[int, int] = {}
+        for place, norm in norms.items():
+            assert isinstance(norm, Norm)
+            replace(network, norm, AffineNorm(norm.num_features, place))
+            widths[place] = 2 * norm.num_features
+        router = PooledRouter(group.channels, self.experts, self.pool, self.temperature, self.grid)
+        return LayerExperts(router, self.experts, widths, self.k, self.gate)
+
+    def _merged(self, network: nn.Module, group: _Group, convs: dict[int, nn.Module]) -> LayerExperts:
+        """Puts a `MergedConv` in the place of each, and returns their experts."""
+        shapes: dict[int, tuple[int, int]] = {}
+        for place, conv in convs.items():
+            assert isinstance(conv, Conv)
+            replace(network, conv, MergedConv(conv, place))
+            shapes[place] = (conv.out_channels, conv.weight[0].numel())
+        router = PooledRouter(group.channels, self.kernels, self.pool, self.temperature)
+        if self.rank:
+            return LowRankExperts(router, self.kernels, shapes, self.k, self.gate, self.rank)
+        whole = {place: math.prod(shape) for place, shape in shapes.items()}
+        return LayerExperts(router, self.kernels, whole, self.k, self.gate)
 
 
-def _norms(block: nn.Module) -> list[Norm]:
-    """Returns the BatchNorms of a block, its shortcut's left out."""
+class _Group(NamedTuple):
+    """Layers that share a router, the stage and the block before which it decides, and the channels that it sees."""
+
+    stage: int
+    block: int
+    channels: int
+    layers: list[nn.Module]
+
+
+def _blocks(stage: nn.Module) -> nn.ModuleList:
+    assert isinstance(stage, nn.ModuleList)
+    return stage
+
+
+def _layers(block: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """Returns the layers of a kind in a block, its shortcut's left out."""
     return [
-        norm for path, norm in block.named_modules() if isinstance(norm, Norm) and "shortcut" not in path.split(".")
+        layer for path, layer in block.named_modules() if isinstance(layer, kind) and "shortcut" not in path.split(".")
     ]
 
 

@@ -100,14 +100,14 @@ class Conv(Foldable, nn.Conv2d, foldable=True):
     def forward(self, x: Tensor, segments: Handed | None = None) -> Tensor:
         return self.convolved(x, self.weight)
 
-    def convolved(self, x: Float[Tensor, "n d h w"], weight: Float[Tensor, "f d kh kw"]) -> Tensor:
+    def convolved(self, x: Float[Tensor, "n d h w"], weight: Float[Tensor, "f _ kh kw"], groups: int = 1) -> Tensor:
         """Returns the convolution with other filters than its own, at the same stride and padding."""
         x = F.pad(x, self._zeros(x)) if self.same else x
         if not self.takes_pixels_first:
-            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
         rows, columns = self.stride
         x = x[:, :, ::rows, ::columns].contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, groups=groups)
 
     def _zeros(self, x: Tensor) -> tuple[int, int, int, int]:
         """Returns how many zeros TensorFlow's rule puts left, right, above and below."""
