@@ -25,11 +25,11 @@ from robustmoe.models import BatchNorm2d, ModelSpec, Normalise, RoutedModel, bui
 from robustmoe.models.foreign import blaming, check_classes, require_weights, runs_foreign
 from robustmoe.options import Inputs
 from robustmoe.recipe import LATER, SPECS, Recipe, said_by
-from robustmoe.training import sharding, starting
+from robustmoe.training import compiled, sharding, starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Method
 
-FREE = {"device", "threads", "deterministic", "checkpoint_every", "attacks", "max_steps", "data"}
+FREE = {"device", "threads", "deterministic", "compile", "checkpoint_every", "attacks", "max_steps", "data"}
 """Recipe fields that may differ between a run and its continuation; the data are compared by their contents."""
 
 
@@ -94,6 +94,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     augment = given.build("augment", recipe.augment, "augment") if recipe.augment else None
     val_attack = given.build("val_attack", recipe.val_attack, "attack") if recipe.val_attack else None
     sharding.check(recipe, method, val_attack, "model" in given.objects)
+    compiled.check(recipe, "model" in given.objects)
     described = given.build("model", recipe.model, "model")  # a misspelt model should not wait for the data
     data: Data = given.build("data", recipe.data, "data")
     model = described if isinstance(described, RoutedModel) else _fresh_model(described, recipe, data)
@@ -102,6 +103,8 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     require_weights(model)
     _start(model, recipe, data, fresh, isinstance(described, RoutedModel))
     model, data = sharding.placed(model, recipe.sharding, device), _resident(data, device)
+    if recipe.compile:
+        compiled.prepare(model, device)
     parts = RunParts(
         recipe=recipe,
         data=data,
