@@ -94,7 +94,6 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     augment = given.build("augment", recipe.augment, "augment") if recipe.augment else None
     val_attack = given.build("val_attack", recipe.val_attack, "attack") if recipe.val_attack else None
     sharding.check(recipe, method, val_attack, "model" in given.objects)
-    compiled.check(recipe, "model" in given.objects)
     described = given.build("model", recipe.model, "model")  # a misspelt model should not wait for the data
     data: Data = given.build("data", recipe.data, "data")
     model = described if isinstance(described, RoutedModel) else _fresh_model(described, recipe, data)
@@ -102,9 +101,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
         given.switched.update(share_statistics(model))
     require_weights(model)
     _start(model, recipe, data, fresh, isinstance(described, RoutedModel))
-    model, data = sharding.placed(model, recipe.sharding, device), _resident(data, device)
-    if recipe.compile:
-        compiled.prepare(model, device)
+    model, data = _placed(model, recipe, device), _resident(data, device)
     parts = RunParts(
         recipe=recipe,
         data=data,
@@ -131,6 +128,14 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     return parts
 
 
+def _placed(model: RoutedModel, recipe: Recipe, device: torch.device) -> RoutedModel:
+    """The model on the device: whole or its share, and to be compiled where the recipe says so."""
+    placed = sharding.placed(model, recipe.sharding, device)
+    if recipe.compile:
+        compiled.prepare(placed, device)
+    return placed
+
+
 def _resident(data: Data, device: torch.device) -> Data:
     """The data with the images that are trained and validated on on the device, where there is room for them."""
     room = memory.room(device)
@@ -138,6 +143,7 @@ def _resident(data: Data, device: torch.device) -> Data:
 
 
 def _method(recipe: Recipe, given: Given) -> Method:
+    compiled.check(recipe, "model" in given.objects)
     method: Method = given.build("method", recipe.method, "method")
     if recipe.recalibrate == "attacked" and method.attack is None:
         raise UserError("recalibrate=attacked takes the method's attack, and this method has none; expected clean")
