@@ -97,6 +97,9 @@ class Recipe:
     deterministic: Annotated[
         bool, "the same bits in every run on the same GPU, more slowly; a CPU gives them anyway"
     ] = False
+    compile: Annotated[
+        bool, "torch.compile for the networks that train and are climbed; what judges is never compiled"
+    ] = False
     attacks: Annotated[tuple[str, ...], "an attack that `robustmoe evaluate` runs by default"] = ()
     max_steps: Annotated[int | None, "stop after this many steps (for a smoke run)"] = None
 

@@ -21,7 +21,7 @@ from robustmoe.forecasting.timing import Seconds, Stopwatch
 from robustmoe.models import RoutedModel
 from robustmoe.recipe import Recipe
 from robustmoe.records.forecast import Forecast
-from robustmoe.training import checkpoint
+from robustmoe.training import checkpoint, compiled
 from robustmoe.training.fitting import before_fitting, fitted
 from robustmoe.training.loop import judged_model, paired_batches, routers_of, save, take_step, validated
 from robustmoe.training.parts import Given, RunParts, build_parts
@@ -50,7 +50,7 @@ def forecast_training(recipe: Recipe, given: Given, seconds: float) -> Forecast:
         given = Given({**given.objects, "model": copy.deepcopy(given.objects["model"])})
     device = distributed.local_device(provenance.pick_device(recipe.device))
     try:
-        with generators.seeded(recipe.seed), torch.inference_mode(False), looked_at():
+        with generators.seeded(recipe.seed), torch.inference_mode(False), looked_at(), compiled.held(recipe.compile):
             return _forecast(recipe, given, device, seconds)
     finally:
         torch.set_num_threads(threads)

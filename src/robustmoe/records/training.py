@@ -53,6 +53,7 @@ class Config:
     device: str | None = None
     threads: Positive | None = None
     deterministic: bool | None = None
+    compile: bool | None = None
     attacks: list[str] | None = None
     max_steps: Positive | None = None
     threat: str | None = None

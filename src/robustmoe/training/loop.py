@@ -27,7 +27,7 @@ from robustmoe.progress import Bar, Pace, note, progress, span
 from robustmoe.recipe import Recipe
 from robustmoe.records import Resumed, append_json, check_folder, restarted, write_atomic, writing
 from robustmoe.records.versions import entries, tell
-from robustmoe.training import checkpoint, health, parted, scaling
+from robustmoe.training import checkpoint, compiled, health, parted, scaling
 from robustmoe.training.fitting import before_fitting, fitted
 from robustmoe.training.health import RouterLine
 from robustmoe.training.lines import EpochLine, said
@@ -57,8 +57,8 @@ def train_recipe(recipe: Recipe, out: Path, resume: bool, given: Given) -> Path:
     resume = resume or (restarted() and (out / "config.json").is_file())
     check_folder(out, resume)
     # The seed is for a model's own draws (dropout); ours come from robustmoe.noise.
-    exact = repeatable.deterministic(recipe.deterministic)
-    with distributed.session(device), writing(out), generators.seeded(recipe.seed), exact, looked_at():
+    exact, held = repeatable.deterministic(recipe.deterministic), compiled.held(recipe.compile)
+    with distributed.session(device), writing(out), generators.seeded(recipe.seed), exact, held, looked_at():
         if distributed.rank() == 0:
             check_folder(out, resume)  # another writer may have been in it until now
         number = before_fitting(recipe, out if resume else None)
@@ -228,7 +228,7 @@ def take_step(
             group["lr"] = lr * phase.lr
     key = (parts.recipe.seed, TRAIN, state.epoch)
     try:
-        with explained(parts.recipe.sharding):
+        with explained(parts.recipe.sharding), compiled.at_work(parts.recipe.compile):
             result = train_step(
                 parts.model,
                 parts.method.at(progress),

@@ -25,11 +25,11 @@ from robustmoe.models import BatchNorm2d, ModelSpec, Normalise, RoutedModel, bui
 from robustmoe.models.foreign import blaming, check_classes, require_weights, runs_foreign
 from robustmoe.options import Inputs
 from robustmoe.recipe import LATER, SPECS, Recipe, said_by
-from robustmoe.training import sharding, starting
+from robustmoe.training import compiled, sharding, starting
 from robustmoe.training.optimisation import Average, OptimizerSpec, Schedule
 from robustmoe.training.phases import Method
 
-FREE = {"device", "threads", "deterministic", "checkpoint_every", "attacks", "max_steps", "data"}
+FREE = {"device", "threads", "deterministic", "compile", "checkpoint_every", "attacks", "max_steps", "data"}
 """Recipe fields that may differ between a run and its continuation; the data are compared by their contents."""
 
 
@@ -101,7 +101,7 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
         given.switched.update(share_statistics(model))
     require_weights(model)
     _start(model, recipe, data, fresh, isinstance(described, RoutedModel))
-    model, data = sharding.placed(model, recipe.sharding, device), _resident(data, device)
+    model, data = _placed(model, recipe, device), _resident(data, device)
     parts = RunParts(
         recipe=recipe,
         data=data,
@@ -128,6 +128,14 @@ def build_parts(recipe: Recipe, device: torch.device, fresh: bool, given: Given)
     return parts
 
 
+def _placed(model: RoutedModel, recipe: Recipe, device: torch.device) -> RoutedModel:
+    """The model on the device: whole or its share, and to be compiled where the recipe says so."""
+    placed = sharding.placed(model, recipe.sharding, device)
+    if recipe.compile:
+        compiled.prepare(placed, device)
+    return placed
+
+
 def _resident(data: Data, device: torch.device) -> Data:
     """The data with the images that are trained and validated on on the device, where there is room for them."""
     room = memory.room(device)
@@ -135,6 +143,7 @@ def _resident(data: Data, device: torch.device) -> Data:
 
 
 def _method(recipe: Recipe, given: Given) -> Method:
+    compiled.check(recipe, "model" in given.objects)
     method: Method = given.build("method", recipe.method, "method")
     if recipe.recalibrate == "attacked" and method.attack is None:
         raise UserError("recalibrate=attacked takes the method's attack, and this method has none; expected clean")
