@@ -77,7 +77,7 @@ def test_running_statistics_over_processes_are_kept_as_torch_keeps_them() -> Non
         for _ in range(3):
             x = torch.randn(5, 3, 2, 2, dtype=torch.float64)
             torchs(x)
-            norm._update(x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False), 20.0)
+            norm._update(x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False), torch.tensor(20.0))
         for one, other in zip(norm.buffers(), torchs.buffers()):
             torch.testing.assert_close(one, other)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from torch import Tensor
 from pretended import DEVICE, Pretending, place
 from robustmoe.data import Batch, ImageSet, InMemory, as_data, batches
 from robustmoe.data.base import resident
-from robustmoe.training import parts
+from robustmoe.recipe import Recipe
+from robustmoe.training import loop, parts, train
 
 
 def levels(n: int = 20) -> InMemory:
@@ -111,3 +114,40 @@ def test_what_is_sent_to_a_gpu_is_page_locked_and_not_waited_for(read: bool, mon
     assert sent == 3 * len(expected) * [("cuda:0", True)]
     assert expected[0].to("cuda:0").x is expected[0].x
     assert sent[-1] == ("cuda:0", False), "what is not page-locked"
+
+
+def test_a_training_keeps_its_filters_in_channels_last_memory(tmp_path: Path) -> None:
+    """When they are built, where steps have moved them, with the optimiser's momentum, and in a run that goes on."""
+    kept: list[parts.RunParts] = []
+
+    def build(*given: Any, **more: Any) -> parts.RunParts:
+        kept.append(parts.build_parts(*given, **more))
+        assert_channels_last(kept[-1].model)
+        return kept[-1]
+
+    recipe = Recipe(
+        model="pathway(resnet8(width=4), experts=2, router=small_cnn(width=4))",
+        data="digits",
+        method="standard",
+        epochs=1,
+        batch_size=16,
+        max_steps=2,
+        val_limit=8,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_parts", build)
+        train(recipe, tmp_path)
+        train(dataclasses.replace(recipe, max_steps=3), tmp_path, resume=True)
+    assert len(kept) == 2
+    for each in kept:
+        assert_channels_last(each.model)
+        momentum = [state["momentum_buffer"] for state in each.optimisers[0].state.values()]
+        wide = [buffer for buffer in momentum if buffer.dim() == 4]
+        assert len(wide) > 5
+        assert all(buffer.is_contiguous(memory_format=torch.channels_last) for buffer in wide)
+
+
+def assert_channels_last(model: torch.nn.Module) -> None:
+    filters = {name: p for name, p in model.named_parameters() if p.dim() == 4}
+    assert len(filters) > 5
+    assert [name for name, p in filters.items() if not p.is_contiguous(memory_format=torch.channels_last)] == []

@@ -12,12 +12,13 @@ from torch import Tensor
 
 import sync_counts
 from pretended import DEVICE, Pretending, place
-from robustmoe import asking
+from robustmoe import asking, distributed
 from robustmoe.attacks import PGD, Attack, Joint, NotFiniteError, Threat, boundary, build_attack
 from robustmoe.attacks.finite import in_the_end, require_finite
 from robustmoe.attacks.objectives import Inner, Objective, Score
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import RoutedModel
+from robustmoe.models.norm import BatchNorm2d
 from robustmoe.models.plain import as_routed
 from robustmoe.noise import Noise
 from robustmoe.routing import straight_through, top_k
@@ -220,6 +221,25 @@ def test_a_question_that_can_wait_is_asked_with_the_next() -> None:
         here = asked.later(mask)
         assert asking.told(torch.tensor([4, 1])) == [4, 1]
         assert (here.count(), asked.questions) == (3, 0)
+
+
+def test_a_batchnorm_over_processes_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and back, also of a process without images. (A process that is all there are, and does not know it.)"""
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda value: value)
+    with Pretending() as mode:
+        norm = BatchNorm2d(3).train().to(DEVICE)
+        expected, images = copy.deepcopy(norm), torch.rand(4, 3, 2, 2)
+        x = images.to(DEVICE)
+        mode.syncs.clear()
+        norm(x.requires_grad_(True)).square().sum().backward()
+        norm(x[:0])
+        assert mode.syncs == {}
+    reference = torch.nn.BatchNorm2d(3).train()
+    reference(images)
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(norm.state_dict()[key], value, msg=key)
+    assert not torch.equal(expected.running_mean, norm.running_mean)
 
 
 BUDGETS = {

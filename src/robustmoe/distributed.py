@@ -2,14 +2,15 @@
 CUDA).
 
 There is no DistributedDataParallel here: a method moves different parameters in different phases, attacks
-differentiate with respect to images, and an expert may get no image at all; averaging a phase's own gradients after
-its backward pass (`average_gradients`) is correct in all these cases and is a few lines. Run under ``torchrun``; one
-process needs nothing.
+differentiate with respect to images, and an expert may get no image at all; averaging a phase's own gradients behind
+its backward pass (`average_gradients`) is correct in all these cases and is a few lines. While the pass runs
+(`Averaging`) it is where the pass makes no collectives. Run under ``torchrun``; one process needs nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -188,6 +189,90 @@ def _average_plain(gradients: Sequence[Tensor]) -> None:
         flat /= world()
         for gradient, part in zip(group, flat.split([gradient.numel() for gradient in group])):
             gradient.copy_(part.view_as(gradient))
+
+
+BUCKET = 25 * 2**20
+"""Bytes of gradients that are sent together while a backward pass runs: as many as torch's own DDP sends."""
+
+
+class _Bucket:
+    """Gradients of some parameters in one piece of memory, ``parts`` of it one each; ``left``: how many are to come."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = parameters[0].new_zeros(sum(sizes))
+        self.parts = [part.view(p.shape) for part, p in zip(self.flat.split(sizes), parameters)]
+        self.left = len(parameters)
+
+    def send(self) -> None:
+        self._work = dist.all_reduce(self.flat, async_op=True)
+
+    def mean(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self.flat /= world()
+
+
+class Averaging:
+    """The means over the processes of the gradients of ``parameters``, sent bucket by bucket while the backward pass
+    inside ``with`` (torch.autograd.grad of these parameters) still runs.
+
+    A bucket is sent when its gradients are there and those before it are sent, so in one order on every process,
+    whatever took no part in which; what is left then is sent at the end. So the pass must make no collectives of its
+    own: between which buckets they fall would differ. ``early``: how many buckets were sent before the end.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._buckets: list[_Bucket] = []
+        self._places: dict[int, tuple[_Bucket, Tensor]] = {}
+        for places in _bucketed(parameters):
+            bucket = _Bucket([parameters[place] for place in places])
+            self._buckets.append(bucket)
+            self._places.update({place: (bucket, part) for place, part in zip(places, bucket.parts)})
+        self.early = 0
+
+    def __enter__(self) -> Averaging:
+        noted = (functools.partial(self._came, place) for place in range(len(self._parameters)))
+        self._hooks = [parameter.register_hook(note) for parameter, note in zip(self._parameters, noted)]
+        return self
+
+    def _came(self, place: int, gradient: Tensor) -> None:
+        bucket, part = self._places[place]
+        part.copy_(gradient)
+        bucket.left -= 1
+        while self.early < len(self._buckets) and self._buckets[self.early].left == 0:
+            self._buckets[self.early].send()
+            self.early += 1
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def means(self) -> list[Tensor]:
+        """Returns the means, once the pass is over; zero for a parameter that took no part in any process."""
+        for bucket in self._buckets[self.early :]:
+            bucket.send()
+        for bucket in self._buckets:
+            bucket.mean()
+        return [self._places[place][1] for place in range(len(self._parameters))]
+
+
+def _bucketed(parameters: Sequence[Tensor]) -> list[list[int]]:
+    """Returns the places of the parameters, the last first, as their gradients come, in groups of one dtype and at most
+    `BUCKET` bytes (or of a single one).
+    """
+    groups: list[list[int]] = []
+    room, dtype = 0, None
+    for place in reversed(range(len(parameters))):
+        parameter = parameters[place]
+        size = parameter.numel() * parameter.itemsize
+        if size > room or parameter.dtype != dtype:
+            groups.append([])
+            room, dtype = BUCKET, parameter.dtype
+        groups[-1].append(place)
+        room -= size
+    return groups
 
 
 def broadcast(tensors: Sequence[Tensor]) -> None:

@@ -135,7 +135,7 @@ class BatchNorm2d(Foldable, nn.BatchNorm2d, foldable=True):
         weight = x.new_ones(x.shape[1]) if weight is None else weight
         bias = x.new_zeros(x.shape[1]) if bias is None else bias
         out, mean, var, count = _GlobalBatchNorm.apply(x, weight, bias, self.eps)
-        self._update(mean, var, float(count))
+        self._update(mean, var, count)
         return out
 
     def _rate(self) -> float:
@@ -143,15 +143,17 @@ class BatchNorm2d(Foldable, nn.BatchNorm2d, foldable=True):
         return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked or 1)
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, count: float) -> None:
-        """Running statistics, as torch's own layer keeps them (unbiased variance)."""
-        if count == 0 or self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Running statistics, as torch's own layer keeps them (unbiased variance). How many values a channel had
+        (``count``, a scalar) is not asked for: on a device that would wait.
+        """
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked += 1
-        momentum = self._rate()
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        if count > 1:
-            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), momentum)
+        self.num_batches_tracked += count > 0
+        rate, old = self._rate(), self.running_mean
+        old.copy_(torch.where(count > 0, old.lerp(mean.to(old.dtype), rate), old))
+        unbiased, old = var * count / (count - 1).clamp(min=1), self.running_var
+        old.copy_(torch.where(count > 1, old.lerp(unbiased.to(old.dtype), rate), old))
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -164,7 +166,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         values = at_least_float32(x)
-        total = torch.cat([values.sum((0, 2, 3)), values.new_tensor([values.numel() // values.shape[1]])])
+        total = torch.cat([values.sum((0, 2, 3)), values.new_full((1,), values.numel() // values.shape[1])])
         distributed.all_reduce_sum(total)
         count = total[-1].clamp(min=1)
         mean = total[:-1] / count

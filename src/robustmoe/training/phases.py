@@ -17,6 +17,7 @@ from robustmoe.attacks import Attack, NotFiniteError, Threat
 from robustmoe.attacks.base import remembering
 from robustmoe.errors import UserError
 from robustmoe.models.base import RoutedModel
+from robustmoe.models.norm import BatchNorm2d
 from robustmoe.models.plain import sharded
 from robustmoe.noise import Noise
 from robustmoe.training.scaling import LossScale
@@ -255,13 +256,22 @@ def _gradients(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter], s
     if sharded(model):
         return _of_shards(model, loss, named)
     scaled = loss if scale == 1 else loss * scale
-    raw = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
-    # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
-    gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
-    averaged = distributed.average_gradients(gradients)
+    if distributed.active() and not any(isinstance(module, COLLECTIVE) for module in model.modules()):
+        with distributed.Averaging(list(named.values())) as averaging:
+            torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
+        averaged = averaging.means()
+    else:
+        raw = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
+        # Copies: autograd may give two parameters one tensor, or an expanded one, and these change in place.
+        gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(named.values(), raw)]
+        averaged = distributed.average_gradients(gradients)
     for gradient in averaged if scale != 1 else ():
         gradient.div_(scale)
     return dict(zip(named, averaged))
+
+
+COLLECTIVE = (BatchNorm2d, nn.SyncBatchNorm)
+"""Layers whose backward pass asks the other processes: gradients are averaged behind it then, not while it runs."""
 
 
 def _of_shards(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
