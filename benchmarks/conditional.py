@@ -3,7 +3,7 @@
 python benchmarks/conditional.py run --cifar10 DIR --out DIR [--arms dense16 affine64 ...] [--seeds 0 1 2] [--epochs 10]
 python benchmarks/conditional.py run --fashion --out DIR ...
 python benchmarks/conditional.py table [--write]                 # --write: docs/results/studies/conditional.json
-python benchmarks/conditional.py keep --out DIR --arms affine64 --epochs 30 --seeds 2   # weights for anyone
+python benchmarks/conditional.py keep --out DIR --arms affine64 --epochs 30 --seeds 2   # into the zoo
 
 One-step adversarial training (random start, step 1.25 eps), SGD 0.2, one cycle, Nesterov, batches of 128, weight decay
 5e-4 (none on gates and experts), no augmentation; 1,000 of the training images are held out, and the weights are
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from robustmoe.models import Output
 from robustmoe.recipe import Recipe
 from robustmoe.spec import build
 from robustmoe.training import train
+from zoo import ship
 
 PATHWAY = "pathway(patch_resnet(width=20), experts=2, ratio=0.8, router=downsampled(linear, size=4), standardise=True)"
 ENSEMBLE = "ensemble(patch_resnet(width=16), experts=4, router=downsampled(linear, size=4), standardise=True)"
@@ -81,7 +81,6 @@ trained with its route held in the attack, this project's way.
 TWINS = {"patch": "dense16", "resnet8": "resnet8"}
 """The dense net that an arm is set beside, by the net in its model."""
 STUDY = RESULTS / "studies" / "conditional"
-WEIGHTS = Path(__file__).parent / "weights"
 SIZES = {"cifar10": "linf(8/255)", "fashion_mnist": "linf(0.1)"}
 STEPS = {"cifar10": "10/255", "fashion_mnist": "0.125"}
 
@@ -221,16 +220,23 @@ def judged(folder: Path, named: dict[str, str], suite: bool, limit: int) -> tupl
 
 
 def keep(arm: str, seed: int, args: argparse.Namespace) -> None:
-    """Copies the weights of a net that is judged to benchmarks/weights, without folders of this
-    machine.
-    """
-    name = f"{'fashion_' if args.fashion else ''}{arm}-{args.epochs}-{args.precision}-{seed}"
-    about = json.loads((STUDY / f"{name}.json").read_text(encoding="utf-8"))["about"]
-    config = {**records.read_config(args.out / name), "data": data_of(args), "command": about["command"]}
-    place = WEIGHTS / name
-    place.mkdir(parents=True, exist_ok=True)
-    shutil.copy(args.out / name / "model.safetensors", place)
-    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """Ships a net that is judged with the package, as zoo:DATA_ARM_xEPOCHS_SEED; its card has the judge's numbers."""
+    run = f"{'fashion_' if args.fashion else ''}{arm}-{args.epochs}-{args.precision}-{seed}"
+    file = json.loads((STUDY / f"{run}.json").read_text(encoding="utf-8"))
+    numbers, about, config = file["numbers"], file["about"], records.read_config(args.out / run)
+    told = {
+        "name": f"{data_of(args)}_{arm}_x{args.epochs}_{seed}",
+        "about": f"study of affine experts: {arm}, {args.epochs} epochs, seed {seed}",
+        **{field: config[field] for field in ("model", "method", "threat")},
+        "data": data_of(args),
+        "n": numbers["images"],
+        **{name: round(numbers[name] * numbers["images"]) for name in ("clean", "worst")},
+        "attacks": list(attacks_of(arm, config["threat"]).values()),
+        "command": about["command"],
+        "commit": about["commit"],
+        "hardware": about["hardware"],
+    }
+    ship(told["name"], args.out / run, told)
 
 
 # ------------------------------------------------------------------------------------------------ the table
