@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from robustmoe import spec as specs
 from robustmoe.attacks import PGD, AutoAttackRouting, linf
 from robustmoe.costs import costs
 from robustmoe.errors import UserError
-from robustmoe.models import AffineModel, AffineNorm, LayerExperts, RoutedModel, build_model
+from robustmoe.models import AffineModel, AffineNorm, LayerExperts, RoutedModel, affine, build_model
 from robustmoe.models.affine import LowRankExperts, MergedConv, Numbers
 from robustmoe.noise import Noise
 from robustmoe.recipe import load_recipe
@@ -217,6 +218,16 @@ def test_one_expert_alone_is_a_dense_network(name: str, x: Tensor) -> None:
         answers.append(model.run(x, forced=to_expert(model.run(x).trace, expert)).logits)
         torch.testing.assert_close(answers[-1], dense(x))
     assert not torch.allclose(answers[0], answers[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("text, times", [(SPECS["soft, a router a norm"], 6), (BY_REGION["top-1"], 6)])
+@torch.no_grad()
+def test_averages_of_a_map_are_taken_once(text: str, times: int, x: Tensor) -> None:
+    """Two routers a block see the same; so do regions of the size of the fields."""
+    model = trained(text, x)
+    with mock.patch.object(affine, "field_means", side_effect=affine.field_means) as taken:
+        model(x)
+    assert taken.call_count == times
 
 
 @torch.no_grad()
@@ -450,11 +461,11 @@ def test_bad_arguments_are_one_line(text: str, message: str) -> None:
 
 def test_the_recipes_of_the_twins_differ_in_the_model_alone() -> None:
     """And in what has no weight decay, and the attacks that know a router."""
-    affine, dense = (load_recipe(f"cifar10_patch_{name}") for name in ("affine", "dense"))
-    assert specs.build(affine.model, "model").backbone == specs.build(dense.model, "model")
-    free = replace(specs.build(affine.optimizer, "optimizer"), undecayed="")
+    mixture, dense = (load_recipe(f"cifar10_patch_{name}") for name in ("affine", "dense"))
+    assert specs.build(mixture.model, "model").backbone == specs.build(dense.model, "model")
+    free = replace(specs.build(mixture.optimizer, "optimizer"), undecayed="")
     assert free == specs.build(dense.optimizer, "optimizer")
-    assert replace(affine, model=dense.model, optimizer=dense.optimizer, attacks=dense.attacks) == dense
+    assert replace(mixture, model=dense.model, optimizer=dense.optimizer, attacks=dense.attacks) == dense
 
 
 def test_the_gain_keeps_an_experts_learning_rate(x: Tensor) -> None:

@@ -49,15 +49,19 @@ class PooledRouter(nn.Module):
             self.region_norm = BatchNorm2d(channels)
             self.region_head = nn.Linear(channels, experts, bias=False)
 
-    def forward(self, x: Float[Tensor, "n d h w"], fused: bool = False) -> Float[Tensor, "m e"]:
-        """``fused``: see `Numbers`."""
+    def forward(
+        self, x: Float[Tensor, "n d h w"], known: dict[int, Tensor] | None = None, fused: bool = False
+    ) -> Float[Tensor, "m e"]:
+        """``known``: averages of this x that another router took, by fields a side; what is taken here joins them.
+        ``fused``: see `Numbers`.
+        """
+        known = {} if known is None else known
         with full_precision(x):
-            means = field_means if fused else averaged
-            fields = means(x, self.pool)
-            logits: Tensor = self.head(self.norm(fields[:, :, None, None]).flatten(1))
+            for side in {self.pool, self.pool if self.grid == 1 else self.grid} - set(known):
+                known[side] = (field_means if fused else averaged)(x, side)
+            logits: Tensor = self.head(self.norm(known[self.pool][:, :, None, None]).flatten(1))
             if self.grid > 1:
-                own = fields if self.grid == self.pool else means(x, self.grid)
-                by_region = self.region_norm(own.unflatten(1, (-1, self.grid, self.grid)))
+                by_region = self.region_norm(known[self.grid].unflatten(1, (-1, self.grid, self.grid)))
                 logits = (logits[:, None] + self.region_head(by_region.flatten(2).transpose(1, 2))).flatten(0, 1)
             return logits if self.temperature == 1 else logits / self.temperature
 
@@ -72,6 +76,10 @@ class Numbers(Handed):
 
     added: Mapping[int, Float[Tensor, "m numbers"]]
     fused: bool
+
+
+FEW = 2**16
+"""Values of a map below which torch's own operations take less time than a pass made for large maps."""
 
 
 class AffineNorm(BatchNorm2d):
@@ -93,7 +101,8 @@ class AffineNorm(BatchNorm2d):
         if min(x.shape[2:]) < parts:
             raise UserError(f"a map of {tuple(x.shape[2:])} has no {parts} x {parts} regions; expected a smaller grid")
         divided = x.shape[2] % parts == x.shape[3] % parts == 0
-        if numbers.fused and divided and x.dtype.itemsize <= scale.dtype.itemsize and quick(x, scale, shift):
+        many = self.training or x.numel() >= FEW
+        if numbers.fused and many and divided and x.dtype.itemsize <= scale.dtype.itemsize and quick(x, scale, shift):
             statistics = self.statistics(x)
             if statistics is not None:
                 return normed(x, scale, shift, *statistics, self.eps, self.training)
@@ -249,9 +258,10 @@ class AffineModel(RoutedModel):
         for stage, before in zip(self.network.stages, self.before, strict=True):
             assert isinstance(stage, nn.ModuleList)
             for block, numbers in zip(stage, before, strict=True):
+                known: dict[int, Tensor] = {}
                 for number in numbers:
                     experts = sites[number]
-                    added = added | experts.at(mix(number, experts, experts.router(x, fused)))
+                    added = added | experts.at(mix(number, experts, experts.router(x, known, fused)))
                 x = block(x, Numbers(added, fused))
         return self.network.exit(x)
 
