@@ -188,11 +188,13 @@ FALLING: list[Attack] = [
     build_attack("square(linf(0.05), steps=40)"),
     build_attack("square(l2(3), steps=20)"),
     build_attack("fab(linf(0.05), steps=6, targets=2)"),
+    build_attack("expert_transition(linf(0.05), steps=6)"),
+    build_attack("route_flip(linf(0.05), steps=6, rivals=1)"),
 ]
 
 
 @pytest.mark.parametrize("net", ["pathway", "hard ensemble"])
-@pytest.mark.parametrize("attack", FALLING, ids=str)
+@pytest.mark.parametrize("attack", FALLING, ids=lambda attack: type(attack).__name__)
 def test_images_that_fall_on_a_device_fall_where_they_do_on_the_cpu(net: str, attack: Attack) -> None:
     surrogate, passes, x, y = claiming(net)
     noise = Noise.of(torch.arange(len(x)))
@@ -252,13 +254,14 @@ BUDGETS = {
     ("pathway", "APGD"): 2,
     ("pathway", "FAB-T"): 3,
     ("pathway", "Square"): 2,
-    ("pathway", "expert_transition"): 3.2,
+    ("pathway", "expert_transition"): 2.8,
+    ("hard ensemble", "expert_transition"): 3,
     ("pathway", "route_flip"): 5.6,
     ("hard ensemble", "PGD, keep=first"): 1,
     ("hard ensemble", "FAB-T"): 3,
     ("hard ensemble", "Square"): 2,
     ("ViT-MoE", "PGD, keep=first"): 1,
-    ("ViT-MoE", "expert_transition"): 6.2,
+    ("ViT-MoE", "expert_transition"): 6,
 }
 """At most so many questions a step. A pathway asks in each free pass how many images each expert has."""
 

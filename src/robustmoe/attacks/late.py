@@ -14,12 +14,17 @@ from robustmoe.attacks.surrogate import Unconfirmed, unconfirmed
 
 
 class Pending:
-    """Of a pass, the images that are broken, or, by a close surrogate's word alone, may be: ``fooled`` (n,)."""
+    """Of a pass, the images that are broken, or, by a close surrogate's word alone, may be: ``fooled`` (n,). ``asked``:
+    the places among these n of the images that the surrogate was asked about (None: all).
+    """
 
-    def __init__(self, fooled: Bool[Tensor, " n"], claims: Unconfirmed) -> None:
+    def __init__(self, fooled: Bool[Tensor, " n"], claims: Unconfirmed, asked: Int[Tensor, " m"] | None = None) -> None:
         self.fooled = fooled
         self._claims = claims
         self._rows: Tensor | None = None
+        if asked is not None:
+            self._rows = torch.zeros(len(fooled), dtype=torch.long, device=fooled.device)
+            self._rows[asked] = torch.arange(len(asked), device=fooled.device)
 
     @property
     def sure(self) -> Bool[Tensor, " n"]:
@@ -41,7 +46,7 @@ class Pending:
         """Returns which images are broken: the exact model is asked about what was only claimed. ``count``: how many
         images ``fooled`` has, where that was asked already.
         """
-        if self._claims.confirming is None and count != 0:
+        if (self._claims.confirming is None and count != 0) or asking.is_nowhere(self.fooled):
             return self.fooled
         [rows] = asking.places(self.fooled) if count is None else [asking.taken(self.fooled, count)]
         if self._claims.confirming is None or len(rows) == 0:

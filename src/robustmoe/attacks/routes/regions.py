@@ -17,8 +17,9 @@ from torch import Tensor
 from robustmoe import asking
 from robustmoe.attacks import schedule
 from robustmoe.attacks.finite import require_finite
+from robustmoe.attacks.late import Pending
 from robustmoe.attacks.losses import climb, scale_of
-from robustmoe.attacks.surrogate import Surrogate, missed
+from robustmoe.attacks.surrogate import Surrogate, missed, unconfirmed
 from robustmoe.attacks.threat import Threat
 from robustmoe.attacks.views import RuleTape
 from robustmoe.errors import UserError
@@ -260,28 +261,31 @@ class Steering:
         are.
         """
         end, fooled = start.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        rows, now = torch.arange(len(x), device=x.device), start
-        gradients: list[Tensor] = []
-        goal = dict(target)
-        for step in range(self.steps + 1):
-            schedule.at(step, self.steps + 1)
-            if step == self.steps:
-                hit = broken(model, now, y[rows])
-            else:
-                gradients, hit = self.gradients_at(model, now, y[rows], goal)
-            end[rows], fooled[rows] = now, hit
-            if step == self.steps:
-                break
-            if not asking.is_nowhere(hit):
-                [stay] = asking.places(~hit)
-                if len(stay) == 0:
-                    break
-                rows, now, goal = rows[stay], now[stay], {name: aim[stay] for name, aim in goal.items()}
-                gradients = [gradient[stay] for gradient in gradients]
-            now = self.step(model, now, x[rows], gradients, goal)
+        rows, now, goal = torch.arange(len(x), device=x.device), start, dict(target)
+        with asking.together() as questions:
+            for step in range(self.steps):
+                schedule.at(step, self.steps + 1)
+                gradients, here = self.gradients_at(model, now, y[rows], goal)
+                if goal and not asking.free(now):  # who fell is asked with where the step leads
+                    question = questions.later(here.fooled)
+                    moved = self.step(model, now, x[rows], gradients, goal)
+                    hit = here.settled(question.count())
+                else:
+                    moved, hit = None, here.settled()
+                end[rows], fooled[rows] = now, hit
+                if not asking.is_nowhere(hit):
+                    [stay] = asking.places(~hit)
+                    if len(stay) == 0:
+                        return end, fooled
+                    rows, now, goal = rows[stay], now[stay], {name: aim[stay] for name, aim in goal.items()}
+                    gradients = [gradient[stay] for gradient in gradients]
+                    moved = None if moved is None else moved[stay]
+                now = self.step(model, now, x[rows], gradients, goal) if moved is None else moved
+        schedule.at(self.steps, self.steps + 1)
+        end[rows], fooled[rows] = now, broken(model, now, y[rows])
         return end, fooled
 
-    def gradients_at(self, model: RoutedModel, now: Tensor, y: Tensor, target: Target) -> tuple[list[Tensor], Tensor]:
+    def gradients_at(self, model: RoutedModel, now: Tensor, y: Tensor, target: Target) -> tuple[list[Tensor], Pending]:
         """The two gradients of the forced pass, and which images are broken.
 
         Where every forced item goes to its goal by itself, the forced pass is the free one, and only images that it
@@ -294,7 +298,9 @@ class Steering:
             values.append(margin(target, fresh))
         gradients = gradients_of(values, at)
         [ask] = asking.places(~reached(target, fresh, now) | (logits.detach().argmax(1) != y))
-        return gradients, asked(model, now, y, ask)
+        with unconfirmed() as claims:
+            hit = asked(model, now, y, ask)
+        return gradients, Pending(hit, claims, ask)
 
     @torch.no_grad()
     def step(self, model: RoutedModel, now: Tensor, x: Tensor, gradients: list[Tensor], target: Target) -> Tensor:
