@@ -1,8 +1,8 @@
 """What the gates of affine experts do once they are trained: a net's gates are changed, and it is attacked anew.
 
-    python benchmarks/conditional_controls.py --cifar10 DIR --runs RUN [RUN ...] [--limit 1000] [--write]
+    python benchmarks/conditional_controls.py --cifar10 DIR [--runs RUN ...] [--limit 1000] [--write]
 
-RUN: folders that `benchmarks/conditional.py run` left (arm affine64). Each of these nets is the trained one but for its
+RUN: folders that `benchmarks/conditional.py run` left (arm affine64), or those of it in the zoo, of 30 epochs. Each of these nets is the trained one but for its
 gates: "uniform", every expert alike (the router's last layer is 0); "random", a router with weights drawn anew, at the
 size of the trained ones; "uniform N", only router N is uniform. Attacks see the net as it then is. "clean of another
 image": no attack, each image with the gates of the next one; "moved": half of the sum of absolute changes of the gates
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from conditional import SIZES, attacks
 from results import RESULTS, described, spread_of, write
+from robustmoe import zoo
 from robustmoe.analysis import robust
 from robustmoe.attacks import Attack
 from robustmoe.data import Batch, Data
@@ -109,7 +110,7 @@ def controls(run: Path, batch: Batch) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path, required=True, help="a folder that the data set cifar10 reads")
-    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--runs", type=Path, nargs="+", default=sorted(zoo.FOLDER.glob("cifar10_affine64_x30_*")))
     parser.add_argument("--limit", type=int, default=1000, help="test images")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
