@@ -2,11 +2,12 @@
 
     python benchmarks/conditional_controls.py --cifar10 DIR [--runs RUN ...] [--limit 1000] [--write]
 
-RUN: folders that `benchmarks/conditional.py run` left (arm affine64), or those of it in the zoo, of 30 epochs. Each of these nets is the trained one but for its
-gates: "uniform", every expert alike (the router's last layer is 0); "random", a router with weights drawn anew, at the
-size of the trained ones; "uniform N", only router N is uniform. Attacks see the net as it then is. "clean of another
-image": no attack, each image with the gates of the next one; "moved": half of the sum of absolute changes of the gates
-under PGD-10, from 0 to 1. --write: docs/results/studies/conditional_controls.json.
+RUN: folders that `benchmarks/conditional.py run` left (arm affine64), or those of it in the zoo, of 30 epochs. Each of
+these nets is the trained one but for its gates: "uniform", every expert alike (the router's last layer is 0); "random",
+a router with weights drawn anew, at the size of the trained ones; "uniform N", only router N is uniform. Attacks see
+the net as it then is. "clean of another image": no attack, each image with the gates of the next one; "moved": half of
+the sum of absolute changes of the gates under PGD-10, from 0 to 1. --write:
+docs/results/studies/conditional_controls.json.
 """
 
 from __future__ import annotations
