@@ -442,7 +442,9 @@ def test_the_routing_attacks_take_it(text: str, x: Tensor) -> None:
     [
         (f"affine({BACKBONE}, pool=0)", "pool must be at least 1; got 0"),
         (f"affine({BACKBONE}, grid=0)", "grid must be at least 1; got 0"),
-        (f"affine({BACKBONE}, kernels=-1)", "k must be between 1 and the number of experts, -1; got 1"),
+        (f"affine({BACKBONE}, kernels=-1)", "kernels must be at least 0; got -1"),
+        (f"affine({BACKBONE}, rank=2)", "rank=2 is of kernel experts; expected kernels above 0 with it"),
+        (f"affine({BACKBONE}, experts=0, kernels=2, grid=2)", "grid=2 is of affine experts"),
         (f"affine({BACKBONE}, experts=0)", "k must be between 1 and the number of experts, 0; got 1"),
         (f"affine({BACKBONE}, rank=-1)", "rank must be at least 0; got -1"),
         (f"affine({BACKBONE}, temperature=0)", "temperature must be above 0, and finite; got 0"),

@@ -351,11 +351,15 @@ class AffineMixture(ModelSpec):
     rank: int = 0
 
     def __post_init__(self) -> None:
-        for experts in {self.experts, self.kernels} - {0} or {0}:
-            check_experts(experts, self.k)
         for name, least in (("experts", 0), ("kernels", 0), ("rank", 0), ("pool", 1), ("grid", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for experts in {self.experts, self.kernels} - {0} or {0}:
+            check_experts(experts, self.k)
+        if self.rank and not self.kernels:
+            raise ValueError(f"rank={self.rank} is of kernel experts; expected kernels above 0 with it")
+        if self.grid > 1 and not self.experts:
+            raise ValueError(f"grid={self.grid} is of affine experts; expected experts above 0 with it")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, and finite; got {self.temperature}")
 
