@@ -11,7 +11,9 @@ import torch
 from robustmoe import generators
 from robustmoe import spec as specs
 from robustmoe.errors import UserError
-from robustmoe.models.affine import AffineMixture, AffineModel, AffineNorm, LayerExperts, PooledRouter
+from robustmoe.models.affine import AffineModel, AffineNorm, LayerExperts, PooledRouter
+from robustmoe.models.affine_mixture import AffineMixture
+from robustmoe.models.affine_vit import AffineViTModel
 from robustmoe.models.backbone import Backbone, Slim, StagedNetwork
 from robustmoe.models.base import Dense, ImageShape, ModelSpec, NetworkSpec, Output, RoutedModel
 from robustmoe.models.block import BlockMoE, ConvMoE, LayeredModel, RoutedLayer
@@ -114,6 +116,7 @@ __all__ = [
     "AffineMixture",
     "AffineModel",
     "AffineNorm",
+    "AffineViTModel",
     "Backbone",
     "BatchNorm2d",
     "BlockMoE",

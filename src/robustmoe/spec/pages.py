@@ -29,6 +29,7 @@ GIVEN = {
     "ModelSpec": "resnet18",
     "NetworkSpec": "resnet18",
     "Backbone": "resnet18",
+    "Backbone | ViT": "resnet18",
     "OwnModel": "my_file.py:make_model",
     "float": "8/255",
     "str | Path": "'path/to/it'",
