@@ -4,6 +4,8 @@ takes the step back, or lets them leave behind the next pass, where some are.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -54,6 +56,25 @@ class Pending:
         wrong = torch.zeros_like(self.fooled)
         wrong[rows] = self._claims.confirming(rows if self._rows is None else self._rows[rows])
         return wrong
+
+
+class Fallen(NamedTuple):
+    """Who fell in a step, of the images ``rows``, which is asked with a later ``question``; those at ``stay`` (None:
+    all) went on meanwhile.
+    """
+
+    rows: Int[Tensor, " n"]
+    stay: Int[Tensor, " m"] | None
+    here: Pending
+    question: asking.Later
+
+    def settled(self, fooled: Bool[Tensor, " b"]) -> Int[Tensor, " k"] | None:
+        """Notes who fell; the places of the others among those that went on, None where nobody fell."""
+        hit = self.here.settled(self.question.count())
+        if asking.is_nowhere(hit):
+            return None
+        fooled[self.rows] = hit
+        return asking.places(~(hit if self.stay is None else hit[self.stay]))[0]
 
 
 class Late:

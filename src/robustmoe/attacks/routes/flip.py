@@ -14,6 +14,7 @@ from torch import Tensor
 from robustmoe import asking
 from robustmoe.attacks import schedule
 from robustmoe.attacks.base import entered
+from robustmoe.attacks.late import Fallen, Pending
 from robustmoe.attacks.routes.base import RouteAttack
 from robustmoe.attacks.routes.regions import (
     GRID,
@@ -30,6 +31,7 @@ from robustmoe.attacks.routes.regions import (
     margin,
     narrowed,
 )
+from robustmoe.attacks.surrogate import unconfirmed
 from robustmoe.attacks.threat import Threat
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
@@ -166,24 +168,55 @@ class RouteFlip(RouteAttack):
         goal = Goal.of(clean, swapped(clean, rivals(clean, self.rivals)[..., rank]))
         end, index, fooled = start.clone(), clean.index.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         rows, now = torch.arange(len(x), device=x.device), start
-        step_size = self._steering().step_size
-        for step in range(self.steps + 1):
-            schedule.at(step, self.steps + 1)
-            at = now.detach().requires_grad_(True)
-            fresh = decisions(model, at, [name])[name]
-            gradient = gradients_of([margin({name: goal[rows]}, {name: fresh})], at)[0]
-            moved = ~alike(fresh.index, clean.index[rows]).all(1)
-            stays = ~goal[rows].reached(fresh)
-            ask, stay = asking.places(moved | (step == self.steps), stays)
-            hit = asked(model, now, y[rows], ask)
-            end[rows], index[rows], fooled[rows] = now, fresh.index, hit
-            if not asking.is_nowhere(hit):
-                [stay] = asking.places(stays & ~hit)
-            if step == self.steps or len(stay) == 0:
-                break
-            rows, now = rows[stay], now[stay]
-            now = self.threat.project(now + step_size * self.threat.direction(gradient[stay], now), x[rows])
+        late: Fallen | None = None
+        with asking.together() as questions:
+            for step in range(self.steps + 1):
+                schedule.at(step, self.steps + 1)
+                last = step == self.steps
+                batch = _looked(model, now, rows, name, goal, clean.index)
+                ask, stay = asking.places(batch.moved | last, batch.stays)
+                if late is not None and (left := late.settled(fooled)) is not None:
+                    batch = _Batch(*(each[left] for each in batch))
+                    ask, stay = asking.places(batch.moved | last, batch.stays)
+                rows, now = batch.rows, batch.now
+                end[rows], index[rows] = now, batch.chosen
+                with unconfirmed() as claims:
+                    here, late = Pending(asked(model, now, y[rows], ask), claims, ask), None
+                if last or asking.free(now):
+                    fooled[rows] = hit = here.settled()
+                    if not asking.is_nowhere(hit):
+                        [stay] = asking.places(batch.stays & ~hit)
+                else:
+                    late = Fallen(rows, stay, here, questions.later(here.fooled))
+                if last or len(stay) == 0:
+                    break
+                rows, now = rows[stay], now[stay]
+                move = self._steering().step_size * self.threat.direction(batch.gradient[stay], now)
+                now = self.threat.project(now + move, x[rows])
+            if late is not None:
+                late.settled(fooled)
         return end, index, fooled
+
+
+class _Batch(NamedTuple):
+    """The images ``rows`` at ``now``: the gradient towards the rival, the experts they go to, whether any item of an
+    image has moved, and whether not all are at the rival yet.
+    """
+
+    rows: Tensor
+    now: Tensor
+    gradient: Tensor
+    chosen: Tensor
+    moved: Tensor
+    stays: Tensor
+
+
+def _looked(model: RoutedModel, now: Tensor, rows: Tensor, name: str, goal: Goal, clean: Tensor) -> _Batch:
+    """What the router says of the images. ``goal`` and ``clean``, the experts of the clean image, are of all images."""
+    at, goal = now.detach().requires_grad_(True), goal[rows]
+    fresh = decisions(model, at, [name])[name]
+    [gradient] = gradients_of([margin({name: goal}, {name: fresh})], at)
+    return _Batch(rows, now, gradient, fresh.index, ~alike(fresh.index, clean[rows]).all(1), ~goal.reached(fresh))
 
 
 def rivals(routing: Routing, count: int) -> Int[Tensor, "n t r"]:

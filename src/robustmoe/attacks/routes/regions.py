@@ -17,7 +17,7 @@ from torch import Tensor
 from robustmoe import asking
 from robustmoe.attacks import schedule
 from robustmoe.attacks.finite import require_finite
-from robustmoe.attacks.late import Pending
+from robustmoe.attacks.late import Fallen, Pending
 from robustmoe.attacks.losses import climb, scale_of
 from robustmoe.attacks.surrogate import Surrogate, missed, unconfirmed
 from robustmoe.attacks.threat import Threat
@@ -260,36 +260,68 @@ class Steering:
         """The last iterate of each image, or the first that the exact model misses on its own route, and which those
         are.
         """
+        if target and not asking.free(start):
+            return self._asking_late(model, x, y, start, target)
         end, fooled = start.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         rows, now, goal = torch.arange(len(x), device=x.device), start, dict(target)
-        with asking.together() as questions:
-            for step in range(self.steps):
-                schedule.at(step, self.steps + 1)
-                gradients, here = self.gradients_at(model, now, y[rows], goal)
-                if goal and not asking.free(now):  # who fell is asked with where the step leads
-                    question = questions.later(here.fooled)
-                    moved = self.step(model, now, x[rows], gradients, goal)
-                    hit = here.settled(question.count())
-                else:
-                    moved, hit = None, here.settled()
-                end[rows], fooled[rows] = now, hit
-                if not asking.is_nowhere(hit):
-                    [stay] = asking.places(~hit)
-                    if len(stay) == 0:
-                        return end, fooled
-                    rows, now, goal = rows[stay], now[stay], {name: aim[stay] for name, aim in goal.items()}
-                    gradients = [gradient[stay] for gradient in gradients]
-                    moved = None if moved is None else moved[stay]
-                now = self.step(model, now, x[rows], gradients, goal) if moved is None else moved
+        for step in range(self.steps):
+            schedule.at(step, self.steps + 1)
+            gradients, doubt = self.gradients_at(model, now, y[rows], goal)
+            [ask] = asking.places(doubt)
+            hit = asked(model, now, y[rows], ask)
+            end[rows], fooled[rows] = now, hit
+            if not asking.is_nowhere(hit):
+                [stay] = asking.places(~hit)
+                if len(stay) == 0:
+                    return end, fooled
+                rows, now, goal = rows[stay], now[stay], {name: aim[stay] for name, aim in goal.items()}
+                gradients = [gradient[stay] for gradient in gradients]
+            now = self.step(model, now, x[rows], gradients, goal)
         schedule.at(self.steps, self.steps + 1)
         end[rows], fooled[rows] = now, broken(model, now, y[rows])
         return end, fooled
 
-    def gradients_at(self, model: RoutedModel, now: Tensor, y: Tensor, target: Target) -> tuple[list[Tensor], Pending]:
-        """The two gradients of the forced pass, and which images are broken.
+    def _asking_late(
+        self, model: RoutedModel, x: Tensor, y: Tensor, start: Tensor, target: Target
+    ) -> tuple[Tensor, Bool[Tensor, " n"]]:
+        """The same where asking waits for the device: which images to judge, and who fell in the step before, is asked
+        with where the step leads. Who fell goes on in vain for a step, and is then left where he fell.
+        """
+        end, fooled = start.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        rows, now, goal = torch.arange(len(x), device=x.device), start, dict(target)
+        late: Fallen | None = None
+        with asking.together() as questions:
+            for step in range(self.steps):
+                schedule.at(step, self.steps + 1)
+                gradients, doubt = self.gradients_at(model, now, y[rows], goal)
+                question = questions.later(doubt)
+                moved = self.step(model, now, x[rows], gradients, goal)
+                ask = asking.taken(doubt, question.count())
+                if late is not None and (left := late.settled(fooled)) is not None:
+                    if len(left) == 0:
+                        return end, fooled
+                    rows, now, moved = rows[left], now[left], moved[left]
+                    goal = {name: aim[left] for name, aim in goal.items()}
+                    [ask] = asking.places(doubt[left])
+                end[rows] = now
+                with unconfirmed() as claims:
+                    here = Pending(asked(model, now, y[rows], ask), claims, ask)
+                late = Fallen(rows, None, here, questions.later(here.fooled))
+                now = moved
+            if late is not None and (left := late.settled(fooled)) is not None:
+                rows, now = rows[left], now[left]
+        if len(rows) > 0:
+            schedule.at(self.steps, self.steps + 1)
+            end[rows], fooled[rows] = now, broken(model, now, y[rows])
+        return end, fooled
+
+    def gradients_at(
+        self, model: RoutedModel, now: Tensor, y: Tensor, target: Target
+    ) -> tuple[list[Tensor], Bool[Tensor, " n"]]:
+        """The two gradients of the forced pass, and which images are to be judged.
 
         Where every forced item goes to its goal by itself, the forced pass is the free one, and only images that it
-        misses are asked about; the others all are.
+        misses are to be; the others all are.
         """
         at = now.detach().requires_grad_(True)
         logits, fresh = forced_pass(model, at, target)
@@ -297,10 +329,7 @@ class Steering:
         if target:
             values.append(margin(target, fresh))
         gradients = gradients_of(values, at)
-        [ask] = asking.places(~reached(target, fresh, now) | (logits.detach().argmax(1) != y))
-        with unconfirmed() as claims:
-            hit = asked(model, now, y, ask)
-        return gradients, Pending(hit, claims, ask)
+        return gradients, ~reached(target, fresh, now) | (logits.detach().argmax(1) != y)
 
     @torch.no_grad()
     def step(self, model: RoutedModel, now: Tensor, x: Tensor, gradients: list[Tensor], target: Target) -> Tensor:
@@ -336,13 +365,17 @@ class Steering:
         """
         if asking.free(now):
             return [(weight,) for weight in self.grid]
-        single = len(target) == 1 and all(goal.forced.shape[1] == 1 for goal in target.values())
         first, rest = self.grid[:1], self.grid[1:]
-        half = len(rest) if single else len(rest) // 3
+        half = len(rest) if _single(target) else len(rest) // 3
         return [weights for weights in (first, rest[:half], rest[half:]) if weights]
 
     def _moved(self, now: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         return self.threat.project(now + self.step_size * self.threat.direction(gradient, now), x)
+
+
+def _single(target: Target) -> bool:
+    """Whether a single router decides for an image, once."""
+    return len(target) == 1 and all(goal.forced.shape[1] == 1 for goal in target.values())
 
 
 class Survivors:
