@@ -256,7 +256,7 @@ def _gradients(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter], s
     if sharded(model):
         return _of_shards(model, loss, named)
     scaled = loss if scale == 1 else loss * scale
-    if distributed.active() and not any(isinstance(module, COLLECTIVE) for module in model.modules()):
+    if distributed.active() and not _collective(model):
         with distributed.Averaging(list(named.values())) as averaging:
             torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
         averaged = averaging.means()
@@ -270,8 +270,12 @@ def _gradients(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter], s
     return dict(zip(named, averaged))
 
 
-COLLECTIVE = (BatchNorm2d, nn.SyncBatchNorm)
-"""Layers whose backward pass asks the other processes: gradients are averaged behind it then, not while it runs."""
+def _collective(model: nn.Module) -> bool:
+    """Returns whether a backward pass asks the other processes: BatchNorms do, and tokens that travel to experts which
+    are spread. Gradients are averaged behind such a pass, not while it runs.
+    """
+    normed = any(isinstance(module, BatchNorm2d | nn.SyncBatchNorm) for module in model.modules())
+    return normed or any(map(distributed.is_spread, model.parameters()))
 
 
 def _of_shards(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
