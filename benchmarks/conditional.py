@@ -59,6 +59,7 @@ ARMS = {
     "kernels4": "affine(patch_resnet(width=16), experts=0, routers=norm, kernels=4)",
     "affine1": "affine(patch_resnet(width=16), experts=1, routers=norm)",
     "affine8": "affine(patch_resnet(width=16), experts=8, routers=norm)",
+    "fixed8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=hard)",
     "hard8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=straight_through)",
     "affine64_w32": "affine(patch_resnet(width=32), experts=64, routers=norm)",
     "pathway": PATHWAY,
@@ -181,13 +182,16 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     print(f"{file.name}: clean {100 * numbers['clean']:.1f}, worst case {100 * numbers['worst']:.1f}", flush=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Judge(Suite):
     """Attacks by name, each on what those before it left."""
 
     threat: Threat
     attacks: tuple[tuple[str, Attack], ...]
     seed: int = 0
+
+    def __repr__(self) -> str:
+        return f"the judge's {len(self.attacks)} attacks"
 
     @property
     def objective(self) -> Objective:  # type: ignore[override]
