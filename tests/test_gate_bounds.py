@@ -140,6 +140,8 @@ MODELS = {
     "soft, a router a norm": "affine(resnet8(width=2), experts=3, routers=norm, temperature=2.0, pool=1)",
     "hard, several routers": "affine(patch_resnet(width=4, patch=2), experts=3, gate=straight_through)",
     "top-2": "affine(patch_resnet(width=4, patch=2, blocks=1), experts=4, gate=hard, k=2)",
+    "by region": "affine(patch_resnet(width=4, patch=2, blocks=1), experts=3, grid=2, temperature=2.0)",
+    "hard, by region": "affine(patch_resnet(width=3, patch=2, blocks=1), experts=3, gate=hard, grid=2, routers=image)",
     "pre-activation": "affine(wide_resnet(10, 1), experts=3, stages=(3,))",
 }
 

@@ -9,11 +9,13 @@ pushed and replaced like any other route.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -62,16 +64,25 @@ class PooledRouter(nn.Module):
                 logits = (logits[:, None] + self.region_head(by_region.flatten(2).transpose(1, 2))).flatten(0, 1)
             return logits if self.temperature == 1 else logits / self.temperature
 
+    def region_by_region(self, x: Float[Tensor, "n d h w"]) -> list[Float[Tensor, "n e"]]:
+        """Returns the same logits as one tensor a region, each of an image by itself, as bounds take them."""
+        if self.grid == 1:
+            return [self(x)]
+        whole = self.head(self.norm(averaged(x, self.pool)[:, :, None, None]).flatten(1))
+        own = self.region_norm(averaged(x, self.grid).unflatten(1, (-1, self.grid, self.grid)))
+        places = itertools.product(range(self.grid), repeat=2)
+        return [(whole + self.region_head(own[:, :, i, j])) * (1 / self.temperature) for i, j in places]
+
 
 @dataclass(frozen=True)
 class Numbers(Handed):
-    """What is added to the numbers of layers, image by image or region by region: (m, numbers), by a layer's place.
+    """What is added to the numbers of layers, by a layer's place: (m, numbers), image by image or region by region.
 
     ``fused``: scale, shift and statistics may be put together first, so that a norm takes one pass over its feature
-    map; without it each number stands where bounds of it are closest.
+    map; without it each number stands where bounds of it are closest, and those of regions are (n, numbers, g, g).
     """
 
-    added: Mapping[int, Float[Tensor, "m numbers"]]
+    added: Mapping[int, Float[Tensor, "m numbers *grid"]]
     fused: bool
 
 
@@ -93,6 +104,8 @@ class AffineNorm(BatchNorm2d):
         if not isinstance(numbers, Numbers) or x.shape[0] == 0:
             return super().forward(x)
         added = numbers.added[self.place]
+        if added.ndim == 4:
+            return self._by_map(x, added)
         scale, shift = added[:, : self.num_features] + self.weight, added[:, self.num_features :] + self.bias
         parts = side(x, scale)
         if min(x.shape[2:]) < parts:
@@ -113,6 +126,12 @@ class AffineNorm(BatchNorm2d):
         if x.dtype != scale.dtype:
             scale, shift = scale.to(x.dtype), shift.to(x.dtype)
         return torch.addcmul(regions(shift, x), x, regions(scale, x))
+
+    def _by_map(self, x: Float[Tensor, "n d h w"], added: Float[Tensor, "n numbers g g"]) -> Float[Tensor, "n d h w"]:
+        """Returns the same with scales and shifts that are maps, by operations that bounds know."""
+        scale = added[:, : self.num_features] + self.weight[:, None, None]
+        shift = added[:, self.num_features :] + self.bias[:, None, None]
+        return torch.addcmul(F.interpolate(shift, x.shape[2:]), self.unit(x), F.interpolate(scale, x.shape[2:]))
 
 
 class MergedConv(Conv):
@@ -181,7 +200,7 @@ class LayerExperts(nn.Module):
             rows = self.rows()
             return torch.mm(self.gain * weight.to(rows.dtype), rows)
 
-    def at(self, numbers: Float[Tensor, "m numbers"]) -> dict[int, Tensor]:
+    def at(self, numbers: Float[Tensor, "m numbers *grid"]) -> dict[int, Tensor]:
         """Returns what is added at every place."""
         parts, start = {}, 0
         for place, width in self.places.items():
@@ -258,19 +277,21 @@ class AffineModel(RoutedModel):
                 known: dict[int, Tensor] = {}
                 for number in numbers:
                     experts = sites[number]
-                    added = added | experts.at(mix(number, experts, experts.router(x, known, fused)))
+                    if fused:
+                        mixture = mix(number, experts, experts.router(x, known, fused=True))
+                    else:
+                        each = [mix(number, experts, logits) for logits in experts.router.region_by_region(x)]
+                        mixture = each[0] if len(each) == 1 else _as_map(each, experts.router.grid)
+                    added = added | experts.at(mixture)
                 x = block(x, Numbers(added, fused))
         return self.network.exit(x)
 
     def parts(self) -> Part:
         """One network whose gates are bounded inside it; with one router that picks one expert, a network an expert."""
         gate, k, experts = self._sites_rule()
-        if any(each.router.grid > 1 for each in self._sites()) or any(
-            isinstance(each, MergedConv) for each in self.modules()
-        ):
+        if any(isinstance(each, MergedConv) for each in self.modules()):
             raise UserError(
-                "no certificate knows affine experts by region, nor merged kernels; expected grid=1 and kernels=0; "
-                "smoothing(...) certifies any model"
+                "no certificate knows merged kernels; expected kernels=0; smoothing(...) certifies any model"
             )
         if gate == "soft":
             return Leaf(lambda x: self._walk(x, lambda _, each, z: each.shared(torch.softmax(z, -1)), fused=False))
@@ -279,7 +300,7 @@ class AffineModel(RoutedModel):
                 f"no certificate knows affine experts with gate={gate} and k={k}; expected soft, straight_through or "
                 "hard, or k=1 and renormalised; smoothing(...) certifies any model"
             )
-        if k == 1 and len(self.affine) == 1:
+        if k == 1 and len(self.affine) == 1 and next(self._sites()).router.grid == 1:
             branches = tuple(Leaf(self._alone(expert)) for expert in range(experts))
             return Fork(_name(0), self._scores, branches)
         return Leaf(lambda x: self._walk(x, lambda _, each, z: each.shared(chosen_shares(z, k)), fused=False))
@@ -304,6 +325,11 @@ class AffineModel(RoutedModel):
                 return self._walk(x, row, fused=False)
 
         return network
+
+
+def _as_map(each: list[Tensor], grid: int) -> Float[Tensor, "n numbers g g"]:
+    """Returns the numbers of each region, row by row, as a map of them."""
+    return torch.cat([numbers[:, :, None] for numbers in each], 2).unflatten(2, (grid, grid))
 
 
 EQUAL = ("straight_through", "hard")
