@@ -249,14 +249,6 @@ def test_kernels_of_a_rank_are_sums_of_so_many_products() -> None:
     torch.testing.assert_close(first.rows()[3, : filters * inputs], product.flatten())
 
 
-@pytest.mark.parametrize(
-    "spec", [f"affine({BACKBONE}, experts=0, kernels=3)", f"affine({BACKBONE}, kernels=2, grid=2)"]
-)
-def test_kernels_have_no_certificate(spec: str) -> None:
-    with pytest.raises(UserError, match="no certificate knows merged kernels"):
-        build_model(spec, CLASSES, SHAPE).parts()
-
-
 @torch.no_grad()
 def test_a_router_sees_what_enters_its_block(x: Tensor) -> None:
     model = trained("affine(patch_resnet(width=6, patch=2, blocks=1), experts=3, temperature=0.5)", x)

@@ -142,6 +142,9 @@ MODELS = {
     "top-2": "affine(patch_resnet(width=4, patch=2, blocks=1), experts=4, gate=hard, k=2)",
     "by region": "affine(patch_resnet(width=4, patch=2, blocks=1), experts=3, grid=2, temperature=2.0)",
     "hard, by region": "affine(patch_resnet(width=3, patch=2, blocks=1), experts=3, gate=hard, grid=2, routers=image)",
+    "kernels": "affine(patch_resnet(width=3, patch=2, blocks=1), experts=0, kernels=2)",
+    "kernels of a rank besides": "affine(patch_resnet(width=3, patch=2, blocks=1), experts=2, kernels=2, rank=1)",
+    "hard kernels, several routers": "affine(patch_resnet(width=3, patch=2), experts=0, kernels=2, gate=hard)",
     "pre-activation": "affine(wide_resnet(10, 1), experts=3, stages=(3,))",
 }
 
@@ -208,9 +211,10 @@ def test_lipschitz_constants_through_a_soft_gate_are_not_exceeded(images: Callab
     assert (constants >= slopes - 1e-9).all()
 
 
+@pytest.mark.parametrize("experts", ["experts=3", "experts=0, kernels=3"])
 @torch.no_grad()
-def test_one_hard_router_is_a_fork_whose_branches_are_the_experts(images: Callable[..., Tensor]) -> None:
-    model = randomised("affine(patch_resnet(width=4, patch=2), experts=3, gate=straight_through, routers=image)")
+def test_one_hard_router_is_a_fork_whose_branches_are_the_experts(experts: str, images: Callable[..., Tensor]) -> None:
+    model = randomised(f"affine(patch_resnet(width=4, patch=2), {experts}, gate=straight_through, routers=image)")
     x = images(4, 3, 8, 8).double()
     y = model(x).argmax(1)
     fork = model.parts()
@@ -226,7 +230,7 @@ def test_one_hard_router_is_a_fork_whose_branches_are_the_experts(images: Callab
     assert worst.experts == ("0", "1", "2")
 
 
-@pytest.mark.parametrize("options", ["", ", gate=straight_through, routers=image"])
+@pytest.mark.parametrize("options", ["", ", gate=straight_through, routers=image", ", grid=2, kernels=2, rank=1"])
 def test_gradients_of_the_bounds_reach_routers_and_experts(options: str, images: Callable[..., Tensor]) -> None:
     """Certified training moves them; which experts are in reach of a hard gate has no gradient."""
     model = randomised(f"affine(patch_resnet(width=4, patch=2, blocks=1), experts=4{options})").float()
@@ -235,7 +239,7 @@ def test_gradients_of_the_bounds_reach_routers_and_experts(options: str, images:
     others = worst.lower[worst.lower.isfinite()]
     others.sum().backward()
     for name, parameter in model.named_parameters():
-        if options and ".router." in name:
+        if "straight" in options and ".router." in name:
             continue
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name

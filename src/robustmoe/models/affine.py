@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,8 @@ class Numbers(Handed):
 
     added: Mapping[int, Float[Tensor, "m numbers *grid"]]
     fused: bool
+    apart: Mapping[int, tuple[Float[Tensor, "n e"], Float[Tensor, "e _"]]] = field(default_factory=dict)
+    """Without ``fused``, of kernels: the weight of each expert, and its own."""
 
 
 FEW = 2**16
@@ -129,8 +131,9 @@ class AffineNorm(BatchNorm2d):
 
     def _by_map(self, x: Float[Tensor, "n d h w"], added: Float[Tensor, "n numbers g g"]) -> Float[Tensor, "n d h w"]:
         """Returns the same with scales and shifts that are maps, by operations that bounds know."""
-        scale = added[:, : self.num_features] + self.weight[:, None, None]
-        shift = added[:, self.num_features :] + self.bias[:, None, None]
+        with torch.enable_grad():  # bounds record without gradients, and certified training moves these numbers
+            weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        scale, shift = added[:, : self.num_features] + weight, added[:, self.num_features :] + bias
         return torch.addcmul(F.interpolate(shift, x.shape[2:]), self.unit(x), F.interpolate(scale, x.shape[2:]))
 
 
@@ -148,6 +151,8 @@ class MergedConv(Conv):
         """Without ``numbers`` it is the convolution alone."""
         if not isinstance(numbers, Numbers) or x.shape[0] == 0:
             return super().forward(x)
+        if not numbers.fused:
+            return super().forward(x) + self._expert_by_expert(x, *numbers.apart[self.place])
         kernels = self.weight + numbers.added[self.place].view(-1, *self.weight.shape)
         if len(kernels) == 1:
             return self.convolved(x, kernels[0])
@@ -155,6 +160,13 @@ class MergedConv(Conv):
             groups = at_least_float32(x).reshape(1, -1, *x.shape[2:])
             out = self.convolved(groups, kernels.flatten(0, 1), groups=len(x))
         return to_channels_last(out.view(len(x), -1, *out.shape[2:])).to(x.dtype)
+
+    def _expert_by_expert(self, x: Tensor, weight: Float[Tensor, "n e"], rows: Float[Tensor, "e numbers"]) -> Tensor:
+        """Returns the sum of the experts' convolutions, each times its weight, by operations that bounds know."""
+        with torch.enable_grad():
+            kernels = rows.reshape(-1, *self.weight.shape[1:])
+        each = self.convolved(x, kernels).unflatten(1, (len(rows), -1))
+        return (each * weight[:, :, None, None, None]).sum(1)
 
 
 class LayerExperts(nn.Module):
@@ -164,6 +176,9 @@ class LayerExperts(nn.Module):
     The mixture is times ``gain``, the root of how many experts are in it, so that an expert learns as fast as were it
     alone.
     """
+
+    kernels = False
+    """Whether these are numbers of convolutions."""
 
     def __init__(self, router: PooledRouter, experts: int, places: dict[int, int], k: int, gate: Gate) -> None:
         super().__init__()
@@ -209,7 +224,13 @@ class LayerExperts(nn.Module):
         return parts
 
 
-class LowRankExperts(LayerExperts):
+class KernelExperts(LayerExperts):
+    """Experts of what is added to kernels."""
+
+    kernels = True
+
+
+class LowRankExperts(KernelExperts):
     """Experts whose kernels (f, d kh kw), ``shapes`` by place, are products of ``experts`` (e, sum of f x rank), 0 at
     first, and ``factors`` (e, sum of rank x d kh kw).
     """
@@ -232,7 +253,7 @@ class LowRankExperts(LayerExperts):
 
 
 Mix = Callable[[int, LayerExperts, Tensor], Tensor]
-"""(number of a router, its experts, its logits) -> the experts' mixture (m, numbers)."""
+"""(number of a router, its experts, its logits) -> the experts' mixture (m, numbers), or their weights (m, e)."""
 
 
 class AffineModel(RoutedModel):
@@ -258,43 +279,64 @@ class AffineModel(RoutedModel):
 
     def body(self, x: Float[Tensor, "n ch h w"], tape: Tape) -> Float[Tensor, "n c"]:
         if tape.read or tape.forced or any(each.gate != "soft" for each in self._sites()):
-            return self._walk(x, lambda i, each, logits: each.mixed(tape(_name(i), each.decide(logits))), fused=True)
-        return self._walk(x, lambda _, each, logits: each.shared(torch.softmax(logits, -1)), fused=True)
+            return self._mixed(x, lambda i, each, logits: each.mixed(tape(_name(i), each.decide(logits))))
+        return self._mixed(x, lambda _, each, logits: each.shared(torch.softmax(logits, -1)))
 
     def _sites(self) -> Iterator[LayerExperts]:
         for each in self.affine:
             assert isinstance(each, LayerExperts)
             yield each
 
-    def _walk(self, x: Tensor, mix: Mix, fused: bool) -> Tensor:
-        """Returns the logits, ``mix`` saying what becomes of each router's."""
-        x = self.network.entry(to_channels_last(self.normalise(x)))
-        sites = list(self._sites())
+    def _mixed(self, x: Tensor, mix: Mix) -> Tensor:
+        """Returns the logits, ``mix`` making the mixture of each router's."""
         added: dict[int, Tensor] = {}
+
+        def numbers(before: list[int], x: Tensor) -> Numbers:
+            known: dict[int, Tensor] = {}
+            for number in before:
+                experts = self.affine[number]
+                assert isinstance(experts, LayerExperts)
+                added.update(experts.at(mix(number, experts, experts.router(x, known, fused=True))))
+            return Numbers(added, fused=True)
+
+        return self._walk(x, numbers)
+
+    def _apart(self, x: Tensor, weigh: Mix) -> Tensor:
+        """Returns the same by operations that bounds know, ``weigh`` giving the experts' weights."""
+        added: dict[int, Tensor] = {}
+        apart: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def numbers(before: list[int], x: Tensor) -> Numbers:
+            for number in before:
+                experts = self.affine[number]
+                assert isinstance(experts, LayerExperts)
+                weights = [weigh(number, experts, logits) for logits in experts.router.region_by_region(x)]
+                if experts.kernels:
+                    (weight,) = weights
+                    with torch.enable_grad():
+                        rows = experts.at(experts.rows())
+                    apart.update({place: (weight * experts.gain, own) for place, own in rows.items()})
+                else:
+                    each = [experts.shared(weight) for weight in weights]
+                    added.update(experts.at(each[0] if len(each) == 1 else _as_map(each, experts.router.grid)))
+            return Numbers(added, fused=False, apart=apart)
+
+        return self._walk(x, numbers)
+
+    def _walk(self, x: Tensor, numbers: Callable[[list[int], Tensor], Numbers]) -> Tensor:
+        """Returns the logits; ``numbers`` are asked of the routers before each block, on what enters it."""
+        x = self.network.entry(to_channels_last(self.normalise(x)))
         for stage, before in zip(self.network.stages, self.before, strict=True):
             assert isinstance(stage, nn.ModuleList)
-            for block, numbers in zip(stage, before, strict=True):
-                known: dict[int, Tensor] = {}
-                for number in numbers:
-                    experts = sites[number]
-                    if fused:
-                        mixture = mix(number, experts, experts.router(x, known, fused=True))
-                    else:
-                        each = [mix(number, experts, logits) for logits in experts.router.region_by_region(x)]
-                        mixture = each[0] if len(each) == 1 else _as_map(each, experts.router.grid)
-                    added = added | experts.at(mixture)
-                x = block(x, Numbers(added, fused))
+            for block, routers in zip(stage, before, strict=True):
+                x = block(x, numbers(routers, x))
         return self.network.exit(x)
 
     def parts(self) -> Part:
         """One network whose gates are bounded inside it; with one router that picks one expert, a network an expert."""
         gate, k, experts = self._sites_rule()
-        if any(isinstance(each, MergedConv) for each in self.modules()):
-            raise UserError(
-                "no certificate knows merged kernels; expected kernels=0; smoothing(...) certifies any model"
-            )
         if gate == "soft":
-            return Leaf(lambda x: self._walk(x, lambda _, each, z: each.shared(torch.softmax(z, -1)), fused=False))
+            return Leaf(lambda x: self._apart(x, lambda _, each, z: torch.softmax(z, -1)))
         if (k > 1 and gate not in EQUAL) or gate == "vmoe":
             raise UserError(
                 f"no certificate knows affine experts with gate={gate} and k={k}; expected soft, straight_through or "
@@ -303,7 +345,7 @@ class AffineModel(RoutedModel):
         if k == 1 and len(self.affine) == 1 and next(self._sites()).router.grid == 1:
             branches = tuple(Leaf(self._alone(expert)) for expert in range(experts))
             return Fork(_name(0), self._scores, branches)
-        return Leaf(lambda x: self._walk(x, lambda _, each, z: each.shared(chosen_shares(z, k)), fused=False))
+        return Leaf(lambda x: self._apart(x, lambda _, each, z: chosen_shares(z, k)))
 
     def _sites_rule(self) -> tuple[Gate, int, int]:
         first = next(self._sites())
@@ -317,12 +359,12 @@ class AffineModel(RoutedModel):
     def _alone(self, expert: int) -> Function:
         """Returns the network with one expert's numbers."""
 
-        def row(_: int, each: LayerExperts, logits: Tensor) -> Tensor:
-            return each.gain * each.rows()[expert : expert + 1]
+        def alone(_: int, each: LayerExperts, logits: Tensor) -> Tensor:
+            return torch.eye(len(each.experts)).to(each.experts)[expert : expert + 1]
 
         def network(x: Tensor) -> Tensor:
             with torch.enable_grad():  # bounds record without gradients, and certified training moves these numbers
-                return self._walk(x, row, fused=False)
+                return self._apart(x, alone)
 
         return network
 

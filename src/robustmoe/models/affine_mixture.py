@@ -11,7 +11,15 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from robustmoe.models.affine import AffineModel, AffineNorm, LayerExperts, LowRankExperts, MergedConv, PooledRouter
+from robustmoe.models.affine import (
+    AffineModel,
+    AffineNorm,
+    KernelExperts,
+    LayerExperts,
+    LowRankExperts,
+    MergedConv,
+    PooledRouter,
+)
 from robustmoe.models.affine_vit import ATTENTION, HIDDEN, MIXER, AffineViTModel
 from robustmoe.models.backbone import Backbone, StagedNetwork
 from robustmoe.models.base import ImageShape, ModelSpec, RoutedModel
@@ -139,7 +147,7 @@ class AffineMixture(ModelSpec):
         if self.rank:
             return LowRankExperts(router, self.kernels, shapes, self.k, self.gate, self.rank)
         whole = {place: math.prod(shape) for place, shape in shapes.items()}
-        return LayerExperts(router, self.kernels, whole, self.k, self.gate)
+        return KernelExperts(router, self.kernels, whole, self.k, self.gate)
 
 
 class _Group(NamedTuple):
