@@ -177,7 +177,7 @@ def ship(name: str, folder: Path, told: dict[str, Any]) -> None:
     place = zoo.FOLDER / name
     place.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "model.safetensors", place / "model.safetensors")
-    config = {**read_config(folder), "data": told["data"]}
+    config = {**read_config(folder), **{field: told[field] for field in ("data", "command")}}  # no folder of here
     (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (place / zoo.CARD).write_text(json.dumps(told, indent=1) + "\n")
 
