@@ -43,7 +43,7 @@ def counts() -> dict[str, dict[str, dict[str, Any]]]:
             if net != "dense" or not name.startswith(("expert", "route")):
                 rows.setdefault(key(name), {})[key(net)] = asdict(sync_counts.attack(net, work))
         for name, method in sync_counts.TRAININGS.items():
-            if net != "dense" or "held" not in name:
+            if net != "dense" or name == "AT":
                 rows.setdefault(key(name), {})[key(net)] = asdict(sync_counts.training(net, method))
         print(net, {name: round(of[key(net)]["syncs"], 2) for name, of in rows.items() if key(net) in of})
     return rows

@@ -57,6 +57,7 @@ ATTACKS = {
 
 TRAININGS = {
     "AT": "at(pgd(linf(0.03), steps=10, keep=last))",
+    "AT, undivided": "at(undivided(pgd(linf(0.03), steps=10, keep=last)))",
     "AT, route held": "at(pgd(linf(0.03), steps=10, keep=last, objective=experts_only))",
 }
 

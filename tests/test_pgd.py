@@ -297,6 +297,7 @@ ATTACK_SPECS = {
     "square": ["square(linf(8/255), steps=8)"],
     "route_flip": ["route_flip(linf(8/255), steps=2)"],
     "other_routes": ["other_routes(linf(8/255), steps=2)"],
+    "undivided": ["undivided(pgd(linf(8/255), steps=2))", "undivided(pgd(l2(0.5), steps=2, keep=last))"],
     "folded": ["folded(pgd(linf(8/255), steps=2))", "folded(pgd(l2(0.5), steps=2, keep=last))"],
     "expert_transition": ["expert_transition(l2(0.5), steps=2)"],
     "route_beam": ["route_beam(linf(8/255), steps=2, beam=2, candidates=4)"],

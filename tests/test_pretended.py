@@ -54,6 +54,7 @@ QUICK = {
     "through": ["through(soft(1.0), pgd(linf(0.1), steps=2))", "through(straight_through, pgd(linf(0.1), steps=2))"],
     "bf16": ["bf16(pgd(linf(0.1), steps=2))"],
     "folded": ["folded(pgd(linf(0.1), steps=2))"],
+    "undivided": ["undivided(pgd(linf(0.1), steps=2))"],
     "noisy": ["noisy(pgd(linf(0.1), steps=2))"],
 }  # fmt: skip
 LINEAR = "ensemble(linear, experts=3, router=linear, gate=straight_through)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -298,7 +299,12 @@ def test_a_step_of_an_attack_asks_no_more_than(net: str, name: str) -> None:
     assert counted.stood > 0
 
 
-TRAINING_BUDGETS = {("dense", "AT"): 2, ("pathway", "AT, route held"): 4}
+TRAINING_BUDGETS = {
+    ("dense", "AT"): 2,
+    ("pathway", "AT, route held"): 4,
+    ("pathway", "AT, undivided"): 4,
+    ("hard ensemble", "AT, undivided"): 4,
+}
 """Of a whole step with ten of the attack."""
 
 
@@ -306,3 +312,20 @@ TRAINING_BUDGETS = {("dense", "AT"): 2, ("pathway", "AT, route held"): 4}
 def test_a_step_of_training_asks_no_more_than(net: str, name: str) -> None:
     counted = sync_counts.training(net, sync_counts.TRAININGS[name])
     assert counted.syncs <= TRAINING_BUDGETS[net, name], counted
+
+
+@pytest.mark.parametrize("net", ["pathway", "hard ensemble", "ViT-MoE, sorted"])
+def test_an_undivided_attack_is_the_attack(net: str) -> None:
+    """In float64, and nobody asks for the sizes; outside of it experts have their own images again."""
+    model, x, y = sync_counts.net(net)
+    model, x, noise = model.double(), x.double(), Noise.of(torch.arange(len(x)))
+    spec = "pgd(linf(0.03), steps=4, keep=last)"
+    with mock.patch.object(asking, "tally", side_effect=asking.tally) as tally:
+        plain = build_attack(spec)(model, x, y, noise)
+        divided = tally.call_count
+        undivided = build_attack(f"undivided({spec})")(model, x, y, noise)
+        assert tally.call_count == divided > 0
+        model(x)
+        assert tally.call_count > divided
+    torch.testing.assert_close(undivided, plain)
+    assert not torch.equal(plain, x)

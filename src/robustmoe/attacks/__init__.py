@@ -44,6 +44,7 @@ from robustmoe.attacks.routes import (
 from robustmoe.attacks.square import Square
 from robustmoe.attacks.surrogate import Surrogate, exact_of, missed
 from robustmoe.attacks.threat import Threat, l1, l2, linf, size
+from robustmoe.attacks.undivided import Undivided
 from robustmoe.attacks.views import (
     VIEWS,
     Exact,
@@ -80,6 +81,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "through": Viewed,
     "bf16": Bf16,
     "folded": Folded,
+    "undivided": Undivided,
     "noisy": Noisy,
 }
 THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "l1": l1}
@@ -145,6 +147,7 @@ __all__ = [
     "Targeted",
     "TargetedAPGD",
     "Threat",
+    "Undivided",
     "View",
     "Viewed",
     "Wrapped",

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe.models.mixing import is_undivided
 from robustmoe.models.norm import BatchNorm2d, Foldable, enters_empty
 from robustmoe.routing import Routing
 
@@ -56,11 +57,11 @@ def dispatch(
     """``function`` on the batch sorted by the expert of each image, its result in the batch's own order.
 
     ``apart``: one call an expert, on its slice alone, which then is a slim network of its own from end to end; right
-    in eval mode, where no layer looks at the rest of the batch. Otherwise one call for all. In an exported graph, whose
-    shapes are fixed, every expert runs on every image.
+    in eval mode, where no layer looks at the rest of the batch. Otherwise one call for all. Where it `is_undivided`,
+    every expert runs on every image.
     """
     expert, experts = routing.index[:, 0, 0], routing.num_experts
-    if torch.compiler.is_exporting():
+    if is_undivided():
         alone = [[x.shape[0] if k == j else 0 for j in range(experts)] for k in range(experts)]
         every = torch.stack([function(x, Segments(own, weight)) for own in alone])
         return every[expert, torch.arange(x.shape[0], device=x.device)]

@@ -8,7 +8,9 @@ items that expert got, which differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import reduce
 
 import torch
@@ -19,6 +21,27 @@ from robustmoe import asking
 from robustmoe.models.norm import enters_empty
 
 Expert = Callable[[Tensor], Tensor]
+
+_UNDIVIDED: ContextVar[bool] = ContextVar("undivided", default=False)
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Inside, every expert runs on every item, and what a route leaves out is dropped: as many times the experts' work
+    as there are experts, for which nobody asks the device how many items each has. For passes in eval mode.
+    """
+    token = _UNDIVIDED.set(True)
+    try:
+        yield
+    finally:
+        _UNDIVIDED.reset(token)
+
+
+def is_undivided() -> bool:
+    """Returns whether every expert is to run on every item: inside `undivided`, and in an exported graph, whose shapes
+    are fixed.
+    """
+    return _UNDIVIDED.get() or torch.compiler.is_exporting()
 
 
 def mix_reference(
@@ -65,11 +88,11 @@ def run_sparse(
 
     The m*k pairs are sorted by expert (stably, so the result is deterministic), each expert gets one contiguous
     slice, and the outputs are sorted back. An expert without items is not run, except while training on several
-    processes, where a BatchNorm inside it counts over all of them. In an exported graph, whose shapes are fixed, every
-    expert runs on every item. ``sizes``: what says how many pairs each expert has (see `Routing.sizes`), where that may
+    processes, where a BatchNorm inside it counts over all of them. Where it `is_undivided`, every expert runs on every
+    item. ``sizes``: what says how many pairs each expert has (see `Routing.sizes`), where that may
     be known; by default they are counted.
     """
-    if torch.compiler.is_exporting():
+    if is_undivided():
         return _every(experts, x)[torch.arange(x.shape[0], device=x.device)[:, None], index]
     k = index.shape[1]
     pairs = index.reshape(-1)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from robustmoe import asking, compat
+from robustmoe.models.mixing import is_undivided
 from robustmoe.models.vit_parts import Gelu, gelu
 
 Dispatch = Literal["auto", "loop", "sorted", "grouped", "dense"]
@@ -91,8 +92,8 @@ class TokenExperts(Experts):
         every expert on every item ("sorted" where there are ``masks``). "auto": what is fastest as measured
         (benchmarks/token_dispatch.py). ``masks``: dropout's, of each pair (m k ...).
         """
-        if dispatch == "auto" or torch.compiler.is_exporting():  # the shapes of an exported graph are fixed
-            dispatch = "dense" if torch.compiler.is_exporting() else self._fastest(x, index, kept)
+        if dispatch == "auto" or is_undivided():
+            dispatch = "dense" if is_undivided() else self._fastest(x, index, kept)
         if dispatch == "dense" and masks is None:
             spread = weight.new_zeros(x.shape[0], self.num)
             spread = spread.scatter_add(1, index, weight if kept is None else weight * kept)
