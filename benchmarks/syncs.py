@@ -71,8 +71,9 @@ def main() -> None:
         before = {"rows": rows, "commit": kept["about"]["before"]}
     about = described("python benchmarks/syncs.py", before=before["commit"], seeds=[0])
     after = counts()
+    was = {"at_undivided": before["rows"]["at"], **before["rows"]}  # beside the same training as it was
     numbers = {
-        name: {net: {"before": before["rows"][name][net]["syncs"], "after": step["syncs"]} for net, step in of.items()}
+        name: {net: {"before": was[name][net]["syncs"], "after": step["syncs"]} for net, step in of.items()}
         for name, of in after.items()
     }
     write(FILE, about, numbers, after=after)
