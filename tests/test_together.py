@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustmoe import asking
 from robustmoe.attacks import FAB, Attack, AutoAttack, Surrogate, TargetedAPGD, Threat, linf, missed
 from robustmoe.attacks.together import Together, next_climbs, room, room_for
 from robustmoe.evaluation import evaluate
@@ -140,14 +139,14 @@ def test_a_suite_called_directly_has_room_for_what_it_was_given(asked: tuple[Alo
 def test_two_fuller_passes_of_a_step_give_what_three_give(
     norm: str, keep: str, asked: tuple[Alone, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FAB's images to the bit, where runs that were broken before are asked apart from the others, as on a device."""
+    """FAB's images to the bit, where runs that were broken before are asked apart from the others."""
     model, x, y = asked
     threat = Threat(norm, EPS[norm])  # type: ignore[arg-type]
     attack = FAB(threat, steps=12, targets=3, eta=1.0, keep=keep)  # type: ignore[arg-type]
     given, passes = [], []
     for apart in (False, True):
         if apart:
-            monkeypatch.setattr(asking, "free", lambda values: False)
+            monkeypatch.setattr(FAB, "_in_two_passes", FAB._part_by_part)
         model.passes.clear()
         given.append(attack(Surrogate(model, model, close=True), x, y))
         passes.append(len(model.passes))

@@ -251,6 +251,18 @@ class FAB(Attack):
         """
         if self.rng == "image" and all(map(len, parts)):
             return self._in_two_passes(model, clean, now, y, rival, parts)
+        return self._part_by_part(model, clean, now, y, rival, parts)
+
+    def _part_by_part(
+        self,
+        model: RoutedModel,
+        clean: Tensor,
+        now: Tensor,
+        y: Tensor,
+        rival: Tensor | None,
+        parts: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, _Boundary, Tensor]:
+        """The same, by a pass for each of the parts."""
         broken, known = torch.zeros(2, len(now), dtype=torch.bool, device=now.device)
         ahead = _Boundary(now.new_zeros(len(now)), torch.zeros_like(now))
         for part, gradient in zip(parts, (False, True)):
