@@ -10,6 +10,7 @@ seconds of the CPU (another job on the machine does not lengthen them) and the p
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 from results import RESULTS, described, spread_of, write
 
+ROUNDS = 3
 SEED = 0
 THREADS = 1
 NET = "resnet8(width=16)"
@@ -127,11 +129,29 @@ def main() -> None:
     if sys.argv[1:2] in (["--truth"], ["--forecast"]):
         print(json.dumps(told(sys.argv[2], sys.argv[1] == "--truth")))
         return
-    about = described("python benchmarks/forecasts.py", seeds=[SEED], threads=THREADS)
-    for name in sys.argv[1:] or [*TRAININGS, *EVALUATIONS]:
-        case = beside(name)
-        print(f"{name}: {json.dumps(case)}", flush=True)
-        keep(about, name, case)
+    about = described("python benchmarks/forecasts.py", seeds=[SEED], threads=THREADS, rounds=ROUNDS)
+    names = sys.argv[1:] or [*TRAININGS, *EVALUATIONS]
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for name in names:
+            rounds[name].append(beside(name))
+            print(f"{name}: {json.dumps(rounds[name][-1])}", flush=True)
+    for name, each in rounds.items():
+        keep(about, name, over_rounds(each))
+
+
+def over_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The medians of a case, the least and the most that a forecast is off, how many are within 25 %, and what the
+    longest truth took above the shortest, in per cent.
+    """
+    truths, off = [each["truth"] for each in rounds], [each["off"] for each in rounds]
+    return {
+        **{key: statistics.median(each[key] for each in rounds) for key in rounds[0] if key != "off"},
+        "off": {"least": min(off), "most": max(off)},
+        "within_25": sum(abs(each) <= 25 for each in off),
+        "truth_varies": 100 * (max(truths) / min(truths) - 1),
+        "rounds": rounds,
+    }
 
 
 def keep(about: dict[str, Any], name: str, case: dict[str, Any]) -> None:
@@ -139,15 +159,14 @@ def keep(about: dict[str, Any], name: str, case: dict[str, Any]) -> None:
     file = RESULTS / "forecasts.json"
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"about": {}, "numbers": {}}
     there = old["numbers"]
-    cases = {each: there[each] for each in [*TRAININGS, *EVALUATIONS] if each in there} | {name: case}
+    cases = {each: there[each] for each in [*TRAININGS, *EVALUATIONS] if "rounds" in there.get(each, {})} | {name: case}
     commits = {each: old.get("commits", {}).get(each, old["about"].get("commit")) for each in cases}
     commits[name] = about["commit"]
-    off = [abs(each["off"]) for each in cases.values()]
     summary = {
-        "off": spread_of(off),
-        "peak_off": spread_of([abs(each["peak_off"]) for each in cases.values()]),
-        "within_25": sum(each <= 25 for each in off),
-        "cases": len(off),
+        "off": spread_of([abs(each["off"]) for case in cases.values() for each in case["rounds"]]),
+        "peak_off": spread_of([abs(each["peak_off"]) for case in cases.values() for each in case["rounds"]]),
+        "within_25": sum(each["within_25"] for each in cases.values()),
+        "forecasts": sum(len(each["rounds"]) for each in cases.values()),
     }
     asked = {"common": COMMON, "trainings": TRAININGS, "evaluations": EVALUATIONS}
     write(file, about, {**cases, "all": summary}, commits=commits, asked=asked)
