@@ -163,8 +163,7 @@ class FAB(Attack):
             last = step == self.steps - 1
             if last:
                 blind, aware = torch.arange(len(rows), device=x.device), rows[:0]
-            where = (y[rows], _of(rival, rows), (blind, aware))
-            broken, ahead, known = self.gradients_and_broken(model, clean, now, *where)
+            broken, ahead, known = self._asked(model, _Step(clean, now, y[rows], _of(rival, rows), blind, aware))
             ever[rows] |= broken
             seen, run = ever[rows], _Run(y, nearest, least, together)
             stay, sizes = self._noted(model, now, now - clean, broken, rows, run, (seen, ~seen, ~known))
@@ -236,39 +235,23 @@ class FAB(Attack):
         alpha = (here / (here + there)).clamp(0.0, self.alpha_max)
         return ((now + self.eta * move[0]) * (1 - alpha) + (clean + move[1] * self.eta) * alpha).clamp(0.0, 1.0)
 
-    def gradients_and_broken(
-        self,
-        model: RoutedModel,
-        clean: Tensor,
-        now: Tensor,
-        y: Tensor,
-        rival: Tensor | None,
-        parts: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, _Boundary, Tensor]:
-        """Which images are broken at ``now`` (n,), the boundary ahead, and of which images it is known (n,). ``parts``:
-        the places of those that are asked blindly, and of the others, of which it is known where they are not broken.
-        With rng="autoattack", of all or none: the original's next pass is of them all.
+    def _asked(self, model: RoutedModel, step: _Step) -> tuple[Tensor, _Boundary, Tensor]:
+        """Which images are broken (n,), the boundary ahead, and of which images it is known (n,). With
+        rng="autoattack", of all or none: the original's next pass is of them all.
         """
-        if self.rng == "image" and all(map(len, parts)):
-            return self._in_two_passes(model, clean, now, y, rival, parts)
-        return self._part_by_part(model, clean, now, y, rival, parts)
+        if self.rng == "image" and len(step.blind) and len(step.aware):
+            return self._in_two_passes(model, step)
+        return self._part_by_part(model, step)
 
-    def _part_by_part(
-        self,
-        model: RoutedModel,
-        clean: Tensor,
-        now: Tensor,
-        y: Tensor,
-        rival: Tensor | None,
-        parts: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, _Boundary, Tensor]:
-        """The same, by a pass for each of the parts."""
+    def _part_by_part(self, model: RoutedModel, step: _Step) -> tuple[Tensor, _Boundary, Tensor]:
+        """The same, by a pass for each of the two kinds."""
+        now = step.now
         broken, known = torch.zeros(2, len(now), dtype=torch.bool, device=now.device)
         ahead = _Boundary(now.new_zeros(len(now)), torch.zeros_like(now))
-        for part, gradient in zip(parts, (False, True)):
+        for part, gradient in ((step.blind, False), (step.aware, True)):
             if len(part) == 0:
                 continue
-            at, label = now[part].requires_grad_(gradient), y[part]
+            at, label = now[part].requires_grad_(gradient), step.y[part]
             with torch.set_grad_enabled(gradient):
                 logits = model.run(at).logits
             wrong = _claimed(model, at.detach(), logits, label)
@@ -277,23 +260,15 @@ class FAB(Attack):
             if gradient and not (asking.free(done) and bool(done)):
                 known[part] = ~wrong & ~done
                 ahead.gap[part], ahead.slope[part] = _differentiate(
-                    logits, at, label, _of(rival, part), self.threat.norm
+                    logits, at, label, _of(step.rival, part), self.threat.norm
                 )
         return broken, ahead, known
 
-    def _in_two_passes(
-        self,
-        model: RoutedModel,
-        clean: Tensor,
-        now: Tensor,
-        y: Tensor,
-        rival: Tensor | None,
-        parts: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, _Boundary, Tensor]:
+    def _in_two_passes(self, model: RoutedModel, step: _Step) -> tuple[Tensor, _Boundary, Tensor]:
         """The same where there are images of both kinds: first those that are asked blindly, then all with a gradient,
         the broken ones among them where they are moved back to. Two fuller passes stand for three.
         """
-        blind, aware = parts
+        clean, now, y, rival, blind, aware = step
         broken, known = torch.zeros(2, len(now), dtype=torch.bool, device=now.device)
         with torch.no_grad():
             broken[blind] = _claimed(model, now[blind], model.run(now[blind]).logits, y[blind])
@@ -302,6 +277,19 @@ class FAB(Attack):
         broken[aware] = _claimed(model, at.detach()[aware], logits[aware], y[aware])
         known[blind], known[aware] = True, ~broken[aware]
         return broken, _differentiate(logits, at, y, rival, self.threat.norm), known
+
+
+class _Step(NamedTuple):
+    """Points of a step: ``now`` (n, ch, h, w) beside the ``clean`` images, their labels and the rivals that are meant;
+    the places of those that are asked blindly, and of the others, of which it is known where they are not broken.
+    """
+
+    clean: Tensor
+    now: Tensor
+    y: Tensor
+    rival: Tensor | None
+    blind: Tensor
+    aware: Tensor
 
 
 def _claimed(model: RoutedModel, at: Tensor, logits: Tensor, y: Tensor) -> Tensor:
