@@ -71,7 +71,7 @@ class PooledRouter(nn.Module):
         whole = self.head(self.norm(averaged(x, self.pool)[:, :, None, None]).flatten(1))
         own = self.region_norm(averaged(x, self.grid).unflatten(1, (-1, self.grid, self.grid)))
         places = itertools.product(range(self.grid), repeat=2)
-        return [(whole + self.region_head(own[:, :, i, j])) * (1 / self.temperature) for i, j in places]
+        return [(whole + self.region_head(own[:, :, i, j])) / self.temperature for i, j in places]
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ class AffineMixture(ModelSpec):
         for name, least in (("experts", 0), ("kernels", 0), ("rank", 0), ("pool", 1), ("grid", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        for experts in {self.experts, self.kernels} - {0} or {0}:
+        if not self.experts and not self.kernels:
+            raise ValueError("there is no expert; expected experts or kernels above 0")
+        for experts in filter(None, (self.experts, self.kernels)):
             check_experts(experts, self.k)
         if self.rank and not self.kernels:
             raise ValueError(f"rank={self.rank} is of kernel experts; expected kernels above 0 with it")
