@@ -56,9 +56,22 @@ def test_no_other_module_reads_a_private_name_of_others() -> None:
     seen = {path: read - ours for path, (_, read) in both.items()}
     assert seen.pop("compat.py") == {
         "_C", "_backward_hooks", "_backward_pre_hooks", "_conv_forward", "_forward_hooks", "_forward_pre_hooks",
-        "_functorch", "_grouped_mm", "_pg_registry",
+        "_functorch", "_grouped_mm", "_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported", "_pg_registry",
     }  # fmt: skip
     assert {path: read for path, read in seen.items() if read} == {}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN, which is asked")
+def test_only_half_precision_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    cpu, other = torch.device("cpu"), torch.device("mps")
+    half = (torch.bfloat16, torch.float16)
+    assert all(compat.multiplies(cpu, dtype) for dtype in (torch.float32, torch.float64))
+    assert all(compat.multiplies(other, dtype) for dtype in half)
+    own = [compat.multiplies(cpu, dtype) for dtype in half]
+    assert own == [torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()]
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not any(compat.multiplies(cpu, dtype) for dtype in half)
 
 
 @pytest.mark.parametrize(

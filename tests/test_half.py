@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
+from robustmoe import compat
 from robustmoe import spec as specs
 from robustmoe.attacks import PGD, Bf16, Joint, Viewed, at_radius, changed, linf
 from robustmoe.attacks.half import LowPrecision
@@ -51,6 +53,17 @@ def test_what_evaluation_attacks_is_attacked_as_it_is(
     model, x, y = tiny("dense"), images(6), labels(6)
     seen = Surrogate(model, model)
     assert torch.equal(Bf16(INNER)(seen, x, y), INNER(model, x, y))
+
+
+def test_a_device_without_products_of_bf16_attacks_in_float32(
+    tiny: Callable[..., RoutedModel],
+    images: Callable[..., Tensor],
+    labels: Callable[[int], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x, y = tiny("pathway"), images(6), labels(6)
+    monkeypatch.setattr(compat, "multiplies", lambda device, dtype: dtype != torch.bfloat16)
+    assert torch.equal(Bf16(INNER)(model, x, y), INNER(model, x, y))
 
 
 def test_what_is_inside_can_be_changed() -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from forks import fork
+from robustmoe import compat
 from robustmoe.cli import main
 from robustmoe.data import DATASETS, Data, ImageSet
 from robustmoe.data.sets import digits
@@ -128,6 +129,19 @@ def test_kill_9_in_the_middle_of_an_epoch_then_resume_is_bit_for_bit_the_straigh
     assert len(read_jsonl(run / "metrics.jsonl")) == 1
     assert main(["train", recipe, "--out", str(run), "--resume"]) == 0
     assert_same_run(straight, run)
+
+
+def test_half_precision_that_the_processor_does_not_have_is_said_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for here in (True, False):
+        monkeypatch.setattr(compat, "multiplies", lambda device, dtype, here=here: here)
+        train(
+            Recipe(**{**PLAIN, "precision": "bf16", "batch_size": 4, "max_steps": 1, "val_limit": 4}),
+            tmp_path / str(here),
+        )
+        said = "precision=bf16: this cpu has no such products, and steps take several times those of fp32"
+        assert (said in capsys.readouterr().err) is not here
 
 
 def test_kill_9_of_the_plain_command_then_the_plain_command_with_resume(

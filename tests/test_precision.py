@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustmoe import compat
 from robustmoe.attacks import PGD, linf
 from robustmoe.attacks.surrogate import Surrogate, missed
 from robustmoe.evaluation.precision import Frozen, frozen_copy
@@ -328,6 +329,17 @@ def test_a_model_that_bf16_breaks_stays_strict(images: Callable[..., Tensor]) ->
     made = frozen_copy(model, x, "fast")
     assert made.note.count("the logits would be off by") == 2
     torch.testing.assert_close(made(x), model(x), rtol=0, atol=1e-4)
+
+
+def test_a_device_without_products_of_bf16_climbs_the_strict_copy(
+    tiny: Callable[..., RoutedModel], images: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There torch's bf16 takes many times what float32 takes: "fast" is what is fast."""
+    model, x = tiny("pathway"), images(6)
+    monkeypatch.setattr(compat, "multiplies", lambda device, dtype: dtype != torch.bfloat16)
+    made = frozen_copy(model, x, "fast")
+    assert made.note.endswith("; not bf16 (this cpu has no products of bf16, and would take longer)")
+    assert torch.equal(made(x), frozen_copy(model, x)(x))
 
 
 # ------------------------------------------------------------------------------------------------ who is believed

@@ -56,3 +56,16 @@ def unseen() -> contextlib.AbstractContextManager[object]:
 def grouped_product() -> Any:
     """Returns the operator that torch.nn.functional.grouped_mm calls, by which a counter of operations knows it."""
     return torch.ops.aten._grouped_mm
+
+
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether a device has products of bf16 (or fp16) numbers. Where it has none, torch puts them together from
+    others, and they take many times what float32 takes.
+    """
+    if device.type == "cuda":
+        return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    known = torch.ops.mkldnn
+    asked = known._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else known._is_mkldnn_fp16_supported
+    return torch.backends.mkldnn.is_available() and bool(asked())

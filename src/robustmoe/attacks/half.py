@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from robustmoe import compat
 from robustmoe.attacks.base import Attack, Wrapped
 from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.models.base import Output, RoutedModel
@@ -39,7 +40,8 @@ class Bf16(Wrapped):
     """``attack`` made on the network in bf16: cheaper examples for training, whose loss then asks the exact model.
 
     The attack itself asks the bf16 network what is fooled. A `Surrogate` (what evaluation attacks: see its
-    ``precision``) is attacked as it is.
+    ``precision``) is attacked as it is, and so is every model on a device that has no products of bf16: there they
+    would take longer.
     """
 
     attack: Attack
@@ -48,4 +50,5 @@ class Bf16(Wrapped):
         return self.attack.queries(output)
 
     def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return self.attack(model if isinstance(model, Surrogate) else LowPrecision(model), x, y, noise)
+        whole = isinstance(model, Surrogate) or not compat.multiplies(x.device, torch.bfloat16)
+        return self.attack(model if whole else LowPrecision(model), x, y, noise)

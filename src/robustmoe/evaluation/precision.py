@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe import compat
 from robustmoe.attacks.base import evaluating
 from robustmoe.attacks.folding import (
     PROBE,
@@ -130,11 +131,15 @@ def _strict(source: RoutedModel, answers: list[Probed]) -> _Made:
 
 
 def _fast(strict: _Made, owned: bool, answers: list[Probed]) -> _Made:
-    """bf16 weights under autocast; where these do not work, autocast alone; where neither does, the strict copy."""
+    """bf16 weights under autocast; where these do not work, autocast alone; where neither does, or the device has no
+    products of bf16, the strict copy.
+    """
     ways: list[tuple[str, Callable[[], RoutedModel]]] = [("autocast to bf16", lambda: _float32(strict.model, owned))]
     if owned:
         ways.insert(0, ("bf16 weights", lambda: _bf16(strict.model)))
-    failed = ""
+    failed, device = "", answers[0].x.device
+    if not compat.multiplies(device, torch.bfloat16):
+        ways, failed = [], f"; not bf16 (this {device.type} has no products of bf16, and would take longer)"
     for way, build in ways:
         try:
             half = LowPrecision(build())

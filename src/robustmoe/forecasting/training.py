@@ -28,7 +28,10 @@ from robustmoe.training.parts import Given, RunParts, build_parts
 from robustmoe.training.resuming import TrainingState
 
 WARM, MOST = 2, 50
-"""Steps that are left out (one, where a step takes long); steps that are timed at each moment, at most."""
+"""Steps that are left out at least (one, where a step takes long); steps that are done beyond them at each moment, at
+most. Of all that are done the later half is what a usual step takes: a routed model meets new sizes of its experts'
+batches for some steps, and each asks for new code of the convolutions; the allocator too learns what to keep.
+"""
 
 MOMENTS = (0.0, 0.5, 0.99)
 """Of a method that changes while it trains, the shares of the training at which its steps are timed."""
@@ -114,7 +117,7 @@ def _steps(parts: RunParts, budget: float) -> tuple[Seconds, Measured]:
             enough = len(several) >= 2 and spent.cpu + spent.wall >= 2 * budget / len(moments)
             if enough or len(several) >= WARM + MOST:
                 break
-        warm = min(WARM, len(several) - 1)
+        warm = min(max(WARM, len(several) // 2), len(several) - 1)
         usual = sum(several[warm:], Seconds()) * (1 / (len(several) - warm))
         first += sum(several[:warm], Seconds()) - usual * warm if at == 0 else Seconds()
         timed.append(Measured(usual, len(several) - warm))
@@ -179,7 +182,7 @@ def _written(parts: RunParts, judged: RoutedModel) -> tuple[Seconds, Seconds, tu
 
 def _notes(parts: RunParts, step: Measured, validation: Measured) -> tuple[str, ...]:
     lines = [
-        f"Timed: {step.times} training steps, without the first ones, and a validation of "
+        f"Timed: {step.times} training steps, the later half of those that were done, and a validation of "
         f"{validation.times} of {len(parts.val)} images."
     ]
     attack = parts.method.attack

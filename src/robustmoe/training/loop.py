@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustmoe import distributed, generators, memory, provenance, repeatable
+from robustmoe import compat, distributed, generators, memory, provenance, repeatable
 from robustmoe.attacks import NotFiniteError
 from robustmoe.attacks.base import looked_at
 from robustmoe.data import Batch, ImageSet, batches
@@ -71,6 +71,9 @@ def _run(parts: RunParts, out: Path, resume: bool, fits: bool) -> None:
     """The epochs that are left, of a run that is new or resumed. ``fits``: with a batch size that is found first."""
     parts = fitted(parts) if fits else parts
     state = _prepare(parts, out, resume)
+    if parts.autocast is not None and not compat.multiplies(parts.device, parts.autocast):
+        kind, precision = parts.device.type, parts.recipe.precision
+        note(f"precision={precision}: this {kind} has no such products, and steps take several times those of fp32")
     pace = Pace(PACED)
     while state.epoch < parts.recipe.epochs and (state.step or _steps_to_do(parts, state)):
         _epoch(parts, state, out, pace)
