@@ -11,7 +11,8 @@ from torch import nn
 from robustmoe import spec
 from robustmoe.errors import UserError
 from robustmoe.training import SGD, AdamW
-from robustmoe.training.optimisation import Average, constant, cosine, cyclic, one_cycle, poly, step
+from robustmoe.training.optimisation import Average, OptimizerSpec, constant, cosine, cyclic, one_cycle, poly, step
+from robustmoe.training.phases import _move
 
 POINTS = [
     (constant(), {0.0: 1.0, 0.5: 1.0, 1.0: 1.0}),
@@ -132,6 +133,30 @@ def test_adamw_first_step_by_hand() -> None:
     weight.grad = torch.tensor([123.0])
     optimiser.step()
     assert weight.item() == pytest.approx(1.8)
+
+
+@pytest.mark.parametrize("spec, plain", [(SGD(0.1), torch.optim.SGD), (AdamW(0.1), torch.optim.AdamW)])
+def test_a_step_is_torchs_plain_one_whatever_the_order_of_memory(
+    spec: OptimizerSpec, plain: type[torch.optim.Optimizer]
+) -> None:
+    """A fused optimiser of torch 2.13 walks through a gradient's memory, which may be in another order than the
+    weight's: a convolution's gradient on channels-last images is.
+    """
+    weights = [torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.randn(5)]
+    made, expected = ([nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    ours = spec.over({str(at): weight for at, weight in enumerate(made)})
+    assert ours.defaults["fused"]
+    settings = {key: value for key, value in ours.defaults.items() if key not in ("fused", "decoupled_weight_decay")}
+    theirs = plain(expected, **settings, fused=False)
+    for _ in range(3):
+        gradients = [torch.randn(4, 3, 2, 2) for _ in range(2)] + [torch.randn(5)]
+        gradients[0] = gradients[0].to(memory_format=torch.channels_last)
+        _move(ours, dict(zip("012", made)), dict(zip("012", gradients)), torch.zeros(()), 0.0, None)
+        for weight, gradient in zip(expected, gradients):
+            weight.grad = gradient
+        theirs.step()
+    for weight, plainly in zip(made, expected):
+        torch.testing.assert_close(weight, plainly, rtol=1e-5, atol=1e-6)
 
 
 class Counter(nn.Module):

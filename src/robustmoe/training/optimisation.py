@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustmoe.distributed import own_part
+from robustmoe.distributed import is_spread, own_part
 from robustmoe.errors import UserError
 
 
@@ -37,6 +37,13 @@ def _check(lr: float, weight_decay: float, **shares: float) -> None:
             raise ValueError(f"{name} must be at least 0 and below 1; got {share}")
 
 
+def _fused(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether torch updates these in one pass over each: where all are whole, on a CPU or a CUDA device. Of a model of
+    many experts, each of which sees few images, the update is much of a step.
+    """
+    return all(not is_spread(each) and each.device.type in ("cpu", "cuda") for each in parameters)
+
+
 @dataclass(frozen=True)
 class SGD(OptimizerSpec):
     """Stochastic gradient descent. ``momentum``: the share of the last step that a step keeps; ``nesterov``: momentum
@@ -60,9 +67,9 @@ class SGD(OptimizerSpec):
             raise ValueError(f"undecayed must be a regular expression; got {self.undecayed!r} ({error})") from None
 
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
-        )
+        every = list(parameters)
+        decay, fused = self.weight_decay, _fused(every)
+        return torch.optim.SGD(every, self.lr, self.momentum, weight_decay=decay, nesterov=self.nesterov, fused=fused)
 
     def over(self, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """Raises UserError where ``undecayed`` names no parameter."""
@@ -90,7 +97,9 @@ class AdamW(OptimizerSpec):
         _check(self.lr, self.weight_decay, beta1=self.beta1, beta2=self.beta2)
 
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, self.lr, (self.beta1, self.beta2), weight_decay=self.weight_decay)
+        every = list(parameters)
+        betas, fused = (self.beta1, self.beta2), _fused(every)
+        return torch.optim.AdamW(every, self.lr, betas, weight_decay=self.weight_decay, fused=fused)
 
 
 Schedule = Callable[[float], float]

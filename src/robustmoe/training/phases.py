@@ -242,9 +242,18 @@ def _move(
         for gradient in gradients.values():
             distributed.own_part(gradient).mul_(factor)
     for name, parameter in named.items():
-        parameter.grad = gradients[name]
+        parameter.grad = _laid_out_as(parameter, gradients[name])
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's order of memory: a fused optimiser takes both for lists of numbers (as of torch
+    2.13, on CPUs), and a convolution on channels-last images gives its gradient in theirs.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _gradients(model: nn.Module, loss: Tensor, named: dict[str, nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
