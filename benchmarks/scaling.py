@@ -34,6 +34,7 @@ from robustmoe.reporting.figures import Axes, Series, colour, lines
 from robustmoe.reporting.page import document
 from robustmoe.reporting.standalone import drawings
 from robustmoe.spec import build
+from robustmoe.training.optimisation import AdamW
 from robustmoe.training.phases import MiniBatch, train_step
 
 Work = Callable[[int], Callable[[], Any]]
@@ -94,7 +95,7 @@ def of_trained_experts(n: int) -> Callable[[], Any]:
     model, x = model_of(TOKENS.format(n), 16), images(16, 16)
     y = labels(model, x)
     method: Any = build("at(pgd(linf(0.01), steps=2, keep=last))", "method")
-    optimisers = [torch.optim.AdamW(phase.parameters(model).values()) for phase in method.phases]
+    optimisers = [AdamW().over(phase.parameters(model)) for phase in method.phases]
     batch = MiniBatch(x, y, Noise.of(torch.arange(len(x))))
     return lambda: train_step(model, method.at(0.0), optimisers, batch)
 

@@ -8,7 +8,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from robustmoe.attacks import Threat, l2, linf
-from robustmoe.certification import Ball, router_bounds, rules
+from robustmoe.certification import Ball, router_bounds, routes, rules
 from robustmoe.certification.routes import exact_margin, reachable_exactly, route_radius
 from robustmoe.errors import UserError
 from robustmoe.lipschitz.parts import routing_radius
@@ -84,6 +84,24 @@ def test_experts_are_reached_where_another_linear_programme_is_feasible(eps: flo
     inside = (x + eps * (2 * torch.rand(300, *x.shape).double() - 1).sign()).clamp(0, 1)
     chosen = torch.stack([model.route(each)["router"].chosen()[:, 0] for each in inside]).any(0)
     assert not (chosen & ~found).any()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_programmes_are_asked_only_about_what_both_bounds_leave_open(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a round of the game every answer is a programme's; with one the same, and most are not asked for."""
+    model, x = linear(k=k), images(12)
+    asked: list[int] = []
+    programme = routes._lead
+    monkeypatch.setattr(routes, "_lead", lambda *given: asked.append(1) or programme(*given))
+    counts, said = [], []
+    for rounds in (0, 2, routes.ROUNDS):
+        monkeypatch.setattr(routes, "ROUNDS", rounds)
+        said.append(torch.stack([reachable_exactly(model, x, linf(eps))["router"] for eps in (0.02, 0.05, 0.1)]))
+        counts.append(len(asked) - sum(counts))
+    assert torch.equal(said[0], said[1])
+    assert torch.equal(said[0], said[2])
+    assert counts[0] > counts[1] > counts[2]
+    assert counts[2] <= 0.1 * counts[0]
 
 
 def test_two_of_four_are_reached_where_one_of_the_sets_of_two_is_feasible() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -28,13 +29,17 @@ from robustmoe.routing import top_k
 TOLERANCE = 1e-9
 """How far a linear programme may miss a constraint; a lead of -TOLERANCE counts as a tie, and a tie as reached."""
 
+ROUNDS = 64
+"""Rounds of the game between leads and pixels, for all images at once, before a linear programme is asked."""
+
 
 def reachable_exactly(
     model: Callable[[Tensor], Tensor], x: Tensor | np.ndarray, threat: Threat
 ) -> dict[str, Bool[Tensor, "n e"]]:
     """For each router, the experts that it chooses somewhere in the linf ball inside the box, by linear programmes
     (C(e - 1, k - 1) for each expert and image): whether the largest least lead of the expert over all others but k - 1
-    of them is 0 or more. A soft router reaches all.
+    of them is 0 or more. Most are decided for all images at once by bounds on both sides, and only the rest by a
+    programme. A soft router reaches all.
 
     `rules.reachable` asks the same pair by pair: a superset, cheap, for any norm and router. Raises UserError for a
     router that is not affine in the pixels, ValueError for another norm than linf.
@@ -174,18 +179,55 @@ def _linear_mixture(part: Part, x: Tensor) -> tuple[list[AffineMap], AffineMap |
 
 
 def _reached(fork: Fork, x: Tensor, cubes: list[Cube]) -> Bool[Tensor, "n e"]:
+    """Expert by expert and way by way for all images at once; what that leaves open, by linear programmes."""
     e = len(fork.branches)
-    if fork.soft:
-        return torch.ones(len(x), e, dtype=torch.bool, device=x.device)
+    reached = torch.full((len(x), e), fork.soft, dtype=torch.bool, device=x.device)
+    if fork.soft or not len(x):
+        return reached
     router = _affine(fork.router, x, f"the router {fork.name!r}")
-    radii = [
-        [
-            any(_lead(router.leads(i, cube.x), list(kept), cube) >= -TOLERANCE for kept in _against(e, fork.k))
-            for i in range(e)
-        ]
-        for cube in cubes
-    ]
-    return torch.tensor(radii, device=x.device)
+    for i in range(e):
+        each = [router.leads(i, cube.x) for cube in cubes]
+        for kept in map(list, _against(e, fork.k)):
+            rest = (~reached[:, i]).nonzero()[:, 0].tolist()
+            if not rest:
+                break
+            offsets = torch.stack([each[at].offset[kept] for at in rest])
+            down, up = torch.stack([cubes[at].down for at in rest]), torch.stack([cubes[at].up for at in rest])
+            sure, never = _played(each[0].slope[kept], offsets, down, up)
+            for at, surely, nowhere in zip(rest, sure, never, strict=True):
+                reached[at, i] = surely or (not nowhere and _lead(each[at], kept, cubes[at]) >= -TOLERANCE)
+    return reached
+
+
+def _played(
+    slope: Float[Tensor, "m d"], offset: Float[Tensor, "n m"], down: Float[Tensor, "n d"], up: Float[Tensor, "n d"]
+) -> tuple[list[bool], list[bool]]:
+    """Of each image, whether some step within its sides surely gives every lead 0 or more, and whether surely none
+    does; where both are False, the answer is too close.
+
+    A game of zero sum: weights of the leads against the step. To weights of sum 1 the best step is a corner, and the
+    lead that they have there is above what any step gives the least lead; a step that is tried shows what can be had.
+    The weights go up where a lead is small (Freund and Schapire 1999), the steps are tried, and their mean.
+    """
+    n, m = offset.shape
+    score, mean, size = torch.zeros_like(offset), torch.zeros_like(down), torch.zeros_like(offset[:, :1])
+    sure, never = (torch.zeros(n, dtype=torch.bool, device=offset.device) for _ in range(2))
+    if m == 0:
+        return [True] * n, [False] * n
+    for turn in range(1, ROUNDS + 1):
+        weights = torch.softmax(score, 1)
+        pull = weights @ slope
+        step = torch.where(pull > 0, up, down)
+        mean += (step - mean) / turn
+        leads = step @ slope.T + offset
+        never |= (leads * weights).sum(1) < -2 * TOLERANCE
+        for tried in (leads, mean @ slope.T + offset):
+            sure |= tried.amin(1) >= 0
+        if bool((sure | never).all()):
+            break
+        size = torch.maximum(size, leads.abs().amax(1, keepdim=True))
+        score -= leads / size.clamp(min=torch.finfo(size.dtype).tiny) * (8 * math.log(max(2, m)) / turn) ** 0.5
+    return sure.tolist(), (never & ~sure).tolist()
 
 
 def _against(e: int, k: int) -> Iterator[tuple[int, ...]]:
