@@ -6,6 +6,8 @@ once does not count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from pretended import DEVICE, Pretending
 from robustmoe.attacks import build_attack
 from robustmoe.attacks.base import looked_at
+from robustmoe.attacks.surrogate import Surrogate
 from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
@@ -62,17 +65,30 @@ TRAININGS = {
 }
 
 
+class Seen(NamedTuple):
+    """Of a run: what the mode saw, how many images stood at the end, the passes of the network, and those of them by
+    which the exact model gave its word.
+    """
+
+    mode: Pretending
+    stood: int = 0
+    passes: int = 0
+    verdicts: int = 0
+
+
 @dataclass(frozen=True)
 class Counted:
-    """Of one step: host synchronisations (``kinds``: by the name of the operation), copies to the device, operations;
-    and how many images stood at the end.
+    """Of one step: host synchronisations (``kinds``: by the name of the operation), copies to the device, operations,
+    passes of the network, and those by which the exact model gave its word; and how many images stood at the end.
     """
 
     syncs: float
     copies: float
     operations: float
     kinds: dict[str, float]
-    stood: int = 0
+    stood: int
+    passes: float
+    verdicts: float
 
 
 def net(name: str) -> tuple[RoutedModel, Tensor, Tensor]:
@@ -101,28 +117,32 @@ def training(name: str, method: str) -> Counted:
     return _between(few, many, 1)
 
 
-def _between(few: tuple[Pretending, int], many: tuple[Pretending, int], steps: int) -> Counted:
-    kinds = {kind: (count - few[0].syncs[kind]) / steps for kind, count in many[0].syncs.items()}
+def _between(few: Seen, many: Seen, steps: int) -> Counted:
+    kinds = {kind: (count - few.mode.syncs[kind]) / steps for kind, count in many.mode.syncs.items()}
     return Counted(
         sum(kinds.values()),
-        (many[0].copies - few[0].copies) / steps,
-        (many[0].operations - few[0].operations) / steps,
+        (many.mode.copies - few.mode.copies) / steps,
+        (many.mode.operations - few.mode.operations) / steps,
         {kind: count for kind, count in kinds.items() if count},
-        many[1],
+        many.stood,
+        (many.passes - few.passes) / steps,
+        (many.verdicts - few.verdicts) / steps,
     )
 
 
-def _attacked(name: str, spec: str) -> tuple[Pretending, int]:
+def _attacked(name: str, spec: str) -> Seen:
     model, x, y = net(name)
-    with Pretending() as mode:
+    passes = mock.Mock()
+    word = mock.patch.object(Surrogate, "verdict", autospec=True, side_effect=Surrogate.verdict)
+    with Pretending() as mode, word as verdicts:
         model, x, y = model.to(DEVICE), x.to(DEVICE), y.to(DEVICE)
-        climbed = frozen_copy(model, x)
+        climbed = frozen_copy(model, x, on_pass=passes)
         x_adv = build_attack(spec)(climbed, x, y, Noise(Noise.of(torch.arange(IMAGES)).state.to(DEVICE)))
     with torch.no_grad():
-        return mode, int((model(x_adv).argmax(1) == y).sum())
+        return Seen(mode, int((model(x_adv).argmax(1) == y).sum()), passes.call_count, verdicts.call_count)
 
 
-def _trained(name: str, method: str, steps: int) -> tuple[Pretending, int]:
+def _trained(name: str, method: str, steps: int) -> Seen:
     model, x, y = net(name)
     built = build_method(method)
     with Pretending() as mode, looked_at():
@@ -134,4 +154,4 @@ def _trained(name: str, method: str, steps: int) -> tuple[Pretending, int]:
             result = train_step(model, built, optimisers, MiniBatch(x, y, noise), routers=routers)
             _ = [float(each) for each in (*result.loss.values(), *result.grad_norm.values(), result.correct)]
             _ = [float(each) for each in result.router_grad.values()]  # as the loop of a training reads them
-    return mode, IMAGES
+    return Seen(mode)
