@@ -1,0 +1,286 @@
+"""Operations of transformers: matrix products of two values of the image, and LayerNorm.
+
+Both follow Shi et al. 2020 (ICLR, "Robustness verification for transformers"), who put planes around a product and take
+LayerNorm apart; in intervals the weights of attention are bounded together with the values that they mix
+(`robustmoe.certification.gates.SoftmaxBox`), and a normalised number is never above what the length of its row allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from robustmoe.certification.operations import (
+    Affine,
+    Interval,
+    Jointly,
+    Operation,
+    Pulled,
+    Slopes,
+    times,
+)
+from robustmoe.certification.windows import dot
+
+PIECES = 8
+"""Of the range of a row's mean, in which its spread is bounded apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairProduct(Operation):
+    """The matrix product x y of two values of the image, (n, ..., p, q) and (n, ..., q, r).
+
+    Intervals: of every product by its corners; where x are the weights of a gate or of attention, the exact minimum of
+    the mixtures of y, over all scores and all y. Linear: the means of McCormick's planes, x_m y + y_m x - x_m y_m -+
+    x_r y_r, m the middles and r the reaches; for a number of which this is lower in the middle than the interval's
+    constant, that constant.
+    """
+
+    affine = False
+    mains = (0, 1)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return torch.matmul(inputs[0], inputs[1])
+
+    def interval(self, *inputs: Interval) -> Interval:
+        x, y = inputs
+        if x.joint is not None and x.joint.shares:
+            return Interval(_least_mixture(x.joint, x, y.lower), -_least_mixture(x.joint, x, -y.upper))
+        left, right = ([each[..., None] for each in (x.lower, x.upper)], [y.lower, y.upper])
+        corners = [a * b.unsqueeze(-3) for a in left for b in right]
+        least = torch.minimum(torch.minimum(*corners[:2]), torch.minimum(*corners[2:]))
+        most = torch.maximum(torch.maximum(*corners[:2]), torch.maximum(*corners[2:]))
+        return Interval(least.sum(-2), most.sum(-2))
+
+    def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
+        x, y = inputs
+        (x_m, x_r), (y_m, y_r) = _middle(x), _middle(y)
+        centre, gap, own = x_m @ y_m, x_r @ y_r, self.interval(x, y)
+        low, high = centre - gap >= own.lower, centre + gap <= own.upper
+        positive, negative = above.clamp(min=0), above.clamp(max=0)
+        through = torch.where(low, positive, 0.0) + torch.where(high, negative, 0.0)
+        bias = dot(positive, torch.where(low, -centre - gap, own.lower))
+        bias = bias + dot(negative, torch.where(high, -centre + gap, own.upper))
+        return Pulled((through @ y_m.transpose(-2, -1), x_m.transpose(-2, -1) @ through), bias)
+
+    def open(self, x: Interval) -> Tensor:
+        """Weights are as close as their scores."""
+        return torch.zeros_like(x.lower, dtype=torch.bool) if x.joint is not None else x.upper > x.lower
+
+    def slopes(self, above: Slopes, inputs: Sequence[Interval]) -> tuple[Slopes, ...]:
+        x, y = inputs
+        middle, reach = 0.5 * (above.lower + above.upper), 0.5 * (above.upper - above.lower)
+        (x_m, x_r), (y_m, y_r) = (tuple(each.transpose(-2, -1) for each in _middle(side)) for side in (x, y))
+        by_x, by_y = middle @ y_m, x_m @ middle
+        reach_x = middle.abs() @ y_r + reach @ (y_m.abs() + y_r)
+        reach_y = x_r @ middle.abs() + (x_m.abs() + x_r) @ reach
+        return Slopes(by_x - reach_x, by_x + reach_x), Slopes(by_y - reach_y, by_y + reach_y)
+
+
+def _middle(x: Interval) -> tuple[Tensor, Tensor]:
+    """The middle, and how far it is to either end."""
+    return 0.5 * (x.lower + x.upper), 0.5 * (x.upper - x.lower)
+
+
+def _least_mixture(joint: Jointly, weights: Interval, values: Float[Tensor, "n *b q r"]) -> Float[Tensor, "n *b p r"]:
+    """The least mixture of each column of ``values`` by each row of weights."""
+    rows = values.movedim(-1, 0).unsqueeze(-2)
+    return joint.lowest(rows.expand(-1, *weights.lower.shape)).movedim(0, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class FromLeft(Affine):
+    """The matrix product weight x of a constant (n, ..., p, q) and a value of the image (n, ..., q, r)."""
+
+    weight: Tensor
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.weight @ inputs[0]
+
+    def interval(self, *inputs: Interval) -> Interval:
+        middle, reach = _middle(inputs[0])
+        middle, reach = self.weight @ middle, self.weight.abs() @ reach
+        return Interval(middle - reach, middle + reach)
+
+    def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
+        return Pulled((self.weight.transpose(-2, -1) @ above,), None)
+
+    def absolute(self) -> Operation:
+        return FromLeft(self.weight.abs())
+
+
+@dataclass(frozen=True)
+class LessMean(Jointly):
+    """Rows less their own mean, of all rows in ``box``."""
+
+    box: Interval
+
+    def lowest(self, above: Float[Tensor, "s n *rows d"]) -> Float[Tensor, "s n *rows"]:
+        apart = above - above.mean(-1, keepdim=True)
+        middle, reach = _middle(self.box)
+        return (apart * middle).sum(-1) - (apart.abs() * reach).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Centring(Affine):
+    """Each row (n, ..., d) less its mean."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return _less_mean(inputs[0])
+
+    def interval(self, *inputs: Interval) -> Interval:
+        middle, reach = _middle(inputs[0])
+        middle, reach = _less_mean(middle), _reach_less_mean(reach)
+        box = LessMean(Interval(inputs[0].lower, inputs[0].upper))
+        return Interval(middle - reach, middle + reach, None, box)
+
+    def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
+        return Pulled((_less_mean(above),), None)
+
+    def slopes(self, above: Slopes, inputs: Sequence[Interval]) -> tuple[Slopes, ...]:
+        middle = _less_mean(0.5 * (above.lower + above.upper))
+        reach = _reach_less_mean(0.5 * (above.upper - above.lower))
+        return (Slopes(middle - reach, middle + reach),)
+
+
+def _less_mean(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def _reach_less_mean(reach: Tensor) -> Tensor:
+    """The sizes of the weights of `_less_mean` applied: 1 - 1/d of a number itself, 1/d of each other."""
+    return (1 - 2 / reach.shape[-1]) * reach + reach.mean(-1, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit(Operation):
+    """c / sqrt(mean of c^2 + eps) of rows c (n, ..., d); ``centred``: their numbers sum to 0, as in LayerNorm.
+
+    Intervals: c_i / sqrt((c_i^2 + rest) / d + eps) rises with c_i, and falls or rises with the rest, the sum of the
+    others' squares, as c_i is above or below 0. So with the ends of both it is exact over a box of c; of centred rows
+    the rest is at least c_i^2 / (d - 1) (Cauchy and Schwarz), which alone keeps the size at sqrt(d - 1) or below.
+    Where a box of the rows before the mean was taken off is known, they are also bounded for each piece of the range
+    of that mean, which is then one for all numbers of the row.
+
+    Linear: a product of c_i and r = v^(-1/2), v = mean of c^2 + eps, by McCormick's planes; r lies between a tangent
+    and a chord, as a square does.
+    """
+
+    eps: float
+    centred: bool
+
+    affine = False
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return inputs[0] * torch.rsqrt(inputs[0].square().mean(-1, keepdim=True) + self.eps)
+
+    def interval(self, *inputs: Interval) -> Interval:
+        (c,) = inputs
+        box = c.joint.box if isinstance(c.joint, LessMean) else None
+        mirrored = None if box is None else Interval(-box.upper, -box.lower)
+        return Interval(
+            -self._highest(Interval(-c.upper, -c.lower), mirrored), self._highest(Interval(c.lower, c.upper), box)
+        )
+
+    def _highest(self, c: Interval, box: Interval | None) -> Tensor:
+        highest = self._ratio(c.upper, *_squares(c))
+        if box is None:
+            return highest
+        pieces = [self._ratio(torch.minimum(c.upper, part.upper), *_squares(part)) for part in _less_every_mean(box)]
+        return torch.minimum(highest, torch.stack(pieces).amax(0))
+
+    def _ratio(self, top: Tensor, least: Tensor, most: Tensor) -> Tensor:
+        """The largest c_i / sqrt(...), c_i at most ``top``, every square between ``least`` and ``most``."""
+        d = top.shape[-1]
+        small = (least.sum(-1, keepdim=True) - least).clamp(min=0.0)
+        if self.centred and d > 1:
+            small = torch.maximum(small, top.square() / (d - 1))
+        rest = torch.where(top > 0, small, most.sum(-1, keepdim=True) - most)
+        return top * torch.rsqrt((top.square() + rest) / d + self.eps)
+
+    def _mean_square(self, c: Interval) -> tuple[Tensor, Tensor]:
+        """Bounds (n, ..., 1) of v."""
+        least, most = (each.mean(-1, keepdim=True) for each in _squares(c))
+        if isinstance(c.joint, LessMean):
+            parts = [_squares(part) for part in _less_every_mean(c.joint.box)]
+            low, high = (torch.stack([each.mean(-1, keepdim=True) for each in side]) for side in zip(*parts))
+            least, most = torch.maximum(least, low.amin(0)), torch.minimum(most, high.amax(0))
+        return least + self.eps, most + self.eps
+
+    def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
+        (c,) = inputs
+        planes, own = _Planes(c, *self._mean_square(c), self.eps), self.interval(c)
+        low, high = planes.lowest >= own.lower, planes.highest <= own.upper
+        positive, negative = above.clamp(min=0), above.clamp(max=0)
+        below, bias = planes.pull(torch.where(low, positive, 0.0), torch.where(high, negative, 0.0))
+        bias = bias + dot(positive, torch.where(low, 0.0, own.lower))
+        return Pulled((below,), bias + dot(negative, torch.where(high, 0.0, own.upper)))
+
+    def open(self, x: Interval) -> Tensor:
+        return x.upper > x.lower
+
+    def slopes(self, above: Slopes, inputs: Sequence[Interval]) -> tuple[Slopes, ...]:
+        """d/dc_j of sum_i A_i u_i is r (A_j - u_j mean_i(A_i u_i))."""
+        (c,) = inputs
+        own, (least, most) = self.interval(c), self._mean_square(c)
+        inner = times(above, own.lower, own.upper)
+        back = times(Slopes(*(each.mean(-1, keepdim=True) for each in inner)), own.lower, own.upper)
+        apart = Slopes(above.lower - back.upper, above.upper - back.lower)
+        return (times(apart, most.rsqrt(), least.rsqrt()),)
+
+
+class _Planes:
+    """The linear rule of `Unit` over a box of rows c, and of v between ``least`` and ``most``.
+
+    u_i = c_i r >= r_m c_i + c_m r - (c_l r_l + c_u r_u) / 2, and <= with (c_l r_u + c_u r_l) / 2. r(v) is convex: above
+    its tangent, below its chord. c^2 is between 2 c_m c - c_m^2 and the same plus the square of c's reach.
+    """
+
+    def __init__(self, c: Interval, least: Tensor, most: Tensor, eps: float) -> None:
+        self.middle, self.reach = _middle(c)
+        self.eps = eps
+        r_l, r_u = most.rsqrt(), least.rsqrt()
+        self.r, self.r_reach = 0.5 * (r_l + r_u), 0.5 * (r_u - r_l)
+        at = torch.minimum(torch.maximum(self.middle.square().mean(-1, keepdim=True) + eps, least), most)
+        self.tangent = -0.5 * at.rsqrt() / at, 1.5 * at.rsqrt()  # slope and offset
+        chord = -(r_l * r_u).square() / (r_l + r_u)  # (r_l - r_u) / (most - least)
+        self.chord = chord, r_u - chord * least
+        v = self.middle.square().mean(-1, keepdim=True) + eps
+        wide = v + self.reach.square().mean(-1, keepdim=True)
+        below, above = (self.tangent[0] * wide + self.tangent[1], self.chord[0] * v + self.chord[1])
+        positive = self.middle > 0
+        gap = self.reach * self.r_reach
+        self.lowest = self.middle * torch.where(positive, below, above) - gap  # in the middle of the box
+        self.highest = self.middle * torch.where(positive, above, below) + gap
+
+    def pull(self, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of c, and what is left over, for coefficients of u that are >= 0 and <= 0."""
+        d = self.middle.shape[-1]
+        through, gap = positive + negative, self.reach * self.r_reach
+        bias = dot(through, -self.middle * self.r) - dot(positive - negative, gap)
+        by_r = (through * self.middle).sum(-1, keepdim=True)
+        rising = by_r >= 0
+        by_v = by_r * torch.where(rising, self.tangent[0], self.chord[0])
+        offset = by_r * torch.where(rising, self.tangent[1], self.chord[1]) + by_v * self.eps
+        square = -self.middle.square().mean(-1, keepdim=True)
+        wide = square + self.reach.square().mean(-1, keepdim=True)
+        offset = offset + by_v * torch.where(by_v >= 0, square, wide)
+        below = through * self.r + by_v * (2 / d) * self.middle
+        return below, bias + offset.flatten(2).sum(2)
+
+
+def _squares(c: Interval) -> tuple[Tensor, Tensor]:
+    """The least and the largest square of each number."""
+    least = torch.maximum(c.lower, -c.upper).clamp(min=0.0).square()
+    return least, torch.maximum(c.lower.abs(), c.upper.abs()).square()
+
+
+def _less_every_mean(box: Interval) -> list[Interval]:
+    """Bounds of the rows less their mean, for each piece of the range of that mean."""
+    low, high = box.lower.mean(-1, keepdim=True), box.upper.mean(-1, keepdim=True)
+    ends = [low + (high - low) * (place / PIECES) for place in range(PIECES)] + [high]
+    return [Interval(box.lower - end, box.upper - start) for start, end in pairwise(ends)]
