@@ -57,14 +57,14 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    return _moved(normed(centred(_rows(x, normalized_shape)), eps, True), weight, bias)
+    return _moved(normed(centred(_rows(x, normalized_shape, eps)), eps, True), weight, bias)
 
 
 def _rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     small = torch.finfo(x.dtype).eps if eps is None else eps
-    return _moved(normed(_rows(x, normalized_shape), small, False), weight, None)
+    return _moved(normed(_rows(x, normalized_shape, small), small, False), weight, None)
 
 
 def _unit_length(x: Tensor, eps: float, dim: int = -1) -> Tensor:
@@ -74,9 +74,9 @@ def _unit_length(x: Tensor, eps: float, dim: int = -1) -> Tensor:
     return normed(x, eps / d, False) * d**-0.5
 
 
-def _rows(x: Tensor, shape: Sequence[int]) -> Tensor:
-    if len(shape) != 1 or x.ndim < 2:
-        raise Unbounded("a LayerNorm over more than the last dimension")
+def _rows(x: Tensor, shape: Sequence[int], eps: float) -> Tensor:
+    if len(shape) != 1 or x.ndim < 2 or not eps > 0:
+        raise Unbounded("a LayerNorm over more than the last dimension, or without an eps above 0")
     return x
 
 

@@ -374,7 +374,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.adaptive_avg_pool2d: _applied(Weighing, F.adaptive_avg_pool2d),
     F.max_pool2d: _max_pool2d,
     F.linear: _linear,
-    **dict.fromkeys((torch.mm, Tensor.mm, torch.matmul, Tensor.matmul), _mm),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul), _mm),
     **dict.fromkeys((torch.softmax, Tensor.softmax), _softmax),
     F.softmax: lambda x, dim=None, _stacklevel=3, dtype=None: _softmax(x, dim, dtype),
     chosen_weights: _chosen_weights,

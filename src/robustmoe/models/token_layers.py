@@ -183,11 +183,11 @@ class TokenLayer(nn.Module):
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
         """Returns the sum over the chosen experts of weight times answer, for each token."""
 
-    @abstractmethod
     def openly(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         """Returns the same in eval mode by operations that bounds know (`robustmoe.certification`), every expert on
         every token. Raises UserError where no bounds are known of the layer.
         """
+        raise UserError(f"no bounds are known of {type(self).__name__}; smoothing(...) certifies any model")
 
     def linear(self) -> LinearRouting:
         """Returns the layer's router. Raises ValueError where it is not linear in each token, or the layer mixes
