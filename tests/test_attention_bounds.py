@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustmoe import UserError
 from robustmoe.certification import Ball, Bounded, Bounding, build_certifier, worst_margins
-from robustmoe.certification.attention import Centring, FromLeft, PairProduct, Unit
+from robustmoe.certification.attention import Centring, FromLeft, MeanSquare, PairProduct, Unit
 from robustmoe.certification.gates import BestChosen, Softmax, SoftmaxBox
 from robustmoe.certification.graph import check, record
 from robustmoe.certification.operations import Interval
@@ -194,7 +194,10 @@ def test_a_normalised_row_is_in_its_bounds_above_its_planes_and_never_longer_tha
     x.lower[4:], x.upper[4:] = x.lower[4:, :, :1] - 0.2, x.lower[4:, :, :1] + 0.3
     operation, eps = Unit(1e-6, centred), 1e-6
     c = Centring().interval(x) if centred else x
-    bounds, pulled = operation.interval(c), operation.pull(above, (c,))
+    v = MeanSquare(eps).interval(c)
+    bounds, pulled = operation.interval(c, v), operation.pull(above, (c, v))
+    squares = MeanSquare(eps).pull(pulled.coefficients[1], (c,))
+    assert squares.bias is not None
     assert pulled.bias is not None
     cap = math.sqrt(max(d - centred, 0)) + 1e-9
     assert bounds.upper.amax() <= cap
@@ -204,8 +207,14 @@ def test_a_normalised_row_is_in_its_bounds_above_its_planes_and_never_longer_tha
         value = F.layer_norm(at, (d,), eps=eps) if centred else F.rms_norm(at, (d,), eps=eps)
         assert (value >= bounds.lower - 1e-9).all()
         assert (value <= bounds.upper + 1e-9).all()
+        mean = rows.square().mean(-1, keepdim=True) + eps
+        assert (mean >= v.lower - 1e-12).all()
+        assert (mean <= v.upper + 1e-12).all()
         line = (pulled.coefficients[0] * rows).flatten(2).sum(2) + pulled.bias
-        assert (line <= (above * value).flatten(2).sum(2) + 1e-6).all()
+        by_mean = (pulled.coefficients[1] * mean).flatten(2).sum(2)
+        slack = 1e-9 * (1 + by_mean.abs())
+        assert (line + by_mean <= (above * value).flatten(2).sum(2) + slack).all()
+        assert ((squares.coefficients[0] * rows).flatten(2).sum(2) + squares.bias <= by_mean + slack).all()
 
 
 # ------------------------------------------------------------------------------------------------ whole models

@@ -157,37 +157,79 @@ def _reach_less_mean(reach: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class MeanSquare(Operation):
+    """The mean of the squares of each row (n, ..., d), plus eps: (n, ..., 1).
+
+    Of rows less their mean whose box before that is known, it is also bounded for each piece of the range of the mean.
+    Linear: c^2 is between 2 c_m c - c_m^2 and the same plus the square of c's reach.
+    """
+
+    eps: float
+
+    affine = False
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return inputs[0].square().mean(-1, keepdim=True) + self.eps
+
+    def interval(self, *inputs: Interval) -> Interval:
+        (c,) = inputs
+        least, most = (each.mean(-1, keepdim=True) for each in _squares(c))
+        if isinstance(c.joint, LessMean):
+            parts = [_squares(part) for part in _less_every_mean(c.joint.box)]
+            low, high = (torch.stack([each.mean(-1, keepdim=True) for each in side]) for side in zip(*parts))
+            least, most = torch.maximum(least, low.amin(0)), torch.minimum(most, high.amax(0))
+        return Interval(least + self.eps, most + self.eps)
+
+    def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
+        middle, reach = _middle(inputs[0])
+        least = self.eps - middle.square().mean(-1, keepdim=True)
+        most = least + reach.square().mean(-1, keepdim=True)
+        bias = dot(above.clamp(min=0), least) + dot(above.clamp(max=0), most)
+        return Pulled((above * (2 / middle.shape[-1]) * middle,), bias)
+
+    def open(self, x: Interval) -> Tensor:
+        return x.upper > x.lower
+
+    def slopes(self, above: Slopes, inputs: Sequence[Interval]) -> tuple[Slopes, ...]:
+        (c,) = inputs
+        share = 2 / c.lower.shape[-1]
+        return (times(above, share * c.lower, share * c.upper),)
+
+
+@dataclass(frozen=True, eq=False)
 class Unit(Operation):
-    """c / sqrt(mean of c^2 + eps) of rows c (n, ..., d); ``centred``: their numbers sum to 0, as in LayerNorm.
+    """c / sqrt(v) of rows c (n, ..., d) and v = mean of c^2 + eps; ``centred``: their numbers sum to 0 (LayerNorm).
 
     Intervals: c_i / sqrt((c_i^2 + rest) / d + eps) rises with c_i, and falls or rises with the rest, the sum of the
     others' squares, as c_i is above or below 0. So with the ends of both it is exact over a box of c; of centred rows
     the rest is at least c_i^2 / (d - 1) (Cauchy and Schwarz), which alone keeps the size at sqrt(d - 1) or below.
     Where a box of the rows before the mean was taken off is known, they are also bounded for each piece of the range
-    of that mean, which is then one for all numbers of the row.
+    of that mean, which is then one for all numbers of the row. Bounds of v are used too.
 
-    Linear: a product of c_i and r = v^(-1/2), v = mean of c^2 + eps, by McCormick's planes; r lies between a tangent
-    and a chord, as a square does.
+    Linear: c_i r >= r_m c_i + c_m r - (c_l r_l + c_u r_u) / 2, and <= with (c_l r_u + c_u r_l) / 2, r = v^(-1/2), which
+    is convex: above its tangent, below its chord. For a number of which this is lower in the middle than the interval's
+    constant, that constant.
     """
 
     eps: float
     centred: bool
 
     affine = False
+    mains = (0, 1)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return inputs[0] * torch.rsqrt(inputs[0].square().mean(-1, keepdim=True) + self.eps)
+        return inputs[0] * torch.rsqrt(inputs[1])
 
     def interval(self, *inputs: Interval) -> Interval:
-        (c,) = inputs
+        c, v = inputs
         box = c.joint.box if isinstance(c.joint, LessMean) else None
         mirrored = None if box is None else Interval(-box.upper, -box.lower)
-        return Interval(
-            -self._highest(Interval(-c.upper, -c.lower), mirrored), self._highest(Interval(c.lower, c.upper), box)
-        )
+        highest = self._highest(Interval(c.lower, c.upper), v, box)
+        return Interval(-self._highest(Interval(-c.upper, -c.lower), v, mirrored), highest)
 
-    def _highest(self, c: Interval, box: Interval | None) -> Tensor:
+    def _highest(self, c: Interval, v: Interval, box: Interval | None) -> Tensor:
         highest = self._ratio(c.upper, *_squares(c))
+        highest = torch.minimum(highest, c.upper * torch.where(c.upper > 0, v.lower, v.upper).rsqrt())
         if box is None:
             return highest
         pieces = [self._ratio(torch.minimum(c.upper, part.upper), *_squares(part)) for part in _less_every_mean(box)]
@@ -202,75 +244,36 @@ class Unit(Operation):
         rest = torch.where(top > 0, small, most.sum(-1, keepdim=True) - most)
         return top * torch.rsqrt((top.square() + rest) / d + self.eps)
 
-    def _mean_square(self, c: Interval) -> tuple[Tensor, Tensor]:
-        """Bounds (n, ..., 1) of v."""
-        least, most = (each.mean(-1, keepdim=True) for each in _squares(c))
-        if isinstance(c.joint, LessMean):
-            parts = [_squares(part) for part in _less_every_mean(c.joint.box)]
-            low, high = (torch.stack([each.mean(-1, keepdim=True) for each in side]) for side in zip(*parts))
-            least, most = torch.maximum(least, low.amin(0)), torch.minimum(most, high.amax(0))
-        return least + self.eps, most + self.eps
-
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
-        (c,) = inputs
-        planes, own = _Planes(c, *self._mean_square(c), self.eps), self.interval(c)
-        low, high = planes.lowest >= own.lower, planes.highest <= own.upper
+        c, v = inputs
+        own, (c_m, c_r) = self.interval(c, v), _middle(c)
+        r_l, r_u = v.upper.rsqrt(), v.lower.rsqrt()
+        middle, gap = 0.5 * (r_l + r_u), c_r * (0.5 * (r_u - r_l))
+        at = c_m.square().mean(-1, keepdim=True) + self.eps
+        wide = torch.minimum(at + c_r.square().mean(-1, keepdim=True), v.upper)
+        at = torch.minimum(torch.maximum(at, v.lower), v.upper)
+        tangent, chord = -0.5 * at.rsqrt() / at, -(r_l * r_u).square() / (r_l + r_u)
+        below, over = 1.5 * at.rsqrt(), r_u - chord * v.lower  # their offsets
+        slow, fast = c_m * (tangent * wide + below), c_m * (chord * at + over)  # in the middle of the box
+        low, high = torch.minimum(slow, fast) - gap >= own.lower, torch.maximum(slow, fast) + gap <= own.upper
         positive, negative = above.clamp(min=0), above.clamp(max=0)
-        below, bias = planes.pull(torch.where(low, positive, 0.0), torch.where(high, negative, 0.0))
-        bias = bias + dot(positive, torch.where(low, 0.0, own.lower))
-        return Pulled((below,), bias + dot(negative, torch.where(high, 0.0, own.upper)))
+        bias = dot(positive, torch.where(low, -gap, own.lower)) + dot(negative, torch.where(high, gap, own.upper))
+        through = torch.where(low, positive, 0.0) + torch.where(high, negative, 0.0)
+        by_r = (through * c_m).sum(-1, keepdim=True)
+        rising = by_r >= 0
+        bias = bias + dot(through, -c_m * middle)
+        bias = bias + (by_r * torch.where(rising, below, over)).flatten(2).sum(2)
+        return Pulled((through * middle, by_r * torch.where(rising, tangent, chord)), bias)
 
     def open(self, x: Interval) -> Tensor:
         return x.upper > x.lower
 
     def slopes(self, above: Slopes, inputs: Sequence[Interval]) -> tuple[Slopes, ...]:
-        """d/dc_j of sum_i A_i u_i is r (A_j - u_j mean_i(A_i u_i))."""
-        (c,) = inputs
-        own, (least, most) = self.interval(c), self._mean_square(c)
-        inner = times(above, own.lower, own.upper)
-        back = times(Slopes(*(each.mean(-1, keepdim=True) for each in inner)), own.lower, own.upper)
-        apart = Slopes(above.lower - back.upper, above.upper - back.lower)
-        return (times(apart, most.rsqrt(), least.rsqrt()),)
-
-
-class _Planes:
-    """The linear rule of `Unit` over a box of rows c, and of v between ``least`` and ``most``.
-
-    u_i = c_i r >= r_m c_i + c_m r - (c_l r_l + c_u r_u) / 2, and <= with (c_l r_u + c_u r_l) / 2. r(v) is convex: above
-    its tangent, below its chord. c^2 is between 2 c_m c - c_m^2 and the same plus the square of c's reach.
-    """
-
-    def __init__(self, c: Interval, least: Tensor, most: Tensor, eps: float) -> None:
-        self.middle, self.reach = _middle(c)
-        self.eps = eps
-        r_l, r_u = most.rsqrt(), least.rsqrt()
-        self.r, self.r_reach = 0.5 * (r_l + r_u), 0.5 * (r_u - r_l)
-        at = torch.minimum(torch.maximum(self.middle.square().mean(-1, keepdim=True) + eps, least), most)
-        self.tangent = -0.5 * at.rsqrt() / at, 1.5 * at.rsqrt()  # slope and offset
-        chord = -(r_l * r_u).square() / (r_l + r_u)  # (r_l - r_u) / (most - least)
-        self.chord = chord, r_u - chord * least
-        v = self.middle.square().mean(-1, keepdim=True) + eps
-        wide = v + self.reach.square().mean(-1, keepdim=True)
-        below, above = (self.tangent[0] * wide + self.tangent[1], self.chord[0] * v + self.chord[1])
-        positive = self.middle > 0
-        gap = self.reach * self.r_reach
-        self.lowest = self.middle * torch.where(positive, below, above) - gap  # in the middle of the box
-        self.highest = self.middle * torch.where(positive, above, below) + gap
-
-    def pull(self, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients of c, and what is left over, for coefficients of u that are >= 0 and <= 0."""
-        d = self.middle.shape[-1]
-        through, gap = positive + negative, self.reach * self.r_reach
-        bias = dot(through, -self.middle * self.r) - dot(positive - negative, gap)
-        by_r = (through * self.middle).sum(-1, keepdim=True)
-        rising = by_r >= 0
-        by_v = by_r * torch.where(rising, self.tangent[0], self.chord[0])
-        offset = by_r * torch.where(rising, self.tangent[1], self.chord[1]) + by_v * self.eps
-        square = -self.middle.square().mean(-1, keepdim=True)
-        wide = square + self.reach.square().mean(-1, keepdim=True)
-        offset = offset + by_v * torch.where(by_v >= 0, square, wide)
-        below = through * self.r + by_v * (2 / d) * self.middle
-        return below, bias + offset.flatten(2).sum(2)
+        """d/dc_i is v^(-1/2), d/dv is -u_i / (2 v)."""
+        c, v = inputs
+        own = self.interval(c, v)
+        inner = Slopes(*(each.sum(-1, keepdim=True) for each in times(above, own.lower, own.upper)))
+        return times(above, v.upper.rsqrt(), v.lower.rsqrt()), times(inner, -0.5 / v.lower, -0.5 / v.upper)
 
 
 def _squares(c: Interval) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,24 @@ def centred(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
-def normed(x: Tensor, eps: float, from_mean: bool) -> Tensor:
-    """Rows over the root of their mean square; ``from_mean``: rows that sum to 0."""
+def mean_square(x: Tensor, eps: float) -> Tensor:
+    """The mean of each row's squares, plus eps."""
     if has_torch_function_unary(x):
-        rows: Tensor = handle_torch_function(normed, (x,), x, eps, from_mean)
+        mean: Tensor = handle_torch_function(mean_square, (x,), x, eps)
+        return mean
+    return x.square().mean(-1, keepdim=True) + eps
+
+
+def over_root(x: Tensor, squares: Tensor, eps: float, from_mean: bool) -> Tensor:
+    """Rows over the root of their `mean_square`; ``from_mean``: rows that sum to 0."""
+    if has_torch_function_unary(x):
+        rows: Tensor = handle_torch_function(over_root, (x,), x, squares, eps, from_mean)
         return rows
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * torch.rsqrt(squares)
+
+
+def _normed(x: Tensor, eps: float, from_mean: bool) -> Tensor:
+    return over_root(x, mean_square(x, eps), eps, from_mean)
 
 
 def _attention(
@@ -57,21 +69,21 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    return _moved(normed(centred(_rows(x, normalized_shape, eps)), eps, True), weight, bias)
+    return _moved(_normed(centred(_rows(x, normalized_shape, eps)), eps, True), weight, bias)
 
 
 def _rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     small = torch.finfo(x.dtype).eps if eps is None else eps
-    return _moved(normed(_rows(x, normalized_shape, small), small, False), weight, None)
+    return _moved(_normed(_rows(x, normalized_shape, small), small, False), weight, None)
 
 
 def _unit_length(x: Tensor, eps: float, dim: int = -1) -> Tensor:
     if dim % x.ndim != x.ndim - 1 or x.ndim < 2:
         raise Unbounded("rows of length 1 along another dimension than the last")
     d = x.shape[-1]
-    return normed(x, eps / d, False) * d**-0.5
+    return _normed(x, eps / d, False) * d**-0.5
 
 
 def _rows(x: Tensor, shape: Sequence[int], eps: float) -> Tensor:

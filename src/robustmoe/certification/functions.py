@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe.certification.attention import Centring, FromLeft, PairProduct, Unit
-from robustmoe.certification.definitions import centred, normed
+from robustmoe.certification.attention import Centring, FromLeft, MeanSquare, PairProduct, Unit
+from robustmoe.certification.definitions import centred, mean_square, over_root
 from robustmoe.certification.gates import CHOICES, BestChosen, Product, Softmax
 from robustmoe.certification.nonlinear import MaxPool, Relu, gelu, sigmoid, silu, tanh
 from robustmoe.certification.operations import (
@@ -379,7 +379,8 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.softmax: lambda x, dim=None, _stacklevel=3, dtype=None: _softmax(x, dim, dtype),
     chosen_weights: _chosen_weights,
     centred: lambda x: Centring(),
-    normed: lambda x, eps, from_mean: Unit(eps, from_mean),
+    mean_square: lambda x, eps: MeanSquare(eps),
+    over_root: lambda x, squares, eps, from_mean: Unit(eps, from_mean),
     torch.addcmul: _addcmul,
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
