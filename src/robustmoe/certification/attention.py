@@ -30,6 +30,10 @@ PIECES = 8
 """Of the range of a row's mean, in which its spread is bounded apart."""
 
 
+HELD = 2**22
+"""Numbers of a product's terms that are held at a time, about; those of one column at least."""
+
+
 @dataclass(frozen=True, eq=False)
 class PairProduct(Operation):
     """The matrix product x y of two values of the image, (n, ..., p, q) and (n, ..., q, r).
@@ -48,13 +52,10 @@ class PairProduct(Operation):
 
     def interval(self, *inputs: Interval) -> Interval:
         x, y = inputs
-        if x.joint is not None and x.joint.shares:
-            return Interval(_least_mixture(x.joint, x, y.lower), -_least_mixture(x.joint, x, -y.upper))
-        left, right = ([each[..., None] for each in (x.lower, x.upper)], [y.lower, y.upper])
-        corners = [a * b.unsqueeze(-3) for a in left for b in right]
-        least = torch.minimum(torch.minimum(*corners[:2]), torch.minimum(*corners[2:]))
-        most = torch.maximum(torch.maximum(*corners[:2]), torch.maximum(*corners[2:]))
-        return Interval(least.sum(-2), most.sum(-2))
+        columns = max(1, HELD // x.lower.numel())
+        ends = zip(y.lower.split(columns, -1), y.upper.split(columns, -1), strict=True)
+        lower, upper = zip(*(_product_ends(x, *part) for part in ends), strict=True)
+        return Interval(torch.cat(lower, -1), torch.cat(upper, -1))
 
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         x, y = inputs
@@ -84,6 +85,16 @@ class PairProduct(Operation):
 def _middle(x: Interval) -> tuple[Tensor, Tensor]:
     """The middle, and how far it is to either end."""
     return 0.5 * (x.lower + x.upper), 0.5 * (x.upper - x.lower)
+
+
+def _product_ends(x: Interval, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of the product of x and some columns of y."""
+    if x.joint is not None and x.joint.shares:
+        return _least_mixture(x.joint, x, low), -_least_mixture(x.joint, x, -high)
+    corners = [a[..., None] * b.unsqueeze(-3) for a in (x.lower, x.upper) for b in (low, high)]
+    least = torch.minimum(torch.minimum(*corners[:2]), torch.minimum(*corners[2:]))
+    most = torch.maximum(torch.maximum(*corners[:2]), torch.maximum(*corners[2:]))
+    return least.sum(-2), most.sum(-2)
 
 
 def _least_mixture(joint: Jointly, weights: Interval, values: Float[Tensor, "n *b q r"]) -> Float[Tensor, "n *b p r"]:
