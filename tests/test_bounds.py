@@ -22,6 +22,7 @@ from robustmoe.certification.graph import check, record
 from robustmoe.certification.nonlinear import Elementwise, Relu, Smooth, gelu, sigmoid, silu, tanh
 from robustmoe.certification.operations import Interval
 from robustmoe.models import build_model
+from robustmoe.models.norm import unit_length
 from robustmoe.models.parts import Leaf
 from robustmoe.routing import chosen_shares
 
@@ -240,6 +241,16 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest": lambda x: F.interpolate(x, scale_factor=2),
     "bilinear": lambda x: F.interpolate(x, (3, 3), mode="bilinear", antialias=True),
     "twice": lambda x: torch.add(x, x) + (x - 0.5 * F.relu(x)),
+    "pieces": lambda x: x.chunk(2, 1)[1] * x.unbind(2)[0][:, :1, :, None],
+    "matrix product": lambda x: x @ x.transpose(-2, -1),
+    "matrix product in batches": lambda x: torch.bmm(x[:, 0], F.relu(x[:, 1])),
+    "from the left": lambda x: torch.matmul(normal(2, 4, 3, 5), F.relu(x)),
+    "rows": lambda x: torch.softmax(x, -1),
+    "attention": lambda x: F.scaled_dot_product_attention(x, 2 * x + FIVE, x),
+    "layer norm": lambda x: F.layer_norm(x, (5,), FIVE, -FIVE, 0.1),
+    "rms norm": lambda x: F.rms_norm(F.relu(x) + 0.1, (5,), FIVE, 0.1),
+    "unit length": lambda x: unit_length(x, 0.1),
+    "joined": lambda x: torch.cat([torch.ones(2, 1, 5, 5, dtype=x.dtype), F.relu(x)], 1),
     "less": lambda x: 1 - F.relu(x),
     "negative": lambda x: F.relu(-x) / 3,
     "scaled": lambda x: x * FIVE - FIVE[:, None],
@@ -315,12 +326,15 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "out": lambda x: torch.add(x, 1.0, out=torch.zeros(2, 2, 5, 5, dtype=x.dtype)),
     "product of other shapes": lambda x: x * x.mean(1),
     "square": lambda x: x.square(),
-    "matrix product": lambda x: x @ x,
     "softmax over channels": lambda x: x.softmax(1),
+    "matrix product of images": lambda x: x.flatten(1) @ x.flatten(1).transpose(0, 1),
+    "matrix product of other shapes": lambda x: x @ x.mean(1),
+    "norm over a map": lambda x: F.layer_norm(x, (5, 5)),
+    "norm without an eps": lambda x: F.layer_norm(x, (5,), eps=0.0),
+    "masked attention": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "unbound images": lambda x: x.unbind(0)[0],
     "softmax over images": lambda x: x.flatten(1).softmax(0),
     "addcmul of all kinds": lambda x: torch.addcmul(x, x, torch.ones(5, dtype=x.dtype)),
-    "chunks": lambda x: x.chunk(2, 1)[0],
-    "unbound": lambda x: x.unbind(1)[0],
     "places": lambda x: x.max(1)[0],
     "indices": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
     "detached": lambda x: x.detach(),

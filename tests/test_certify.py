@@ -340,15 +340,27 @@ def test_the_verb_refuses_in_one_line(
 
 
 @pytest.mark.parametrize("kind", ["routed", "dense"])
-def test_a_transformer_is_refused_in_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_transformer_is_bounded(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = "patch=4, width=8, depth=1, heads=2"
     model = {"routed": f"vit_moe(tiny, {shape}, experts=3, k=2, placement=(0,))", "dense": f"vit({shape})"}
     run = make_trained(tmp_path / "run", model[kind])
+    words = ["certify", str(run), "--limit", "2", "--certifier", "bounds(linf(0.0001), search=0)"]
+    assert main(words) == 0
+    assert "Of 2 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", ["choice=expert", "members=3, k=1", "capacity=1.0, k=1", "plan=sinkhorn"])
+def test_a_transformer_whose_tokens_depend_on_each_others_routes_is_refused_in_one_line(
+    odd: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = f"vit_moe(tiny, patch=4, width=8, depth=1, heads=2, experts=3, placement=(0,), {odd})"
+    run = make_trained(tmp_path / "run", model)
     assert main(["certify", str(run), "--limit", "2"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "smoothing(" in err, "what does certify it"
-    assert main(["certify", str(run), "--limit", "2", "--certifier", "smoothing(n0=8, n=16)"]) == 0
+    if odd == "choice=expert":
+        assert main(["certify", str(run), "--limit", "2", "--certifier", "smoothing(n0=8, n=16)"]) == 0
 
 
 def test_no_run_and_damaged_weights_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

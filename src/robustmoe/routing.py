@@ -97,14 +97,21 @@ class Tape:
     them (what this router would have said of this input). Routers that ``forced`` does not name decide freely.
     ``noise``: one random stream an image, for routers that are noisy in training; without it none is. ``read``: False
     where nobody asks for the decisions afterwards; a model with soft gates need not rank its experts then.
+    ``openly``: whether the pass is one that bounds are made of: routed layers compute the same, without a decision on
+    the tape, by operations that bounds know.
     """
 
     read: bool = True
+    openly: bool = False
 
     def __init__(
-        self, forced: Mapping[str, Routing] | None = None, noise: Noise | None = None, read: bool = True
+        self,
+        forced: Mapping[str, Routing] | None = None,
+        noise: Noise | None = None,
+        read: bool = True,
+        openly: bool = False,
     ) -> None:
-        self.read = read
+        self.read, self.openly = read, openly
         self.forced: Mapping[str, Routing] = forced or {}
         self.noise = noise
         self.trace: Trace = {}
@@ -162,15 +169,18 @@ def top_k(logits: Float[Tensor, "n t e"], k: int = 1, gating: Gating = "renormal
     """
     _check_k(logits, k)
     index = _ranked(logits)[..., :k]
+    return Routing(logits, index, _weights(logits, index, gating))
+
+
+def _weights(logits: Float[Tensor, "*n e"], index: Int[Tensor, "*n k"], gating: Gating) -> Float[Tensor, "*n k"]:
+    """Returns what the experts of ``index`` are weighted by."""
     if gating == "hard":
-        weight = torch.full_like(logits[..., :k], 1.0 / k)
-    elif gating == "vmoe":
-        weight = torch.softmax(logits, dim=-1).gather(-1, index)
-    elif gating == "renormalised":
-        weight = torch.softmax(logits.gather(-1, index), dim=-1)
-    else:
-        raise ValueError(f"gating must be 'renormalised', 'vmoe' or 'hard'; got {gating!r}")
-    return Routing(logits, index, weight)
+        return torch.full_like(logits[..., : index.shape[-1]], 1.0 / index.shape[-1])
+    if gating == "vmoe":
+        return torch.softmax(logits, dim=-1).gather(-1, index)
+    if gating == "renormalised":
+        return torch.softmax(logits.gather(-1, index), dim=-1)
+    raise ValueError(f"gating must be 'renormalised', 'vmoe' or 'hard'; got {gating!r}")
 
 
 def straight_through(
@@ -220,14 +230,22 @@ def choose(logits: Float[Tensor, "n t e"], gate: Gate, k: int) -> Routing:
     return top_k(logits, k, gate)
 
 
-def chosen_shares(logits: Float[Tensor, "n e"], k: int) -> Float[Tensor, "n e"]:
+def chosen_shares(logits: Float[Tensor, "*n e"], k: int) -> Float[Tensor, "*n e"]:
     """Returns 1/k for each item's k best experts and 0 for the others, expert by expert: the weights of hard gates, as
     one function of torch's kind, so that bounds know it (`robustmoe.certification`).
     """
+    return chosen_weights(logits, k, "hard")
+
+
+def chosen_weights(logits: Float[Tensor, "*n e"], k: int, gating: Gating) -> Float[Tensor, "*n e"]:
+    """Returns the weights of `top_k`, expert by expert, 0 for those that are not chosen: as one function of torch's
+    kind, so that bounds know it.
+    """
     if has_torch_function_unary(logits):
-        shares: Tensor = handle_torch_function(chosen_shares, (logits,), logits, k)
-        return shares
-    return torch.zeros_like(logits).scatter(-1, _ranked(logits)[..., :k], 1.0 / k)
+        weights: Tensor = handle_torch_function(chosen_weights, (logits,), logits, k, gating)
+        return weights
+    index = _ranked(logits)[..., :k]
+    return torch.zeros_like(logits).scatter(-1, index, _weights(logits, index, gating))
 
 
 def to_rank(trace: Trace, rank: int | Int[Tensor, " n"]) -> Trace:

@@ -22,8 +22,8 @@ MULTIPLES = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0)
 OBSTACLES = ("route", "experts", "network", "formula", "votes")
 """Why an image that is right is not certified at eps. "route": several experts are reachable, some of them proven on
 their own, others not; "experts": several are, and none is proven; "network": the route is the same everywhere, or there
-is none, and what it leads to is not proven; "formula": the constants of a bound on the whole mixture are too large, and
-no expert is asked on its own; "votes": too few of the noisy copies agree."""
+is none, or it is bounded inside the network, and what it leads to is not proven; "formula": the constants of a bound on
+the whole mixture are too large, and no expert is asked on its own; "votes": too few of the noisy copies agree."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def obstacle(row: Proof) -> str:
         return "votes"
     if row.proven is None:
         return "formula"
-    if row.stable == 1:
+    if row.stable == 1 or row.reachable == 1:
         return "network"
     return "route" if row.proven else "experts"
 

@@ -10,13 +10,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from robustmoe.attacks.threat import Norm
 from robustmoe.certification.graph import Graph, Node
 from robustmoe.certification.nonlinear import Elementwise
-from robustmoe.certification.operations import Adding, Affine, Cast, Convolution, Interval, Operation, Round, Scaling
+from robustmoe.certification.operations import (
+    Adding,
+    Affine,
+    Cast,
+    Convolution,
+    Interval,
+    Operation,
+    Round,
+    Scaling,
+    by_image,
+)
 from robustmoe.certification.windows import Coefficients, Windows, along, count, dense, dot, flat, plus, sizes
 from robustmoe.models.norm import full_precision
 
@@ -107,13 +117,22 @@ class Bounded:
             for node in graph.nodes[1:]:
                 assert node.operation is not None
                 if how == "crown" and not node.operation.affine and node.inputs[0] not in reached:
-                    self._tighten(node.inputs[node.operation.main], node.operation)
+                    for main in node.operation.mains:
+                        self._tighten(node.inputs[main], node.operation)
                 self.interval[node] = node.operation.interval(*(self.interval[each] for each in node.inputs))
 
     def lower(self, rows: Float[Tensor, "s n c"]) -> Float[Tensor, "s n"]:
         """A lower bound over the ball of the sum of ``rows`` times the network's outputs, for s rows an image."""
         with full_precision(rows):
             return self._lower(self.graph.output, rows)
+
+    def settled(self) -> Bool[Tensor, " n"]:
+        """Of each image, whether every decision inside the network is the same in the whole ball."""
+        same = torch.ones_like(self.ball.eps, dtype=torch.bool)
+        for node in self.graph.nodes[1:]:
+            if node.operation is not None and node.operation.chooses:
+                same = same & ~node.operation.open(self.interval[node.inputs[0]]).flatten(1).any(1)
+        return same
 
     def linear(self, rows: Float[Tensor, "s n c"]) -> tuple[Float[Tensor, "s n ch h w"], Float[Tensor, "s n"]]:
         """slope . x + offset, below the sum of ``rows`` times the outputs everywhere in the ball."""
@@ -224,7 +243,7 @@ def _least(above: Tensor, interval: Interval, ball: Ball | None) -> Tensor:
     if ball is not None:
         return ball.lowest(above)
     if interval.joint is not None:
-        return interval.joint.lowest(above)
+        return by_image(interval.joint.lowest(above))
     return _lowest(above, interval)
 
 

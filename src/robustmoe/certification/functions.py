@@ -6,6 +6,7 @@ operation or raises `Unbounded`. Whatever does not leave the images where they a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustmoe.certification.gates import BestChosen, Product, Softmax
+from robustmoe.certification.attention import Centring, FromLeft, MeanSquare, PairProduct, Unit
+from robustmoe.certification.definitions import centred, mean_square, over_root
+from robustmoe.certification.gates import CHOICES, BestChosen, Product, Softmax
 from robustmoe.certification.nonlinear import MaxPool, Relu, gelu, sigmoid, silu, tanh
 from robustmoe.certification.operations import (
     Adding,
@@ -29,9 +32,9 @@ from robustmoe.certification.operations import (
     Unbounded,
     Weighing,
 )
-from robustmoe.routing import chosen_shares
+from robustmoe.routing import Gating, chosen_weights
 
-Rule = Callable[..., Operation]
+Rule = Callable[..., Operation | list[Operation]]
 
 
 def _fixed(*arguments: object) -> None:
@@ -50,7 +53,7 @@ def _by_image(operation: Shaped | Weighing, *inputs: Slot) -> Operation:
     return operation
 
 
-def _applied(kind: type[Shaped] | type[Weighing], function: Callable[..., Tensor]) -> Rule:
+def _applied(kind: type[Shaped] | type[Weighing], function: Callable[..., Tensor]) -> Callable[..., Operation]:
     def rule(x: Slot, *args: Any, **kwargs: Any) -> Operation:
         _fixed(*args, *kwargs.values())
         if "out" in kwargs:
@@ -92,11 +95,33 @@ def _permute(x: Slot, *dims: Any) -> Operation:
 
 
 def _cat(tensors: Sequence[Any], dim: int = 0) -> Operation:
-    if not all(isinstance(each, Slot) for each in tensors):
-        raise Unbounded("torch.cat of something that does not depend on the image")
     if dim % tensors[0].ndim == 0:
         raise Unbounded("torch.cat along the images")
-    return Weighing(lambda *parts: torch.cat(parts, dim))
+    if all(isinstance(each, Slot) for each in tensors):
+        return Weighing(lambda *parts: torch.cat(parts, dim))
+
+    def function(*parts: Tensor) -> Tensor:
+        """Of the constants nothing."""
+        some = iter(parts)
+        return torch.cat([next(some) if isinstance(each, Slot) else torch.zeros_like(each) for each in tensors], dim)
+
+    with torch.enable_grad():  # recording has none; certified training moves a class token
+        fixed = [each.new_zeros(each.shape) for each in tensors if not isinstance(each, Slot)]
+        zeros = [fixed[0].new_zeros(each.shape) if isinstance(each, Slot) else each for each in tensors]
+        return Weighing(function, torch.cat(zeros, dim))
+
+
+def _pieces(function: Callable[..., Sequence[Tensor]], place: int) -> Rule:
+    """A function that gives several tensors, an operation for each; ``place``: of its argument dim, behind x."""
+
+    def rule(x: Slot, *args: Any, **kwargs: Any) -> list[Operation]:
+        _fixed(*args, *kwargs.values())
+        if kwargs.get("dim", args[place] if len(args) > place else 0) % x.ndim == 0:
+            raise Unbounded("images taken apart")
+        count = len(function(torch.empty(x.shape, device="meta"), *args, **kwargs))
+        return [_by_image(Weighing(lambda each, i=i: function(each, *args, **kwargs)[i]), x) for i in range(count)]
+
+    return rule
 
 
 def _pad(x: Slot, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Operation:
@@ -166,21 +191,34 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Operation:
 
 
 def _mm(x: Any, weight: Any) -> Operation:
-    _fixed(weight)
+    if isinstance(x, Slot) and isinstance(weight, Slot):
+        return _pair_product(x, weight)
+    if not isinstance(x, Slot):
+        if x.ndim < 2 or weight.ndim < 3:
+            raise Unbounded("a matrix product over the images")
+        return FromLeft(x)
     if weight.ndim != 2:
         raise Unbounded("a product with other things than one matrix")
     with torch.enable_grad():  # recording has none; certified training moves the weight
         return _linear(x, weight.t())
 
 
+def _pair_product(x: Slot, y: Slot) -> Operation:
+    if x.ndim < 3 or x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2]:
+        raise Unbounded(f"a matrix product of the shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    return PairProduct()
+
+
 def _softmax(x: Slot, dim: int | None = None, dtype: Any = None) -> Operation:
-    if x.ndim != 2 or dim is None or dim % 2 != 1 or dtype is not None:
-        raise Unbounded("a softmax over other things than an image's row of numbers")
+    if x.ndim < 2 or dim is None or dim % x.ndim != x.ndim - 1 or dtype is not None:
+        raise Unbounded("a softmax over another dimension than the last")
     return Softmax()
 
 
-def _chosen_shares(x: Slot, k: int) -> Operation:
-    return BestChosen(k)
+def _chosen_weights(x: Slot, k: int, gating: Gating) -> Operation:
+    if gating != "hard" and math.comb(x.shape[-1], k) > CHOICES:
+        raise Unbounded(f"a gate that weights {k} of {x.shape[-1]} experts by softmax, too many choices to try")
+    return BestChosen(k, gating)
 
 
 def _addcmul(shift: Any, x: Any, scale: Any, *, value: float = 1) -> Operation:
@@ -326,6 +364,8 @@ RULES: dict[Callable[..., Any], Rule] = {
     Tensor.permute: _permute,
     torch.permute: _permute,
     torch.cat: _cat,
+    **{each: _pieces(each, 0) for each in (torch.unbind, Tensor.unbind)},
+    **{each: _pieces(each, 1) for each in (torch.chunk, Tensor.chunk, torch.split, Tensor.split)},
     Tensor.__getitem__: _getitem,
     Tensor.index_copy_: _index_copy,
     F.pad: _pad,
@@ -334,10 +374,13 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.adaptive_avg_pool2d: _applied(Weighing, F.adaptive_avg_pool2d),
     F.max_pool2d: _max_pool2d,
     F.linear: _linear,
-    **dict.fromkeys((torch.mm, Tensor.mm, torch.matmul, Tensor.matmul), _mm),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul), _mm),
     **dict.fromkeys((torch.softmax, Tensor.softmax), _softmax),
     F.softmax: lambda x, dim=None, _stacklevel=3, dtype=None: _softmax(x, dim, dtype),
-    chosen_shares: _chosen_shares,
+    chosen_weights: _chosen_weights,
+    centred: lambda x: Centring(),
+    mean_square: lambda x, eps: MeanSquare(eps),
+    over_root: lambda x, squares, eps, from_mean: Unit(eps, from_mean),
     torch.addcmul: _addcmul,
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from robustmoe.certification.definitions import MADE_OF
 from robustmoe.certification.functions import RULES
 from robustmoe.certification.operations import Operation, Slot, Unbounded
 from robustmoe.errors import UserError
@@ -69,8 +70,11 @@ class Graph:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, x: Tensor) -> None:
+    """``moving``: whether gradients are asked of what is made of weights alone, such as a class token an image."""
+
+    def __init__(self, x: Tensor, moving: bool) -> None:
         super().__init__()
+        self.moving = moving
         self.nodes = [Node(None, (), x.shape)]
         self.known: dict[int, tuple[Tensor, Node]] = {id(x): (x, self.nodes[0])}  # holds the tensors: ids stay theirs
 
@@ -82,23 +86,35 @@ class _Recorder(TorchFunctionMode):
         self, function: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
         inputs: list[Node] = []
         slots = [self._slot(each, inputs) for each in args]
         named = {name: self._slot(each, inputs) for name, each in kwargs.items()}
-        if not inputs or function in _ABOUT:
-            return result
+        if not inputs:
+            with torch.set_grad_enabled(self.moving):
+                return function(*args, **kwargs)
+        if function in _ABOUT:
+            return function(*args, **kwargs)
+        if function in MADE_OF:
+            with self:
+                return self._known(function, MADE_OF[function], args, kwargs)
+        result = function(*args, **kwargs)
         rule = RULES.get(function)
         if rule is None:
             raise Unbounded(f"{resolve_name(function) or function}")
+        operations = self._known(function, rule, slots, named)
+        several = isinstance(result, tuple)
+        for each, operation in zip(result, operations, strict=True) if several else [(result, operations)]:
+            if self.node(each) is None:  # flatten, contiguous: sometimes the tensor itself
+                self.nodes.append(Node(operation, tuple(inputs), each.shape))
+                self.known[id(each)] = (each, self.nodes[-1])
+        return result
+
+    @staticmethod
+    def _known(function: Callable[..., Any], rule: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         try:
-            operation = rule(*slots, **named)
+            return rule(*args, **kwargs)
         except TypeError as error:  # an argument that the rule does not know: out=, dtype=
             raise Unbounded(f"{resolve_name(function) or function} as it is called: {error}") from None
-        if self.node(result) is None:  # flatten, contiguous: sometimes the tensor itself
-            self.nodes.append(Node(operation, tuple(inputs), result.shape))
-            self.known[id(result)] = (result, self.nodes[-1])
-        return result
 
     def _slot(self, value: Any, inputs: list[Node]) -> Any:
         """The argument, with a `Slot` in the place of every recorded value; their steps go to ``inputs``."""
@@ -113,17 +129,16 @@ class _Recorder(TorchFunctionMode):
         return Slot(node.shape)
 
 
-@torch.no_grad()
 def record(network: Network, x: Tensor) -> Graph:
     """The steps of ``network`` (in eval mode) on images x (n, ch, h, w). Raises UserError where one has no bounds."""
-    x = x.detach().clone()
-    with full_precision(x), _Recorder(x) as recorder:
+    x, moving = x.detach().clone(), torch.is_grad_enabled()
+    with torch.no_grad(), full_precision(x), _Recorder(x, moving) as recorder:
         try:
             result = network(x)
         except Unbounded as error:
             raise UserError(
-                f"no bounds are known through {error}; expected convolutions, linear layers, BatchNorm, ReLU, "
-                "GELU, pooling and sums. smoothing(...) certifies any model"
+                f"no bounds are known through {error}; expected convolutions, linear layers, BatchNorm, "
+                "LayerNorm, ReLU, GELU, attention, pooling and sums. smoothing(...) certifies any model"
             ) from None
         except Exception as error:  # whatever it is, where it comes from the user's own network
             if isinstance(error, UserError) or ours(error, __name__):

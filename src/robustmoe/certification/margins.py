@@ -114,7 +114,7 @@ class _Walk:
         held = others(lower, y).amin(1, keepdim=True) > 0
         every = torch.ones_like(held)
         route = torch.full_like(lower[:, 0], torch.inf)
-        return Worst(lower, upper, ("",), every, held, every[:, 0], ["bounds"] * len(y), route)
+        return Worst(lower, upper, ("",), every, held, bounded.settled(), ["bounds"] * len(y), route)
 
     def _outward(self, lower: Tensor, y: Tensor) -> Tensor:
         return (lower - self.slack * (1 + lower.abs())).scatter(1, y[:, None], 0.0)

@@ -45,11 +45,20 @@ class Round(NamedTuple):
 
 
 class Jointly(ABC):
-    """Values (n, e) of which more is known than the interval of each: the weights of a gate."""
+    """Values (n, ..., e) of which more is known, row by row, than the interval of each: the weights of a gate.
+    ``shares``: none is below 0.
+    """
+
+    shares = False
 
     @abstractmethod
     def lowest(self, above: Tensor) -> Tensor:
-        """(s, n) the minimum of the sum of ``above`` (s, n, e) times these values."""
+        """(s, n, ...) the minimum of the sum over each row of ``above`` (s, n, ..., e) times these values."""
+
+
+def by_image(rows: Tensor) -> Tensor:
+    """(s, n): the sums over all rows of an image of (s, n, ...)."""
+    return rows.flatten(2).sum(2) if rows.ndim > 2 else rows
 
 
 @dataclass(frozen=True)
@@ -91,13 +100,20 @@ class Slopes(NamedTuple):
     upper: Tensor
 
 
+def times(slopes: Slopes, lower: Tensor, upper: Tensor) -> Slopes:
+    """Bounds of the products of what lies within either pair."""
+    corners = torch.stack([side * factor for side in slopes for factor in (lower, upper)])
+    return Slopes(corners.amin(0), corners.amax(0))
+
+
 class Operation(ABC):
-    """A function of one or more tensors. Subclasses are frozen dataclasses. ``main``: which input's bounds matter most,
-    where it is not affine.
+    """A function of one or more tensors. Subclasses are frozen dataclasses. ``mains``: the inputs whose bounds matter
+    most, where it is not affine. ``chooses``: whether it is a decision, which can change where it is `open`.
     """
 
     affine = True
-    main = 0
+    mains: tuple[int, ...] = (0,)
+    chooses = False
 
     @abstractmethod
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -162,10 +178,27 @@ class Shaped(Affine):
     def interval(self, *inputs: Interval) -> Interval:
         (x,) = inputs
         ball = x.round and Round(self.function(x.round.centre), self.function(x.round.scale), x.round.eps)
-        return Interval(self.function(x.lower), self.function(x.upper), ball)
+        lower, upper = self.function(x.lower), self.function(x.upper)
+        rows = x.joint is not None and lower.shape[-1] == x.lower.shape[-1]
+        return Interval(lower, upper, ball, ShapedJointly(x.joint, x.lower.shape) if x.joint and rows else None)
 
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         return Pulled((above.reshape(above.shape[0], *inputs[0].lower.shape),), None)
+
+
+@dataclass(frozen=True)
+class ShapedJointly(Jointly):
+    """The rows of values of ``shape`` (n, ..., e), otherwise arranged."""
+
+    inner: Jointly
+    shape: torch.Size
+
+    @property
+    def shares(self) -> bool:  # type: ignore[override]
+        return self.inner.shares
+
+    def lowest(self, above: Tensor) -> Tensor:
+        return self.inner.lowest(above.reshape(len(above), *self.shape)).reshape(above.shape[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,24 +224,29 @@ class Cast(Affine):
 
 @dataclass(frozen=True, eq=False)
 class Weighing(Affine):
-    """A linear function without negative weights and without a bias, of one input or several: means, average pooling,
-    padding by 0, slices, concatenation, other orders of the dimensions.
+    """A linear function without negative weights, of one input or several: means, average pooling, padding by 0,
+    slices, concatenation, other orders of the dimensions; and ``shift``, where there is one.
     """
 
     function: Callable[..., Tensor]
+    shift: Tensor | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
+        value = self.function(*inputs)
+        return value if self.shift is None else value + self.shift
 
     def interval(self, *inputs: Interval) -> Interval:
-        return Interval(self.function(*(x.lower for x in inputs)), self.function(*(x.upper for x in inputs)))
+        return Interval(self(*(x.lower for x in inputs)), self(*(x.upper for x in inputs)))
+
+    def absolute(self) -> Operation:
+        return Weighing(self.function)
 
     def pull(self, above: Tensor, inputs: Sequence[Interval]) -> Pulled:
         with torch.enable_grad():
             at = [torch.zeros_like(x.lower).requires_grad_() for x in inputs]
             out = self.function(*at)
         coefficients = torch.autograd.grad(out, at, above, is_grads_batched=True, create_graph=above.requires_grad)
-        return Pulled(coefficients, None)
+        return Pulled(coefficients, None if self.shift is None else dot(above, self.shift))
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +286,7 @@ class ScaledJointly(Jointly):
 
     def lowest(self, above: Tensor) -> Tensor:
         scale, shift = (each.to(above) for each in (self.scaling.scale, self.scaling.shift))
-        return self.inner.lowest(above * scale) + dot(above, shift)
+        return self.inner.lowest(above * scale) + (above * shift).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,9 +327,9 @@ class _Weighted(Affine):
     def transposed(self, above: Tensor, size: torch.Size) -> Tensor:
         """(m, *output) -> (m, *size)."""
 
-    def outputs(self, x: Tensor) -> Tensor:
-        """(s, n, e) the weights of every output, for values x (n, e)."""
-        raise TypeError(f"{type(self).__name__} has no outputs one by one")
+    def outputs(self, x: Tensor) -> Tensor | None:
+        """(s, n, ..., e) the weights of every output, for values x (n, ..., e); None where these are not row by row."""
+        return None
 
     @abstractmethod
     def spread(self) -> Tensor:
@@ -305,9 +343,9 @@ class _Weighted(Affine):
         middle = self(0.5 * (x.lower + x.upper))
         reach = self.apply(0.5 * (x.upper - x.lower), self.weight.abs())
         bounds = Interval(middle - reach, middle + reach)
-        if x.joint is not None:
-            rows = self.outputs(x.lower)
-            least, most = x.joint.lowest(rows).T, -x.joint.lowest(-rows).T
+        rows = None if x.joint is None else self.outputs(x.lower)
+        if x.joint is not None and rows is not None:
+            least, most = x.joint.lowest(rows).movedim(0, -1), -x.joint.lowest(-rows).movedim(0, -1)
             return bounds.meet(Interval(least + self.spread(), most + self.spread()))
         if x.round is None:
             return bounds
@@ -335,8 +373,8 @@ class MatrixProduct(_Weighted):
     def transposed(self, above: Tensor, size: torch.Size) -> Tensor:
         return above @ self.weight
 
-    def outputs(self, x: Tensor) -> Tensor:
-        return self.weight[:, None].expand(-1, len(x), -1)
+    def outputs(self, x: Tensor) -> Tensor | None:
+        return self.weight.view(-1, *[1] * (x.ndim - 1), x.shape[-1]).expand(-1, *x.shape)
 
     def spread(self) -> Tensor:
         return self.weight.new_zeros(()) if self.bias is None else self.bias

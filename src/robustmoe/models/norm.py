@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from robustmoe import distributed
 
@@ -44,6 +45,16 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if x.is_meta or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def unit_length(x: Tensor, eps: float, dim: int = -1) -> Tensor:
+    """Returns x / sqrt(|x|^2 + eps), |x| its length along ``dim``: as one function of torch's kind, so that bounds know
+    it (`robustmoe.certification`).
+    """
+    if has_torch_function_unary(x):
+        unit: Tensor = handle_torch_function(unit_length, (x,), x, eps, dim)
+        return unit
+    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + eps)
 
 
 class Foldable:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from robustmoe.models.norm import at_least_float32, full_precision
+from robustmoe.errors import UserError
+from robustmoe.models.norm import at_least_float32, full_precision, unit_length
 from robustmoe.models.tokens import Dispatch, Masks, TokenExperts, capacity, experts_choose, within_capacity
 from robustmoe.models.transport import Plan, sinkhorn, sparse
 from robustmoe.noise import Noise
-from robustmoe.routing import Gate, Gating, Routing, Tape, choose, noisy_top_k, soft
+from robustmoe.routing import Gate, Gating, Routing, Tape, choose, chosen_weights, noisy_top_k, soft
 
 Choice = Literal["token", "expert", "slots"]
 Order = Literal["vanilla", "priority"]
@@ -47,12 +48,8 @@ class SlotRouter(nn.Module):
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t s"]:
         with full_precision(x):
             return at_least_float32(self.scale) * torch.matmul(
-                _unit(at_least_float32(x), -1), _unit(at_least_float32(self.mu), 0)
+                unit_length(at_least_float32(x), 1e-6), unit_length(at_least_float32(self.mu), 1e-6, 0)
             )
-
-
-def _unit(x: Tensor, dim: int) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + 1e-6)
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,27 @@ class Rule:
         else:
             free = choose(logits, self.gating, self.k)
         return free if self.room is None else self._with_room(free)
+
+    def shares(self, logits: Float[Tensor, "n t e"]) -> Float[Tensor, "n t e"]:
+        """Returns the weights of token choice in eval mode without a bound on room, expert by expert."""
+        if self.gating == "soft":
+            return torch.softmax(logits, -1)
+        return chosen_weights(logits, self.k, "hard" if self.gating == "straight_through" else self.gating)
+
+    def check_open(self, tokens: int, experts: int) -> None:
+        """Raises UserError unless each token of an image has what it chose itself, whatever the others chose."""
+        way = "choice=expert" if self.choice == "expert" else f"plan={self.plan}" if self.plan != "none" else ""
+        if way:
+            raise UserError(
+                f"no certificate knows a vit_moe with {way}, where a token's experts depend on all tokens; expected "
+                "choice=token or slots without a plan; smoothing(...) certifies any model"
+            )
+        items = tokens * self.group
+        if self.room is not None and capacity(items, experts, self.k, self.room, self.multiple) < items:
+            raise UserError(
+                f"no certificate knows a vit_moe whose experts can be full, at capacity {self.room}; expected an "
+                "eval_capacity of experts / k or above, or none; smoothing(...) certifies any model"
+            )
 
     def _planned(self, logits: Float[Tensor, "n t e"], draws: Noise | None) -> Routing:
         """Each token's k best experts of the plan, weighted by the router's softmax; only Sinkhorn's has noise."""
@@ -165,6 +183,12 @@ class TokenLayer(nn.Module):
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
         """Returns the sum over the chosen experts of weight times answer, for each token."""
 
+    def openly(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        """Returns the same in eval mode by operations that bounds know (`robustmoe.certification`), every expert on
+        every token. Raises UserError where no bounds are known of the layer.
+        """
+        raise UserError(f"no bounds are known of {type(self).__name__}; smoothing(...) certifies any model")
+
     def linear(self) -> LinearRouting:
         """Returns the layer's router. Raises ValueError where it is not linear in each token, or the layer mixes
         tokens.
@@ -208,11 +232,19 @@ class TokenMoE(TokenLayer):
         return LinearRouting(self.router.weight, self.rule)
 
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
+        if tape.openly:
+            return self.openly(x)
         routing = tape("router", self.rule(self.router(x), tape, "router"))
         index, weight = routing.index.flatten(0, 1), routing.weight.flatten(0, 1)
         masks = self.masks(tape, (x.shape[1], index.shape[1]))
         masks = None if masks is None else Masks(*(mask.flatten(0, 1) for mask in masks))
         return self.experts(x.flatten(0, 1), index, weight, self._kept(weight), self.dispatch, masks).view_as(x)
+
+    def openly(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        self.rule.check_open(x.shape[1], self.experts.num)
+        weight = self.rule.shares(self.router(x))
+        answers = torch.cat([self.experts.linearly(expert, x).unsqueeze(2) for expert in range(self.experts.num)], 2)
+        return torch.matmul(weight.unsqueeze(2), answers).squeeze(2)
 
     def _kept(self, weight: Float[Tensor, "m k"]) -> Bool[Tensor, "m k"] | None:
         """Returns which pairs run; None: all. On the meta device, where costs are counted without values, no token is
@@ -243,7 +275,16 @@ class SlotMoE(TokenLayer):
         self.router = router
         self.experts = experts
 
+    def openly(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        slots = self.router(x)
+        given = torch.matmul(torch.softmax(slots.transpose(1, 2), -1), x)
+        own = given.chunk(self.experts.num, 1)
+        answers = torch.cat([self.experts.linearly(expert, part) for expert, part in enumerate(own)], 1)
+        return torch.matmul(torch.softmax(slots, -1), answers)
+
     def forward(self, x: Float[Tensor, "n t d"], tape: Tape) -> Float[Tensor, "n t d"]:
+        if tape.openly:
+            return self.openly(x)
         slots = self.router(x)
         experts = (self.experts.num, slots.shape[-1] // self.experts.num)
         fresh = soft(torch.logsumexp(slots.unflatten(-1, experts), -1))

@@ -119,6 +119,11 @@ class TokenExperts(Experts):
         """Runs one expert on all items."""
         return self._mlp(x, (self.w1[expert], self.b1[expert], self.w2[expert], self.b2[expert]))
 
+    def linearly(self, expert: int, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        """Runs one expert on tokens image by image, by the operations of a ViT's MLP, which bounds know."""
+        hidden = gelu(F.linear(x, self.w1[expert].t(), self.b1[expert]), self.kind)
+        return F.linear(hidden, self.w2[expert].t(), self.b2[expert])
+
     def _mlp(self, x: Tensor, own: tuple[Tensor, Tensor, Tensor, Tensor], masks: Masks | None = None) -> Tensor:
         w1, b1, w2, b2 = own
         hidden = gelu(torch.addmm(b1, x, w1), self.kind)

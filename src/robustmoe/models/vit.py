@@ -96,7 +96,7 @@ class ViTNetwork(nn.Module):
         """Returns the class token, if there is one, and one a patch, positions added."""
         tokens = self.patch_embed(x)
         if self.prefix:
-            tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(tokens), tokens], 1)
+            tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
         return tokens + (self.pos_embed if self.learned else self.pos_fixed)
 
     def classify(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n c"]:

@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustmoe.errors import UserError
 from robustmoe.models.base import ImageShape, ModelSpec, NetworkModel, RoutedModel, to_channels_last
 from robustmoe.models.block import check_experts
 from robustmoe.models.norm import Normalise, at_least_float32
+from robustmoe.models.parts import Leaf, Part
 from robustmoe.models.token_layers import (
     Choice,
     Members,
@@ -51,6 +53,15 @@ class ViTMoEModel(NetworkModel):
             return logits
         each = torch.log_softmax(at_least_float32(logits).unflatten(0, (len(x), self.members)), 2)
         return torch.logsumexp(each, 1) - math.log(self.members)
+
+    def parts(self) -> Part:
+        """One network, whose routers are bounded inside it, token by token."""
+        if self.members > 1:
+            raise UserError(
+                f"no certificate knows a vit_moe of {self.members} members; expected members=1; smoothing(...) "
+                "certifies any model"
+            )
+        return Leaf(lambda x: self.network(to_channels_last(self.normalise(x)), Tape(read=False, openly=True)))
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)
         return self.proj(_attended(self.q_norm(query), self.k_norm(key), value))
 
 
@@ -132,7 +132,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n d"]:
         query = self.q(self.latent.repeat(x.shape[0], 1, 1)).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        key, value = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        key, value = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)
         pooled = self.proj(_attended(self.q_norm(query), self.k_norm(key), value))
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
