@@ -1,0 +1,99 @@
+"""A verdict for few passes: the parts of the suites that break nearly all, short, in the order learned from rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustmoe.attacks.apgd import APGD, TargetedAPGD
+from robustmoe.attacks.base import Attack, Suite, Wrapped
+from robustmoe.attacks.losses import TARGETED_DLR_CLASSES
+from robustmoe.attacks.objectives import ExpertsOnly, Joint, Objective
+from robustmoe.attacks.pgd import ascend
+from robustmoe.attacks.routes import ExpertTransition, RouteFlip, RoutingLoss
+from robustmoe.attacks.square import Square
+from robustmoe.attacks.threat import Threat
+from robustmoe.attacks.views import HalfView, Soft, Viewed, halves, image_routers
+from robustmoe.models.base import Output, RoutedModel
+from robustmoe.noise import Noise
+
+SHORT, FLIPS, LONG, TARGETS, QUERIES = 20, 10, 50, 3, 1000
+"""Steps of a climb of the whole model or inside a region, of a flip, of a climb towards a class; classes aimed at;
+passes of Square where there is nothing to climb. On the images learned from half of the steps were enough.
+"""
+
+
+@dataclass(frozen=True)
+class WhereFlat(Wrapped):
+    """``attack`` on the images at which the margin has no gradient; the others stay as they are."""
+
+    attack: Attack
+
+    def queries(self, output: Output) -> int:
+        """The gradient: few networks are flat."""
+        return 3
+
+    def perturb(self, model: RoutedModel, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        _, gradient = ascend(Joint("margin")(model, x, y), x)
+        flat = torch.nonzero(gradient.flatten(1).abs().amax(1) == 0)[:, 0]
+        x_adv = x.clone()
+        if len(flat):
+            x_adv[flat] = self.attack(model, x[flat], y[flat], noise[flat])
+        return x_adv
+
+
+@dataclass(frozen=True)
+class QuickVerdict(Suite):
+    """An upper bound of the robust accuracy for a fraction of `AutoAttackRouting`'s passes, for looking at many models:
+    for a paper's table run autoattack_routing.
+
+    In order: APGD on the margin; the experts on the held route; where every router picks one expert an image, the
+    transition into their regions, with other routers the route flips; the model seen with soft gates; of a dual model,
+    each half alone; the 3 likeliest wrong classes in turn; Square where the margin has no gradient. The order is that
+    of the breaks for a pass, each part on what those before it left (benchmarks/quick_verdict.py). Each success is the
+    exact model's own error on its own routing.
+    """
+
+    threat: Threat
+    seed: int = 0
+
+    @property
+    def needs_router(self) -> bool:
+        return False
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]
+        return RoutingLoss("margin")
+
+    def parts(self, output: Output) -> list[tuple[str, Attack]]:
+        routed = any(routing.num_experts > 1 for routing in output.trace.values())
+        return [
+            ("margin", self._apgd(Joint("margin"))),
+            *(self._routed(output) if routed else []),
+            ("targets", self._targets(output.logits.shape[1])),
+            ("flat", WhereFlat(Square(self.threat, steps=QUERIES, seed=self.seed))),
+        ]
+
+    def _apgd(self, objective: Objective) -> APGD:
+        return APGD(self.threat, steps=SHORT, objective=objective, seed=self.seed)
+
+    def _targets(self, classes: int) -> TargetedAPGD:
+        loss = "dlr" if classes >= TARGETED_DLR_CLASSES else "margin"
+        return TargetedAPGD(self.threat, min(TARGETS, classes - 1), LONG, loss=loss, seed=self.seed)  # type: ignore[arg-type]
+
+    def _routed(self, output: Output) -> list[tuple[str, Attack]]:
+        inside: Attack = RouteFlip(self.threat, steps=FLIPS, seed=self.seed)
+        if image_routers(output.trace):
+            inside = ExpertTransition(self.threat, steps=SHORT, seed=self.seed)
+        climb = self._apgd(Joint())
+        parts: list[tuple[str, Attack]] = [
+            ("experts held", self._apgd(ExpertsOnly())),
+            ("regions", inside),
+            ("soft 1", Viewed(Soft(1.0), climb)),
+        ]
+        if halves(output.trace):
+            parts += [("half standard", Viewed(HalfView("standard"), climb))]
+            parts += [("half robust", Viewed(HalfView("robust"), climb))]
+        return parts
