@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,15 +14,16 @@ from robustmoe.attacks.losses import TARGETED_DLR_CLASSES
 from robustmoe.attacks.objectives import ExpertsOnly, Joint, Objective
 from robustmoe.attacks.pgd import ascend
 from robustmoe.attacks.routes import ExpertTransition, RouteFlip, RoutingLoss
+from robustmoe.attacks.routes.regions import RouteLoss
 from robustmoe.attacks.square import Square
 from robustmoe.attacks.threat import Threat
 from robustmoe.attacks.views import HalfView, Soft, Viewed, halves, image_routers
 from robustmoe.models.base import Output, RoutedModel
 from robustmoe.noise import Noise
 
-SHORT, FLIPS, LONG, TARGETS, QUERIES = 20, 10, 50, 3, 1000
+SHORT, FLIPS, LONG, TARGETS, NEAREST, QUERIES = 20, 10, 50, 3, 4, 1000
 """Steps of a climb of the whole model or inside a region, of a flip, of a climb towards a class; classes aimed at;
-passes of Square where there is nothing to climb. On the images learned from half of the steps were enough.
+regions that the margin is climbed in; passes of Square where there is nothing to climb.
 """
 
 
@@ -51,9 +53,10 @@ class QuickVerdict(Suite):
 
     In order: APGD on the margin; the experts on the held route; where every router picks one expert an image, the
     transition into their regions, with other routers the route flips; the model seen with soft gates; of a dual model,
-    each half alone; the 3 likeliest wrong classes in turn; Square where the margin has no gradient. The order is that
-    of the breaks for a pass, each part on what those before it left (benchmarks/quick_verdict.py). Each success is the
-    exact model's own error on its own routing.
+    each half alone; the 3 likeliest wrong classes in turn, of a routed model also with soft gates; the regions again,
+    by the margin; Square where the margin has no gradient. The order is that of the breaks for a pass, each part on
+    what those before it left (benchmarks/quick_verdict.py). Each success is the exact model's own error on its own
+    routing.
     """
 
     threat: Threat
@@ -69,31 +72,28 @@ class QuickVerdict(Suite):
 
     def parts(self, output: Output) -> list[tuple[str, Attack]]:
         routed = any(routing.num_experts > 1 for routing in output.trace.values())
-        return [
-            ("margin", self._apgd(Joint("margin"))),
-            *(self._routed(output) if routed else []),
-            ("targets", self._targets(output.logits.shape[1])),
-            ("flat", WhereFlat(Square(self.threat, steps=QUERIES, seed=self.seed))),
-        ]
+        classes = output.logits.shape[1]
+        parts: list[tuple[str, Attack]] = [("margin", self._apgd(Joint("margin")))]
+        if routed:
+            parts += [("experts held", self._apgd(ExpertsOnly())), ("regions", self._regions(output, "ce", None))]
+            parts += [("soft 1", Viewed(Soft(1.0), self._apgd(Joint())))]
+        if halves(output.trace):
+            parts += [("half standard", Viewed(HalfView("standard"), self._apgd(Joint())))]
+            parts += [("half robust", Viewed(HalfView("robust"), self._apgd(Joint())))]
+        parts.append(("targets", self._towards(classes, LONG)))
+        if routed:
+            parts += [("soft targets", Viewed(Soft(1.0), self._towards(classes, SHORT)))]
+            parts += [("regions margin", self._regions(output, "margin", NEAREST))]
+        return [*parts, ("flat", WhereFlat(Square(self.threat, steps=QUERIES, seed=self.seed)))]
 
     def _apgd(self, objective: Objective) -> APGD:
         return APGD(self.threat, steps=SHORT, objective=objective, seed=self.seed)
 
-    def _targets(self, classes: int) -> TargetedAPGD:
-        loss = "dlr" if classes >= TARGETED_DLR_CLASSES else "margin"
-        return TargetedAPGD(self.threat, min(TARGETS, classes - 1), LONG, loss=loss, seed=self.seed)  # type: ignore[arg-type]
+    def _towards(self, classes: int, steps: int) -> TargetedAPGD:
+        loss: Literal["dlr", "margin"] = "dlr" if classes >= TARGETED_DLR_CLASSES else "margin"
+        return TargetedAPGD(self.threat, min(TARGETS, classes - 1), steps, loss=loss, seed=self.seed)
 
-    def _routed(self, output: Output) -> list[tuple[str, Attack]]:
-        inside: Attack = RouteFlip(self.threat, steps=FLIPS, seed=self.seed)
+    def _regions(self, output: Output, loss: RouteLoss, experts: int | None) -> Attack:
         if image_routers(output.trace):
-            inside = ExpertTransition(self.threat, steps=SHORT, seed=self.seed)
-        climb = self._apgd(Joint())
-        parts: list[tuple[str, Attack]] = [
-            ("experts held", self._apgd(ExpertsOnly())),
-            ("regions", inside),
-            ("soft 1", Viewed(Soft(1.0), climb)),
-        ]
-        if halves(output.trace):
-            parts += [("half standard", Viewed(HalfView("standard"), climb))]
-            parts += [("half robust", Viewed(HalfView("robust"), climb))]
-        return parts
+            return ExpertTransition(self.threat, steps=SHORT, loss=loss, experts=experts, seed=self.seed)
+        return RouteFlip(self.threat, steps=FLIPS, loss=loss, seed=self.seed)
