@@ -290,15 +290,16 @@ def in_order(nets: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     left = [set(range(net["n"])) for net in nets]
     names = dict.fromkeys(name for net in nets for name in net["parts"])
     order: list[dict[str, Any]] = []
-    while True:
+    while names:
         tried = [gain(name, nets, left) for name in names]
         best = max(tried, key=lambda each: each["broke"] / max(each["passes"], 1))
         if not best["broke"]:
-            return order
+            break
         order.append(best)
         for net, still in zip(nets, left, strict=True):
             broken = net["parts"].get(best["name"], {}).get("broken", [0] * net["n"])
             still -= {image for image in still if broken[image]}
+    return order
 
 
 def gain(name: str, nets: Iterable[dict[str, Any]], left: list[set[int]]) -> dict[str, Any]:
