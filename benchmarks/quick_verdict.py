@@ -93,7 +93,6 @@ JUDGE = {
     "digits_dual": 20,
     "digits_vit_moe": 12,
     "soft_moe": 12,
-    "cifar10_affine": 8,
 }
 """Nets that the suite is judged on, and how many test images of each."""
 
