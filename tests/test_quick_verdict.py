@@ -116,7 +116,7 @@ def test_what_holds_is_not_broken(short: None) -> None:
     assert torch.equal(QuickVerdict(linf(case.eps))(case.model, case.x, case.y), case.x)
 
 
-@pytest.mark.parametrize("threat, classes", [(l2(0.5), 10), (l1(4.0), 3), (linf(EPS), 2)])
+@pytest.mark.parametrize("threat, classes", [(l2(0.5), 3), (l1(4.0), 2)])
 def test_any_norm_and_few_classes(
     threat: Threat, classes: int, short: None, tiny: Callable[..., RoutedModel], images: Callable[..., Tensor]
 ) -> None:
