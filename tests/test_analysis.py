@@ -30,6 +30,7 @@ from robustmoe.analysis import (
 )
 from robustmoe.errors import UserError
 from robustmoe.records import Audit, Check, Checks, Evaluation, Header, ObjectiveInfo, RouterInfo, Row
+from robustmoe.reporting import summary_table
 
 EPS = 8 / 255
 FINE = Checks([Check("R1", "router reached", "pass", 0.3, "30% of the gradient goes through the router.")], 1.0)
@@ -263,6 +264,19 @@ def test_warnings() -> None:
     moody = Evaluation(make_header(seed=1), [make_row(0, clean=1), *outcomes("-111")], FINE)
     (unsteady,) = warnings([joint, moody])
     assert unsteady.startswith("1 clean images are predicted differently")
+
+
+def test_the_quick_suite_is_called_an_upper_bound() -> None:
+    """In the notes under table and verdict, unless autoattack_routing stands beside it at the same radius."""
+    quick, whole, far = (
+        Evaluation(make_header(attack=f"{suite}(linf({eps}))", objective=ROUTING, eps=eps), outcomes("1100"), FINE)
+        for suite, eps in (("quick_verdict", 0.1), ("autoattack_routing", 0.1), ("autoattack_routing", 0.2))
+    )
+    (note,) = warnings([quick])
+    assert note.startswith("quick_verdict leaves an upper bound of the robust accuracy: on ")
+    assert note.endswith("as many images as autoattack_routing, which a paper's table should use")
+    assert note in " ".join(summary_table([quick, far]).split())
+    assert warnings([quick, whole]) == warnings([whole]) == []
 
 
 def test_load_by_class_by_hand() -> None:

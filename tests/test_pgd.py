@@ -305,7 +305,8 @@ ATTACK_SPECS = {
     "noisy": ["noisy(pgd(linf(8/255), steps=2, keep=last))"],
     "bf16": ["bf16(pgd(linf(8/255), steps=2, keep=last))", "bf16(pgd(l2(0.5), steps=2))"],
 }
-SUITES = {"autoattack", "autoattack_routing"}  # of parts that stand above; see test_autoattack.py
+SUITES = {"autoattack", "autoattack_routing", "quick_verdict"}
+"""Of parts that stand above; see test_autoattack.py, test_quick_verdict.py."""
 
 
 def test_every_attack_of_the_table_stands_under_the_contract() -> None:

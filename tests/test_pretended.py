@@ -58,7 +58,7 @@ QUICK = {
     "noisy": ["noisy(pgd(linf(0.1), steps=2))"],
 }  # fmt: skip
 LINEAR = "ensemble(linear, experts=3, router=linear, gate=straight_through)"
-PARTS = ("autoattack", "autoattack_routing")
+PARTS = ("autoattack", "autoattack_routing", "quick_verdict")
 """Suites of the others."""
 
 

@@ -1,17 +1,19 @@
-"""What does not fit together in the files of one run."""
+"""What does not fit together in the files of one run, and what a number is not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from robustmoe.analysis.curves import MONOTONE_TOLERANCE, eps_curve
+from robustmoe.analysis.parts import upper_bound
 from robustmoe.analysis.rates import rate, robust
 from robustmoe.analysis.worst import groups
 from robustmoe.records import Evaluation, Header, Record
 
 
 def warnings(results: Sequence[Evaluation]) -> list[str]:
-    """Returns what does not fit together in the files of one run, in sentences; empty if all is well."""
+    """Returns what does not fit together in the files of one run, and which number is an upper bound, in sentences;
+    empty if all is well."""
     sentences: list[str] = []
     attacked = [result for result in results if result.header.attack is not None and result.rows]
     for curve in eps_curve([(result.header, result.rows) for result in attacked]):
@@ -30,6 +32,7 @@ def warnings(results: Sequence[Evaluation]) -> list[str]:
         )
     for group in groups(results):
         sentences += _weaker_joint(group)
+        sentences += filter(None, [upper_bound(group)])
     return sentences
 
 

@@ -31,6 +31,7 @@ from robustmoe.attacks.objectives import (
     targeted,
 )
 from robustmoe.attacks.pgd import FGSM, PGD, vmoe_pgd
+from robustmoe.attacks.quick import QuickVerdict
 from robustmoe.attacks.routes import (
     ExpertTransition,
     JointNormalised,
@@ -74,6 +75,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "fmn": FMN,
     "autoattack": AutoAttack,
     "autoattack_routing": AutoAttackRouting,
+    "quick_verdict": QuickVerdict,
     "route_flip": RouteFlip,
     "expert_transition": ExpertTransition,
     "route_beam": RouteBeam,
@@ -133,6 +135,7 @@ __all__ = [
     "NotFiniteError",
     "Objective",
     "OtherRoutes",
+    "QuickVerdict",
     "RouteBeam",
     "RouteFlip",
     "RouterHinge",
