@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faulty_models import ATTACK, Capacity, Dynamic, Mix, Noisy, Pair, case, on
-from robustmoe import analysis
+from robustmoe import analysis, compat
 from robustmoe.attacks import Attack, Objective, Threat, linf
 from robustmoe.attacks.objectives import Joint
 from robustmoe.data import Batch, from_arrays
@@ -334,6 +334,13 @@ def test_precision() -> None:
     found = harness.precision(case(Rounding()))
     assert found.status == "fail"
     assert found.value["float64"] > 1
+
+
+def test_precision_where_the_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "multiplies", lambda device, dtype: dtype != torch.bfloat16)
+    sound = harness.precision(case(Mix()))
+    assert (sound.status, sound.value) == ("pass", {"float64": 0})
+    assert sound.sentence.endswith("; this cpu has no products of bfloat16")
 
 
 # ------------------------------------------------------------------------------------------------ all together

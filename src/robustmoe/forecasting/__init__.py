@@ -26,7 +26,7 @@ from robustmoe.recipe import Recipe
 from robustmoe.records.forecast import Forecast
 from robustmoe.training.given import asked
 
-BUDGET = 5.0
+BUDGET = 10.0
 """Seconds that a forecast measures by default."""
 
 
@@ -46,7 +46,7 @@ def forecast(
     model and its images ``x``, ``y`` as `train` and `evaluate` take them: with ``method`` it is trained, else it is
     evaluated.
 
-    For about ``seconds`` (by default 5; more where a single step takes longer) real steps, validations and attacks are
+    For about ``seconds`` (by default 10; more where a single step takes longer) real steps, validations and attacks are
     made, on copies, and timed; the rest is their number. What an attack costs depends on the images that survive it: a
     probe of the first ones tells their share, and each part has a range. ``.summary()`` has the numbers, in seconds of
     the CPU and on the clock and in bytes; print it for a table. Raises UserError where `train` and `evaluate` do, and
