@@ -261,7 +261,9 @@ def precision(case: Subject) -> Answer:
         said = f"float64 disagrees with float32 on {apart} of {n} attacked images"
     status = graded(apart, n, 0.1)
     if not compat.multiplies(case.batch.x.device, torch.bfloat16):
-        return Answer(status, {"float64": apart}, f"{said}; this {case.batch.x.device.type} has no products of bfloat16")
+        return Answer(
+            status, {"float64": apart}, f"{said}; this {case.batch.x.device.type} has no products of bfloat16"
+        )
     fast = case.outcome(attack, Surrogate(LowPrecision(case.model), case.model, close=True))
     with torch.no_grad():
         claimed = LowPrecision(case.model).run(fast.x_adv).logits.argmax(1) != case.batch.y
