@@ -1,6 +1,6 @@
 """Certificates of vision transformers of one block on digits: docs/results/attention_bounds.json.
 
-python benchmarks/attention_bounds.py [--seeds 0 1 2] [--images 30]     # ten minutes on one thread
+python benchmarks/attention_bounds.py [--seeds 0 1 2] [--images 30]     # half an hour on one thread
 
 Each net is trained by adversarial training and by `certified(linf(0.01))`, for every seed; of the first test images the
 share that is right, that stands under PGD-20, and that each kind of bounds certifies, at linf 0.01 and 0.02.

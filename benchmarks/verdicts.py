@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-SOURCES = Path(__file__).parents[1] / "src"
-ZOO = SOURCES / "robustmoe" / "zoo_models"
+from suites import SOURCES, ZOO, zoo_net
+
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
@@ -31,24 +31,6 @@ def attacks(size: str) -> dict[str, str]:
     eps = size.removeprefix("linf(").removesuffix(")")
     curve = {f"PGD-50 at {k}/4": f"pgd(linf({k / 4} * {eps}), steps=50)" for k in (1, 2, 3)}
     return {**curve, "PGD-50": f"pgd({size}, steps=50)", "suite": f"autoattack_routing({size})"}
-
-
-def net(name: str) -> tuple[Any, dict[str, Any]]:
-    """A net of the zoo and its configuration, also in a checkout that knows no zoo."""
-    from safetensors.torch import load_file
-
-    from robustmoe.models import build_model
-
-    config = json.loads((ZOO / name / "config.json").read_text(encoding="utf-8"))
-    made = build_model(
-        config["model"],
-        config["num_classes"],
-        tuple(config["image_shape"]),
-        tuple(config["mean"]),
-        tuple(config["std"]),
-    )
-    made.load_state_dict(load_file(ZOO / name / "model.safetensors"))
-    return made.eval(), config
 
 
 def serve(name: str, count: int, cifar10: str) -> None:
@@ -60,7 +42,8 @@ def serve(name: str, count: int, cifar10: str) -> None:
 
     torch.set_num_threads(1)
     answer, sys.stdout = sys.stdout, sys.stderr
-    model, config = net(name)
+    model = zoo_net(name)
+    config = json.loads((ZOO / name / "config.json").read_text(encoding="utf-8"))
     sets = {"digits": data.digits, "fashion_mnist": data.fashion_mnist, "cifar10": lambda: data.cifar10(cifar10)}
     test = sets[config["data"].split("(")[0]]().test
     batch = test.batch(list(range(min(len(test), 8 * count))))
@@ -132,7 +115,7 @@ def main() -> None:
         return
     for name in args.known or ():
         with contextlib.suppress(Exception):  # an older checkout refuses what it does not know in its own words
-            net(name)
+            zoo_net(name)
             print(name)
     if args.known:
         return

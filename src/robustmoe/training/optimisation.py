@@ -22,7 +22,9 @@ class OptimizerSpec(ABC):
 
     @abstractmethod
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Returns a fresh optimiser over ``parameters``."""
+        """Returns a fresh optimiser over ``parameters``. A gradient that is put into ``grad`` by hand has to lie in
+        memory as its parameter does: on CPUs torch's fused optimisers (as of 2.13) take both for lists of numbers.
+        """
 
     def over(self, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """Returns a fresh optimiser over the parameters ``named``; override it where their names matter."""
