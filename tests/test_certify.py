@@ -47,6 +47,25 @@ def without_time(found: Certificates) -> list[Proof]:
 # ------------------------------------------------------------------------------------------------ a model in hand
 
 
+def test_bounds_that_take_long_say_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every layer and halving, inside a batch: minutes go by there."""
+    monkeypatch.setenv("ROBUSTMOE_PROGRESS", "0")
+    monkeypatch.setattr("robustmoe.certification.bounds.MEMORY", 2**12)
+    torch.manual_seed(0)
+    deep = nn.Sequential(nn.Flatten(), nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 9), nn.ReLU(), nn.Linear(9, 2))
+    rm.certify(deep, four_images(), [0, 0, 0, 1], certifiers="bounds(l2(0.4), how=crown, search=1)", num_classes=2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "neurons" in line]
+    head = "certify, bounds(l2(0.4), how=crown, search=1): 0/4 images, radius"
+    assert {line[: len(head) + 7] for line in lines} == {f"{head} 1 of 2", f"{head} 2 of 2"}
+    first = [line for line in lines if "1 of 2, step" in line]
+    steps = sorted({line.split("step ")[1].split(",")[0] for line in first})
+    assert len(steps) == 2, "both layers that a ReLU follows"
+    assert len(first) > 6, "in several parts each"
+    assert all(line.endswith(" neurons") for line in first)
+
+
 def test_a_plane_has_its_distance_as_radius() -> None:
     """|x_0 - 2 x_1| / 3 in linf: the margin over the l1 norm of its gradient. Bisection of [0, 2 eps] or so: the radius
     claimed is below the true one, by eps / 64 at most where that is above eps, by eps / 2^6 below it.

@@ -397,7 +397,7 @@ def test_a_certification_is_forecast_as_it_is_made_beside_another_that_writes(
     assert set(seen) == {(True, False)}
 
 
-def test_a_certification_takes_what_was_forecast(clock: list[float], tmp_path: Path) -> None:
+def test_a_certification_takes_what_was_forecast(clock: list[float]) -> None:
     """Each image takes a tenth of a second, each call half a second, and the first call five."""
     calls = []
 
@@ -413,8 +413,12 @@ def test_a_certification_takes_what_was_forecast(clock: list[float], tmp_path: P
     options = CertifyOptions(batch_size=16, device="cpu", limit=None)
     with in_hand(Ticking(), x, y, options) as session:
         each, images = timed(Certifying(session, Slow()), 16.0)
-    assert (calls, images) == ([4, 4, 16, 16, 16], 48)
+    assert (calls, images) == ([1, 4, 16, 16, 16], 48)
     assert each.wall == pytest.approx((0.5 + 1.6) / 16)
+    calls.clear()
+    with in_hand(Ticking(), x, y, options) as session:
+        each, images = timed(Certifying(session, Slow()), 4.0)
+    assert (calls, images, each.wall) == ([1], 1, pytest.approx(5.6)), "one image took all the time there was"
 
 
 # ------------------------------------------------------------------------------------------------ while it works

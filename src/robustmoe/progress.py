@@ -135,6 +135,11 @@ class Bar(Generic[T]):
         if self._display is not None:
             self._display.update(self._task, extra=self._said)
 
+    def within(self, text: str) -> None:
+        """Inside an item that takes long: ``text`` at the end of the bar, and a line of it where it is time for one."""
+        self.say(text)
+        self.advance(0)
+
     def log(self) -> None:
         """Show the line now, where lines are shown: in a log file. Elsewhere it is to be seen anyway."""
         if self in _bars and not _kernel():

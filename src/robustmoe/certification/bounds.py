@@ -6,6 +6,9 @@ images. Real arithmetic is bounded, not rounding: see `robustmoe.certification.c
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +45,21 @@ WHOLE = (2**20, 2**20)
 
 MEMORY = 32 * 2**20
 """Bytes of coefficients held at a time, about: more would not stay in a CPU's cache (twice as slow at 256 MiB)."""
+
+_TOLD: ContextVar[Callable[[str], None]] = ContextVar("told", default=lambda text: None)
+
+
+@contextlib.contextmanager
+def telling(prefix: str = "", tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Inside, ``tell`` (by default whoever is told outside) hears in words how far the bounds of every layer are, which
+    can take minutes, with ``prefix`` before them.
+    """
+    outer = tell or _TOLD.get()
+    token = _TOLD.set(lambda text: outer(prefix + text))
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
 
 
 @dataclass(frozen=True)
@@ -186,7 +204,9 @@ class Bounded:
         field = own.lower.ndim == 4
         held = _held(self.graph, node) if field else max(each.shape.numel() for each in self.graph.nodes)
         at_once = max(1, MEMORY // (held * lower.element_size() * 4))
-        for part in places.split(at_once) if len(places) else ():
+        of = f"step {self.graph.nodes.index(node)} of {len(self.graph.nodes) - 1}"
+        for i, part in enumerate(places.split(at_once) if len(places) else ()):
+            _TOLD.get()(f"{of}, {i * at_once:,} of {len(places):,} neurons")
             rows = (Windows.units if field else _units)(part, own.lower)
             lower[:, part] = torch.maximum(lower[:, part], self._crown(node, rows).T)
             upper[:, part] = torch.minimum(upper[:, part], -self._crown(node, -rows).T)

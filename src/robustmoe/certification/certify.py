@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustmoe.attacks.base import entered
 from robustmoe.attacks.threat import Norm, Threat
-from robustmoe.certification.bounds import Ball, Bounding
+from robustmoe.certification.bounds import Ball, Bounding, telling
 from robustmoe.certification.graph import check, record
 from robustmoe.certification.margins import Worst, worst_margins
 from robustmoe.models.base import RoutedModel
@@ -133,14 +133,16 @@ class Bounds(Searched):
         for each in leaves(part):
             check(record(each, x), each, (x + self.eps * (2 * noise.uniform(*x.shape[1:]).to(x) - 1)).clamp(0.0, 1.0))
         asked = torch.full((len(x),), self.eps, dtype=torch.float64)  # in float32 0.03 is less than 0.03
-        at_eps = worst = self._worst(part, x, asked, y)  # what is told of routes and reasons is of this radius
+        with telling(f"radius 1 of {self.search + 1}, "):
+            at_eps = worst = self._worst(part, x, asked, y)  # what is told of routes and reasons is of this radius
         proven = worst.proven(y).cpu()
         radius = torch.where(proven, asked, 0.0)
         above = torch.where(proven, self.up * asked, asked)
         rule = [name if good else "" for name, good in zip(worst.rule, proven.tolist())]
-        for _ in range(self.search):
+        for halving in range(self.search):
             middle = 0.5 * (radius + above)
-            worst = self._worst(part, x, middle, y)
+            with telling(f"radius {halving + 2} of {self.search + 1}, "):
+                worst = self._worst(part, x, middle, y)
             good = worst.proven(y).cpu()
             radius, above = torch.where(good, middle, radius), torch.where(good, above, middle)
             rule = [new if proves else old for new, old, proves in zip(worst.rule, rule, good.tolist())]

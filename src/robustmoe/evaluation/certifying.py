@@ -14,6 +14,7 @@ from robustmoe import analysis, records
 from robustmoe.attacks import Threat, linf
 from robustmoe.attacks.base import looked_at
 from robustmoe.certification import Bounds, Certificate, Certifier, build_certifier
+from robustmoe.certification.bounds import telling
 from robustmoe.data import Batch, ImageSet
 from robustmoe.errors import UserError
 from robustmoe.evaluation.choosing import files_of, spec_or_repr, threat_of
@@ -125,11 +126,12 @@ class Certifying:
         index, options = images.index.tolist(), session.options
         here = in_share(len(index), options.batch_size, options.share)
         left = torch.tensor([at for at in here if index[at] not in known]).long()
-        with progress(len(here), f"certify, {spec}", unit="images") as bar:
+        with progress(len(here), f"certify, {spec}", unit="images") as bar, telling(tell=bar.within):
             bar.advance(len(here) - len(left))
             for batch in session.batches(left):
                 record = replace(record, rows=record.rows + self.proofs(batch))
                 session.write(record)
+                bar.say("")
                 bar.advance(len(batch))
         return record
 

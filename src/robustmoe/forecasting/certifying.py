@@ -7,17 +7,19 @@ from pathlib import Path
 import torch
 
 from robustmoe import memory
+from robustmoe.certification.bounds import telling
 from robustmoe.evaluation.certifying import Certifying, chosen_certifiers
 from robustmoe.evaluation.choosing import spec_or_repr, threat_of
 from robustmoe.evaluation.session import on_run
 from robustmoe.forecasting.timing import Seconds, Stopwatch
 from robustmoe.options import CertifyOptions
+from robustmoe.progress import progress
 from robustmoe.records.forecast import Forecast
 from robustmoe.runs import named
 from robustmoe.training.checkpoint import read_config
 
 FEWEST = 4
-"""Images that a certifier is timed on at first."""
+"""Images that a certifier is timed on, where one does not take all the time."""
 
 
 def forecast_certification(run: str | Path, options: CertifyOptions, seconds: float) -> Forecast:
@@ -31,7 +33,7 @@ def forecast_certification(run: str | Path, options: CertifyOptions, seconds: fl
         _ = session.output
         for certifier in certifiers:
             each, images = timed(Certifying(session, certifier), seconds / len(certifiers))
-            parts.append((each * n).part(spec_or_repr(certifier), n, "images"))
+            parts.append((each * float(n)).part(spec_or_repr(certifier), n, "images"))
             seen.append(images)
         spent = clock.read()
         least, most = min(seen), max(seen)
@@ -54,15 +56,17 @@ def forecast_certification(run: str | Path, options: CertifyOptions, seconds: fl
 
 
 def timed(certifying: Certifying, budget: float) -> tuple[Seconds, int]:
-    """What an image takes, and how many of them it was timed on: a few, then as many, in whole batches, as there is
-    time for.
+    """What an image takes, and how many of them it was timed on: one, which may take all the time there is; else a few,
+    then as many, in whole batches, as there is time for.
     """
     session = certifying.session
     n, batch_size = len(session.images), session.options.batch_size
+    took = _proven(certifying, 0, 1)  # cold
+    budget -= took.main(session.device)
     images = min(FEWEST, n, batch_size)
+    if budget <= 0 or images == 1:
+        return took, 1
     took = _proven(certifying, 0, images)
-    if took.main(session.device) < 0.6 * budget:  # once more, warm
-        budget, took = budget - took.main(session.device), _proven(certifying, 0, images)
     each = took.main(session.device) / images
     more = min(n, int((budget - took.main(session.device)) / max(each, 1e-9)))
     more = more // batch_size * batch_size or min(more, batch_size)
@@ -75,6 +79,7 @@ def timed(certifying: Certifying, budget: float) -> tuple[Seconds, int]:
 def _proven(certifying: Certifying, first: int, end: int) -> Seconds:
     session = certifying.session
     batch = session.images.batch(list(range(first, end))).to(session.device)
-    clock = Stopwatch(session.device)
-    certifying.proofs(batch)
-    return clock.read()
+    with progress(1, f"forecast, {spec_or_repr(certifying.certifier)}") as bar, telling(tell=bar.within):
+        clock = Stopwatch(session.device)
+        certifying.proofs(batch)
+        return clock.read()
