@@ -155,7 +155,14 @@ def slope(times: Mapping[int, float]) -> float:
 def of_processes(rounds: int) -> dict[int, float]:
     """Wall seconds of one evaluation shared by one and two processes, their start included."""
     took: dict[int, list[float]] = {1: [], 2: []}
-    command = ["evaluate", "zoo:fashion_mnist_dense", "--attack", "pgd(linf(0.1), steps=100, keep=last)", "--curve", ""]
+    command = [
+        "evaluate",
+        "zoo:fashion_mnist_dense",
+        "--attack",
+        "pgd(linf(0.1), steps=100, keep=last)",
+        "--curve",
+        "none",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
             for number in took:

@@ -1,10 +1,12 @@
 """What the levers on speed give: each beside the same work done without it, in turn, in one process, on one thread.
 
 python benchmarks/speed.py [--net RUN_FOLDER --data SPEC --eps 8/255] [--rounds 7] [--only evaluate pgd]
+                           [--parquet FOLDER] [--file bench_avx2]
 
 Each round runs new and old (and the peers that are installed) once, in another order; a ratio is the median over the
 rounds of old over new CPU time, with the smallest and the largest. A lever that changes no answer is asserted to change
-none. Without --net a small network is trained on digits first. Writes docs/results/bench.json when all rows are run.
+none. Without --net a small network is trained on digits first. Writes docs/results/bench.json (or the FILE there) when
+all rows are run.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import argparse
 import contextlib
 import importlib
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +34,7 @@ from torch import Tensor, nn
 from robustmoe.analysis import robust
 from robustmoe.attacks import FAB, PGD, Attack, ExpertsOnly, TargetedAPGD, at_radius, linf
 from robustmoe.attacks.together import room_for
-from robustmoe.certification import Ball, Bounded, bounds
+from robustmoe.certification import Ball, Bounded, Smoothing, bounds, routes
 from robustmoe.certification.graph import record
 from robustmoe.data import Batch, Data, InMemory, cifar10, digits, mean_std
 from robustmoe.data import base as data_base
@@ -38,16 +43,19 @@ from robustmoe.evaluation.precision import frozen_copy
 from robustmoe.models import RoutedModel, build_model
 from robustmoe.noise import Noise
 from robustmoe.spec import build
-from robustmoe.training import load_model
+from robustmoe.training import MiniBatch, build_method, load_model, train_step
+from robustmoe.training.optimisation import AdamW
 
 if __package__:
     from benchmarks.bounds_reference import theirs
     from benchmarks.pgd import digits_net
     from benchmarks.results import RESULTS, described, write
+    from benchmarks.token_dispatch import Layer
 else:
     from bounds_reference import theirs
     from pgd import digits_net
     from results import RESULTS, described, write
+    from token_dispatch import Layer
 
 Work = Callable[[], Any]
 
@@ -68,6 +76,12 @@ class Net:
     eps: float
 
 
+def clock() -> float:
+    """CPU seconds of this process and of those that it waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def compared(row: Row, rounds: int) -> dict[str, Any]:
     """The ratios of a row; one round warms up."""
     works = {"new": row.new, **row.old}
@@ -75,9 +89,9 @@ def compared(row: Row, rounds: int) -> dict[str, Any]:
     for turn in range(rounds + 1):
         names, answers = [*works], {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.process_time()
+            start = clock()
             answers[name] = works[name]()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(clock() - start)
         for name in row.old if row.same is not None else ():
             if row.same is not None and not row.same(answers["new"], answers[name]):
                 raise AssertionError(f"{name} gives another answer")
@@ -252,6 +266,72 @@ def route_rows() -> dict[str, Row]:
     return {"held_route": Row(lambda: ExpertsOnly()(model, x, y) and None, {"whole_pass": old})}
 
 
+def smoothing_rows(copies: int = 1000, sigma: float = 0.25) -> dict[str, Row]:
+    """Two images under noise beside a loop as Cohen et al. 2019 write it: an image a time, torch's own draws."""
+    model = build_model("resnet8(width=16)", 10, (3, 32, 32)).eval()
+    x, certifier = torch.rand(2, 3, 32, 32), Smoothing(sigma=sigma, n0=100, n=copies, batch=500)
+
+    @torch.no_grad()
+    def loop() -> None:
+        for image in x:
+            for number in (100, copies):
+                counts = torch.zeros(10, dtype=torch.long)
+                for piece in torch.arange(number).split(500):
+                    many = image.repeat(len(piece), 1, 1, 1)
+                    counts += torch.bincount(model(many + sigma * torch.randn_like(many)).argmax(1), minlength=10)
+
+    @torch.no_grad()
+    def ours() -> None:
+        certifier.certify(model, x, Noise.of(torch.arange(2)))
+
+    return {"smoothing": Row(ours, {"loop": loop})}
+
+
+def reach_rows() -> dict[str, Row]:
+    """Which of eight linear experts 30 images reach, beside a linear programme for each."""
+    model = build_model("ensemble(linear, experts=8, router=linear)", 10, (1, 8, 8), seed=0).double().eval()
+    x = torch.rand(30, 1, 8, 8, dtype=torch.float64)
+
+    def new() -> Tensor:
+        return routes.reachable_exactly(model, x, linf(0.05))["router"]
+
+    def programmes() -> Tensor:
+        with mock.patch.object(routes, "ROUNDS", 0):
+            return new()
+
+    return {"reach": Row(new, {"programmes": programmes}, torch.equal)}
+
+
+def many_experts_rows() -> dict[str, Row]:
+    """64 experts beside 8, one a token: a step of a transformer's adversarial training, and 2,080 tokens of width 192
+    through experts of width 768, there and back.
+    """
+
+    def step(experts: int) -> Work:
+        spec = f"vit_moe(tiny, patch=2, width=48, depth=4, heads=4, experts={experts}, k=1, placement=every_2)"
+        model, method = build_model(spec, 10, (3, 16, 16), seed=0), build_method("at(pgd(linf(0.01), steps=2))")
+        batch = MiniBatch(torch.rand(32, 3, 16, 16), torch.randint(10, (32,)), Noise.of(torch.arange(32)))
+        optimisers = [AdamW().over(phase.parameters(model)) for phase in method.phases]
+        return lambda: train_step(model, method, optimisers, batch)
+
+    def tokens(experts: int) -> Work:
+        layer = Layer(2080, 192, 768, experts, 1)
+        return lambda: layer.training("auto")
+
+    made: dict[str, Callable[[int], Work]] = {"vit_moe": step, "tokens": tokens}
+    return {name: Row(make(8), {"experts_64": make(64)}) for name, make in made.items()}
+
+
+def start_rows() -> dict[str, Row]:
+    """`robustmoe list` in a process of its own, beside what importing torch alone takes."""
+
+    def python(*arguments: str) -> Work:
+        command = [sys.executable, *arguments]
+        return lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True) and None
+
+    return {"start": Row(python("-m", "robustmoe", "list"), {"torch": python("-c", "import torch")})}
+
+
 def parquet_rows(root: str) -> dict[str, Row]:
     """CIFAR-10 out of parquet files, decoded before, beside decoding them."""
 
@@ -274,10 +354,12 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     model = digits_net(0.1) if args.net is None else load_model(Path(args.net))
     data: Data = digits() if args.net is None else build(args.data, "data")
     net = Net(model.eval(), data.test.batch(list(range(128))), float(Fraction(args.eps)))
-    for found in (pgd_rows(net), target_rows(net), noise_rows(), statistics_rows(), crown_rows(), route_rows()):
-        yield from found.items()
+    groups = [pgd_rows(net), target_rows(net), noise_rows(), statistics_rows(), crown_rows(), route_rows()]
+    groups += [smoothing_rows(), reach_rows(), many_experts_rows(), start_rows()]
     if args.parquet:
-        yield from parquet_rows(args.parquet).items()
+        groups.append(parquet_rows(args.parquet))
+    for group in groups:
+        yield from group.items()
 
 
 def main() -> None:
@@ -288,6 +370,7 @@ def main() -> None:
     parser.add_argument("--parquet", help="a folder of CIFAR-10 as parquet, to time its loading")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", default=[], help="some rows; nothing is written")
+    parser.add_argument("--file", default="bench", help="the name of the results file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -309,7 +392,7 @@ def main() -> None:
             seconds = numbers[name]["seconds"]
             print(f"| {name} | {seconds:.4f} | {against} | {ratio['value']:.2f} times | {spread} |", flush=True)
     if not args.only:
-        write(RESULTS / "bench.json", about, numbers)
+        write(RESULTS / f"{args.file}.json", about, numbers)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Training steps beside the same steps done another way: time and memory, each in a process of its own.
 
-python benchmarks/steps.py [--rounds 5] [--only affine at_dense]
+python benchmarks/steps.py [--rounds 5] [--only affine at_dense] [--file steps_avx2]
 
 The processes take their steps in turn, in another order each round, on one thread; a ratio is the median over rounds
 of the other way's CPU time over ours, with the smallest and the largest. Memory: the peak of the process, in MB, of
-which torch and python take some 280. Random images and weights. Writes docs/results/steps.json when all rows are run.
+which torch and python take some 280. Random images and weights. Writes docs/results/steps.json (or the name given by
+--file) when all rows are run.
 
 - at_dense, at_pathway: adversarial training, PGD-10, float32. "live": the attack on the network itself, freed memory
   handed back to the system, as it was at first. Ours: the attack folded(...), memory kept, as `robustmoe train` does;
@@ -239,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=[], help="some rows; nothing is written")
+    parser.add_argument("--file", default="steps", help="the name of the results file")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -254,7 +256,7 @@ def main() -> None:
         numbers[name] = compared(ROWS[name], args.rounds)
         print(name, json.dumps(numbers[name]), flush=True)
     if not args.only:
-        write(RESULTS / "steps.json", about, numbers)
+        write(RESULTS / f"{args.file}.json", about, numbers)
 
 
 if __name__ == "__main__":
