@@ -105,9 +105,9 @@ def compared(row: Row, rounds: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def counts(*attacks: Attack, net: Net, curve: tuple[float, ...] = ()) -> list[int]:
-    """How many images each attack leaves, and those of the curve."""
-    results = evaluate(net.model, net.batch.x, net.batch.y, attacks=attacks, curve=curve)
+def counts(*attacks: Attack, net: Net, **options: Any) -> list[int]:
+    """How many images each attack leaves, and those of the curve. ``options``: `evaluate`'s."""
+    results = evaluate(net.model, net.batch.x, net.batch.y, attacks=attacks, **{"curve": (), **options})
     return [sum(map(robust, result.rows)) for result in results]
 
 
@@ -134,6 +134,7 @@ def pgd_rows(net: Net) -> dict[str, Row]:
             lambda new, old: new[0] == old[0] and all(a <= b for a, b in zip(new, old, strict=True)),
         ),
         "pgd": Row(lambda: counts(pgd, net=net), peers),
+        "pgd_fast": Row(lambda: counts(pgd, net=net, precision="fast"), peers),
     }
 
 
