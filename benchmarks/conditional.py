@@ -65,8 +65,10 @@ ARMS = {
     "pathway": PATHWAY,
     "advmoe": PATHWAY,
     "rt_er": ENSEMBLE,
+    "squeeze16": "benchmarks/squeeze.py:patch_resnet",
     "resnet8": "resnet8(width=16)",
     "resnet8_w28": "resnet8(width=28)",
+    "resnet8_squeeze": "benchmarks/squeeze.py:resnet8_16",
     "resnet8_affine64": "affine(resnet8(width=16), experts=64, routers=norm)",
     "resnet8_affine64_grid2": "affine(resnet8(width=16), experts=64, routers=norm, grid=2)",
     "resnet8_hard8": "affine(resnet8(width=16), experts=8, routers=norm, gate=straight_through)",
@@ -133,7 +135,7 @@ def twin_of(arm: str) -> str:
 
 
 def attacks_of(arm: str, size: str) -> dict[str, str]:
-    if ARMS[arm].startswith(("patch_resnet", "resnet8")):
+    if not ARMS[arm].startswith(("affine", "pathway", "ensemble")):
         return attacks(size)
     soft = "affine" in ARMS[arm] and "straight_through" not in ARMS[arm]
     return {**attacks(size), **gate_attacks(size, soft)}
