@@ -1,16 +1,17 @@
 """How the cost grows with the work: images, experts, tokens, radii, certificates, processes.
 
-python benchmarks/scaling.py [--rounds 3] [--only images experts] [--processes] [--write]
+python benchmarks/scaling.py [--rounds 3] [--only images experts] [--processes] [--write]     # --only alone: no job
 
 CPU time on one thread (of `processes`: wall time of two CPUs, so run it on a quiet machine), the median over rounds in
 which all sizes take turns. The networks have fresh weights, and attacks keep the last iterate, so that each pass of
 each image is made. The slope is that of the straight line through log time over log size, by least squares: 1 is
-linear, less is better. --write: docs/results/scaling.json and docs/scaling.svg.
+linear, less is better. --write: docs/results/scaling.json and docs/scaling.svg; what is not run stays there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -192,15 +193,16 @@ def drawn(times: Mapping[str, Mapping[int, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--only", nargs="*", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--processes", action="store_true", help="one and two processes too, by the wall clock")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    times, numbers = {}, {}
+    file = RESULTS / "scaling.json"
+    numbers = json.loads(file.read_text(encoding="utf-8"))["numbers"] if file.is_file() else {}
     for job in args.only:
-        times[job] = measured(job, args.rounds)
-        numbers[job] = {"slope": slope(times[job]), "seconds": {str(n): t for n, t in times[job].items()}}
+        times = measured(job, args.rounds)
+        numbers[job] = {"slope": slope(times), "seconds": {str(n): t for n, t in times.items()}}
         print(job, numbers[job], flush=True)
     if args.processes:
         both = of_processes(args.rounds)
@@ -208,8 +210,9 @@ def main() -> None:
         print("processes", numbers["processes"])
     if args.write:
         about = described("python benchmarks/scaling.py --processes --write", seeds=[0], spread="medians over rounds")
-        write(RESULTS / "scaling.json", about, numbers)
-        (RESULTS.parent / "scaling.svg").write_text(drawn(times), encoding="utf-8")
+        write(file, about, numbers)
+        times_of = {job: {int(n): t for n, t in numbers[job]["seconds"].items()} for job in JOBS if job in numbers}
+        (RESULTS.parent / "scaling.svg").write_text(drawn(times_of), encoding="utf-8")
 
 
 if __name__ == "__main__":
