@@ -44,6 +44,7 @@ bench: $(VENV)/.base  ## speed, as ratios measured interleaved in one run
 	$(BIN)/python benchmarks/speed.py  # each lever beside the work without it; peers where `make crosscheck` has installed them
 	$(BIN)/python benchmarks/suites.py  # AutoAttack beside its peer, where it is installed
 	$(BIN)/python benchmarks/steps.py  # training steps, each way in its own process
+	$(BIN)/python benchmarks/aims.py  # one table of it all, beside what was aimed at
 	$(BIN)/python benchmarks/sparse_dispatch.py
 	$(BIN)/python benchmarks/pathway_inference.py --repeats 5 --steps 0
 	$(BIN)/python benchmarks/ensemble_step.py --width 16 --batch 32 --steps 2 --memory  # small; the issue's size: no flags

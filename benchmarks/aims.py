@@ -68,7 +68,8 @@ def steps() -> list[Aim]:
 
 def speed() -> list[Aim]:
     aims = [
-        Aim(f"`evaluate`, PGD-50, beside {peer}, {how}", aim, "bench", f"{row}.{peer}")
+        Aim(f"`evaluate`, PGD-50, {net}, beside {peer}, {how}", aim, "bench", f"{row}{ending}.{peer}")
+        for net, ending in (("digits", ""), ("`cifar10_resnet8_x10_0`", "_resnet8"))
         for peer, least in (("torchattacks", 1.6), ("foolbox", 1.9))
         for how, row, aim in (("strict", "pgd", least), ("fast", "pgd_fast", 3.0))
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import aims
 from pages import RESULTS, ROOT, Results, faults, numbers, pages, rendered, study_of
 from robustmoe import recipe
 from robustmoe.costs import Costs, costs
@@ -43,6 +44,10 @@ def test_a_results_file_says_where_it_is_from(file: Path) -> None:
         assert (ROOT / file_run).is_file(), about["command"]
         assert {"hardware", "versions"} <= set(about)
         assert "seeds" in about or file.stem in ("costs", "recipe_costs", "facts"), "which draws?"
+
+
+def test_the_page_on_speed_shows_what_was_aimed_at() -> None:
+    assert aims.table() in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), "python benchmarks/aims.py"
 
 
 def test_the_headline_is_a_mean_over_seeds_and_instruction_sets(results: Results) -> None:
