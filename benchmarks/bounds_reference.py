@@ -68,7 +68,6 @@ TRAINED = {
     "wong_fashion_mnist": Trained("wong", "models/fashion_mnist.pth", "fashion_mnist", 0.1),
     "wong_svhn": Trained("wong", "models/svhn.pth", "cifar10", 0.01),
     "wong_har": Trained("wong", "models/har.pth", "uniform", 0.05),
-    "wong_har_at_half": Trained("wong", "models/har.pth", "uniform", 0.025),
     "wong_mnist_small_0_3": Trained("wong", "models_scaled/mnist_small_0_3.pth", "digits", 0.3),
     "wong_mnist_small_0_3_at_half": Trained("wong", "models_scaled/mnist_small_0_3.pth", "digits", 0.15),
     "wong_cifar_small_8px": Trained("wong", "models_scaled/cifar_small_8px.pth", "cifar10", 8 / 255, normalised=True),
