@@ -77,7 +77,7 @@ TRAINED = {
 }
 """Wong and Kolter's at the radius of their training, and at half of it too where that certifies none of these images;
 the others where some are certified. Left out: kw_mnist.pth (the same bytes as wong_mnist), test_min_max.pth (no plain
-chain of layers), and Wong and Kolter's large networks and ResNets."""
+chain of layers), and of Wong and Kolter what our copy lacked (large networks, ResNets, four small ones)."""
 
 
 def networks() -> dict[str, nn.Module]:
