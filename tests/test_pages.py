@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-
 from benchmarks import aims
+
 from pages import RESULTS, ROOT, Results, faults, numbers, pages, rendered, study_of
 from robustmoe import recipe
 from robustmoe.costs import Costs, costs
