@@ -5,15 +5,17 @@ python benchmarks/conditional.py run --fashion --out DIR ...
 python benchmarks/conditional.py table [--write]                 # --write: docs/results/studies/conditional.json
 python benchmarks/conditional.py keep --out DIR --arms affine64 --epochs 30 --seeds 2   # into the zoo
 
-One-step adversarial training (random start, step 1.25 eps), SGD 0.2, one cycle, Nesterov, batches of 128, weight decay
-5e-4 (none on gates and experts), no augmentation; 1,000 of the training images are held out, and the weights are
-kept that are best on them under PGD-10. The judge: the first 4,000 test images, the worst of `attacks` an image, which
-a net with gates meets besides with its gates held at the clean image's, attacked alone, and (hard ones) seen as soft.
+One-step adversarial training (random start, step 1.25 eps; --steps 2: two of half that), SGD 0.2, one cycle, Nesterov,
+batches of 128, weight decay 5e-4 (none on gates and experts), no augmentation; 1,000 of the training images are held
+out, and the weights are kept that are best on them under PGD-10. The judge: the first 4,000 test images, the worst of
+`attacks` an image, which a net with gates meets besides with its gates held at the clean image's, attacked alone, and
+(hard ones) seen as soft.
 
-A run's folder is OUT/ARM-EPOCHS-PRECISION-SEED, "fashion_" before it for that data set; it is taken up where it was
-left. What is judged is written to a file of that name in docs/results/studies/conditional, and not done again.
+A run's folder is OUT/ARM-EPOCHS-PRECISION-SEED, "fashion_" before it for that data set, "_two" behind the precision for
+two steps; it is taken up where it was left. What is judged is written to a file of that name in
+docs/results/studies/conditional, and not done again.
 The ResNets meet the attacks as a suite, each on what those before it left. Differences are to the dense net (dense16,
-resnet8) of the same data, seed, epochs and precision, paired image by image. bf16 is the faster one only where the
+resnet8) of the same data, seed, epochs, precision and steps, paired image by image. bf16 is the faster one only where the
 processor has it.
 """
 
@@ -85,7 +87,8 @@ TWINS = {"patch": "dense16", "resnet8": "resnet8"}
 """The dense net that an arm is set beside, by the net in its model."""
 STUDY = RESULTS / "studies" / "conditional"
 SIZES = {"cifar10": "linf(8/255)", "fashion_mnist": "linf(0.1)"}
-STEPS = {"cifar10": "10/255", "fashion_mnist": "0.125"}
+STEPS = {"cifar10": ("10/255", "5/255"), "fashion_mnist": ("0.125", "0.0625")}
+"""The step's size of training with one step, and with two."""
 
 
 def attacks(size: str) -> dict[str, str]:
@@ -105,14 +108,14 @@ def gate_attacks(size: str, soft: bool) -> dict[str, str]:
 
 def recipe(arm: str, seed: int, args: argparse.Namespace) -> Recipe:
     model, data = ARMS[arm], data_of(args)
-    size, step = SIZES[data], STEPS[data]
+    size, climb = SIZES[data], f"steps={args.steps}, step_size={STEPS[data][args.steps - 1]}"
     free = r", undecayed='affine\\.'" if "affine" in model else ""
     return Recipe(
         model=model,
         data="fashion_mnist(val=0.02)" if args.fashion else f"cifar10(root={str(args.cifar10)!r}, val=0.02)",
         method=METHODS.get(arm, "at({attack})").format(
-            attack=f"pgd({size}, steps=1, step_size={step}, keep=last)",
-            held=f"pgd({size}, steps=1, step_size={step}, objective=experts_only, keep=last)",
+            attack=f"pgd({size}, {climb}, keep=last)",
+            held=f"pgd({size}, {climb}, objective=experts_only, keep=last)",
         ),
         optimizer=f"sgd(lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True{free})",
         schedule="one_cycle(rise=0.4)",
@@ -124,6 +127,12 @@ def recipe(arm: str, seed: int, args: argparse.Namespace) -> Recipe:
         threads=1,
         device="cpu",
     )
+
+
+def name_of(arm: str, seed: int, args: argparse.Namespace) -> str:
+    """The name of a run's folder, and of its results file."""
+    prefix, ending = "fashion_" if args.fashion else "", "_two" if args.steps == 2 else ""
+    return f"{prefix}{arm}-{args.epochs}-{args.precision}{ending}-{seed}"
 
 
 def data_of(args: argparse.Namespace) -> str:
@@ -143,8 +152,7 @@ def attacks_of(arm: str, size: str) -> dict[str, str]:
 
 def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     """Trains and judges one net; whatever is finished is not done again."""
-    prefix = "fashion_" if args.fashion else ""
-    folder = args.out / f"{prefix}{arm}-{args.epochs}-{args.precision}-{seed}"
+    folder = args.out / name_of(arm, seed, args)
     file = STUDY / f"{folder.name}.json"
     if file.exists():
         return
@@ -160,6 +168,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         "seed": seed,
         "epochs": args.epochs,
         "precision": args.precision,
+        "steps": args.steps,
         "model": ARMS[arm],
         "macs": cost.macs,
         "parameters": cost.parameters,
@@ -176,7 +185,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
         file,
         described(
             f"python benchmarks/conditional.py run {'--fashion ' if args.fashion else ''}--arms {arm} "
-            f"--epochs {args.epochs} --precision {args.precision}",
+            f"--epochs {args.epochs} --precision {args.precision} --steps {args.steps}",
             seeds=[seed],
         ),
         numbers,
@@ -227,11 +236,11 @@ def judged(folder: Path, named: dict[str, str], suite: bool, limit: int) -> tupl
 
 def keep(arm: str, seed: int, args: argparse.Namespace) -> None:
     """Ships a net that is judged with the package, as zoo:DATA_ARM_xEPOCHS_SEED; its card has the judge's numbers."""
-    run = f"{'fashion_' if args.fashion else ''}{arm}-{args.epochs}-{args.precision}-{seed}"
+    run = name_of(arm, seed, args)
     file = json.loads((STUDY / f"{run}.json").read_text(encoding="utf-8"))
     numbers, about, config = file["numbers"], file["about"], records.read_config(args.out / run)
     told = {
-        "name": f"{data_of(args)}_{arm}_x{args.epochs}_{seed}",
+        "name": f"{data_of(args)}_{arm}_x{args.epochs}{'_two' if args.steps == 2 else ''}_{seed}",
         "about": f"study of affine experts: {arm}, {args.epochs} epochs, seed {seed}",
         **{field: config[field] for field in ("model", "method", "threat")},
         "data": data_of(args),
@@ -267,12 +276,12 @@ def difference(run: dict[str, Any], twin: dict[str, Any]) -> tuple[float, float]
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """By data, arm and epochs: the spread over seeds of every share in per cent, and the differences to the twin."""
     out: dict[str, Any] = {}
-    kinds: dict[tuple[str, str, int, str], dict[int, dict[str, Any]]] = {}
+    kinds: dict[tuple[str, str, int, str, int], dict[int, dict[str, Any]]] = {}
     for each in runs:
-        kind = (each["data"], each["arm"], each["epochs"], each["precision"])
+        kind = (each["data"], each["arm"], each["epochs"], each["precision"], each.get("steps", 1))
         kinds.setdefault(kind, {})[each["seed"]] = each
-    for (data, arm, epochs, precision), own in kinds.items():
-        twins = kinds.get((data, twin_of(arm), epochs, precision), {})
+    for (data, arm, epochs, precision, steps), own in kinds.items():
+        twins = kinds.get((data, twin_of(arm), epochs, precision, steps), {})
         first = next(iter(own.values()))
         entry: dict[str, Any] = {name: first[name] for name in ("model", "macs", "parameters", "images")}
         for name in ("clean", "worst", "plain"):
@@ -289,7 +298,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             entry["over_images"] = statistics.mean(half for _, half in pairs) / len(pairs) ** 0.5
             n = len(means)
             entry["over_seeds"] = stats.t.ppf(0.975, n - 1) * statistics.stdev(means) / n**0.5 if n > 1 else None
-        prefix, ending = "fashion_" if data == "fashion_mnist" else "", "" if precision == "bf16" else f"_{precision}"
+        prefix = "fashion_" if data == "fashion_mnist" else ""
+        ending = ("" if precision == "bf16" else f"_{precision}") + ("_two" if steps == 2 else "")
         out[f"{prefix}{arm}_x{epochs}{ending}"] = entry
     return out
 
@@ -329,6 +339,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the training")
+    parser.add_argument("--steps", type=int, choices=[1, 2], default=1, help="of the attack in training")
     parser.add_argument("--limit", type=int, default=4000, help="test images")
     parser.add_argument("--write", action="store_true", help="the table's numbers into docs/results/studies")
     args = parser.parse_args()
