@@ -15,8 +15,8 @@ A run's folder is OUT/ARM-EPOCHS-PRECISION-SEED, "fashion_" before it for that d
 two steps; it is taken up where it was left. What is judged is written to a file of that name in
 docs/results/studies/conditional, and not done again.
 The ResNets meet the attacks as a suite, each on what those before it left. Differences are to the dense net (dense16,
-resnet8) of the same data, seed, epochs, precision and steps, paired image by image. bf16 is the faster one only where the
-processor has it.
+resnet8) of the same data, seed, epochs, precision and steps, paired image by image. bf16 is the faster one only where
+the processor has it.
 """
 
 from __future__ import annotations
