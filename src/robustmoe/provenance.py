@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -21,9 +22,10 @@ def versions() -> dict[str, str]:
     return {**versions_here, "torch": torch.__version__, "python": platform.python_version()}
 
 
+@functools.cache
 def commit() -> str | None:
     """The git commit of the package's own checkout, with "+" where files differ from it; None for an installed
-    package.
+    package. Asked once a process, as its sources are read once.
     """
     here = Path(__file__).parent
     try:
