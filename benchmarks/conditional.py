@@ -62,6 +62,7 @@ ARMS = {
     "affine1": "affine(patch_resnet(width=16), experts=1, routers=norm)",
     "affine8": "affine(patch_resnet(width=16), experts=8, routers=norm)",
     "fixed8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=hard)",
+    "sparse8": "affine(patch_resnet(width=16), experts=64, k=8, gate=renormalised, routers=norm)",
     "hard8": "affine(patch_resnet(width=16), experts=8, routers=norm, gate=straight_through)",
     "affine64_w32": "affine(patch_resnet(width=32), experts=64, routers=norm)",
     "pathway": PATHWAY,
@@ -73,6 +74,7 @@ ARMS = {
     "resnet8_squeeze": "benchmarks/squeeze.py:resnet8_16",
     "resnet8_affine64": "affine(resnet8(width=16), experts=64, routers=norm)",
     "resnet8_affine64_grid2": "affine(resnet8(width=16), experts=64, routers=norm, grid=2)",
+    "resnet8_sparse8": "affine(resnet8(width=16), experts=64, k=8, gate=renormalised, routers=norm)",
     "resnet8_hard8": "affine(resnet8(width=16), experts=8, routers=norm, gate=straight_through)",
 }
 METHODS = {
@@ -146,7 +148,7 @@ def twin_of(arm: str) -> str:
 def attacks_of(arm: str, size: str) -> dict[str, str]:
     if not ARMS[arm].startswith(("affine", "pathway", "ensemble")):
         return attacks(size)
-    soft = "affine" in ARMS[arm] and "straight_through" not in ARMS[arm]
+    soft = "affine" in ARMS[arm] and "gate=" not in ARMS[arm]
     return {**attacks(size), **gate_attacks(size, soft)}
 
 
