@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -371,3 +372,20 @@ def test_where_the_system_cannot_lock_nothing_is_locked(
         with writing(tmp_path):
             (tmp_path / "state.pt").touch()
     assert capsys.readouterr().err.count(f"warning: the file system of {tmp_path} cannot lock files") == 1, "once"
+
+
+def test_the_commit_is_asked_of_git_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        said = {"ls-files": "", "rev-parse": "abc\n", "status": " M loop.py\n"}[command[1]]
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    provenance.commit.cache_clear()
+    try:
+        monkeypatch.setattr(provenance.subprocess, "run", run)
+        assert [provenance.commit(), provenance.commit()] == ["abc+", "abc+"]
+        assert len(asked) == 3
+    finally:
+        provenance.commit.cache_clear()
